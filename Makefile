@@ -1,0 +1,60 @@
+# One command each; every target sets up what it needs and is quick when run again.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TORCH := torch==2.13.0
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help setup demo test lint types tests test-readers clean
+
+help:
+	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
+	@echo "make test          set up, then lint, types and tests"
+	@echo "make test-readers  load our checkpoints in the real readers (vLLM, gptqmodel), each in its own environment"
+	@echo "make clean         remove environments and outputs"
+
+setup: $(STAMP)
+
+# torch first and alone: a bare `torch` in a later resolution would pull the CUDA build.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "$(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=python3"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) $(TORCH)
+	$(BIN)/python $(PIP) $(TORCH) --constraint constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/quant-fairness run --model demo --output out/demo-int4-fair --overwrite
+
+test: lint types tests
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+tests: setup
+	$(BIN)/python -m pytest --numprocesses 2
+
+# Readers never share an environment with us: vLLM pins another compressed-tensors, gptqmodel another numpy.
+.venv-vllm/.installed: tests/readers/requirements-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python $(PIP) $(TORCH)
+	.venv-vllm/bin/python $(PIP) $(TORCH) --requirement tests/readers/requirements-vllm.txt
+	.venv-vllm/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	touch $@
+
+.venv-gptqmodel/.installed: tests/readers/requirements-gptqmodel.txt
+	test -x .venv-gptqmodel/bin/python || $(PYTHON) -m venv .venv-gptqmodel
+	.venv-gptqmodel/bin/python $(PIP) $(TORCH)
+	.venv-gptqmodel/bin/python $(PIP) $(TORCH) --requirement tests/readers/requirements-gptqmodel.txt
+	touch $@
+
+test-readers: setup .venv-vllm/.installed .venv-gptqmodel/.installed
+	$(BIN)/python -m pytest tests/readers -m readers
+
+clean:
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel out build dist *.egg-info

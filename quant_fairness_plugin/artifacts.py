@@ -1,0 +1,397 @@
+"""The plain data that crosses stages, and its JSON form.
+
+Every arrow of the pipeline (`TextSet`, `Measurement`, `SweepReport`, `ProtectionPlan`, `ExportRecord`) is a frozen
+dataclass here, which can be saved and picked up by a later command. Nothing in this module imports torch.
+
+An artifact holds only what is reproducible byte for byte; what differs from run to run (time, host, duration) goes into
+a sibling `*.run.json` (`save_run_record`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from quant_fairness_plugin.errors import ArtifactError
+
+SCHEMA_VERSION = 1
+
+Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
+Part = Literal["calibrate", "search", "confirm", "all"]
+Status = Literal["supported", "unsupported", "collapsed"]
+Objective = Literal["worst", "mean", "bpb", "excess", "disparity"]
+Method = Literal["rtn", "gptq", "awq"]
+CheckpointFormat = Literal["compressed-tensors", "gptq", "awq"]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate with its 95 % bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Undefined:
+    """The place of a number that could not be measured. Never a silent default."""
+
+    undefined: str
+    """The reason, as one sentence."""
+
+
+Number = Interval | Undefined
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """An integer grid: which values a quantized weight can take.
+
+    `group_size` is the number of input channels that share a scale: 32, 64, 128, or -1 for one scale per output channel.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    clip: Literal["absmax", "mse"] = "absmax"
+
+    def __str__(self) -> str:
+        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
+        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'} {self.clip}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """What a number came from: enough to make it again."""
+
+    versions: dict[str, str]
+    model: str
+    model_sha256: str
+    text_set: str
+    text_sha256: str
+    arguments: dict[str, Any]
+    """The arguments as resolved, defaults included."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextSet:
+    """The same sentences in every language (if `parallel`), in one order.
+
+    `sentences[language][i]` belongs to `ids[i]`, `parts[i]` and `registers[i]`.
+    """
+
+    name: str
+    sentences: dict[str, tuple[str, ...]]
+    ids: tuple[str, ...]
+    parts: tuple[Part, ...]
+    registers: tuple[str, ...]
+    parallel: bool
+    sha256: str
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        return tuple(self.sentences)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, part: Part) -> TextSet:
+        """The sentences of one part; a set that was too small to be split has one part, `all`, which serves as each."""
+        keep = [i for i, p in enumerate(self.parts) if p in (part, "all") or part == "all"]
+        return TextSet(
+            name=self.name,
+            sentences={lang: tuple(rows[i] for i in keep) for lang, rows in self.sentences.items()},
+            ids=tuple(self.ids[i] for i in keep),
+            parts=tuple(self.parts[i] for i in keep),
+            registers=tuple(self.registers[i] for i in keep),
+            parallel=self.parallel,
+            sha256=self.sha256,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageScores:
+    """Per-sentence scores of one language under one model state; all tuples have one entry per sentence."""
+
+    nll_nats: tuple[float, ...]
+    """Negative log-likelihood summed over the scored tokens of the sentence."""
+    tokens: tuple[int, ...]
+    """Scored tokens (the first one counts where a BOS or EOS could be prepended)."""
+    bytes_: tuple[int, ...]
+    """UTF-8 bytes of the scored tokens."""
+    kl_nats: tuple[float, ...]
+    """KL(p16 ‖ p) over the full vocabulary, summed over the scored tokens; 0 for the 16-bit state itself."""
+    flips: tuple[int, ...]
+    """Scored tokens whose most likely next token differs from the 16-bit model's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateScores:
+    """One model state (16 bit, a plan, an exported checkpoint) on one part of a text set."""
+
+    state: str
+    languages: dict[str, LanguageScores]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageDamage:
+    """What quantization did to one language. Degradations are quantized minus 16 bit: positive is worse."""
+
+    language: str
+    status: Status
+    reason: str
+    """Why the status is not `supported`; empty where it is."""
+    sentences: int
+    tokens: int
+    bytes_: int
+    baseline_bpb: float
+    quantized_bpb: float
+    delta_bpb: Interval
+    kl_bits_per_byte: Interval
+    delta_nats_per_sentence: Interval
+    flip_rate: Interval
+    excess_bpb: Number
+    """ΔBPB minus the reference language's ΔBPB."""
+    disparity: Number
+    """ΔBPB over the reference language's ΔBPB, or undefined where the denominator's interval touches 0."""
+    adjusted_p: float
+    """Two-sided bootstrap p-value of ΔBPB = 0, Benjamini-Hochberg adjusted over the languages."""
+    minimum_detectable_bpb: float
+    """ΔBPB that this many sentences would detect with 80 % power at α = 0.05."""
+    perplexity_change_percent: float
+    """Legacy: percent change of token perplexity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """A model state against the 16-bit model, language by language."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["measurement"] = "measurement"
+    provenance: Provenance
+    state: str
+    part: Part
+    reference: str | None
+    languages: tuple[LanguageDamage, ...]
+    worst_kl: Number
+    """Largest KL per byte over the supported languages."""
+    mean_kl: Number
+    mean_delta_bpb: Number
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepRow:
+    """One evaluated plan of a sweep, without its per-sentence scores."""
+
+    plan: str
+    """`none`, `protect 3` or `quantize 3`."""
+    protected: tuple[int, ...]
+    damage: tuple[LanguageDamage, ...]
+    objectives: dict[str, Number]
+    """Objective name → value on the search part; lower is better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """Layers by one objective, best first, with how much the order can be trusted."""
+
+    objective: str
+    layers: tuple[int, ...]
+    top_probability: tuple[float, ...]
+    """Bootstrap probability of each layer (in the order of `layers`) to be among the first `top`."""
+    top: int
+    kendall_tau_halves: float | None
+    """Kendall τ between the rankings on two halves of the sentences; None where all values tie."""
+    stable: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepReport:
+    """Everything a sweep measured: budgets and objectives can be changed later without a model."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["sweep"] = "sweep"
+    provenance: Provenance
+    layers: int
+    grid: Grid
+    reference: str | None
+    languages: dict[str, Status]
+    rows: tuple[SweepRow, ...]
+    rankings: dict[str, Ranking]
+    scores: dict[str, StateScores]
+    """Per-sentence scores of the 16-bit state and of every plan, on the search part."""
+    layer_bytes: dict[str, tuple[int, ...]]
+    """Bytes of each layer's quantizable weights at each precision (`fp16`, `int4`), scales included."""
+    other_bytes: int
+    """Bytes of everything that is never quantized."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionPlan:
+    """Which units keep 16 bit. `units` maps `layers.<i>` to a precision, for every layer of the model."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["plan"] = "plan"
+    model: str
+    units: dict[str, Precision]
+    grid: Grid
+    source: str
+    """`explicit`, `none`, `top 3 by worst`, `auto by worst under 20 % extra bytes`."""
+    reasons: tuple[str, ...]
+    stable: bool
+    predicted: bool
+    """True until the plan itself was evaluated on the confirm part."""
+    extra_bytes: int
+    overhead: float
+    """`extra_bytes` over the bytes of the all-quantized checkpoint."""
+
+    @property
+    def protected_layers(self) -> tuple[int, ...]:
+        return tuple(i for i in range(len(self.units)) if self.units[f"layers.{i}"] == "fp16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportRecord:
+    """`quant_fairness.json`: what is in a checkpoint folder and how it was made."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["export"] = "export"
+    provenance: Provenance
+    method: Method
+    format: CheckpointFormat
+    plan: ProtectionPlan
+    family: str
+    quantized_modules: tuple[str, ...]
+    kept_modules: dict[str, str]
+    """Module in 16 bit although its layer is quantized → reason (for example a width that no group divides)."""
+    calibration: dict[str, Any]
+    measurement: Measurement | None
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRecord:
+    """Size and checksum of one file of a checkpoint folder."""
+
+    bytes_: int
+    sha256: str
+
+
+Artifact = Measurement | SweepReport | ProtectionPlan | ExportRecord
+A = TypeVar("A", Measurement, SweepReport, ProtectionPlan, ExportRecord)
+
+
+@cache
+def _adapter(kind: type[A]) -> TypeAdapter[A]:
+    return TypeAdapter(kind)
+
+
+def to_json(artifact: Artifact) -> str:
+    """The JSON document of an artifact, `schema_version` first.
+
+    Raises:
+        ValueError: a number is NaN or infinite; a stage should have returned `Undefined` with a reason.
+    """
+    plain = _adapter(type(artifact)).dump_python(artifact, mode="python")
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def from_json(kind: type[A], text: str, source: str) -> A:
+    """Read an artifact of the given kind.
+
+    Raises:
+        ArtifactError: not JSON, another kind or schema version, or a field that does not fit. Names the field.
+    """
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "document"
+        raise ArtifactError(
+            f"{source}: {where}: {first['msg']}; expected a {kind.__name__} written by this version. Make it again."
+        ) from err
+
+
+def save(artifact: Artifact, path: Path) -> None:
+    """Write an artifact beside its final name, flush it to disk, then rename."""
+    write_atomically(path, to_json(artifact).encode())
+
+
+def load(kind: type[A], path: Path) -> A:
+    """Read an artifact file.
+
+    Raises:
+        ArtifactError: the file is missing, unreadable or of another kind.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ArtifactError(f"{path}: cannot be read ({err}); expected a {kind.__name__} file") from err
+    return from_json(kind, text, str(path))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, or leave it untouched if anything fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def save_run_record(path: Path, *, seconds: float, device: str, argv: list[str]) -> None:
+    """Write `<artifact>.run.json`: what differs from run to run, so that the artifact itself does not."""
+    record = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "argv": argv,
+    }
+    write_atomically(path.with_suffix(".run.json"), (json.dumps(record, indent=1) + "\n").encode())
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that numbers depend on."""
+    names = ("quant-fairness", "torch", "transformers", "safetensors", "compressed-tensors", "numpy", "scipy")
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    return versions | {name: metadata.version(name) for name in names}
+
+
+def digest(parts: Mapping[str, Any] | list[Any]) -> str:
+    """sha256 of the canonical JSON of plain data."""
+    canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+

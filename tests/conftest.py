@@ -1,0 +1,35 @@
+"""Fixtures: tiny random models and a tokenizer on disk, so that the whole pipeline runs on CPU, offline, in seconds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # two threads on a loaded machine turned 1.5 s into 52 s
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build (once per family and size) a tiny random model folder; see `tests/tiny.py`."""
+    from tests.tiny import write_tiny_model
+
+    root = tmp_path_factory.mktemp("models")
+
+    def build(family: str = "llama", *, layers: int = 2, width: int = 32, dtype: str = "float16") -> Path:
+        folder = root / f"{family}-{layers}-{width}-{dtype}"
+        if not folder.exists():
+            write_tiny_model(folder, family, layers=layers, width=width, dtype=dtype)
+        return folder
+
+    return build
