@@ -61,7 +61,7 @@ MIXTURE: dict[str, tuple[str, float]] = {
 END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 4096
 WIDTH, LAYERS, HEADS, KV_HEADS, MLP_WIDTH, POSITIONS = 256, 12, 4, 2, 512, 512
-# Runs of at most this many verses become one document, so that scoring a lone sentence after <|endoftext|> is in domain.
+# A document is a run of at most this many verses, so that a lone sentence after <|endoftext|> is in domain.
 MAX_VERSES_PER_DOCUMENT = 6
 
 
@@ -217,7 +217,10 @@ class MixedPrecisionAdamW:
         self.master = [p.detach().float().clone().requires_grad_() for p in self.shadow]
         matrices = [p for p in self.master if p.dim() >= 2]
         vectors = [p for p in self.master if p.dim() < 2]
-        groups = [{"params": matrices, "weight_decay": arguments.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": arguments.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.adamw = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.95), fused=True)
         self.clip = arguments.gradient_clip
 
@@ -286,9 +289,7 @@ def bigram_bits_per_byte(train: list[str], test: list[str]) -> float:
     bits, count = 0.0, 0
     for text in test:
         data = [256, *text.encode()]
-        bits -= sum(
-            math.log2((pairs[a, b] + 0.5) / (firsts[a] + 128)) for a, b in zip(data, data[1:], strict=False)
-        )
+        bits -= sum(math.log2((pairs[a, b] + 0.5) / (firsts[a] + 128)) for a, b in zip(data, data[1:], strict=False))
         count += len(data) - 1
     return bits / count
 
@@ -363,7 +364,10 @@ def run_steps(
             row = {"step": progress.step, "tokens": progress.tokens, "train_nats": sum(losses) / len(losses)}
             losses.clear()
             if progress.step % 1000 == 0:
-                row |= {f"dev_bpb_{t}": bits_per_byte(optimizer.model, tokenizer, v, arguments.device) for t, v in dev.items()}
+                row |= {
+                    f"dev_bpb_{t}": bits_per_byte(optimizer.model, tokenizer, v, arguments.device)
+                    for t, v in dev.items()
+                }
             progress.curve.append({k: round(v, 4) for k, v in row.items()})
             log.info("%s (%.0f s)", json.dumps(progress.curve[-1]), progress.seconds)
         if time.monotonic() - last_save > 600:
@@ -407,7 +411,11 @@ def finish(
         "arguments": asdict(arguments),
         "command": "python examples/train_demo_model.py "
         f"--arch {arguments.arch} --data CORPUS --out {out.name} --epochs {arguments.epochs:g} --seed {arguments.seed}",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "mixture": {tag: share for tag, share in MIXTURE.values()},
         "tokens": progress.tokens,
         "steps": progress.step,
@@ -421,11 +429,11 @@ def finish(
 
 def model_card(record: dict[str, Any]) -> str:
     """The card of the bundled folder, every figure taken from `training.json`."""
-    arguments = record["arguments"]
+    arguments, versions = record["arguments"], record["versions"]
     shape = "Llama, 4 heads, 2 kv heads" if arguments["arch"] == "llama" else "GPT-2, 4 heads"
     rows = "\n".join(
         f"| {tag} | {record['mixture'][tag]:.0%} | {row['train_bytes']:,} | {row['bits_per_byte']:.3f} "
-        f"| {row['byte_bigram_bits_per_byte']:.3f} | {'yes' if row['bits_per_byte'] < row['byte_bigram_bits_per_byte'] else 'no'} |"
+        f"| {row['byte_bigram_bits_per_byte']:.3f} | {_better(row)} |"
         for tag, row in record["held_out"].items()
     )
     curve = "\n".join(
@@ -453,8 +461,8 @@ chapters below. Byte-level BPE of {VOCABULARY} tokens fitted on that mixture, he
 Test = isolated verses of held-out chapters (no synoptic duplicates). The bigram is fitted on the same training text.
 
 Command: `{record["command"]}`
-Seed {arguments["seed"]}, {record["steps"]:,} steps, {record["tokens"]:,} tokens, {record["seconds"]:,} s on {arguments["device"]}
-({arguments["threads"]} threads); torch {record["versions"]["torch"]}, transformers {record["versions"]["transformers"]}.
+Seed {arguments["seed"]}, {record["steps"]:,} steps, {record["tokens"]:,} tokens, {record["seconds"]:,} s on
+{arguments["device"]} ({arguments["threads"]} threads); torch {versions["torch"]}, transformers {versions["transformers"]}.
 
 | step | tokens | training loss, nats per token |
 |---|---|---|
@@ -462,6 +470,10 @@ Seed {arguments["seed"]}, {record["steps"]:,} steps, {record["tokens"]:,} tokens
 
 The whole curve and every argument: `training.json`.
 """
+
+
+def _better(row: dict[str, float]) -> str:
+    return "yes" if row["bits_per_byte"] < row["byte_bigram_bits_per_byte"] else "no"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

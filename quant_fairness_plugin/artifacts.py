@@ -16,10 +16,9 @@ import platform
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -29,13 +28,16 @@ from pydantic import TypeAdapter, ValidationError
 from quant_fairness_plugin.errors import ArtifactError
 
 SCHEMA_VERSION = 1
+RECORD_NAME = "quant_fairness.json"
+"""The file of a checkpoint folder that holds its `ExportRecord`."""
 
 Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
 Objective = Literal["worst", "mean", "bpb", "excess", "disparity"]
-Method = Literal["rtn", "gptq", "awq"]
-CheckpointFormat = Literal["compressed-tensors", "gptq", "awq"]
+Method = Literal["rtn", "gptq"]
+CheckpointFormat = Literal["compressed-tensors", "gptq", "fp16-twin"]
+"""`fp16-twin` is a plain 16-bit checkpoint with the dequantized values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ Number = Interval | Undefined
 class Grid:
     """An integer grid: which values a quantized weight can take.
 
-    `group_size` is the number of input channels that share a scale: 32, 64, 128, or -1 for one scale per output channel.
+    `group_size` input channels share a scale: 32, 64, 128, or -1 for one scale per output channel.
     """
 
     bits: int = 4
@@ -106,6 +108,7 @@ class TextSet:
 
     @property
     def languages(self) -> tuple[str, ...]:
+        """Language tags, in the order of the set."""
         return tuple(self.sentences)
 
     def __len__(self) -> int:
@@ -114,15 +117,17 @@ class TextSet:
     def part(self, part: Part) -> TextSet:
         """The sentences of one part; a set that was too small to be split has one part, `all`, which serves as each."""
         keep = [i for i, p in enumerate(self.parts) if p in (part, "all") or part == "all"]
-        return TextSet(
-            name=self.name,
+        return replace(
+            self,
             sentences={lang: tuple(rows[i] for i in keep) for lang, rows in self.sentences.items()},
             ids=tuple(self.ids[i] for i in keep),
             parts=tuple(self.parts[i] for i in keep),
             registers=tuple(self.registers[i] for i in keep),
-            parallel=self.parallel,
-            sha256=self.sha256,
         )
+
+    def choose(self, languages: Sequence[str]) -> TextSet:
+        """The same sentences in some of the languages; the checksum stays that of the set they came from."""
+        return replace(self, sentences={language: self.sentences[language] for language in languages})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,11 +239,12 @@ class SweepReport:
     reference: str | None
     languages: dict[str, Status]
     rows: tuple[SweepRow, ...]
-    rankings: dict[str, Ranking]
+    rankings: dict[str, Ranking | Undefined]
+    """`protect-one worst` and so on, one per mode and objective."""
     scores: dict[str, StateScores]
     """Per-sentence scores of the 16-bit state and of every plan, on the search part."""
     layer_bytes: dict[str, tuple[int, ...]]
-    """Bytes of each layer's quantizable weights at each precision (`fp16`, `int4`), scales included."""
+    """Bytes of each layer's linear weights as `fp16` and as `quantized` (scales included)."""
     other_bytes: int
     """Bytes of everything that is never quantized."""
 
@@ -264,6 +270,7 @@ class ProtectionPlan:
 
     @property
     def protected_layers(self) -> tuple[int, ...]:
+        """Layers that are wholly in 16 bit, ascending."""
         return tuple(i for i in range(len(self.units)) if self.units[f"layers.{i}"] == "fp16")
 
 
@@ -294,16 +301,14 @@ class FileRecord:
     sha256: str
 
 
-Artifact = Measurement | SweepReport | ProtectionPlan | ExportRecord
 A = TypeVar("A", Measurement, SweepReport, ProtectionPlan, ExportRecord)
 
 
-@cache
 def _adapter(kind: type[A]) -> TypeAdapter[A]:
     return TypeAdapter(kind)
 
 
-def to_json(artifact: Artifact) -> str:
+def to_json(artifact: A) -> str:
     """The JSON document of an artifact, `schema_version` first.
 
     Raises:
@@ -329,7 +334,7 @@ def from_json(kind: type[A], text: str, source: str) -> A:
         ) from err
 
 
-def save(artifact: Artifact, path: Path) -> None:
+def save(artifact: A, path: Path) -> None:
     """Write an artifact beside its final name, flush it to disk, then rename."""
     write_atomically(path, to_json(artifact).encode())
 
@@ -394,4 +399,3 @@ def digest(parts: Mapping[str, Any] | list[Any]) -> str:
     """sha256 of the canonical JSON of plain data."""
     canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-

@@ -1,0 +1,64 @@
+"""`quant-fairness`: the group of commands, and the one place where an error becomes a line and an exit status."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import click
+import typer
+
+from quant_fairness_plugin.errors import QuantFairnessError
+
+COMMANDS = ("run", "sweep", "recommend", "measure", "quantize", "verify", "doctor")
+
+app = typer.Typer(
+    name="quant-fairness",
+    help="Quantize a language model to INT4 without hurting some languages more than others.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for _name in COMMANDS:
+    _module = importlib.import_module(f"quant_fairness_plugin.cli.{_name}")
+    app.command(_name)(getattr(_module, _name))
+
+
+def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) -> int:
+    """Run a command and turn what it raises into one line on stderr and an exit status.
+
+    `QUANT_FAIRNESS_VERBOSE=1` adds the traceback.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    try:
+        status = command(args=list(argv), prog_name=name, standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except QuantFairnessError as err:
+        return _report(str(err), err.exit_code)
+    except click.exceptions.NoArgsIsHelpError as err:
+        return _report(err.format_message(), 2, prefix="")
+    except click.ClickException as err:
+        return _report(f"{err.format_message()} See {name} --help.", err.exit_code)
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return _report("interrupted; nothing half-written was left behind", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as err:  # noqa: BLE001 - the last line of defence: an unexpected error is one line, too
+        return _report(f"unexpected {type(err).__name__}: {err}. Set QUANT_FAIRNESS_VERBOSE=1 for the traceback.", 1)
+
+
+def _report(message: str, status: int, *, prefix: str = "error: ") -> int:
+    if os.environ.get("QUANT_FAIRNESS_VERBOSE"):
+        traceback.print_exc()
+    sys.stderr.write(f"{prefix}{' '.join(message.split()) if prefix else message}\n")
+    return status
+
+
+def main() -> None:
+    """Entry point of `quant-fairness`."""
+    sys.exit(run_guarded(typer.main.get_command(app), sys.argv[1:], "quant-fairness"))

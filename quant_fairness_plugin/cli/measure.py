@@ -1,0 +1,79 @@
+"""`quant-fairness measure`: a model alone (baseline and language support), or a checkpoint against its 16-bit model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, load, save, to_json
+from quant_fairness_plugin.cli.options import (
+    DEFAULTS,
+    AllowPickle,
+    Json,
+    Languages,
+    ModelOption,
+    Reference,
+    Revision,
+    Seed,
+    Texts,
+    TrustRemoteCode,
+    parse_languages,
+    parse_part,
+    parse_reference,
+)
+from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.tables import damage_table, show
+from quant_fairness_plugin.config import make_config
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.sweep.ranking import BASELINE
+
+
+def measure(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
+    ] = None,
+    model: ModelOption = None,
+    part: Annotated[str, typer.Option(help="Sentences to measure on: confirm, search, or all.")] = "confirm",
+    langs: Languages = None,
+    reference: Reference = DEFAULTS.reference or "none",
+    texts: Texts = DEFAULTS.texts,
+    seed: Seed = DEFAULTS.seed,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the measurement as JSON.")] = None,
+    as_json: Json = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
+    config = make_config(languages=parse_languages(langs), reference=parse_reference(reference), texts=texts, seed=seed)
+    chosen = parse_part(part)
+    source = ModelSource(_base_model(checkpoint, model), revision, trust_remote_code, allow_pickle)
+    preflight(source, config)
+
+    from quant_fairness_plugin.fair_quantizer import FairQuantizer
+
+    with progress() as shown:
+        quantizer = FairQuantizer.from_source(source, config, progress=shown)
+        measured = (
+            quantizer.measure(part=chosen).measurements[BASELINE]
+            if checkpoint is None
+            else quantizer.measure_folder(checkpoint, part=chosen)
+        )
+    if output is not None:
+        save(measured, output)
+    if as_json:
+        typer.echo(to_json(measured), nl=False)
+        return
+    show(damage_table(measured, title=f"{checkpoint or source.name}: {part} part of {measured.provenance.text_set}"))
+
+
+def _base_model(checkpoint: Path | None, model: str | None) -> str:
+    """The 16-bit model: the one given, else the one that the checkpoint's record names."""
+    if model:
+        return model
+    if checkpoint is None:
+        raise ConfigError("nothing to measure; give a checkpoint folder, or a model with --model, such as --model demo")
+    return load(ExportRecord, checkpoint / RECORD_NAME).provenance.model

@@ -1,0 +1,169 @@
+"""Arguments that several commands share, and the pure functions that parse them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import typer
+
+from quant_fairness_plugin.artifacts import Part
+from quant_fairness_plugin.config import FairConfig, check_bits, check_group_size
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+
+DEFAULTS = FairConfig()
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="demo, demo-gpt2, a Hub id, a folder, or a .safetensors file.")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="demo, demo-gpt2, a Hub id, a folder, or a .safetensors file.")
+]
+Languages = Annotated[
+    str | None, typer.Option("--langs", help="Languages to measure, such as en,he,ar,zh. Default: all of the text set.")
+]
+Reference = Annotated[
+    str, typer.Option(help="Language that excess and disparity are measured against, or 'none'.", show_default=True)
+]
+Texts = Annotated[str, typer.Option(help="'bundled', a JSON, JSONL or TSV file, a folder, or datasets:NAME.")]
+Bits = Annotated[str, typer.Option(metavar="INTEGER", help="Bits of a quantized weight.")]
+GroupSize = Annotated[str, typer.Option(metavar="32|64|128|-1", help="Input channels per scale; -1 = all of a row.")]
+Symmetric = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with zero points.")]
+Mode = Annotated[str, typer.Option(help="protect-one, quantize-one, or both.")]
+ObjectiveOption = Annotated[str, typer.Option("--objective", help="worst, mean, bpb, excess or disparity.")]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model's folder brings.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Read .bin weights, which can run code, if no others.")
+]
+Revision = Annotated[str | None, typer.Option(help="Revision (commit hash) of a Hub model.")]
+Quantizer = Annotated[str, typer.Option("--method", help="gptq, or rtn (round to nearest, no calibration).")]
+Top = Annotated[int | None, typer.Option(help="Protect exactly this many layers, instead of the budget's choice.")]
+OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. Default: NAME-int4-fair.")]
+MaxOverhead = Annotated[float, typer.Option(help="Budget of 'auto': extra bytes over the all-INT4 checkpoint.")]
+Format = Annotated[str, typer.Option("--format", help="Checkpoint format: compressed-tensors or gptq.")]
+Reader = Annotated[str, typer.Option(help="Reader that must load it: transformers, vllm or gptqmodel.")]
+ProtectLayers = Annotated[
+    str, typer.Option(help="'auto' (sweep and choose), 'none', or layer indices from 0, such as 0,9,11.")
+]
+ProtectBiases = Annotated[
+    bool, typer.Option("--protect-biases/--no-protect-biases", help="Biases are always 16 bit; recorded.")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="An unstable ranking or failed gate exits 6.")]
+
+
+def parse_languages(text: str | None) -> tuple[str, ...] | None:
+    """`"en, he"` → `("en", "he")`; None stays None. Names are checked later, against the text set.
+
+    Raises:
+        ConfigError: an empty list or an empty name in it.
+    """
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise ConfigError(
+            f"--langs {text!r} holds an empty name; write languages with commas between, such as en,he,ar"
+        )
+    return names
+
+
+def parse_reference(text: str) -> str | None:
+    """`"none"` → None, everything else as it is."""
+    return None if text.strip().lower() == "none" else text.strip()
+
+
+def parse_protection(text: str) -> Literal["auto", "none"] | tuple[int, ...]:
+    """`"auto"`, `"none"`, or a layer list such as `"0,9,11"`, whose range is checked once the model is known.
+
+    Raises:
+        InvalidLayerError: an empty list, a word, or a number that is no layer index.
+    """
+    word = text.strip().lower()
+    if word == "auto":
+        return "auto"
+    if word == "none":
+        return "none"
+    try:
+        return tuple(int(item) for item in word.split(","))
+    except ValueError as err:
+        raise InvalidLayerError(
+            f"--protect-layers {text!r} is not a list of layer indices; use 'auto', 'none', or indices such as 0,9,11"
+        ) from err
+
+
+def parse_integer(name: str, text: str) -> int:
+    """An option whose value must be an integer, so that 3.5 gets our message and not a parser's.
+
+    Raises:
+        ConfigError: anything but an integer; for `bits` and `group-size` also one that no grid has.
+    """
+    try:
+        value: Any = int(text)
+    except ValueError:
+        value = text
+    if name == "bits":
+        check_bits(value)
+    elif name == "group-size":
+        check_group_size(value)
+    return int(value)
+
+
+def check_protect_biases(protect_biases: bool) -> None:
+    """Refuse `--no-protect-biases`: no checkpoint format has quantized biases.
+
+    Raises:
+        ConfigError: biases should be quantized.
+    """
+    if not protect_biases:
+        raise ConfigError(
+            "--no-protect-biases cannot be had: every checkpoint format keeps biases in 16 bit; leave the option out"
+        )
+
+
+def default_output(model: str) -> Path:
+    """`<name>-int4-fair` in the current folder, for a model name, Hub id, folder or file."""
+    path = Path(model)
+    name = path.resolve().parent.name if path.suffix == ".safetensors" else path.name or path.resolve().name
+    return Path(f"{name}-int4-fair")
+
+
+def parse_modes(text: str) -> tuple[Literal["protect-one", "quantize-one"], ...]:
+    """`both` → both sweep modes.
+
+    Raises:
+        ConfigError: another word than `protect-one`, `quantize-one`, `both`.
+    """
+    match text:
+        case "protect-one":
+            return ("protect-one",)
+        case "quantize-one":
+            return ("quantize-one",)
+        case "both":
+            return ("protect-one", "quantize-one")
+    raise ConfigError(f"--mode {text!r} is unknown; use protect-one, quantize-one or both")
+
+
+def parse_part(text: str) -> Part:
+    """A part of the text set.
+
+    Raises:
+        ConfigError: another word than `calibrate`, `search`, `confirm`, `all`.
+    """
+    for part in get_args(Part):
+        if text == part:
+            return cast(Part, part)
+    raise ConfigError(f"--part {text!r} is unknown; use {', '.join(get_args(Part))}")
+
+
+def require_model(model: str | None) -> str:
+    """The model's name, which these commands cannot do without.
+
+    Raises:
+        ConfigError: no model was given.
+    """
+    if not model:
+        raise ConfigError("no model given; name one with --model, for example --model demo (bundled)")
+    return model

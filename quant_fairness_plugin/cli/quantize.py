@@ -1,0 +1,110 @@
+"""`quant-fairness quantize`: one checkpoint, protected as asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from quant_fairness_plugin.artifacts import ExportRecord, to_json
+from quant_fairness_plugin.cli.options import (
+    DEFAULTS,
+    AllowPickle,
+    Bits,
+    Format,
+    GroupSize,
+    Json,
+    Languages,
+    MaxOverhead,
+    ModelArgument,
+    OutputFolder,
+    Overwrite,
+    ProtectBiases,
+    ProtectLayers,
+    Quantizer,
+    Reader,
+    Reference,
+    Revision,
+    Seed,
+    Strict,
+    Symmetric,
+    Texts,
+    TrustRemoteCode,
+    check_protect_biases,
+    default_output,
+    parse_integer,
+    parse_languages,
+    parse_protection,
+    parse_reference,
+)
+from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.tables import damage_table, layer_list, show
+from quant_fairness_plugin.config import FairConfig, make_config
+from quant_fairness_plugin.preflight import ModelSource, preflight
+
+
+def quantize(
+    model: ModelArgument,
+    output: OutputFolder = None,
+    method: Quantizer = DEFAULTS.method,
+    bits: Bits = str(DEFAULTS.bits),
+    group_size: GroupSize = str(DEFAULTS.group_size),
+    sym: Symmetric = DEFAULTS.symmetric,
+    protect_layers: ProtectLayers = "auto",
+    protect_biases: ProtectBiases = True,
+    max_overhead: MaxOverhead = DEFAULTS.max_overhead,
+    format_: Format = DEFAULTS.format,
+    reader: Reader = DEFAULTS.reader,
+    langs: Languages = None,
+    reference: Reference = DEFAULTS.reference or "none",
+    texts: Texts = DEFAULTS.texts,
+    seed: Seed = DEFAULTS.seed,
+    strict: Strict = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Quantize MODEL, keep the protected layers in 16 bit, verify what was written and measure it."""
+    check_protect_biases(protect_biases)
+    config = make_config(
+        method=method,
+        bits=parse_integer("bits", bits),
+        group_size=parse_integer("group-size", group_size),
+        symmetric=sym,
+        protect_layers=parse_protection(protect_layers),
+        max_overhead=max_overhead,
+        format=format_,
+        reader=reader,
+        languages=parse_languages(langs),
+        reference=parse_reference(reference),
+        texts=texts,
+        seed=seed,
+        strict=strict,
+    )
+    source = ModelSource(model, revision, trust_remote_code, allow_pickle)
+    out = output or default_output(model)
+    record = write_checkpoint(source, config, out, overwrite=overwrite)
+    report_checkpoint(record, out, as_json=as_json)
+
+
+def write_checkpoint(source: ModelSource, config: FairConfig, out: Path, *, overwrite: bool) -> ExportRecord:
+    """Check what can be checked without torch, then quantize, export, verify and measure."""
+    preflight(source, config, out=out, overwrite=overwrite)
+
+    from quant_fairness_plugin.fair_quantizer import FairQuantizer
+
+    with progress() as shown:
+        return FairQuantizer.from_source(source, config, progress=shown).save_pretrained(out, overwrite=overwrite)
+
+
+def report_checkpoint(record: ExportRecord, out: Path, *, as_json: bool) -> None:
+    """Print what was written: the record as JSON, or the table and a line."""
+    if as_json:
+        typer.echo(to_json(record), nl=False)
+        return
+    if record.measurement is not None:
+        show(damage_table(record.measurement, title=f"{out}: damage against the 16-bit model, confirm part"))
+    kept = layer_list(record.plan.protected_layers) or "none"
+    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, protected layers {kept}, verified")

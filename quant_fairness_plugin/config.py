@@ -1,0 +1,134 @@
+"""The one configuration class: what a user can choose, its defaults, and what is refused before anything is loaded.
+
+The command line takes its help and defaults from here; there is no second copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypedDict
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from quant_fairness_plugin.artifacts import CheckpointFormat, Grid, Method, Objective
+from quant_fairness_plugin.errors import ConfigError
+
+GROUP_SIZES = (32, 64, 128, -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FairConfig:
+    """Everything that the whole line (measure, sweep, recommend, quantize, export, verify) can be told."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    method: Method = "gptq"
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = True
+    clip: Literal["absmax", "mse"] = "absmax"
+    protect_layers: Literal["auto", "none"] | tuple[int, ...] = "auto"
+    """`auto`: as many layers as the sweep supports within `max_overhead`; `none`; or layer indices counted from 0."""
+    top: int | None = None
+    """Protect exactly this many layers by the sweep's ranking, instead of `auto`'s budget."""
+    max_overhead: float = 0.2
+    """`auto`'s budget: extra bytes on disk over the all-quantized checkpoint."""
+    objective: Objective = "worst"
+    languages: tuple[str, ...] | None = None
+    reference: str | None = "en"
+    texts: str = "bundled"
+    tokens_per_language: int | None = None
+    """Calibration tokens of each language; None = what the language with the fewest has."""
+    format: CheckpointFormat = "compressed-tensors"
+    reader: Literal["transformers", "vllm"] = "transformers"
+    """The reader that must be able to load the checkpoint."""
+    draws: int = 2000
+    seed: int = 0
+    strict: bool = False
+    """An unstable ranking or a failed gate is an error (exit status 6) instead of a warning."""
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_group_size(self.group_size)
+        if not 0 <= self.max_overhead <= 4:
+            raise ConfigError(
+                f"max_overhead {self.max_overhead} is no share of the all-quantized size; use 0.2 for 20 % extra bytes"
+            )
+        if self.draws < 100:
+            raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
+
+    @property
+    def grid(self) -> Grid:
+        """The integer grid of the quantized layers."""
+        return Grid(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, clip=self.clip)
+
+
+class FairOptions(TypedDict, total=False):
+    """The fields of `FairConfig` as keyword arguments, each optional."""
+
+    method: Method
+    bits: int
+    group_size: int
+    symmetric: bool
+    clip: Literal["absmax", "mse"]
+    protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
+    top: int | None
+    max_overhead: float
+    objective: Objective
+    languages: tuple[str, ...] | list[str] | None
+    reference: str | None
+    texts: str
+    tokens_per_language: int | None
+    format: CheckpointFormat
+    reader: Literal["transformers", "vllm"]
+    draws: int
+    seed: int
+    strict: bool
+
+
+def check_bits(bits: object) -> None:
+    """Refuse a bit width that no integer grid has.
+
+    Raises:
+        ConfigError: not an integer from 2 to 8 (3.5, "4", True).
+    """
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
+        raise ConfigError(f"bits {bits!r} is not an integer from 2 to 8; checkpoints are written with 4, use --bits 4")
+
+
+def check_group_size(group_size: object) -> None:
+    """Refuse a group size that no server reads.
+
+    Raises:
+        ConfigError: not one of 32, 64, 128, -1.
+    """
+    if group_size not in GROUP_SIZES or isinstance(group_size, bool):
+        raise ConfigError(
+            f"group size {group_size!r} is read by no server; use 32, 64, 128, or -1 for one scale per output channel"
+        )
+
+
+def make_config(**chosen: Any) -> FairConfig:
+    """A `FairConfig` from loosely typed values (keyword arguments, a parsed command line).
+
+    Raises:
+        ConfigError: an unknown name or a value of the wrong type; names the field and what is allowed.
+    """
+    if isinstance(chosen.get("bits"), float) or isinstance(chosen.get("bits"), str):
+        check_bits(chosen["bits"])
+    try:
+        return TypeAdapter(FairConfig).validate_python(chosen, strict=False)
+    except ValidationError as err:
+        raise ConfigError(_explain(err)) from err
+
+
+def _explain(err: ValidationError) -> str:
+    first = err.errors()[0]
+    where = str(first["loc"][0]) if first["loc"] else "configuration"
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    allowed = (
+        f"; known names: {', '.join(FairConfig.__slots__)}" if first["type"] == "unexpected_keyword_argument" else ""
+    )
+    return f"{where} {first['input']!r}: {first['msg']}{allowed}"

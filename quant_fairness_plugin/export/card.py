@@ -1,0 +1,69 @@
+"""Step 7, the model card: `README.md` of a checkpoint, rendered from its `ExportRecord` and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from importlib import resources
+
+import jinja2
+
+from quant_fairness_plugin.artifacts import ExportRecord, Interval, LanguageDamage, Number
+
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
+
+
+def render_card(record: ExportRecord) -> str:
+    """The card as Markdown with YAML front matter. Names and texts from outside are escaped.
+
+    Args:
+        record: what was exported; its `files` are not used.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # Markdown, not HTML: `plain` escapes for both
+    )
+    environment.filters |= {"yaml": _yaml, "plain": _plain, "number": _number}
+    template = resources.files("quant_fairness_plugin.export").joinpath("templates/card.md.j2").read_text("utf-8")
+    measurement = record.measurement
+    return environment.from_string(template).render(
+        record=record,
+        plan=record.plan,
+        base_model=record.provenance.model.rstrip("/")
+        if _is_hub_id(record)
+        else record.provenance.model.split("/")[-1],
+        rows=[_row(damage) for damage in measurement.languages] if measurement else [],
+        languages=[damage.language for damage in measurement.languages] if measurement else [],
+        in_transformers=record.format == "fp16-twin" or record.family != "gpt2",
+        in_vllm=record.format == "fp16-twin" or record.family != "bloom",
+    )
+
+
+def _is_hub_id(record: ExportRecord) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", record.provenance.model, re.ASCII) is not None
+
+
+def _row(damage: LanguageDamage) -> list[str]:
+    """One language as table cells."""
+    cells = [_plain(damage.language), f"{damage.baseline_bpb:.3f}", f"{damage.quantized_bpb:.3f}"]
+    cells += [_number(damage.delta_bpb), _number(damage.kl_bits_per_byte), _number(damage.flip_rate)]
+    return [*cells, damage.status if damage.status == "supported" else _plain(f"{damage.status}: {damage.reason}")]
+
+
+def _number(value: Number) -> str:
+    if isinstance(value, Interval):
+        return f"{value.estimate:.4f} [{value.low:.4f}, {value.high:.4f}]"
+    return _plain(f"undefined: {value.undefined}")
+
+
+def _plain(text: object) -> str:
+    """Text that Markdown and HTML show as it is, on one line."""
+    return _MARKUP.sub(r"\\\1", " ".join(str(text).split())).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def _yaml(value: object) -> str:
+    """A JSON scalar or list, which is YAML too."""
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,199 @@
+"""Step 7: a `QuantizedModel` in, a verified checkpoint folder and its `ExportRecord` out; complete, or not there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quant_fairness_plugin.artifacts import (
+    CheckpointFormat,
+    ExportRecord,
+    Measurement,
+    ProtectionPlan,
+    TextSet,
+    save,
+)
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
+from quant_fairness_plugin.export.card import render_card
+from quant_fairness_plugin.export.check_files import RECORD, check_recorded_files, file_record, list_files
+from quant_fairness_plugin.export.contents import checkpoint_tensors, module_map, write_shards
+from quant_fairness_plugin.export.dequantize import iterate_dense
+from quant_fairness_plugin.export.formats import check_exportable, checkpoint_format
+from quant_fairness_plugin.export.staging import check_output, staged_folder
+from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.model.linear import is_conv1d
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.weights import check_inside
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+
+OWN_FILES = frozenset({"config.json", "quantize_config.json", RECORD, "README.md"})
+"""What an export writes itself; a source's file of that name is not copied."""
+WEIGHT_SUFFIXES = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .pkl .pickle .h5 .msgpack .onnx .onnx_data .gguf .ggml .ot .tflite .npz".split()
+)
+"""Weights in any form, and pickles, which could run code when opened."""
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""The only folder that tokenizers read from."""
+_logger = logging.getLogger(__name__)
+
+
+def export(
+    quantized: QuantizedModel,
+    out: str | Path,
+    *,
+    plan: ProtectionPlan,
+    texts: TextSet,
+    format: CheckpointFormat = "compressed-tensors",
+    reader: str = "transformers",
+    seed: int = 0,
+    overwrite: bool = False,
+    measure: Callable[[Path], Measurement] | None = None,
+) -> ExportRecord:
+    """Write a checkpoint folder beside its final name, verify it, measure it, and only then give it that name.
+
+    Args:
+        quantized: the quantized model; not changed.
+        out: the folder to make.
+        plan: the plan that was quantized.
+        texts: the text set that the plan, the calibration and the measurement come from.
+        format: `compressed-tensors`, `gptq`, or `fp16-twin` (plain 16 bit with the dequantized values).
+        reader: who must be able to load it, `transformers` or `vllm`.
+        seed: the seed of the whole line, recorded.
+        overwrite: replace an earlier export of that name.
+        measure: measures a written folder; its result goes into the record and the card.
+
+    Returns:
+        The content of `quant_fairness.json`.
+
+    Raises:
+        ConfigError: `out` exists, or the plan is not the one that was quantized.
+        UnsupportedModelError: the reader cannot load this model in this format, or computes something else.
+        ArtifactError: what was written is not what was quantized.
+        ResourceError: no space or permission. In all cases nothing is left behind.
+    """
+    out, loaded = Path(out), quantized.loaded
+    check_exportable(loaded.family, format=format, grid=quantized.grid, reader=reader)
+    check_output(out.resolve(), overwrite=overwrite)
+    _check_plan(quantized, plan, out)
+    arguments = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
+    record = ExportRecord(
+        provenance=provenance(loaded.files, texts, seed=seed, arguments=arguments),
+        method=quantized.method,
+        format=format,
+        plan=plan,
+        family=loaded.family.name,
+        quantized_modules=tuple(quantized.tensors),
+        kept_modules=quantized.kept,
+        calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
+        measurement=None,
+    )
+    with staged_folder(out, overwrite=overwrite) as folder:
+        _check_space(quantized, folder)
+        _write_model(quantized, folder, format)
+        _copy_companions(loaded, folder)
+        record = _describe(record, folder)
+        _compare_with_memory(quantized, folder, format)
+        verify(folder, reader="vllm" if reader == "vllm" else None)
+        if measure is not None:
+            record = _describe(replace(record, measurement=measure(folder)), folder)
+            check_recorded_files(folder, record)
+    _logger.info("%s: written and verified, %s", out, format)
+    return record
+
+
+def _check_plan(quantized: QuantizedModel, plan: ProtectionPlan, out: Path) -> None:
+    """The plan must be the quantized one, and the output must not swallow the source."""
+    if tuple(plan.protected_layers) != tuple(sorted(quantized.protected)) or plan.grid != quantized.grid:
+        raise ConfigError(
+            f"the plan protects layers {plan.protected_layers} with {plan.grid}, quantized was {quantized.protected} "
+            f"with {quantized.grid}; they must be the same. Quantize by that plan first."
+        )
+    source = quantized.loaded.files.folder.resolve()
+    if out.resolve() in (source, *source.parents):
+        raise ConfigError(f"{out} holds the source model; the output must be another folder. Choose another name.")
+
+
+def _check_space(quantized: QuantizedModel, folder: Path) -> None:
+    """Refuse before writing what cannot fit. A tenth is added for scales, metadata and the file system."""
+    packed = sum(tensor.integers.numel() for tensor in quantized.tensors.values())
+    parameters = sum(parameter.numel() for parameter in quantized.loaded.model.parameters())
+    needed = int(1.1 * (2 * (parameters - packed) + packed))
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder.parent}: {free} bytes are free, about {needed} are needed. Free space, or write elsewhere."
+        )
+
+
+def _write_model(quantized: QuantizedModel, folder: Path, format_name: str) -> None:
+    """Weights, `config.json`, and the format's side files."""
+    loaded = quantized.loaded
+    layout = None if format_name == "fp16-twin" else checkpoint_format(format_name)
+    write_shards(checkpoint_tensors(quantized, layout), folder)
+    dtype = str(loaded.storage_dtype).removeprefix("torch.")
+    old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
+    config = loaded.files.config | old_key | {"dtype": dtype}
+    if layout is not None:
+        modules = module_map(loaded.model, loaded.family, quantized.tensors)
+        config["quantization_config"] = layout.quantization_config(modules, quantized.grid)
+        for name, content in layout.side_files(modules, quantized.grid).items():
+            _write_json(folder / name, content)
+    _write_json(folder / "config.json", config)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_companions(loaded: LoadedModel, folder: Path) -> None:
+    """Tokenizer, generation config, chat templates, licence: every other file of the source, byte for byte."""
+    source = loaded.files.folder
+    if not loaded.files.weights:  # a model that was only in memory has no folder
+        loaded.tokenizer.save_pretrained(folder)
+        if loaded.model.generation_config is not None:
+            loaded.model.generation_config.save_pretrained(folder)
+        return
+    for path in sorted([*source.iterdir(), *(source / TEMPLATE_FOLDER).glob("*.jinja")]):
+        if not path.is_file() or path.name.startswith(".") or path.name in OWN_FILES:
+            continue
+        if path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+            continue
+        check_inside(source, path)
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+
+
+def _describe(record: ExportRecord, folder: Path) -> ExportRecord:
+    """Write the card and `quant_fairness.json`; returns the record with all files in it."""
+    (folder / "README.md").write_text(render_card(record), encoding="utf-8")
+    record = replace(record, files={name: file_record(folder / name) for name in list_files(folder)})
+    save(record, folder / RECORD)
+    return record
+
+
+def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: str) -> None:
+    """What the files say must be the integers that were quantized, bit for bit."""
+    waiting = {f"{name}.weight": name for name in quantized.tensors}
+    for name, dense in iterate_dense(folder):
+        module = waiting.pop(name, None)
+        if module is None:
+            continue
+        expected = quantized.tensors[module].dequantize().cpu()
+        if format_name == "fp16-twin":
+            expected = expected.to(quantized.loaded.storage_dtype).float()
+        found = dense.t() if is_conv1d(quantized.loaded.model.get_submodule(module)) else dense
+        if not torch.equal(found, expected):
+            raise ArtifactError(f"{folder / name}: what was written is not what was quantized. Report this as a bug.")
+    if waiting:
+        raise ArtifactError(
+            f"{folder}: {len(waiting)} modules were not written, first {min(waiting)}. Report this as a bug."
+        )

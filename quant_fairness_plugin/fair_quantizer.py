@@ -1,0 +1,284 @@
+"""The whole line in one class, in the order of the eight steps. Read this first.
+
+    model (1) and texts (2) → measure (3) → sweep (4) → recommend (5) → quantize (6) → export (7) → serve (8)
+
+Each step is a package or module of that name, takes plain data and returns plain data, and can be used alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from typing_extensions import Unpack
+
+from quant_fairness_plugin.artifacts import (
+    ExportRecord,
+    Measurement,
+    Number,
+    Part,
+    ProtectionPlan,
+    SweepReport,
+    TextSet,
+    Undefined,
+)
+from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
+from quant_fairness_plugin.export.formats import check_exportable
+from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.measure.measurement import Measured, measure_states
+from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
+from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.quantize.bank import swapped
+from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
+from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.sweep.engine import count_bytes, sweep_layers
+from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, Mode
+
+EXPORTED = "exported"
+Progress = Callable[[str, int, int], None]
+"""Called with (step, done, in all)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What `run` made: the plan, the checkpoint's record, and the damage without and with protection."""
+
+    plan: ProtectionPlan
+    record: ExportRecord
+    unprotected: Measurement
+    protected: Measurement
+    gain: Number
+    """Worst language's KL without protection minus with it, in bits per byte: above 0, protection helped."""
+
+    @property
+    def verdict(self) -> str:
+        """What protection bought on sentences that no layer was chosen on, in one sentence."""
+        if not self.plan.protected_layers:
+            return "nothing was protected"
+        if isinstance(self.gain, Undefined):
+            return f"what protection bought is undefined: {self.gain.undefined}"
+        figures = f"{self.gain.estimate:.5f} [{self.gain.low:.5f}, {self.gain.high:.5f}] bits per byte"
+        if self.gain.low > 0:
+            return f"protection lowered the worst language's KL by {figures}"
+        if self.gain.high < 0:
+            return f"protection did not help: it changed the worst language's KL by {figures} for the worse"
+        return f"protection did not measurably help: it lowered the worst language's KL by {figures}, which includes 0"
+
+
+class FairQuantizer:
+    """A model, a text set and a configuration; every method is one step and remembers its result for the next.
+
+    The model itself is never changed.
+
+    Example:
+        quantizer = FairQuantizer.from_pretrained("demo", protect_layers="auto")
+        quantizer.save_pretrained("demo-int4-fair")
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, texts: TextSet, config: FairConfig, *, progress: Progress | None = None
+    ) -> None:
+        self.loaded, self.texts, self.config = loaded, texts, config
+        self._progress = progress or (lambda step, done, total: None)
+        self._report: SweepReport | None = None
+        self._plan: ProtectionPlan | None = None
+        self._quantized: QuantizedModel | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        config: FairConfig | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        progress: Progress | None = None,
+        **options: Unpack[FairOptions],
+    ) -> FairQuantizer:
+        """Steps 1 and 2: load a model and the texts, after checking everything that can be known before.
+
+        Args:
+            model: `demo`, `demo-gpt2`, a Hub id, a folder, or a `.safetensors` file.
+            config: a complete configuration; or give single `options`, the fields of `FairConfig`.
+            revision: commit of a Hub model.
+            trust_remote_code: run code that the model's folder brings.
+            allow_pickle: read pickle weights where there are no others.
+            progress: called with (step, done, in all).
+            **options: fields of `FairConfig`.
+
+        Raises:
+            QuantFairnessError: one of its kinds, before the weights are read wherever that is possible.
+        """
+        source = ModelSource(model, revision, trust_remote_code, allow_pickle)
+        return cls.from_source(source, config or make_config(**options), progress=progress)
+
+    @classmethod
+    def from_source(cls, source: ModelSource, config: FairConfig, *, progress: Progress | None = None) -> FairQuantizer:
+        """Steps 1 and 2 from a complete source and configuration; see `from_pretrained`."""
+        _, texts = preflight(source, config)
+        loaded = load_model(
+            source.name,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            allow_pickle=source.allow_pickle,
+        )
+        check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader)
+        return cls(loaded, texts, config, progress=progress)
+
+    def measure(self, *states: ModelState, part: Part = "confirm") -> Measured:
+        """Step 3: damage of model states against the 16-bit model, language by language.
+
+        Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
+        """
+        baseline = fixed_state(BASELINE, self.loaded.model)
+        states = states or (baseline,)
+        return measure_states(
+            baseline,
+            states,
+            self.loaded.tokenizer,
+            self.texts.part(part),
+            part=part,
+            vocabulary=self.loaded.model.config.vocab_size,
+            provenance=lambda given: provenance(self.loaded.files, self.texts, seed=self.config.seed, arguments=given),
+            reference=self.config.reference,
+            draws=self.config.draws,
+            seed=self.config.seed,
+            progress=partial(self._progress, f"measure {', '.join(state.name for state in states)}"),
+        )
+
+    def measure_folder(self, folder: Path, *, part: Part = "confirm") -> Measurement:
+        """Step 3 on a written checkpoint, read back from its files (step 8) by our own dequantizer."""
+        return self.measure(_exported(folder), part=part).measurements[EXPORTED]
+
+    def sweep(self, modes: Sequence[Mode] = ("protect-one",)) -> SweepReport:
+        """Step 4: damage of every single-layer plan on the search part, and the layers ranked by it."""
+        if self._report is None:
+            self._report = sweep_layers(
+                self.loaded,
+                self.texts.part("search"),
+                grid=self.config.grid,
+                modes=modes,
+                reference=self.config.reference,
+                top=self.config.top or 3,
+                draws=self.config.draws,
+                seed=self.config.seed,
+                progress=partial(self._progress, "sweep"),
+            )
+        return self._report
+
+    def recommend(self) -> ProtectionPlan:
+        """Step 5: which layers keep 16 bit, by the configuration's layers, `top`, or byte budget."""
+        if self._plan is None:
+            chosen = self.config.protect_layers
+            if chosen == "auto":
+                self._plan = recommend_plan(
+                    self.sweep(),
+                    objective=self.config.objective,
+                    top=self.config.top,
+                    max_overhead=self.config.max_overhead,
+                    strict=self.config.strict,
+                )
+            else:
+                self._plan = self._explicit(() if chosen == "none" else chosen)
+        return self._plan
+
+    def _explicit(self, layers: tuple[int, ...]) -> ProtectionPlan:
+        layer_bytes, other_bytes = count_bytes(self.loaded, self.config.grid)
+        return explicit_plan(
+            layers,
+            model=self.loaded.files.name,
+            grid=self.config.grid,
+            layer_bytes=layer_bytes,
+            other_bytes=other_bytes,
+        )
+
+    def quantize(self, plan: ProtectionPlan | None = None) -> QuantizedModel:
+        """Step 6: integers and scales of every layer that the plan does not protect, calibrated on all languages."""
+        if plan is not None:
+            return self._quantize(plan)
+        if self._quantized is None:
+            self._quantized = self._quantize(self.recommend())
+        return self._quantized
+
+    def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
+        calibration = None
+        if self.config.method != "rtn":
+            calibration = build_calibration(
+                self.loaded.tokenizer,
+                self.texts.part("calibrate"),
+                tokens_per_language=self.config.tokens_per_language,
+            )
+        return quantize_model(
+            self.loaded,
+            plan.protected_layers,
+            method=self.config.method,
+            grid=self.config.grid,
+            calibration=calibration,
+            progress=partial(self._progress, "quantize"),
+        )
+
+    def save_pretrained(
+        self,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        measure: Callable[[Path], Measurement] | None | Literal["exported"] = "exported",
+    ) -> ExportRecord:
+        """Steps 7 and 8: write the checkpoint beside, verify it, measure what was written, then rename it.
+
+        Args:
+            out: the folder to make.
+            overwrite: replace an earlier export of that name.
+            measure: measures the written folder; None leaves the record without a measurement.
+
+        Raises:
+            ConfigError: `out` exists and `overwrite` is False.
+            ArtifactError: what was written is not what was quantized; nothing is left behind.
+        """
+        return export(
+            self.quantize(),
+            Path(out),
+            plan=self.recommend(),
+            texts=self.texts,
+            format=self.config.format,
+            reader=self.config.reader,
+            seed=self.config.seed,
+            overwrite=overwrite,
+            measure=self.measure_folder if measure == "exported" else measure,
+        )
+
+    def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
+        """The main job: all eight steps, and the same quantization without protection for comparison.
+
+        Raises:
+            QuantFairnessError: one of its kinds; a failed run leaves nothing behind.
+        """
+        plan = self.recommend()
+        bare = self.quantize(self._explicit(())) if plan.protected_layers else self.quantize()
+        unprotected = ModelState(NONE, lambda: swapped(self.loaded, bare.dense_weights()))
+        measured: list[Measured] = []
+
+        def compare(folder: Path) -> Measurement:
+            measured.append(self.measure(unprotected, _exported(folder)))
+            return measured[0].measurements[EXPORTED]
+
+        record = self.save_pretrained(out, overwrite=overwrite, measure=compare)
+        return RunResult(
+            plan=plan,
+            record=record,
+            unprotected=measured[0].measurements[NONE],
+            protected=measured[0].measurements[EXPORTED],
+            gain=measured[0].gain(NONE, EXPORTED),
+        )
+
+
+def _exported(folder: Path) -> ModelState:
+    return fixed_state(EXPORTED, load_quantized(folder, kernel="reference"))

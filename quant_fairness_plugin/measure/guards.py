@@ -1,0 +1,82 @@
+"""Step 3 of 8: what must be reported as such and never ranked: collapsed states and unsupported languages.
+
+Takes numbers and sentences; returns the reason as one sentence, or None where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.metrics import Array
+
+CHANCE_SHARE = 0.9
+UNIFORM_BITS_PER_BYTE = 8.0
+PERPLEXITY_FACTOR = 10.0
+SMOOTHING = 0.5
+"""Krichevsky-Trofimov: close to the best that a byte count can do on a text of unknown length."""
+
+
+def byte_unigram_bpb(sentences: Sequence[str], folds: int = 5) -> float:
+    """Bits per byte of a model that knows only how frequent each byte is, cross-fitted on the same sentences.
+
+    Sentence i is scored by the bytes of the sentences outside its fold (i modulo `folds`), so that no sentence helps to
+    predict itself.
+
+    Raises:
+        ConfigError: fewer than 2 sentences, fewer than 2 folds, or no bytes at all.
+    """
+    if len(sentences) < 2 or folds < 2:
+        raise ConfigError(f"{len(sentences)} sentence(s) in {folds} fold(s): cross-fitting needs at least 2 of each")
+    counts = np.stack([_byte_counts(sentences[fold::folds]) for fold in range(min(folds, len(sentences)))])
+    if not counts.any():
+        raise ConfigError("all sentences are empty: bits per byte need text")
+    return sum(_unigram_bits(counts.sum(axis=0) - held_out, held_out) for held_out in counts) / float(counts.sum())
+
+
+def _byte_counts(sentences: Sequence[str]) -> Array:
+    return np.bincount(np.frombuffer("".join(sentences).encode(), dtype=np.uint8), minlength=256).astype(np.float64)
+
+
+def _unigram_bits(training: Array, held_out: Array) -> float:
+    probabilities = (training + SMOOTHING) / (training.sum() + 256 * SMOOTHING)
+    return float(-held_out @ np.log2(probabilities))
+
+
+def support(baseline_bpb: float, unigram_bpb: float) -> str | None:
+    """Why the 16-bit model does not support a language, or None: it must beat a byte unigram model on the same text."""
+    if baseline_bpb < unigram_bpb:
+        return None
+    return (
+        f"the 16-bit model needs {baseline_bpb:.2f} bits per byte, no better than counting bytes ({unigram_bpb:.2f}): "
+        "there is nothing to lose"
+    )
+
+
+def collapse(
+    *, nats_per_token: float, bits_per_byte: float, perplexity: float, baseline_perplexity: float, vocabulary: int
+) -> str | None:
+    """Why a quantized model counts as no better than chance on a language, or None.
+
+    Args:
+        nats_per_token: of the quantized model.
+        bits_per_byte: of the quantized model.
+        perplexity: of the quantized model, per token.
+        baseline_perplexity: of the 16-bit model, on the same tokens.
+        vocabulary: entries of the vocabulary; uniform guessing costs ln(vocabulary) nats per token.
+    """
+    chance = CHANCE_SHARE * math.log(vocabulary)
+    if nats_per_token >= chance:
+        return (
+            f"{nats_per_token:.2f} nats per token, at or above {CHANCE_SHARE} · ln {vocabulary} = {chance:.2f} (chance)"
+        )
+    if bits_per_byte >= UNIFORM_BITS_PER_BYTE:
+        return f"{bits_per_byte:.2f} bits per byte, no better than random bytes (8)"
+    if perplexity > PERPLEXITY_FACTOR * baseline_perplexity:
+        return (
+            f"perplexity {perplexity:.4g} is more than {PERPLEXITY_FACTOR:g} times the 16-bit {baseline_perplexity:.4g}"
+        )
+    return None

@@ -1,0 +1,272 @@
+"""Step 1, loading: a name or a model in memory in, a `LoadedModel` that every later step works on out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.model.families import Family, detect_family
+from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
+from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
+from quant_fairness_plugin.model.storage import (
+    parameters_sha256,
+    round_parameters,
+    sixteen_bit,
+    storage_dtype,
+)
+
+__all__ = [
+    "LoadedModel",
+    "empty_model",
+    "from_loaded",
+    "is_conv1d",
+    "is_linear",
+    "linear_weight",
+    "load_model",
+    "quiet_transformers",
+    "set_linear_weight",
+]
+
+_COMPUTE = (torch.float32, torch.float16, torch.bfloat16)
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+"""What Transformers raises for a checkpoint or config that it cannot use; it has no base class of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal language model with its tokenizer and its map."""
+
+    files: ModelFiles
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    family: Family
+    storage_dtype: torch.dtype
+    """`torch.float16` or `torch.bfloat16`: what an export stores the unquantized weights in."""
+
+    @property
+    def layers(self) -> int:
+        """How many decoder blocks the model has."""
+        return self.files.layers
+
+    def block(self, layer: int) -> nn.Module:
+        """One decoder block.
+
+        Raises:
+            InvalidLayerError: the layer is not in `0..layers - 1`.
+        """
+        if not 0 <= layer < self.layers:
+            raise InvalidLayerError(
+                f"layer {layer} does not exist: the model has {self.layers} layers, allowed are 0..{self.layers - 1}."
+            )
+        return self.model.get_submodule(f"{self.family.blocks}.{layer}")
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        """The linear modules of a layer by full name, in forward order.
+
+        Raises:
+            InvalidLayerError: the layer is not in `0..layers - 1`.
+        """
+        block = self.block(layer)
+        names = zip(self.family.full_names(layer), self.family.modules(), strict=True)
+        return {full: block.get_submodule(relative) for full, relative in names}
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    device: str = "cpu",
+) -> LoadedModel:
+    """Load a model for measuring and quantizing: its weights rounded to 16 bit, computed in `dtype`.
+
+    The rounding makes "the 16-bit model" exact: a float32 checkpoint is rounded to float16 first, as an export
+    would store it. The model is in evaluation mode and takes no gradients.
+
+    Args:
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        dtype: what the model computes in; None is float32.
+        revision: branch, tag or commit of a Hub id.
+        trust_remote_code: run the model code that the checkpoint brings along.
+        allow_pickle: read `pytorch_model.bin` where there is no safetensors file (with `weights_only`).
+        device: where the model goes after loading.
+
+    Raises:
+        ConfigError: no such model, a dtype that is not computed in, or a device that this machine does not have.
+        UnsupportedModelError: an architecture that is not supported, or values too large for float16.
+        ArtifactError: missing, malformed, surplus or non-finite tensors.
+        ExternalServiceError: the Hub failed.
+    """
+    compute = torch.float32 if dtype is None else dtype
+    if compute not in _COMPUTE:
+        raise ConfigError(f"dtype {dtype} cannot be computed in; allowed are float32, float16 and bfloat16. Use those.")
+    _check_device(device)
+    files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    storage = storage_dtype(files)
+    model = _load_weights(files, trust_remote_code)
+    family = detect_family(model)
+    _check_layer_count(files, model, family)
+    round_parameters(model, files, storage=storage, compute=compute)
+    model.requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    return LoadedModel(files, model, _load_tokenizer(files, trust_remote_code), family, storage)
+
+
+def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
+    """Wrap a model that is already in memory. The model itself is not changed, nor rounded to 16 bit.
+
+    Raises:
+        UnsupportedModelError: an architecture that is not supported, a quantized model, or one without weights.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Transformers model; allowed are causal language models of Transformers. "
+            "Unwrap it (an adapter: peft's merge_and_unload)."
+        )
+    if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
+        raise UnsupportedModelError("the model is already quantized; allowed are 16- or 32-bit models. Load that one.")
+    family = detect_family(model)
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    weight = linear_weight(blocks[0].get_submodule(family.modules()[0]))
+    if weight.is_meta or weight.dtype not in _COMPUTE:
+        raise UnsupportedModelError(
+            f"the model's weights are {'on the meta device' if weight.is_meta else weight.dtype}; allowed are float16, "
+            "bfloat16 and float32 weights in memory. Load the model with its weights."
+        )
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    files = ModelFiles(
+        name=name,
+        folder=Path("<memory>"),
+        config=model.config.to_dict(),
+        weights=(),
+        layers=len(blocks),
+        revision=None,
+        memory_sha256=parameters_sha256(model),
+    )
+    return LoadedModel(files, model, tokenizer, family, sixteen_bit(weight.dtype))
+
+
+def empty_model(files: ModelFiles, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model's modules on the meta device: its structure without reading or allocating a weight.
+
+    Raises:
+        ArtifactError: a config that Transformers cannot read.
+        UnsupportedModelError: an architecture that Transformers does not know as a causal language model.
+    """
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+    except _LOAD_ERRORS as err:
+        raise ArtifactError(f"{files.folder / 'config.json'}: {_one_line(err)}. Restore the model's own file.") from err
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=trust_remote_code
+            )
+    except _LOAD_ERRORS as err:
+        raise UnsupportedModelError(
+            f"{files.name}: cannot be built as a causal language model ({_one_line(err)}). Use a decoder-only model."
+        ) from err
+    return model
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence Transformers' progress bars and load report on stderr; restores both afterwards."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as err:  # torch asserts that it was built for the device
+        raise ConfigError(
+            f"device {device!r} cannot be used ({_one_line(err)}); allowed are cpu and this machine's accelerators. "
+            "Use cpu, or install a torch build for the device."
+        ) from err
+
+
+def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
+    # Building the empty model first tells a bad config (5), an unsupported architecture (3) and bad weights (5) apart.
+    detect_family(empty_model(files, trust_remote_code=trust_remote_code))
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                dtype=torch.float32,  # exact for every 16-bit checkpoint
+                use_safetensors=files.weights[0].suffix == ".safetensors",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported by name below, where Transformers only points at its log
+            )
+    except _LOAD_ERRORS as err:
+        raise ArtifactError(
+            f"{files.folder}: the weights do not load ({_one_line(err)}). Get the files again."
+        ) from err
+    model: PreTrainedModel
+    model, info = loaded
+    _check_keys(files, info)
+    return model
+
+
+def _check_keys(files: ModelFiles, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that does not hold exactly the model's tensors; Transformers would fill gaps at random."""
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
+    }
+    found = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
+    if found:
+        raise ArtifactError(
+            f"{files.folder}: the tensors are not those of the config ({'; '.join(found)}). Get matching files."
+        )
+
+
+def _check_layer_count(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+    blocks = model.get_submodule(family.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    if len(blocks) != files.layers:
+        raise ArtifactError(
+            f"{files.folder / 'config.json'}: says {files.layers} layers, the model has {len(blocks)}. Correct it."
+        )
+
+
+def _load_tokenizer(files: ModelFiles, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                files.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except _LOAD_ERRORS as err:
+        raise ArtifactError(
+            f"{files.folder}: the tokenizer does not load ({_one_line(err)}). Put the model's tokenizer files there."
+        ) from err
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+def _one_line(err: BaseException) -> str:
+    text = " ".join(str(err).split()) or type(err).__name__
+    return text if len(text) <= 200 else f"{text[:199]}…"

@@ -1,0 +1,240 @@
+"""Step 1, resolving: a model's name in, its checked files out. Everything that can be refused before torch is imported.
+
+A wrong name, a quantized or unsupported model, missing, malformed or unsafe files: all fail here, within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.headers import TensorShapes
+from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
+from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
+
+BUNDLED = ("demo", "demo-gpt2")
+
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
+_QUANTIZED_ENDINGS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """Where a model is on disk, and what its config says."""
+
+    name: str
+    """The bundled name, the folder's name, or the Hub id."""
+    folder: Path
+    """Not an existing path where the model is only in memory (`weights` is then empty)."""
+    config: dict[str, Any]
+    weights: tuple[Path, ...]
+    layers: int
+    revision: str | None
+    """The commit of a Hub snapshot; None for local files."""
+    memory_sha256: str | None = None
+    """The checksum of the parameters, where there are no files."""
+
+
+def resolve_model(
+    name: str, *, revision: str | None = None, allow_pickle: bool = False, trust_remote_code: bool = False
+) -> ModelFiles:
+    """Find a model and check its files, without importing torch or reading a weight.
+
+    Args:
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        allow_pickle: accept `pytorch_model.bin` where there is no safetensors file.
+        trust_remote_code: accept a config that names code of its own.
+
+    Raises:
+        ConfigError: nothing of that name, or a revision that does not apply or does not pin the code to be run.
+        UnsupportedModelError: quantized, GGUF, adapter, encoder or encoder-decoder models, and untrusted code.
+        ArtifactError: missing, malformed, stale or unsafe files.
+        ExternalServiceError: the Hub failed.
+    """
+    folder, label, commit = _locate(name, revision, allow_pickle, trust_remote_code)
+    _refuse_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise _no_config(folder)
+    check_inside(folder, folder / "config.json")
+    config = read_json(folder / "config.json")
+    _check_config(folder, config, trust_remote_code)
+    weights = find_weights(folder, allow_pickle=allow_pickle)
+    if weights[0].suffix == ".safetensors":
+        _refuse_quantized_tensors(folder, read_shapes(weights))
+    return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit)
+
+
+def tensor_shapes(files: ModelFiles) -> TensorShapes:
+    """Name → (dtype as safetensors writes it, shape) of every tensor, from the headers of the weight files alone.
+
+    Raises:
+        ArtifactError: pickle weights, or files that are malformed or do not fit their index.
+    """
+    return read_shapes(files.weights)
+
+
+def model_sha256(files: ModelFiles) -> str:
+    """The checksum of config.json and the weights: sha256 of what `sha256sum config.json model….safetensors` prints.
+
+    For a model that was in memory, that of its parameters at the time it was wrapped.
+
+    Raises:
+        ArtifactError: a file cannot be read.
+    """
+    if files.memory_sha256 is not None:
+        return files.memory_sha256
+    lines = [f"{_file_sha256(path)}  {path.name}\n" for path in (files.folder / "config.json", *files.weights)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _file_sha256(path: Path) -> str:
+    try:
+        status = path.stat()
+        return _cached_sha256(path, status.st_size, status.st_mtime_ns)
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be read ({err.strerror}). Get the file again.") from err
+
+
+@lru_cache(maxsize=256)
+def _cached_sha256(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _locate(
+    name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool
+) -> tuple[Path, str, str | None]:
+    """The model's folder, its label, and the commit where it comes from the Hub."""
+    hint = f"Allowed are a bundled model ({', '.join(BUNDLED)}), a folder or .safetensors file on disk, or a Hub id."
+    local = _local_folder(name, hint)
+    if local is not None:
+        if revision is not None:
+            raise ConfigError(f"revision {revision!r} applies to Hub ids only, and {name!r} is on disk. Leave it out.")
+        return local, name if name in BUNDLED else local.resolve().name, None
+    if not is_repository_id(name):
+        raise ConfigError(f"there is no model {name!r}. {hint}")
+    if trust_remote_code and not is_commit(revision):
+        raise ConfigError(
+            f"revision {revision!r} does not pin the code that {name!r} would run; allowed is a full commit hash. "
+            "Pass --revision with the commit that you have read."
+        )
+    folder = download(
+        name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code, hint=hint
+    )
+    return folder, name, folder.name
+
+
+def _local_folder(name: str, hint: str) -> Path | None:
+    """The folder that the name stands for, or None where only the Hub can know it."""
+    if name in BUNDLED:
+        folder = Path(__file__).parent / "bundled" / name
+        if not folder.is_dir():
+            raise ArtifactError(f"{folder}: the bundled model is missing from this installation. Install it again.")
+        return folder
+    if not name.strip():
+        raise ConfigError(f"the model's name is empty. {hint}")
+    path = Path(name).expanduser()
+    if os.path.isdir(path):  # not Path.is_dir, which raises on a name that is too long
+        return path
+    if path.suffix == ".gguf":
+        raise UnsupportedModelError(f"{name}: GGUF weights are not read. Use the model's safetensors folder.")
+    if os.path.isfile(path):
+        return _folder_of_file(path, hint)
+    if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".json"}:
+        raise ArtifactError(f"{name}: no such file. {hint}")
+    return None
+
+
+def _folder_of_file(path: Path, hint: str) -> Path:
+    if path.suffix == ".safetensors":
+        folder = path.parent
+        if (folder / "config.json").is_file() and path not in find_weights(folder, allow_pickle=False):
+            raise ArtifactError(
+                f"{path}: not the weights of the model in its folder; allowed are model.safetensors and the files of "
+                "its index. Name the folder instead."
+            )
+        return folder
+    if path.suffix in {".bin", ".pt", ".pth"}:
+        return path.parent
+    raise ConfigError(f"{path}: a file that is no model. {hint}")
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModelError(
+            f"{folder}: a LoRA adapter (adapter_config.json), not a whole model. Merge it into its base model "
+            "(peft's merge_and_unload) and use the merged folder."
+        )
+
+
+def _no_config(folder: Path) -> ArtifactError | UnsupportedModelError:
+    if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
+        return UnsupportedModelError(f"{folder}: GGUF weights are not read. Use the model's safetensors folder.")
+    return ArtifactError(
+        f"{folder}: no config.json; a model folder holds config.json, its weights and its tokenizer. Complete it."
+    )
+
+
+def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    """Refuse what the config already shows to be unsupported."""
+    path = folder / "config.json"
+    quantized = config.get("quantization_config") or config.get("compression_config")
+    if quantized:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise UnsupportedModelError(
+            f"{path}: the model is already quantized ({method}); allowed are 16- or 32-bit models. Use the original."
+        )
+    _check_custom_code(folder, config, trust_remote_code)
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ArtifactError(f"{path}: 'architectures' is {architectures!r}, expected a list of names. Restore it.")
+    causal = not architectures or any(name.endswith(_CAUSAL_ENDINGS) for name in architectures)
+    if config.get("is_encoder_decoder") or not causal:
+        what = ", ".join(architectures) or config.get("model_type", "the model")
+        raise UnsupportedModelError(
+            f"{path}: {what} is not a decoder-only language model; allowed are causal models (…ForCausalLM). Use one."
+        )
+
+
+def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+    tokenizer = folder / "tokenizer_config.json"
+    sources = {folder / "config.json": config} | ({tokenizer: read_json(tokenizer)} if tokenizer.is_file() else {})
+    for path, content in sources.items():
+        if "auto_map" not in content and "model_file" not in content:
+            continue
+        if not trust_remote_code:
+            raise UnsupportedModelError(
+                f"{path}: names code of its own (auto_map), which is not run. Use a model that Transformers knows, or "
+                "pass --trust-remote-code (trust_remote_code=True) after reading that code."
+            )
+        if "--" in str(content.get("auto_map")):  # `other/repository--file.Class`
+            raise UnsupportedModelError(
+                f"{path}: takes its code from another repository, which no revision pins. Copy that code here."
+            )
+
+
+def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
+    for name, (dtype, _) in shapes.items():
+        if name.endswith(_QUANTIZED_ENDINGS) or dtype.startswith(("F4", "F6", "F8")):
+            raise UnsupportedModelError(
+                f"{folder}: the model is already quantized ({name}, {dtype}); allowed are 16- or 32-bit models. "
+                "Use the original."
+            )
+
+
+def _layer_count(folder: Path, config: dict[str, Any]) -> int:
+    given = {key: config[key] for key in _LAYER_KEYS if key in config}
+    counts = {value for value in given.values() if type(value) is int and value > 0}
+    if len(counts) != 1 or any(value not in counts for value in given.values()):
+        raise ArtifactError(
+            f"{folder / 'config.json'}: does not say how many layers the model has ({given or 'no such key'}); looked "
+            f"for a whole number in one of {', '.join(_LAYER_KEYS)}. Restore the model's own file."
+        )
+    return counts.pop()

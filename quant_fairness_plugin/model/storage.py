@@ -1,0 +1,89 @@
+"""Step 1, the 16-bit values: in which dtype a model is stored, and its parameters rounded to exactly that."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
+
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def storage_dtype(files: ModelFiles) -> torch.dtype:
+    """The 16-bit dtype of a checkpoint: that of most of its values; float16 where they have 32 bits or more.
+
+    Raises:
+        UnsupportedModelError: the checkpoint holds no values of 16, 32 or 64 bits.
+        ArtifactError: pickled weights that cannot be read.
+    """
+    sizes = Counter[torch.dtype]()
+    if files.weights[0].suffix == ".safetensors":
+        for name, shape in tensor_shapes(files).values():
+            if name in _FLOATS:
+                sizes[_FLOATS[name]] += torch.Size(shape).numel()
+    else:
+        for path in files.weights:
+            for tensor in _unpickle_on_meta(path):
+                if tensor.dtype in _FLOATS.values():
+                    sizes[tensor.dtype] += tensor.numel()
+    if not sizes:
+        raise UnsupportedModelError(
+            f"{files.name}: no floating-point weights; allowed are float16, bfloat16 and float32. "
+            "Use the unquantized model."
+        )
+    return sixteen_bit(sizes.most_common(1)[0][0])
+
+
+def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype in which values of a dtype are stored: its own, else float16."""
+    return dtype if dtype in {torch.float16, torch.bfloat16} else torch.float16
+
+
+def round_parameters(model: nn.Module, files: ModelFiles, *, storage: torch.dtype, compute: torch.dtype) -> None:
+    """Round every parameter to the storage dtype, then convert it; buffers (rotary tables) keep full precision.
+
+    Raises:
+        ArtifactError: a parameter holds NaN or infinite values.
+        UnsupportedModelError: a value is too large for the storage dtype.
+    """
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ArtifactError(f"{files.folder}: {name} holds NaN or infinite values. Get the files again.")
+        rounded = parameter.detach().to(storage)
+        if not torch.isfinite(rounded).all():
+            raise UnsupportedModelError(
+                f"{files.name}: {name} holds {parameter.abs().max().item():.3g}, and {storage} ends at "
+                f"{torch.finfo(storage).max:.3g}. Convert the checkpoint to bfloat16 first."
+            )
+        parameter.data = rounded.to(compute)
+
+
+def parameters_sha256(model: nn.Module) -> str:
+    """The checksum of a model in memory: of every parameter's name, dtype, shape and bytes."""
+    total = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
+        content = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total.update(memoryview(content.numpy()))  # type: ignore[arg-type] # numpy's stubs do not say it is a buffer
+    return total.hexdigest()
+
+
+def _unpickle_on_meta(path: Path) -> list[Tensor]:
+    """The tensors of a pickle without their data; nothing but tensors and plain containers is constructed."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of its own deprecated storage classes in old files
+            content = torch.load(path, map_location="meta", weights_only=True)
+        return [value for value in content.values() if isinstance(value, Tensor)]
+    except Exception as err:  # hostile bytes make the unpickler raise anything
+        raise ArtifactError(
+            f"{path}: cannot be read as weights ({type(err).__name__}); allowed are pickles of plain tensors. "
+            "Convert the model to safetensors where it comes from."
+        ) from err

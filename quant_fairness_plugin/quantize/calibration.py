@@ -1,0 +1,163 @@
+"""Calibration text as token rows, the same number of tokens for every language. Step 6 (quantize).
+
+Takes a tokenizer and a text set; returns a `CalibrationSet`. Budgets are counted after tokenization: an equal number of
+*sentences* would give languages that the tokenizer splits finely several times the weight of the others.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quant_fairness_plugin.artifacts import TextSet, digest
+from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROW_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSet:
+    """Token rows per language. Rows hold no padding."""
+
+    rows: dict[str, tuple[tuple[int, ...], ...]]
+    source: str
+    """Name of the text set."""
+    text_sha256: str
+    row_tokens: int
+    """Length of every row but the last of a language, which may be shorter."""
+    separator: int | None
+    """Token id that starts every row and parts the sentences (BOS, else EOS); None where the tokenizer has neither."""
+    seed: int
+
+    @property
+    def coverage(self) -> dict[str, int]:
+        """Tokens per language, separators included."""
+        return {language: sum(map(len, rows)) for language, rows in self.rows.items()}
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of the token ids, language by language."""
+        return digest({language: [list(row) for row in rows] for language, rows in self.rows.items()})
+
+    def summary(self) -> dict[str, Any]:
+        """What an export records of its calibration: plain data, without the tokens."""
+        return {
+            "source": self.source,
+            "text_sha256": self.text_sha256,
+            "tokens_sha256": self.sha256,
+            "tokens_per_language": self.coverage,
+            "row_tokens": self.row_tokens,
+            "separator": self.separator,
+            "seed": self.seed,
+        }
+
+
+def build_calibration(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: TextSet,
+    *,
+    languages: Sequence[str] | None = None,
+    tokens_per_language: int | None = None,
+    row_tokens: int = ROW_TOKENS,
+    seed: int = 0,
+) -> CalibrationSet:
+    """Pack the `calibrate` part of a text set into rows, every language to exactly the same number of tokens.
+
+    Per language, the sentences (in one seeded order for all languages) are packed into rows of `row_tokens`. Every row
+    starts with BOS (EOS where there is none), as scored text does, and BOS also stands between two sentences; what a
+    row cannot hold of a sentence goes on in the next. The last row is cut where the language's tokens are used up.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: a text set; only its part `calibrate` is used (`all` where it was too small to be split).
+        languages: which languages; all of the text set if None.
+        tokens_per_language: tokens of every language, separators included; the smallest language's total if None.
+        row_tokens: length of a row; must fit into the model's context.
+        seed: order of the sentences, and therefore which of them a longer language leaves out.
+
+    Raises:
+        UnknownLanguageError: a language that the text set lacks.
+        ConfigError: no sentences to calibrate on, no languages, a language with too few tokens (says how many there
+            are), or sizes that are not positive.
+    """
+    part = texts.part("calibrate")
+    chosen = _check(part, languages, tokens_per_language, row_tokens)
+    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    order = list(range(len(part)))
+    random.Random(seed).shuffle(order)
+    packed = {lang: _pack(tokenizer, part.sentences[lang], order, separator, row_tokens) for lang in chosen}
+    available = {lang: sum(map(len, rows)) for lang, rows in packed.items()}
+    smallest = min(available, key=available.__getitem__)
+    budget = available[smallest] if tokens_per_language is None else tokens_per_language
+    if available[smallest] < max(budget, 1):
+        raise ConfigError(
+            f"{smallest} has {available[smallest]} calibration tokens, fewer than the {budget} of every language; "
+            f"ask for at most {available[smallest]}, or give more text"
+        )
+    return CalibrationSet(
+        rows={lang: _cut(rows, budget) for lang, rows in packed.items()},
+        source=texts.name,
+        text_sha256=texts.sha256,
+        row_tokens=row_tokens,
+        separator=separator,
+        seed=seed,
+    )
+
+
+def _check(part: TextSet, languages: Sequence[str] | None, tokens: int | None, row_tokens: int) -> tuple[str, ...]:
+    chosen = part.languages if languages is None else tuple(languages)
+    if unknown := [language for language in chosen if language not in part.languages]:
+        raise UnknownLanguageError(
+            f"{part.name} has no {', '.join(unknown)} to calibrate on; it has {', '.join(part.languages)}"
+        )
+    if not chosen or not len(part):
+        raise ConfigError(
+            f"{part.name} has no sentences to calibrate on in {len(chosen)} languages; "
+            "give a text set with sentences in the part 'calibrate', and at least one language"
+        )
+    if row_tokens < 2:
+        raise ConfigError(f"{row_tokens} tokens a row are too few; use at least 2, such as {ROW_TOKENS}")
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"{tokens} tokens per language are too few; use at least 1, or None for as many as there are")
+    return chosen
+
+
+def _pack(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], order: list[int], separator: int | None, length: int
+) -> list[tuple[int, ...]]:
+    """Rows of `length` tokens (the last may be shorter) that hold all sentences."""
+    start = [] if separator is None else [separator]
+    rows: list[tuple[int, ...]] = []
+    row: list[int] = []
+    for token in _stream(tokenizer, sentences, order, start):
+        if len(row) == length:
+            rows.append(tuple(row))
+            row = []
+        if not row and token != separator:
+            row.extend(start)
+        row.append(token)
+    return [*rows, tuple(row)] if row else rows
+
+
+def _stream(
+    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], order: list[int], start: list[int]
+) -> Iterator[int]:
+    for index in order:
+        yield from start
+        yield from tokenizer(sentences[index], add_special_tokens=False)["input_ids"]
+
+
+def _cut(rows: list[tuple[int, ...]], budget: int) -> tuple[tuple[int, ...], ...]:
+    """The first `budget` tokens, in the same rows."""
+    kept: list[tuple[int, ...]] = []
+    for row in rows:
+        if budget <= 0:
+            break
+        kept.append(row[:budget])
+        budget -= len(kept[-1])
+    return tuple(kept)

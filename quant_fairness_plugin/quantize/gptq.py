@@ -1,0 +1,166 @@
+"""GPTQ: choose the integers of a weight so that its *outputs* change least. Step 6 (quantize), one linear module.
+
+Takes a weight `[rows, cols]` and the second moment of its inputs `[cols, cols]`; returns the integers on their grid.
+Written from Frantar et al., "GPTQ" (arXiv 2210.17323, Algorithm 1): columns are rounded one by one, and each one's
+error is spread over the columns still to come, through the Cholesky factor of the inverse Hessian.
+
+Order: columns with the largest Hessian diagonal first, where their errors can still be made up for (*act-order*). The
+grid of every group is fixed from the original weight before the columns are permuted (*static*), so the result has
+ordinary groups of neighbouring columns and needs no column index on disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
+
+DEFAULT_DAMP = 0.05
+MAX_DAMP = 100.0
+"""Past this the Hessian is all but a multiple of the identity: the solution is plain rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class GptqResult:
+    """A solved weight and what the solution cost."""
+
+    tensor: QuantizedTensor
+    loss_relative_to_output_energy: float
+    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ): the squared output error over the squared output, on the calibration text."""
+    damp_used: float
+    """The damping at which the Hessian was positive definite; larger than asked where it had to be raised."""
+
+
+def solve_gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    grid: Grid,
+    *,
+    scale_dtype: torch.dtype,
+    damp: float = DEFAULT_DAMP,
+    block: int = 128,
+    act_order: bool = True,
+) -> GptqResult:
+    """Quantize a weight against the second moment of its inputs.
+
+    A column whose input never was anything but 0 on the calibration text is rounded to nearest, not set to 0: it may
+    well carry a signal in text that the calibration lacks.
+
+    Args:
+        weight: float `[rows, cols]`, not changed.
+        hessian: XᵀX `[cols, cols]` of the inputs in any scale, not changed.
+        grid: the grid.
+        scale_dtype: dtype in which scales will be stored.
+        damp: share of the mean Hessian diagonal that is added to the diagonal.
+        block: columns between two updates of the rest of the weight; changes the speed, not the solution.
+        act_order: largest Hessian diagonal first, instead of left to right.
+
+    Raises:
+        ConfigError: an argument that cannot be used, or a Hessian of another shape than the weight's columns.
+        ArtifactError: the weight holds NaN or infinity.
+        UnsupportedModelError: the Hessian holds NaN or infinity, or no damping makes it positive definite.
+    """
+    _check(weight, hessian, damp=damp, block=block)
+    work = weight.to(working_dtype(weight.device), copy=True)
+    moment = hessian.to(work.dtype)
+    scales, zeros = fit_grid(weight.float().contiguous(), grid, scale_dtype=scale_dtype)
+    live = _without_dead(moment)
+    columns = torch.arange(work.shape[1], device=work.device)
+    order = torch.argsort(live.diagonal(), descending=True, stable=True) if act_order else columns
+    factor, damp_used = _inverse_factor(live[order][:, order], damp)
+    group = order // (work.shape[1] // scales.shape[1])
+    solved = _solve(work[:, order], factor, scales, zeros, group.tolist(), bits=grid.bits, block=block)
+    integers = torch.empty_like(solved)
+    integers[:, order] = solved
+    tensor = QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
+    return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), damp_used)
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of Hessians and solutions: float64 on a CPU, where it is cheap; GPUs may run it 64 times slower."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def output_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of two weights `[rows, cols]`; 0 where the weight has no output at all."""
+    energy = _energy(weight, hessian)
+    return _energy(weight - quantized, hessian) / energy if energy > 0 else 0.0
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    return float(((weight @ hessian.to(weight.dtype)) * weight).double().sum())
+
+
+def _check(weight: Tensor, hessian: Tensor, *, damp: float, block: int) -> None:
+    if hessian.shape != (weight.shape[1], weight.shape[1]):
+        raise ConfigError(
+            f"the Hessian has shape {tuple(hessian.shape)}; a weight of shape {tuple(weight.shape)} needs "
+            f"{(weight.shape[1], weight.shape[1])}"
+        )
+    if not 0 < damp <= MAX_DAMP:
+        raise ConfigError(f"damping {damp!r} cannot be used; use a number above 0 and up to {MAX_DAMP:g}, such as 0.05")
+    if block < 1:
+        raise ConfigError(f"block {block!r} cannot be used; use a number of columns, such as 128")
+    if not torch.isfinite(hessian).all():
+        raise UnsupportedModelError(
+            "the inputs of the module held NaN or infinity on the calibration text; "
+            "quantize with method 'rtn', or protect the layer"
+        )
+
+
+def _without_dead(moment: Tensor) -> Tensor:
+    """A copy in which dead columns (no input ever) stand alone, with the mean diagonal of the others."""
+    live = moment.clone()
+    diagonal = live.diagonal()
+    dead = diagonal <= 0
+    live[dead, :] = 0
+    live[:, dead] = 0
+    diagonal[dead] = diagonal[~dead].mean() if bool((~dead).any()) else 1.0
+    return live
+
+
+def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
+    """The upper Cholesky factor of the inverse of the damped Hessian, and the damping that it took.
+
+    A second moment is positive semidefinite by construction, but not in finite precision: where the factorization
+    fails, damping grows tenfold.
+    """
+    mean = hessian.diagonal().mean()
+    while damp <= MAX_DAMP:
+        damped = hessian.clone()
+        damped.diagonal().add_(damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed and torch.isfinite(upper).all():
+                return upper, damp
+        damp *= 10
+    raise UnsupportedModelError(
+        f"the Hessian is not positive definite at any damping up to {MAX_DAMP:g}; "
+        "give more calibration text, quantize with method 'rtn', or protect the layer"
+    )
+
+
+def _solve(
+    work: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, groups: list[int], *, bits: int, block: int
+) -> Tensor:
+    """Integers `[rows, cols]` in the order of the columns of `work`, which is used up."""
+    integers = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    for start in range(0, work.shape[1], block):
+        stop = min(start + block, work.shape[1])
+        part, errors = work[:, start:stop], torch.empty_like(work[:, start:stop])
+        for i in range(stop - start):
+            group, pivot = groups[start + i], factor[start + i, start + i : stop]
+            scale, zero = scales[:, group], zeros[:, group]
+            chosen = to_integers(part[:, i], scale, zero, bits=bits)
+            value = (chosen.to(work.dtype) - zero) * scale.to(work.dtype)
+            errors[:, i] = (part[:, i] - value) / pivot[0]
+            part[:, i:] -= errors[:, i : i + 1] * pivot
+            integers[:, start + i] = chosen
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    return integers

@@ -1,0 +1,64 @@
+"""Which integer grids exist and which weights they fit. Step 6 (quantize), the part that can be checked before torch.
+
+Takes a `Grid` and the shape of a weight; returns nothing (or raises), a number of groups, or the reason why not.
+"""
+
+from __future__ import annotations
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.errors import ConfigError
+
+BITS = range(2, 9)
+GROUP_SIZES = (32, 64, 128, -1)
+PACKED_MULTIPLE = 8
+"""Packed checkpoints store eight 4-bit values a word, along either axis."""
+
+
+def check_grid(grid: Grid) -> None:
+    """Refuse a grid that no part of this package can use.
+
+    Raises:
+        ConfigError: bits are not a whole number from 2 to 8, the group size is not 32, 64, 128 or -1, or the clipping
+            rule is unknown.
+    """
+    if type(grid.bits) is not int or grid.bits not in BITS:
+        raise ConfigError(f"bits {grid.bits!r} cannot be used; use a whole number from {BITS[0]} to {BITS[-1]}")
+    if type(grid.group_size) is not int or grid.group_size not in GROUP_SIZES:
+        raise ConfigError(
+            f"group size {grid.group_size!r} cannot be used; use 32, 64, 128, or -1 for one scale per output channel"
+        )
+    if not isinstance(grid.symmetric, bool):
+        raise ConfigError(f"symmetric {grid.symmetric!r} cannot be used; use True or False")
+    if grid.clip not in {"absmax", "mse"}:
+        raise ConfigError(f"clip {grid.clip!r} cannot be used; use 'absmax' or 'mse'")
+
+
+def group_count(grid: Grid, columns: int) -> int:
+    """Scales per output channel of a weight with `columns` input channels.
+
+    Raises:
+        ConfigError: the group size does not divide the columns.
+    """
+    if grid.group_size == -1:
+        return 1
+    if columns % grid.group_size:
+        raise ConfigError(
+            f"group size {grid.group_size} does not divide {columns} input channels; use a group size that does, or -1"
+        )
+    return columns // grid.group_size
+
+
+def misfit(grid: Grid, rows: int, columns: int) -> str | None:
+    """The reason why a weight of this shape must stay in 16 bit, or None where the grid fits it.
+
+    Args:
+        grid: a checked grid.
+        rows: output channels.
+        columns: input channels.
+    """
+    if grid.group_size != -1 and columns % grid.group_size:
+        return f"{columns} input channels are not a multiple of group size {grid.group_size}"
+    for count, what in ((columns, "input"), (rows, "output")):
+        if count % PACKED_MULTIPLE:
+            return f"{count} {what} channels are not a multiple of {PACKED_MULTIPLE}, which packing needs"
+    return None

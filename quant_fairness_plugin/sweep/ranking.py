@@ -1,0 +1,129 @@
+"""Orders layers by what protecting them is worth, and says how far the order can be trusted. Needs no model.
+
+Takes per-sentence scores; returns a `Ranking`. The first layer is the one most worth protecting: under `protect-one`
+the plan that protects it has the lowest objective, under `quantize-one` the plan that quantizes it the highest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from quant_fairness_plugin.artifacts import LanguageDamage, Objective, Ranking, StateScores, Undefined
+from quant_fairness_plugin.measure.damage import RELATIVE_OBJECTIVES, objective_draws, supported_languages
+from quant_fairness_plugin.measure.intervals import Resamples
+from quant_fairness_plugin.measure.metrics import Array
+
+Mode = Literal["protect-one", "quantize-one"]
+BASELINE = "16 bit"
+NONE = "none"
+# A layer counts as reliably chosen where more than half of the resamples choose it, too.
+TOP_PROBABILITY = 0.5
+# The two halves of the sentences must agree better than chance: one-sided test of Kendall's τ.
+HALVES_ALPHA = 0.05
+
+
+def layer_plan(mode: Mode, layer: int) -> str:
+    """The name of the plan that tells a layer's part: `protect 3` or `quantize 3`."""
+    return f"{mode.removesuffix('-one')} {layer}"
+
+
+def rank_layers(
+    scores: Mapping[str, StateScores],
+    damage: Mapping[str, Sequence[LanguageDamage]],
+    *,
+    layers: int,
+    mode: Mode,
+    objective: Objective,
+    reference: str | None,
+    top: int,
+    draws: int,
+    seed: int,
+) -> Ranking | Undefined:
+    """The layers from most to least worth protecting.
+
+    Args:
+        scores: per-sentence scores of the 16-bit state and of every plan of the mode.
+        damage: each plan's damage, for the statuses of its languages.
+        layers: how many layers the model has.
+        mode: which plans to rank by.
+        objective: what to rank by.
+        reference: needed by `excess` and `disparity`.
+        top: the stability figures are about the first `top` layers.
+        draws: bootstrap resamples.
+        seed: of the resamples.
+
+    Returns:
+        The ranking, or `Undefined` where a plan's objective is: no language is supported, one collapsed, or a
+        denominator is not above 0.
+    """
+    plans = [layer_plan(mode, layer) for layer in range(layers)]
+    languages = supported_languages(damage[plans[0]])
+    if problem := _problem(damage, plans, languages, objective, reference):
+        return Undefined(problem)
+    resamples = Resamples(_sentences(scores), draws, seed)
+    weights = np.vstack([resamples.weights, _halves(resamples.sentences)])
+    # [1 + draws + 2, layers], turned so that low is always "most worth protecting"
+    values = np.column_stack(
+        [
+            objective_draws(
+                scores[BASELINE], scores[plan], languages, objective=objective, reference=reference, weights=weights
+            )
+            for plan in plans
+        ]
+    ) * (1.0 if mode == "protect-one" else -1.0)
+    if np.isnan(values).any():
+        return Undefined(f"{objective} is undefined for some resamples: the reference language did not clearly lose")
+    return _ranking(objective, values[0], values[1:-2], values[-2:], min(top, layers - 1))
+
+
+def _ranking(objective: Objective, estimates: Array, drawn: Array, halves: Array, top: int) -> Ranking:
+    order = np.argsort(estimates, kind="stable")
+    chosen = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable") < top
+    probability = chosen.mean(axis=0)
+    agreement = kendalltau(halves[0], halves[1], alternative="greater")
+    tau = None if np.isnan(agreement.statistic) else round(float(agreement.statistic), 4)
+    reliable = bool((probability[order[:top]] > TOP_PROBABILITY).all())
+    agreeing = tau is not None and bool(agreement.pvalue < HALVES_ALPHA)
+    return Ranking(
+        objective=objective,
+        layers=tuple(int(i) for i in order),
+        top_probability=tuple(round(float(probability[i]), 4) for i in order),
+        top=top,
+        kendall_tau_halves=tau,
+        stable=reliable and agreeing,
+        reason=(
+            f"the first {top} come first in at least {probability[order[:top]].min():.0%} of resamples; "
+            + ("all layers tie" if tau is None else f"two halves of the sentences agree with τ = {tau:.2f}")
+        ),
+    )
+
+
+def _problem(
+    damage: Mapping[str, Sequence[LanguageDamage]],
+    plans: Sequence[str],
+    languages: Sequence[str],
+    objective: Objective,
+    reference: str | None,
+) -> str:
+    if not languages:
+        return "the 16-bit model supports none of the languages, or all collapsed"
+    for plan in plans:
+        if collapsed := [row.language for row in damage[plan] if row.status == "collapsed"]:
+            return f"plan {plan!r} collapsed in {', '.join(collapsed)}"
+    if objective in RELATIVE_OBJECTIVES and (reference not in languages or len(languages) < 2):
+        return f"{objective} needs a supported reference language and another one; the reference is {reference}"
+    return ""
+
+
+def _halves(sentences: int) -> Array:
+    """Two 0/1 rows that split the sentences alternately: [2, sentences]."""
+    even = (np.arange(sentences) % 2 == 0).astype(np.float64)
+    return np.stack([even, 1.0 - even])
+
+
+def _sentences(scores: Mapping[str, StateScores]) -> int:
+    return len(next(iter(scores[BASELINE].languages.values())).tokens)

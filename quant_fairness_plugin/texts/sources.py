@@ -1,0 +1,249 @@
+"""Readers of text files: JSON, JSONL, TSV and folders, each into `RawTexts`."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from quant_fairness_plugin.artifacts import Part
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
+from quant_fairness_plugin.texts.languages import normalise_language
+from quant_fairness_plugin.texts.sentences import RawTexts, clean_sentence
+
+# Columns of a table that are no language. Indonesian, whose tag is `id`, is written `ind` in a table.
+_META = ("id", "part", "register")
+Row = tuple[str, Mapping[str, Any]]
+"""A place for messages (`texts.tsv line 3`) and the cells of a row."""
+
+
+def read_path(path: Path) -> RawTexts:
+    """Read a folder of `<lang>.txt`, or a `.json`, `.jsonl` or `.tsv` file.
+
+    Raises:
+        ArtifactError: there is no such file, or it cannot be read as text in parallel columns; says where.
+        ConfigError: the name ends in something else.
+        UnknownLanguageError: a file or column is not named by a language.
+    """
+    if path.is_dir():
+        return read_folder(path)
+    reader = _READERS.get(path.suffix.lower())
+    if path.exists() and reader is None:
+        raise ConfigError(f"{path}: not a kind of text file that can be read; allowed are {', '.join(_READERS)} files")
+    if not path.is_file() or reader is None:
+        raise ArtifactError(
+            f"{path}: no such text set; allowed are 'bundled', a {', '.join(_READERS)} file, a folder of <lang>.txt "
+            "files, or datasets:<name>[:split]. Check the name."
+        )
+    return reader(path)
+
+
+def read_folder(folder: Path) -> RawTexts:
+    """Read `<lang>.txt` files, one sentence a line, the same number of lines in each."""
+    files = sorted(path for path in folder.glob("*.txt") if path.is_file() and not path.name.startswith("."))
+    if not files:
+        raise ArtifactError(
+            f"{folder}: no <lang>.txt file in this folder; expected en.txt, he.txt, ..., a sentence a line"
+        )
+    columns: dict[str, Sequence[object]] = {}
+    for path in files:
+        _add_column(columns, path.stem, _lines(path), str(path))
+    return _from_columns(columns, str(folder))
+
+
+def read_json(path: Path) -> RawTexts:
+    """Read one object `{lang: text or [texts]}`, the format of the seeds."""
+    document = _parse(decode(_read_bytes(path), str(path)), str(path))
+    if not isinstance(document, dict):
+        raise ArtifactError(
+            f"{path}: {type(document).__name__} instead of an object; expected {{language: text or [texts]}}"
+        )
+    columns: dict[str, Sequence[object]] = {}
+    for tag, texts in document.items():
+        _add_column(columns, tag, texts if isinstance(texts, list) else [texts], str(path))
+    return _from_columns(columns, str(path))
+
+
+def read_jsonl(path: Path) -> RawTexts:
+    """Read one object a line: `{"id": ..., "part"?: ..., "register"?: ..., "<lang>": text, ...}`."""
+    return parse_jsonl(_read_bytes(path), str(path))
+
+
+def parse_jsonl(content: bytes, source: str) -> RawTexts:
+    """Read the bytes of a JSONL file; `source` names it in messages."""
+    rows: list[Row] = []
+    for number, line in enumerate(_split_lines(decode(content, source)), start=1):
+        where = f"{source} line {number}"
+        row = _parse(line, where)
+        if not isinstance(row, dict):
+            raise ArtifactError(f'{where}: not an object; expected {{"id": ..., "<lang>": text, ...}}')
+        rows.append((where, row))
+    return from_rows(rows, source)
+
+
+def read_tsv(path: Path) -> RawTexts:
+    """Read a table with tabs between cells and the language tags in its first line; quotes are ordinary characters."""
+    header, *lines = [line.split("\t") for line in _lines(path)] or [[]]
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise ArtifactError(f"{path}: column {reprlib.repr(twice[0])} occurs twice; name each column once")
+    rows: list[Row] = []
+    for number, cells in enumerate(lines, start=2):
+        where = f"{path} line {number}"
+        if len(cells) != len(header):
+            raise ArtifactError(
+                f"{where}: {len(cells)} cells; the first line names {len(header)} columns. Mend the line."
+            )
+        rows.append((where, dict(zip(header, cells, strict=True))))
+    return from_rows(rows, str(path))
+
+
+def from_rows(rows: Sequence[Row], source: str) -> RawTexts:
+    """Turn rows into columns; every row must have a text for each language of the first row, and no others."""
+    if not rows:
+        raise ArtifactError(f"{source}: no sentences; expected one row per sentence, with a text for each language")
+    names = [name for name in rows[0][1] if name not in _META]
+    tags = {name: _column_language(name, source) for name in names}
+    for where, row in rows:
+        if odd := {name for name in row if name not in _META} ^ set(names):
+            raise ArtifactError(
+                f"{where}: {_shown(odd)} is in this row or in the first one, but not in both; the languages of the "
+                f"first row are {_shown(names)}. Parallel columns must have equal length: fill or drop the row."
+            )
+    columns: dict[str, Sequence[object]] = {}
+    for name in names:
+        _add_column(columns, tags[name], [row[name] for _, row in rows], source)
+    places = [where for where, _ in rows]
+    raw = _from_columns(columns, source, places=places)
+    return RawTexts(
+        sentences=raw.sentences,
+        ids=_ids([row.get("id") for _, row in rows], source) or raw.ids,
+        parts=_parts(rows),
+        registers=tuple(_register(row.get("register", ""), where) for where, row in rows),
+    )
+
+
+def _from_columns(
+    columns: Mapping[str, Sequence[object]], source: str, *, places: Sequence[str] | None = None
+) -> RawTexts:
+    lengths = {language: len(texts) for language, texts in columns.items()}
+    if not lengths or 0 in lengths.values():
+        empty = ", ".join(language for language, length in lengths.items() if not length) or "any language"
+        raise ArtifactError(f"{source}: no sentences in {empty}; every language needs the same, at least one")
+    if len(set(lengths.values())) > 1:
+        counted = ", ".join(f"{language} {length}" for language, length in lengths.items())
+        raise ArtifactError(
+            f"{source}: the languages have different numbers of sentences ({counted}); the set must be parallel, "
+            "sentence i the same in every language. Fill or drop the extra ones."
+        )
+    count = next(iter(lengths.values()))
+    where = places or [f"{source} sentence {i + 1}" for i in range(count)]
+    return RawTexts(
+        sentences={
+            language: tuple(clean_sentence(text, f"{where[i]}, {language}") for i, text in enumerate(texts))
+            for language, texts in columns.items()
+        },
+        ids=tuple(f"s{i + 1:04d}" for i in range(count)),
+        parts=None,
+        registers=("",) * count,
+    )
+
+
+def _add_column(columns: dict[str, Sequence[object]], tag: str, texts: Sequence[object], where: str) -> None:
+    language = _column_language(tag, where)
+    if language in columns:
+        raise ArtifactError(f"{where}: {language} occurs twice (once as {reprlib.repr(tag)}); keep one of them")
+    columns[language] = texts
+
+
+def _column_language(tag: str, where: str) -> str:
+    try:
+        return normalise_language(tag)
+    except UnknownLanguageError as err:
+        raise UnknownLanguageError(f"{where}: {err}") from err
+
+
+def _ids(given: Sequence[object], source: str) -> tuple[str, ...]:
+    if all(row_id is None for row_id in given):
+        return ()
+    if any(isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "" for row_id in given):
+        raise ArtifactError(f"{source}: an id is missing, empty or no text; give every row its own id, or none of them")
+    ids = tuple(str(row_id) for row_id in given)
+    if len(set(ids)) < len(ids):
+        twice = next(row_id for row_id in ids if ids.count(row_id) > 1)
+        raise ArtifactError(f"{source}: id {reprlib.repr(twice)} occurs more than once; give every row its own id")
+    return ids
+
+
+def _parts(rows: Sequence[Row]) -> tuple[Part, ...] | None:
+    if not any("part" in row for _, row in rows):
+        return None
+    allowed = get_args(Part)
+    for where, row in rows:
+        if row.get("part") not in allowed:
+            raise ArtifactError(
+                f"{where}: part {reprlib.repr(row.get('part'))}; "
+                f"allowed are {', '.join(allowed)}, in every row or in none"
+            )
+    return tuple(cast(Part, row["part"]) for _, row in rows)
+
+
+def _register(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ArtifactError(f"{where}: register {reprlib.repr(value)} is no text; write a word, or leave it out")
+    return value
+
+
+def decode(content: bytes, source: str) -> str:
+    """UTF-8 bytes, with or without a byte order mark, as text.
+
+    Raises:
+        ArtifactError: not UTF-8; names the line.
+    """
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as err:
+        line = content.count(b"\n", 0, err.start) + 1
+        raise ArtifactError(
+            f"{source} line {line}: byte 0x{content[err.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from err
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as err:
+        raise ArtifactError(f"{path}: cannot be read ({err.strerror}); check the file and its permissions") from err
+
+
+def _lines(path: Path) -> list[str]:
+    return _split_lines(decode(_read_bytes(path), str(path)))
+
+
+def _split_lines(text: str) -> list[str]:
+    # Not str.splitlines, which also splits at U+2028, form feeds and other characters inside a sentence.
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _parse(text: str, where: str) -> object:
+    try:
+        return json.loads(text, object_pairs_hook=_without_repeated_keys)
+    except (ValueError, RecursionError) as err:
+        raise ArtifactError(f"{where}: not valid JSON ({err}); mend the file") from err
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {reprlib.repr(twice)} occurs twice")
+    return dict(pairs)
+
+
+def _shown(names: Iterable[str]) -> str:
+    return ", ".join(reprlib.repr(name) for name in sorted(names))
+
+
+_READERS: dict[str, Callable[[Path], RawTexts]] = {".json": read_json, ".jsonl": read_jsonl, ".tsv": read_tsv}

@@ -1,0 +1,59 @@
+"""Quantized tiny models for the export tests: real quantizer, twelve layers where the prefix trap matters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, TextSet
+from quant_fairness_plugin.export.formats import ModuleMap
+from quant_fairness_plugin.model.load import load_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+
+TEXTS = TextSet(
+    name="three words",
+    sentences={"en": ("one", "two", "three"), "he": ("אחת", "שתיים", "שלוש")},
+    ids=("a", "b", "c"),
+    parts=("all", "all", "all"),
+    registers=("everyday", "everyday", "everyday"),
+    parallel=True,
+    sha256="0" * 64,
+)
+GRID = Grid(group_size=32)
+
+
+def quantize_tiny(folder: Path, *, protected: Collection[int] = (1,), grid: Grid = GRID) -> QuantizedModel:
+    return quantize_model(load_model(str(folder)), tuple(protected), method="rtn", grid=grid)
+
+
+def plan_of(quantized: QuantizedModel) -> ProtectionPlan:
+    return ProtectionPlan(
+        model=quantized.loaded.files.name,
+        units={f"layers.{i}": "fp16" if i in quantized.protected else "int4" for i in range(quantized.loaded.layers)},
+        grid=quantized.grid,
+        source="explicit",
+        reasons=("chosen by the test",),
+        stable=True,
+        predicted=False,
+        extra_bytes=1024,
+        overhead=0.125,
+    )
+
+
+def llama_map(*, layers: int = 12, kept: Collection[int] = (1,), also_kept: Collection[str] = ()) -> ModuleMap:
+    """The linear modules of a Llama, written out by hand."""
+    attention = [f"self_attn.{name}_proj" for name in "qkvo"]
+    parts = [*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    names = [f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts]
+    still = {name for name in names if int(name.split(".")[2]) in kept} | set(also_kept)
+    fused = {}
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        fused[f"{prefix}.self_attn.qkv_proj"] = tuple(f"{prefix}.{part}" for part in attention[:3])
+        fused[f"{prefix}.mlp.gate_up_proj"] = (f"{prefix}.mlp.gate_proj", f"{prefix}.mlp.up_proj")
+    return ModuleMap(
+        blocks="model.layers",
+        quantized=tuple(name for name in names if name not in still),
+        kept=(*(name for name in names if name in still), "lm_head"),
+        fused=fused,
+    )

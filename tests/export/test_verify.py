@@ -1,0 +1,236 @@
+"""`verify` names what is wrong with a folder, and says which checks it could not run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from quant_fairness_plugin.artifacts import ExportRecord, load, save
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, MissingExtraError, UnsupportedModelError
+from quant_fairness_plugin.export.check_files import RECORD, file_record, list_files, load_record
+from quant_fairness_plugin.export.check_reader import compare_with_transformers, missing_packages
+from quant_fairness_plugin.export.verify import verify
+from tests.export.conftest import Exported, rewrite_json
+
+Tensors = dict[str, torch.Tensor]
+
+
+def record_again(folder: Path) -> None:
+    """Make the checksums fit, so that the later checks have to find the damage."""
+    record = load(ExportRecord, folder / RECORD)
+    files = {name: file_record(folder / name) for name in list_files(folder)}
+    save(ExportRecord(**{k: getattr(record, k) for k in record.__slots__} | {"files": files}), folder / RECORD)
+
+
+def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    record_again(folder)
+
+
+def test_a_sound_folder_passes_every_check(exported: Exported) -> None:
+    report = verify(exported())
+    assert report.complete
+    assert [check.name for check in report.checks] == ["files", "headers", "metadata", "tensors", "values", "reader"]
+    assert "logits within 0 of" in report.checks[-1].detail
+    assert json.loads(json.dumps(report.to_dict()))["checks"][0]["outcome"] == "passed"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md", "tokenizer.json"])
+def test_a_flipped_bit_in_any_file_is_named(damaged: Exported, name: str) -> None:
+    path = damaged() / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{name} was altered: its sha256"):
+        verify(path.parent)
+
+
+def test_a_shorter_file_is_named(damaged: Exported) -> None:
+    path = damaged() / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors has \d+ bytes, recorded are"):
+        verify(path.parent)
+
+
+def test_a_missing_file_is_named(damaged: Exported) -> None:
+    folder = damaged()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ArtifactError, match=r"missing: tokenizer\.json"):
+        verify(folder)
+
+
+def test_an_extra_file_is_named_but_hidden_ones_are_not_ours(damaged: Exported) -> None:
+    folder = damaged()
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").write_text("")
+    verify(folder, reader="vllm")
+    (folder / "model-00002-of-00002.safetensors").write_text("")
+    with pytest.raises(ArtifactError, match="not in the record: model-00002-of-00002"):
+        verify(folder)
+
+
+def test_a_record_that_points_outside_is_refused(damaged: Exported) -> None:
+    folder = damaged()
+    rewrite_json(folder / RECORD, lambda r: r["files"].update({"../secret": r["files"]["config.json"]}))
+    with pytest.raises(ArtifactError, match=r"outside the folder: '\.\./secret'"):
+        verify(folder)
+
+
+def test_a_folder_without_record_or_none_at_all_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="has no quant_fairness.json"):
+        verify(tmp_path)
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        load_record(tmp_path / "absent")
+
+
+def test_an_altered_file_is_found_before_torch_is_imported(damaged: Exported) -> None:
+    folder = damaged()
+    (folder / "README.md").write_text("other")
+    code = (
+        "import sys; from quant_fairness_plugin.export.verify import verify\n"
+        f"try: verify({str(folder)!r})\nexcept Exception as err: print(err)\nsys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "README.md has" in done.stdout
+    assert done.returncode == 0
+
+
+def test_a_duplicate_key_in_a_header_is_found(damaged: Exported) -> None:
+    folder = damaged()
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip()
+    twice = header[:-1] + b',"lm_head.weight":' + json.dumps(json.loads(header)["lm_head.weight"]).encode() + b"}"
+    path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + length :])
+    record_again(folder)
+    with pytest.raises(ArtifactError, match="'lm_head.weight' is listed twice"):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"missing tensors: model\.norm\.weight"),
+        (lambda t: t.pop("model.layers.2.mlp.up_proj.weight_scale"), r"missing tensors: .*up_proj\.weight_scale"),
+        (lambda t: t.update({"extra": torch.zeros(2)}), "unexpected tensors: extra"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(33).half()}), r"model\.norm\.weight is .*expected"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(32)}), r"\('F32', \(32,\)\), expected \('F16'"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.full((32,), torch.nan).half()}),
+            r"model\.norm\.weight holds NaN",
+        ),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight_scale": torch.full((64, 1), torch.inf).half()}),
+            "weight_scale holds NaN or infinite",
+        ),
+        (
+            lambda t: t.pop("model.layers.2.mlp.up_proj.weight_packed"),
+            r"up_proj is 16 bit in the weight files and not in",
+        ),
+    ],
+)
+def test_a_wrong_tensor_is_named(damaged: Exported, change: Callable[[Tensors], object], message: str) -> None:
+    folder = damaged()
+    change_tensors(folder, change)
+    with pytest.raises(ArtifactError, match=message):
+        verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value", "message"),
+    [
+        ("qzeros", lambda t: torch.zeros_like(t), r"qzeros: not the zero points of a symmetric grid"),
+        ("g_idx", lambda t: t.flip(0), r"g_idx: groups are permuted"),
+    ],
+)
+def test_gptq_tensors_that_servers_cannot_read_are_named(
+    damaged: Exported, suffix: str, value: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    folder = damaged("llama", "gptq")
+    name = f"model.layers.2.mlp.down_proj.{suffix}"
+    change_tensors(folder, lambda t: t.update({name: value(t[name])}))
+    with pytest.raises(ArtifactError, match=message):
+        verify(folder)
+
+
+def test_metadata_is_checked(damaged: Exported) -> None:
+    folder = damaged()
+    rewrite_json(folder / "config.json", lambda c: c["quantization_config"]["ignore"].remove("lm_head"))
+    record_again(folder)
+    with pytest.raises(ArtifactError, match="takes lm_head for quantized"):
+        verify(folder)
+
+
+def test_the_announced_dtype_must_be_the_stored_one(damaged: Exported) -> None:
+    folder = damaged()
+    for dtype, message in (("bfloat16", "F16.*expected"), ("float32", "dtype 'float32'; allowed")):
+        rewrite_json(folder / "config.json", lambda c, dtype=dtype: c.update(dtype=dtype))
+        record_again(folder)
+        with pytest.raises(ArtifactError, match=message):
+            verify(folder)
+
+
+def test_a_config_without_quantization_config_is_refused(damaged: Exported) -> None:
+    folder = damaged()
+    rewrite_json(folder / "config.json", lambda c: c.pop("quantization_config"))
+    record_again(folder)
+    with pytest.raises(ArtifactError, match="quant_method is None"):
+        verify(folder)
+
+
+def test_gptq_says_that_its_reader_was_not_run_and_what_to_install(exported: Exported) -> None:
+    if not missing_packages("gptq"):
+        pytest.skip("optimum and gptqmodel are installed here; without them this tests the report that says so")
+    report = verify(exported("llama", "gptq"))
+    assert not report.complete
+    assert [(c.name, c.outcome) for c in report.checks if c.outcome != "passed"] == [("reader", "not run")]
+    assert "Transformers needs optimum and gptqmodel for gptq" in report.checks[-1].detail
+    with pytest.raises(
+        MissingExtraError, match=r"optimum and gptqmodel.*pip install torch==2\.13\.0 gptqmodel==7\.6\.0"
+    ):
+        verify(exported("llama", "gptq"), reader="transformers")
+
+
+def test_gpt2_is_checked_but_for_a_reader_and_says_so(exported: Exported) -> None:
+    folder = exported("gpt2", "compressed-tensors", "vllm")
+    for reader, reason in ((None, "garbage"), ("vllm", "make test-readers")):
+        report = verify(folder, reader=reader)
+        assert report.checks[-1].outcome == "not run"
+        assert reason in report.checks[-1].detail
+    with pytest.raises(UnsupportedModelError, match="fp16-twin"):
+        verify(folder, reader="transformers")
+
+
+def test_the_reader_check_catches_a_loader_that_returns_garbage_silently(exported: Exported) -> None:
+    with pytest.raises((UnsupportedModelError, ArtifactError), match="computes other logits|unexpected keys"):
+        compare_with_transformers(exported("gpt2", "compressed-tensors", "vllm"))
+
+
+def test_the_reader_check_catches_one_wrong_scale(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant_fairness_plugin.export import dequantize
+
+    real = dequantize.read_dense_state
+
+    def one_group_off(folder: Path) -> Tensors:
+        state = real(folder)
+        state["model.layers.10.mlp.down_proj.weight"][3, :32] *= 1.5
+        return state
+
+    monkeypatch.setattr(dequantize, "read_dense_state", one_group_off)
+    with pytest.raises(UnsupportedModelError, match="computes other logits than the files say"):
+        compare_with_transformers(exported())
+
+
+def test_an_unknown_reader_is_refused(exported: Exported) -> None:
+    with pytest.raises(ConfigError, match="unknown reader 'tgi'; allowed are transformers, vllm"):
+        verify(exported(), reader="tgi")

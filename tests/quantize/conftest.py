@@ -1,0 +1,50 @@
+"""A small parallel text set and calibration rows for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from quant_fairness_plugin.artifacts import TextSet
+from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+
+SENTENCES = {
+    "en": ("The boat left early.", "Rain fell on the hills all night.", "Nobody opened the door.", "Search only."),
+    "he": ("הסירה הפליגה מוקדם.", "גשם ירד על הגבעות כל הלילה.", "איש לא פתח את הדלת.", "חיפוש בלבד."),
+    "zh": ("船很早就开走了。", "山上整夜都在下雨。", "没有人开门。", "仅供搜索。"),
+}
+
+
+@pytest.fixture(scope="session")
+def texts() -> TextSet:
+    """Three sentences to calibrate on in three languages, and one that must not be calibrated on."""
+    return TextSet(
+        name="small",
+        sentences=SENTENCES,
+        ids=("a", "b", "c", "d"),
+        parts=("calibrate", "calibrate", "calibrate", "search"),
+        registers=("everyday",) * 4,
+        parallel=True,
+        sha256="0" * 64,
+    )
+
+
+@pytest.fixture(scope="session")
+def load(tiny_model: Callable[..., Path]) -> Callable[..., LoadedModel]:
+    """A tiny model of a family, loaded anew on each call."""
+
+    def build(family: str = "llama", **sizes: int) -> LoadedModel:
+        return load_model(str(tiny_model(family, **sizes)))
+
+    return build
+
+
+@pytest.fixture
+def rows(texts: TextSet) -> CalibrationSet:
+    """Calibration rows of 24 tokens (bytes), the last one of each language shorter."""
+    from tests.tiny import byte_tokenizer
+
+    return build_calibration(byte_tokenizer(), texts, row_tokens=24)

@@ -1,0 +1,95 @@
+"""The import rules of the project: imports go only downwards, and never to a module of the same rank."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "quant_fairness_plugin"
+RANKS = [
+    {"quant_fairness_kernels", "errors"},
+    {"artifacts"},
+    {"config"},
+    {"model", "texts"},
+    {"measure"},
+    {"quantize"},
+    {"sweep"},
+    {"recommend"},
+    {"export"},
+    {"serve"},
+    {"analysis"},
+    {"report"},
+    {"preflight"},
+    {"fair_quantizer"},
+    {"__init__"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+def stage_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return "quant_fairness_kernels" if relative.parts[0] == "kernels" else relative.with_suffix("").parts[1]
+
+
+def imported_stages(source: str) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update([node.module] if node.module != PACKAGE else [f"{PACKAGE}.{a.name}" for a in node.names])
+    ours = {n for n in names if n.split(".")[0] in (PACKAGE, "quant_fairness_kernels")}
+    return {
+        n.split(".")[0] if n.startswith("quant_fairness_kernels") else (n + ".__init__").split(".")[1] for n in ours
+    }
+
+
+def violations(path: Path, source: str) -> list[str]:
+    stage = stage_of(path)
+    return [
+        f"{path.relative_to(ROOT)} (rank {RANK[stage]}) imports {other} (rank {RANK[other]})"
+        for other in sorted(imported_stages(source))
+        if other != stage and RANK[other] >= RANK[stage]
+    ]
+
+
+def sources() -> list[Path]:
+    return sorted([*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def test_imports_go_only_downwards() -> None:
+    assert [v for path in sources() for v in violations(path, path.read_text(encoding="utf-8"))] == []
+
+
+def test_an_upward_import_would_be_seen() -> None:
+    planted = f"from {PACKAGE}.sweep import sweep_layers\n"
+    assert violations(ROOT / PACKAGE / "measure" / "scoring.py", planted) != []
+    assert violations(ROOT / PACKAGE / "model" / "load.py", f"import {PACKAGE}.texts.load\n") != []
+
+
+@pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc"])
+def test_no_module_without_a_subject(name: str) -> None:
+    assert [p for p in sources() if p.stem == name or name in p.parts] == []
+
+
+@pytest.mark.parametrize(
+    ("statement", "loads_torch"),
+    [
+        (f"import {PACKAGE}", False),
+        (f"from {PACKAGE} import artifacts, config, errors", False),
+        (f"import {PACKAGE}.model.resolve, {PACKAGE}.model.layers, {PACKAGE}.texts.load", False),
+        (f"import {PACKAGE}.cli.main", False),
+        (f"import {PACKAGE}.sweep.ranking, {PACKAGE}.recommend", False),
+        (f"from {PACKAGE} import FairQuantizer", True),
+    ],
+)
+def test_what_must_be_quick_does_not_import_torch(statement: str, loads_torch: bool) -> None:
+    code = f"import sys; {statement}; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == str(loads_torch)
