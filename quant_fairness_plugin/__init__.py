@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quant_fairness_plugin.config import FairConfig
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.model.resolve import bundled_folder
     from quant_fairness_plugin.seeds import (
         fair_quantize,
         layer_sweep,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FairConfig",
     "FairQuantizer",
+    "bundled_folder",
     "fair_quantize",
     "layer_sweep",
     "load_quantized",
@@ -60,6 +62,7 @@ __all__ = [
 _WHERE = {
     "FairConfig": "config",
     "FairQuantizer": "fair_quantizer",
+    "bundled_folder": "model.resolve",
     "load_quantized": "serve.load",
     "load_texts": "texts.load",
 }

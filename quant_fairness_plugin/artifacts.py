@@ -21,13 +21,14 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from quant_fairness_plugin.errors import ArtifactError
 
-SCHEMA_VERSION = 1
+NO_SURPRISES = ConfigDict(extra="forbid")
+"""A document with a field that this version does not know was written by another one."""
 RECORD_NAME = "quant_fairness.json"
 """The file of a checkpoint folder that holds its `ExportRecord`."""
 
@@ -187,7 +188,9 @@ class LanguageDamage:
 class Measurement:
     """A model state against the 16-bit model, language by language."""
 
-    schema_version: int = SCHEMA_VERSION
+    __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES
+
+    schema_version: Literal[1] = 1
     kind: Literal["measurement"] = "measurement"
     provenance: Provenance
     state: str
@@ -231,7 +234,9 @@ class Ranking:
 class SweepReport:
     """Everything a sweep measured: budgets and objectives can be changed later without a model."""
 
-    schema_version: int = SCHEMA_VERSION
+    __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES
+
+    schema_version: Literal[1] = 1
     kind: Literal["sweep"] = "sweep"
     provenance: Provenance
     layers: int
@@ -253,7 +258,9 @@ class SweepReport:
 class ProtectionPlan:
     """Which units keep 16 bit. `units` maps `layers.<i>` to a precision, for every layer of the model."""
 
-    schema_version: int = SCHEMA_VERSION
+    __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES
+
+    schema_version: Literal[1] = 1
     kind: Literal["plan"] = "plan"
     model: str
     units: dict[str, Precision]
@@ -278,7 +285,9 @@ class ProtectionPlan:
 class ExportRecord:
     """`quant_fairness.json`: what is in a checkpoint folder and how it was made."""
 
-    schema_version: int = SCHEMA_VERSION
+    __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES
+
+    schema_version: Literal[1] = 1
     kind: Literal["export"] = "export"
     provenance: Provenance
     method: Method

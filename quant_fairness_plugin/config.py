@@ -114,8 +114,11 @@ def make_config(**chosen: Any) -> FairConfig:
     Raises:
         ConfigError: an unknown name or a value of the wrong type; names the field and what is allowed.
     """
-    if isinstance(chosen.get("bits"), float) or isinstance(chosen.get("bits"), str):
+    # Before pydantic, which would turn True into 1 and "4" into 4.
+    if "bits" in chosen:
         check_bits(chosen["bits"])
+    if "group_size" in chosen:
+        check_group_size(chosen["group_size"])
     try:
         return TypeAdapter(FairConfig).validate_python(chosen, strict=False)
     except ValidationError as err:

@@ -8,7 +8,7 @@ Each step is a package or module of that name, takes plain data and returns plai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from quant_fairness_plugin.export.formats import check_exportable
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
+from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.preflight import ModelSource, preflight
@@ -133,6 +134,15 @@ class FairQuantizer:
         check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader)
         return cls(loaded, texts, config, progress=progress)
 
+    def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> FairQuantizer:
+        """The same model and texts with another protection; a sweep that was made already is kept."""
+        chosen = layers if isinstance(layers, str) else (check_layers(layers, self.loaded.layers) if layers else "none")
+        other = FairQuantizer(
+            self.loaded, self.texts, replace(self.config, protect_layers=chosen), progress=self._progress
+        )
+        other._report = self._report
+        return other
+
     def measure(self, *states: ModelState, part: Part = "confirm") -> Measured:
         """Step 3: damage of model states against the 16-bit model, language by language.
 
@@ -156,7 +166,7 @@ class FairQuantizer:
 
     def measure_folder(self, folder: Path, *, part: Part = "confirm") -> Measurement:
         """Step 3 on a written checkpoint, read back from its files (step 8) by our own dequantizer."""
-        return self.measure(_exported(folder), part=part).measurements[EXPORTED]
+        return self.measure(exported_state(folder), part=part).measurements[EXPORTED]
 
     def sweep(self, modes: Sequence[Mode] = ("protect-one",)) -> SweepReport:
         """Step 4: damage of every single-layer plan on the search part, and the layers ranked by it."""
@@ -267,7 +277,7 @@ class FairQuantizer:
         measured: list[Measured] = []
 
         def compare(folder: Path) -> Measurement:
-            measured.append(self.measure(unprotected, _exported(folder)))
+            measured.append(self.measure(unprotected, exported_state(folder)))
             return measured[0].measurements[EXPORTED]
 
         record = self.save_pretrained(out, overwrite=overwrite, measure=compare)
@@ -280,5 +290,6 @@ class FairQuantizer:
         )
 
 
-def _exported(folder: Path) -> ModelState:
-    return fixed_state(EXPORTED, load_quantized(folder, kernel="reference"))
+def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:
+    """A written checkpoint as a model state, read back from its files by our own dequantizer."""
+    return fixed_state(name, load_quantized(folder, kernel="reference"))

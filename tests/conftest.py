@@ -33,3 +33,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return build
+
+
+@pytest.fixture(scope="session")
+def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny trained model whose damage is known; see `tests/planted_model.py`."""
+    from tests.planted_model import write_planted_model
+
+    folder = tmp_path_factory.mktemp("planted") / "planted"
+    write_planted_model(folder)
+    return folder

@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-import click
 import typer
 
 from quant_fairness_plugin.errors import QuantFairnessError
@@ -19,7 +18,6 @@ COMMANDS = ("run", "sweep", "recommend", "measure", "quantize", "verify", "docto
 app = typer.Typer(
     name="quant-fairness",
     help="Quantize a language model to INT4 without hurting some languages more than others.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
@@ -39,11 +37,9 @@ def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) 
         return status if isinstance(status, int) else 0
     except QuantFairnessError as err:
         return _report(str(err), err.exit_code)
-    except click.exceptions.NoArgsIsHelpError as err:
-        return _report(err.format_message(), 2, prefix="")
-    except click.ClickException as err:
+    except typer.TyperException as err:  # the parser's own errors
         return _report(f"{err.format_message()} See {name} --help.", err.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         return _report("interrupted; nothing half-written was left behind", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,10 +48,10 @@ def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) 
         return _report(f"unexpected {type(err).__name__}: {err}. Set QUANT_FAIRNESS_VERBOSE=1 for the traceback.", 1)
 
 
-def _report(message: str, status: int, *, prefix: str = "error: ") -> int:
+def _report(message: str, status: int) -> int:
     if os.environ.get("QUANT_FAIRNESS_VERBOSE"):
         traceback.print_exc()
-    sys.stderr.write(f"{prefix}{' '.join(message.split()) if prefix else message}\n")
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return status
 
 

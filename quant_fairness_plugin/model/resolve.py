@@ -131,13 +131,25 @@ def _locate(
     return folder, name, folder.name
 
 
+def bundled_folder(name: str) -> Path:
+    """The folder of a model that comes with this package, a plain Hugging Face folder.
+
+    Raises:
+        ConfigError: no bundled model has this name.
+        ArtifactError: the installation lacks it.
+    """
+    if name not in BUNDLED:
+        raise ConfigError(f"there is no bundled model {name!r}; allowed are {', '.join(BUNDLED)}. Use one of them.")
+    folder = Path(__file__).parent / "bundled" / name
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: the bundled model is missing from this installation. Install it again.")
+    return folder
+
+
 def _local_folder(name: str, hint: str) -> Path | None:
     """The folder that the name stands for, or None where only the Hub can know it."""
     if name in BUNDLED:
-        folder = Path(__file__).parent / "bundled" / name
-        if not folder.is_dir():
-            raise ArtifactError(f"{folder}: the bundled model is missing from this installation. Install it again.")
-        return folder
+        return bundled_folder(name)
     if not name.strip():
         raise ConfigError(f"the model's name is empty. {hint}")
     path = Path(name).expanduser()

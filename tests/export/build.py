@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, TextSet
+from quant_fairness_plugin.artifacts import (
+    Grid,
+    Interval,
+    LanguageDamage,
+    Measurement,
+    ProtectionPlan,
+    Provenance,
+    TextSet,
+    Undefined,
+)
 from quant_fairness_plugin.export.formats import ModuleMap
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
@@ -56,4 +65,43 @@ def llama_map(*, layers: int = 12, kept: Collection[int] = (1,), also_kept: Coll
         quantized=tuple(name for name in names if name not in still),
         kept=(*(name for name in names if name in still), "lm_head"),
         fused=fused,
+    )
+
+
+def measurement(reason: str = "") -> Measurement:
+    """Numbers of no model, to be shown."""
+    interval = Interval(0.125, 0.0625, 0.25)
+    languages = tuple(
+        LanguageDamage(
+            language=language,
+            status="supported" if language == "en" else "unsupported",
+            reason="" if language == "en" else reason or "no better than a byte unigram model",
+            sentences=3,
+            tokens=30,
+            bytes_=60,
+            baseline_bpb=1.5,
+            quantized_bpb=1.625,
+            delta_bpb=interval,
+            kl_bits_per_byte=interval,
+            delta_nats_per_sentence=interval,
+            flip_rate=interval,
+            excess_bpb=Undefined("reference"),
+            disparity=interval,
+            adjusted_p=0.5,
+            minimum_detectable_bpb=0.01,
+            perplexity_change_percent=3.0,
+        )
+        for language in ("en", "he")
+    )
+    return Measurement(
+        provenance=Provenance(
+            versions={}, model="m", model_sha256="1", text_set="t", text_sha256="2", arguments={}, seed=0
+        ),
+        state="exported",
+        part="confirm",
+        reference="en",
+        languages=languages,
+        worst_kl=interval,
+        mean_kl=interval,
+        mean_delta_bpb=Undefined("no supported language"),
     )

@@ -214,5 +214,3 @@ def test_what_is_asked_at_plan_time_does_not_import_torch() -> None:
     imports = ", ".join(f"quant_fairness_plugin.export.{module}" for module in modules)
     code = f"import sys, {imports}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    heavy = "import sys, quant_fairness_plugin.export.writer; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", heavy], check=False).returncode == 1

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -128,6 +128,33 @@ def test_garbage_in_the_padding_does_not_matter(loaded: Loaded, monkeypatch: pyt
     assert score(loaded) == clean
 
 
+def test_the_model_is_told_which_tokens_are_padding_and_keeps_no_cache(
+    llama: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    forward = llama.model.forward
+
+    def record(**arguments: Any) -> Any:
+        calls.append(arguments)
+        return forward(**arguments)
+
+    monkeypatch.setattr(llama.model, "forward", record)
+    score_states([fixed_state("16 bit", llama.model)], llama.tokenizer, TEXTS)
+    lengths = sorted(len(sentence.encode()) + 1 for rows in TEXTS.sentences.values() for sentence in rows)
+    assert sorted(row for call in calls for row in call["attention_mask"].sum(dim=1).tolist()) == lengths
+    for call in calls:
+        assert (call["attention_mask"].diff(dim=1) <= 0).all()  # ones first, then zeros: padded on the right
+        assert call["use_cache"] is False
+
+
+def test_divergence_of_nearly_equal_states_is_never_negative(llama: Loaded) -> None:
+    other = copy.deepcopy(llama.model)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(1 + 3e-7)
+    for scores in score(llama._replace(other=other))[1].languages.values():
+        assert min(scores.kl_nats) >= 0
+
+
 def test_comparing_in_small_pieces_changes_nothing(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score(llama)
     monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 7 * 264)
@@ -199,6 +226,14 @@ def test_a_first_token_of_several_bytes_is_left_out_whole(llama: Loaded) -> None
     assert scores.languages["en"].bytes_ == (len(" fox"),)
     assert scores.languages["he"].bytes_ == (len(" fox"),)
     assert scores.languages["he"].tokens == (1,)
+
+
+def test_a_first_token_of_byte_fallback_is_one_byte(llama: Loaded) -> None:
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {"a": 256, "?": 257}
+    pieces = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="?"))
+    pair = llama._replace(tokenizer=PreTrainedTokenizerFast(tokenizer_object=pieces))
+    scores = score(pair, make_texts({"zh": ["狐a", "aa狐"]}))[0].languages["zh"]
+    assert scores.bytes_ == scores.tokens == (3, 4)
 
 
 def test_eos_stands_in_for_a_missing_bos(llama: Loaded) -> None:

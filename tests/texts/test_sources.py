@@ -206,8 +206,8 @@ def test_another_kind_of_file_names_the_allowed_ones(tmp_path: Path) -> None:
         read_path(write(tmp_path / "texts.csv", "en,de\n"))
 
 
-def test_a_pipe_is_no_text_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "texts.json")
+def test_a_device_is_no_text_file(tmp_path: Path) -> None:
+    (tmp_path / "texts.json").symlink_to(os.devnull)  # a pipe would do the same, but hang where the check is missing
     with pytest.raises(ArtifactError, match="no such text set"):
         read_path(tmp_path / "texts.json")
 

@@ -1,0 +1,138 @@
+"""Every bad input: one line on stderr, nothing on stdout, the documented exit status, and torch not even imported."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ENTRY = {
+    "quant-fairness": "quant_fairness_plugin.cli.main",
+    "gptq-quantize": "quant_fairness_plugin.cli.gptq_quantize",
+}
+
+
+def run(command: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run an entry point in a process that reports on stderr's last line whether torch was imported."""
+    code = (
+        f"import sys; sys.argv[0] = {command!r}; from {ENTRY[command]} import main\n"
+        "try:\n    main()\nfinally:\n    sys.stderr.write('torch ' + str('torch' in sys.modules) + '\\n')\n"
+    )
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path]) -> str:
+    return str(tiny_model("llama", layers=3))
+
+
+BAD = [
+    (["--protect-layers", "0,3"], 2, "layer 3 does not exist"),
+    (["--protect-layers=-1"], 2, "layer -1 does not exist"),
+    (["--protect-layers", "1,1"], 2, "listed more than once"),
+    (["--protect-layers", "0,1,2"], 2, "nothing would be quantized"),
+    (["--protect-layers", ""], 2, "is not a list of layer indices"),
+    (["--protect-layers", "first"], 2, "is not a list of layer indices"),
+    (["--langs", "en,xq"], 2, "xq"),
+    (["--langs", "he,ar"], 2, "reference"),
+    (["--langs", "en,sw"], 2, "sw"),
+    (["--bits", "3.5"], 2, "bits '3.5' is not an integer"),
+    (["--group-size", "100"], 2, "group size 100"),
+    (["--no-protect-biases"], 2, "biases"),
+    (["--format", "gguf"], 2, "format 'gguf'"),
+    (["--colour"], 2, "No such option"),
+    (["-o", "."], 2, "exists"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_a_bad_argument_is_one_line(model: str, tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+    done = run("gptq-quantize", model, *arguments, cwd=tmp_path)
+    *lines, torch = done.stderr.strip().splitlines()
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert torch == "torch False"
+    assert list(tmp_path.iterdir()) == []
+
+
+def spoil(source: Path, folder: Path, how: str) -> Path:
+    """A copy of a model folder with one thing wrong."""
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    weights = folder / "model.safetensors"
+    match how:
+        case "no weights":
+            weights.unlink()
+        case "quantized":
+            config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+        case "pickle":
+            weights.rename(folder / "pytorch_model.bin")
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "status", "message"),
+    [
+        ("no weights", 5, "weights"),
+        ("quantized", 3, "already quantized"),
+        ("pickle", 5, "--allow-pickle"),
+        ("truncated", 5, "model.safetensors"),
+    ],
+)
+def test_a_bad_model_folder_is_one_line(model: str, tmp_path: Path, how: str, status: int, message: str) -> None:
+    folder = spoil(Path(model), tmp_path / "model", how)
+    done = run("gptq-quantize", str(folder), "-o", str(tmp_path / "out"), cwd=tmp_path)
+    *lines, torch = done.stderr.strip().splitlines()
+    assert done.returncode == status, done.stderr
+    assert done.stdout == ""
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert torch == "torch False"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sweep"], "--model demo"),
+        (["recommend", "--top", "1", "--max-overhead", "0.2"], "exclude each other"),
+        (["recommend", "none.json"], "none.json: cannot be read"),
+        (["measure"], "--model demo"),
+        (["verify", "none"], "none"),
+        (["quantise"], "No such command"),
+    ],
+)
+def test_bad_commands_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = run("quant-fairness", *arguments, cwd=tmp_path)
+    *lines, torch = done.stderr.strip().splitlines()
+    assert done.returncode in (2, 5), done.stderr
+    assert done.stdout == ""
+    assert len(lines) == 1, done.stderr
+    assert message in lines[0]
+    assert torch == "torch False"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *[[c, "--help"] for c in ("run", "sweep", "recommend", "verify")]])
+def test_help_does_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
+    done = run("quant-fairness", *arguments, cwd=tmp_path)
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert done.stderr.strip().splitlines() == ["torch False"]
+
+
+def test_an_import_of_torch_would_be_seen(tmp_path: Path) -> None:
+    code = "import sys, torch; sys.stderr.write('torch ' + str('torch' in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stderr == "torch True"

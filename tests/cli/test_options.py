@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quant_fairness_plugin.cli.options import (
+    check_protect_biases,
+    default_output,
+    parse_integer,
+    parse_languages,
+    parse_modes,
+    parse_part,
+    parse_protection,
+    parse_reference,
+    require_model,
+)
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("auto", "auto"), (" NONE ", "none"), ("0,9,11", (0, 9, 11)), ("11, 0", (11, 0)), ("-1", (-1,))],
+)
+def test_protection(text: str, layers: object) -> None:
+    assert parse_protection(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "0,", "first", "0;1", "0.5"])
+def test_a_word_is_no_layer_list(text: str) -> None:
+    with pytest.raises(InvalidLayerError, match="use 'auto', 'none', or indices such as 0,9,11"):
+        parse_protection(text)
+
+
+def test_languages() -> None:
+    assert parse_languages(None) is None
+    assert parse_languages("en, he") == ("en", "he")
+
+
+@pytest.mark.parametrize("text", ["", "en,,he", ","])
+def test_an_empty_language_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="holds an empty name"):
+        parse_languages(text)
+
+
+def test_reference() -> None:
+    assert parse_reference("none") is None
+    assert parse_reference("he") == "he"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("bits", "3.5", r"bits '3\.5' is not an integer from 2 to 8"),
+        ("bits", "16", "bits 16 is not an integer from 2 to 8"),
+        ("group-size", "100", "group size 100 is read by no server"),
+        ("group-size", "many", "group size 'many' is read by no server"),
+    ],
+)
+def test_an_integer_option_says_what_is_allowed(name: str, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_integer(name, text)
+
+
+def test_integers() -> None:
+    assert parse_integer("bits", "4") == 4
+    assert parse_integer("group-size", "-1") == -1
+
+
+def test_modes() -> None:
+    assert parse_modes("both") == ("protect-one", "quantize-one")
+    assert parse_modes("quantize-one") == ("quantize-one",)
+    with pytest.raises(ConfigError, match="use protect-one, quantize-one or both"):
+        parse_modes("protect")
+
+
+def test_part() -> None:
+    assert parse_part("confirm") == "confirm"
+    with pytest.raises(ConfigError, match="use calibrate, search, confirm, all"):
+        parse_part("test")
+
+
+def test_a_model_must_be_named() -> None:
+    assert require_model("demo") == "demo"
+    with pytest.raises(ConfigError, match="--model demo"):
+        require_model(None)
+
+
+def test_biases_cannot_be_quantized() -> None:
+    check_protect_biases(True)
+    with pytest.raises(ConfigError, match="every checkpoint format keeps biases in 16 bit"):
+        check_protect_biases(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "out"),
+    [
+        ("demo", "demo-int4-fair"),
+        ("org/model", "model-int4-fair"),
+        ("/some/folder/", "folder-int4-fair"),
+        ("/some/folder/model.safetensors", "folder-int4-fair"),
+    ],
+)
+def test_the_default_output_is_named_after_the_model(model: str, out: str) -> None:
+    assert default_output(model) == Path(out)

@@ -1,0 +1,379 @@
+"""`export` writes what real loaders read, copies the rest byte for byte, and leaves nothing after a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quant_fairness_plugin.artifacts import ExportRecord, Grid, Measurement, load
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
+from quant_fairness_plugin.export import writer
+from quant_fairness_plugin.export.contents import INDEX, checkpoint_tensors, write_shards
+from quant_fairness_plugin.export.dequantize import read_dense_state
+from quant_fairness_plugin.export.formats import checkpoint_format
+from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.model.load import from_loaded
+from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from tests.export.build import GRID, TEXTS, measurement, plan_of, quantize_tiny
+from tests.export.conftest import Exported
+from tests.tiny import tiny_config
+
+TRANSFORMERS_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "bloom")
+
+
+@pytest.fixture
+def small(tiny_model: Callable[..., Path]) -> QuantizedModel:
+    return quantize_tiny(tiny_model("llama", layers=2))
+
+
+def write(quantized: QuantizedModel, out: Path, **options: Any) -> ExportRecord:
+    return export(quantized, out, plan=plan_of(quantized), texts=TEXTS, **options)
+
+
+@pytest.mark.parametrize("family", TRANSFORMERS_FAMILIES)
+def test_transformers_reads_it_with_layer_1_of_12_in_16_bit(exported: Exported, family: str) -> None:
+    folder = exported(family)  # the export itself has compared the logits, before it gave the folder its name
+    record = load(ExportRecord, folder / "quant_fairness.json")
+    assert any(".10." in name for name in record.quantized_modules)
+    assert any(".11." in name for name in record.quantized_modules)
+    assert not any(".1." in name for name in record.quantized_modules)
+    ignored = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+    assert any(".1." in name for name in ignored)
+    assert not any(".10." in name or ".11." in name for name in ignored)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
+def test_the_twin_is_a_plain_checkpoint_with_the_dequantized_values(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    quantized = quantize_tiny(tiny_model(family, layers=2))
+    record = write(quantized, tmp_path / "twin", format="fp16-twin")
+    stored = load_file(tmp_path / "twin" / "model.safetensors")
+    source = load_file(tiny_model(family, layers=2) / "model.safetensors")
+    assert record.format == "fp16-twin"
+    assert {n: (t.dtype, t.shape) for n, t in stored.items()} == {n: (t.dtype, t.shape) for n, t in source.items()}
+    for name, weight in quantized.dense_weights().items():
+        assert torch.equal(stored[f"{name}.weight"], weight.half())
+    assert "quantization_config" not in json.loads((tmp_path / "twin" / "config.json").read_text())
+    assert verify(tmp_path / "twin", reader="transformers").complete
+
+
+def test_the_twin_may_have_any_width(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    quantized = quantize_tiny(tiny_model("llama", layers=2), grid=Grid(bits=3, group_size=32))
+    write(quantized, tmp_path / "twin", format="fp16-twin")
+    with pytest.raises(UnsupportedModelError, match="3 bits are not written"):
+        write(quantized, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2"])
+def test_a_tied_head_stays_out_of_the_file(exported: Exported, family: str) -> None:
+    names = load_file(exported(family, "compressed-tensors", "vllm") / "model.safetensors").keys()
+    assert not any("lm_head" in name for name in names)
+
+
+def test_the_head_of_gpt_neox_keeps_its_name_on_disk(exported: Exported) -> None:
+    folder = exported("gpt_neox")
+    assert "embed_out.weight" in load_file(folder / "model.safetensors")
+    ignored = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"embed_out", "lm_head"} <= set(ignored)
+
+
+def test_the_source_files_are_copied_and_nothing_else(small: QuantizedModel, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(small.loaded.files.folder, tmp_path / "source"))
+    copied = {
+        "LICENSE": b"licence\r\n", "chat_template.jinja": "{{ 'שלום' }}".encode(), "vocab.txt": b"\x00\xff",
+        "additional_chat_templates/tool.jinja": b"{{ 1 }}", "tokenizer.model": b"sentencepiece",
+    }  # fmt: skip
+    left = (
+        "README.md", "pytorch_model.bin", "model.pt", "tf_model.h5", "consolidated.safetensors", "x.gguf", "a.pkl",
+        "flax.index.json", ".hidden", "onnx/model.onnx", "onnx/config.json", "quantize_config.json",
+    )  # fmt: skip
+    for name, content in [*copied.items(), *((name, b"no") for name in left)]:
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(content)
+    loaded = replace(small.loaded, files=replace(small.loaded.files, folder=source))
+    record = write(replace(small, loaded=loaded), tmp_path / "out")
+    own = {"README.md", "config.json", "model.safetensors"}
+    tokenizer = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert set(record.files) == own | tokenizer | set(copied)
+    for name in (*tokenizer, *copied):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    assert (tmp_path / "out" / "README.md").read_bytes() != b"no"
+
+
+def test_the_config_is_the_sources_with_three_changes(small: QuantizedModel, exported: Exported) -> None:
+    source = json.loads((small.loaded.files.folder / "config.json").read_text())
+    source.pop("num_hidden_layers")
+    written = json.loads((exported() / "config.json").read_text())
+    assert written.pop("num_hidden_layers") == 12
+    assert written.pop("quantization_config")["quant_method"] == "compressed-tensors"
+    assert written == source | {"dtype": "float16"}
+
+
+def test_gptq_writes_the_same_metadata_beside(exported: Exported) -> None:
+    folder = exported("llama", "gptq")
+    config = json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / "quantize_config.json").read_text()) == config["quantization_config"]
+
+
+def test_a_bfloat16_source_stays_bfloat16_and_the_old_key_is_kept(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_model("llama", dtype="bfloat16"), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    write(quantize_tiny(source), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["dtype"], written["torch_dtype"]) == ("bfloat16", "bfloat16")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} == {torch.bfloat16}
+
+
+def test_two_exports_of_the_same_model_are_equal_byte_for_byte(small: QuantizedModel, tmp_path: Path) -> None:
+    first, second = write(small, tmp_path / "a"), write(small, tmp_path / "b")
+    assert first == second
+    assert (tmp_path / "a" / "quant_fairness.json").read_bytes() == (
+        tmp_path / "b" / "quant_fairness.json"
+    ).read_bytes()
+
+
+def test_the_record_on_disk_is_the_returned_one(small: QuantizedModel, tmp_path: Path) -> None:
+    record = write(small, tmp_path / "out")
+    assert load(ExportRecord, tmp_path / "out" / "quant_fairness.json") == record
+    assert record.plan.protected_layers == (1,)
+    assert record.quantized_modules == tuple(small.tensors)
+    assert set(record.files) == {p.name for p in (tmp_path / "out").iterdir()} - {"quant_fairness.json"}
+
+
+def test_file_modes_follow_the_umask(small: QuantizedModel, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write(small, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()} == {0o640}
+
+
+def test_the_model_and_its_layers_are_left_unchanged(small: QuantizedModel, tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in small.loaded.model.state_dict().items()}
+    write(small, tmp_path / "out")
+    after = small.loaded.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_that_is_only_in_memory_can_be_exported(tmp_path: Path, small: QuantizedModel) -> None:
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama", layers=2, width=32)).half().float()
+    loaded = from_loaded(model, small.loaded.tokenizer)
+    record = write(quantize_model(loaded, (1,), method="rtn", grid=GRID), tmp_path / "out")
+    assert {"tokenizer.json", "generation_config.json", "config.json"} <= set(record.files)
+    assert verify(tmp_path / "out").complete
+
+
+def test_the_measurement_is_of_the_written_folder_and_lands_in_record_and_card(
+    small: QuantizedModel, tmp_path: Path
+) -> None:
+    seen: list[Path] = []
+
+    def measure(folder: Path) -> Measurement:
+        seen.append(folder)
+        assert read_dense_state(folder)
+        return measurement()
+
+    record = write(small, tmp_path / "out", measure=measure)
+    assert seen[0].name.startswith("out.partial-")
+    assert record.measurement == measurement()
+    assert "| he |" in (tmp_path / "out" / "README.md").read_text()
+    assert verify(tmp_path / "out", reader="vllm").checks[0].outcome == "passed"
+
+
+def test_a_failure_at_any_disk_operation_leaves_nothing(
+    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "verify", lambda folder, reader: None)  # nothing is written there
+    state = {"n": 0, "fail_at": 0}
+
+    def counted(real: Callable[..., None]) -> Callable[..., None]:
+        def call(*args: Any) -> None:
+            state["n"] += 1
+            if state["n"] == state["fail_at"]:
+                raise OSError(28, "No space left on device")
+            real(*args)
+
+        return call
+
+    for name in ("fsync", "replace", "rename"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    for n in range(1, 60):
+        state |= {"n": 0, "fail_at": n}
+        try:
+            write(small, tmp_path / "out")
+        except ResourceError:
+            assert list(tmp_path.iterdir()) == []
+        else:
+            assert n > 10
+            assert [p.name for p in tmp_path.iterdir()] == ["out"]
+            return
+    raise AssertionError("no export passed")
+
+
+@pytest.mark.parametrize("error", [ArtifactError("wrong"), KeyboardInterrupt()])
+def test_a_failed_verification_leaves_the_old_export(
+    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    write(small, tmp_path / "out")
+    before = (tmp_path / "out" / "quant_fairness.json").read_bytes()
+
+    def fail(folder: Path, reader: str | None) -> None:
+        raise error
+
+    monkeypatch.setattr(writer, "verify", fail)
+    with pytest.raises(type(error)):  # the error planted above
+        write(small, tmp_path / "out", format="gptq", overwrite=True)
+    assert (tmp_path / "out" / "quant_fairness.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_written_is_compared_with_what_was_quantized(
+    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = checkpoint_format("compressed-tensors")
+
+    def one_nibble_off(quantized: QuantizedModel, _: object) -> Any:
+        for name, tensor in checkpoint_tensors(quantized, layout):
+            yield (
+                name,
+                tensor ^ (tensor == tensor.flatten()[5]).int() if name.endswith("up_proj.weight_packed") else tensor,
+            )
+
+    monkeypatch.setattr(writer, "checkpoint_tensors", one_nibble_off)
+    with pytest.raises(ArtifactError, match="what was written is not what was quantized"):
+        write(small, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_before_anything_is_written(small: QuantizedModel, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        write(small, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_overwrite_replaces_an_earlier_export(small: QuantizedModel, tmp_path: Path) -> None:
+    write(small, tmp_path / "out")
+    write(small, tmp_path / "out", format="gptq", overwrite=True)
+    assert verify(tmp_path / "out").format == "gptq"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_source_model_is_never_overwritten(small: QuantizedModel) -> None:
+    source = small.loaded.files.folder
+    for out in (source, source.parent):
+        with pytest.raises(ConfigError, match="exists already|not a checkpoint|holds the source model"):
+            write(small, out, overwrite=True)
+    assert (source / "model.safetensors").exists()
+
+
+def test_an_earlier_export_that_is_the_source_is_not_overwritten(small: QuantizedModel, tmp_path: Path) -> None:
+    write(small, tmp_path / "twin", format="fp16-twin")
+    again = quantize_tiny(tmp_path / "twin")
+    with pytest.raises(ConfigError, match="holds the source model"):
+        write(again, tmp_path / "twin", overwrite=True)
+
+
+def test_another_plan_than_the_quantized_one_is_refused(small: QuantizedModel, tmp_path: Path) -> None:
+    plan = plan_of(small)
+    for other in (replace(plan, units={"layers.0": "fp16", "layers.1": "int4"}), replace(plan, grid=Grid())):
+        with pytest.raises(ConfigError, match="Quantize by that plan first"):
+            export(small, tmp_path / "out", plan=other, texts=TEXTS)
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(writer, "write_shards", None)
+    with pytest.raises(ResourceError, match=r"1000 bytes are free, about \d+ are needed"):
+        write(small, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpt2_for_transformers_is_refused_with_two_ways_out(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    quantized = quantize_tiny(tiny_model("gpt2", layers=2))
+    with pytest.raises(UnsupportedModelError, match=r"--reader vllm, or --format fp16-twin"):
+        write(quantized, tmp_path / "out")
+
+
+def test_an_untied_copy_of_a_shared_tensor_is_stored_twice(small: QuantizedModel) -> None:
+    model = small.loaded.model
+    head = model.lm_head.weight
+    try:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        names = [name for name, _ in checkpoint_tensors(small, None)]
+        assert "lm_head.weight" in names
+        model.config.tie_word_embeddings = True
+        assert "lm_head.weight" not in [name for name, _ in checkpoint_tensors(small, None)]
+    finally:
+        model.lm_head.weight = head
+        model.config.tie_word_embeddings = False
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(10**9, 1), (5000, None), (1, 5)])
+def test_shards_hold_every_tensor_once_in_order_within_the_limit(
+    tmp_path: Path, limit: int, shards: int | None
+) -> None:
+    tensors = {f"t{i}": torch.full((i * 500 + 1,), float(i)).half() for i in range(5)}
+    write_shards(tensors.items(), tmp_path, shard_bytes=limit)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == (shards or 3)
+    stored = [load_file(path) for path in files]
+    names = [name for shard in stored for name in shard]
+    assert sorted(names) == sorted(tensors)
+    assert all(torch.equal(shard[name], tensors[name]) for shard in stored for name in shard)
+    assert all(sum(t.nbytes for t in shard.values()) <= limit or len(shard) == 1 for shard in stored)
+    if len(files) == 1:
+        assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+        return
+    index = json.loads((tmp_path / INDEX).read_text())
+    where = {name: path.name for path, shard in zip(files, stored, strict=True) for name in shard}
+    assert index["weight_map"] == where
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert files[0].name == f"model-00001-of-0000{len(files)}.safetensors"
+
+
+def test_a_sharded_export_loads_everywhere(
+    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        writer, "write_shards", lambda tensors, folder: write_shards(tensors, folder, shard_bytes=20_000)
+    )
+    record = write(small, tmp_path / "out")
+    assert INDEX in record.files
+    assert len([name for name in record.files if name.endswith(".safetensors")]) > 2
+    assert verify(tmp_path / "out", reader="transformers").complete
+
+
+def test_a_width_that_no_group_divides_stays_16_bit_and_is_listed(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    quantized = quantize_tiny(tiny_model("llama", layers=2), grid=Grid(group_size=64))  # only down_proj has 64 columns
+    record = write(quantized, tmp_path / "out")
+    assert record.quantized_modules == ("model.layers.0.mlp.down_proj",)
+    assert "model.layers.0.self_attn.q_proj" in record.kept_modules
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "not a multiple of group size 64" in card
+    write(quantized, tmp_path / "gptq", format="gptq")

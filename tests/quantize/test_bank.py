@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.quantize.bank import quantize_bank, stored_form, swapped
+from quant_fairness_plugin.quantize.grid import quantize_rtn
+
+Load = Callable[..., LoadedModel]
+GRID = Grid(group_size=32)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_bank_holds_the_rounded_weights_in_the_modules_own_form(load: Load, family: str) -> None:
+    loaded = load(family)
+    bank = quantize_bank(loaded, GRID)
+    assert list(bank) == [0, 1]
+    for layer, weights in bank.items():
+        assert tuple(weights) == loaded.family.full_names(layer)
+        for name, weight in weights.items():
+            stored = loaded.model.get_parameter(f"{name}.weight")
+            assert weight.shape == stored.shape
+            plain = stored.t() if family == "gpt2" else stored  # Conv1D stores [in, out]
+            rounded = quantize_rtn(plain, GRID, scale_dtype=torch.float16).dequantize()
+            assert torch.equal(weight.t() if family == "gpt2" else weight, rounded)
+
+
+def test_modules_that_the_grid_does_not_fit_are_not_in_the_bank(load: Load) -> None:
+    bank = quantize_bank(load(width=48), GRID)
+    assert {layer: list(weights) for layer, weights in bank.items()} == {
+        layer: [f"model.layers.{layer}.mlp.down_proj"] for layer in (0, 1)
+    }
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_swapping_changes_the_output_and_is_undone_bit_for_bit(load: Load, family: str) -> None:
+    loaded = load(family)
+    ids = torch.arange(20).unsqueeze(0)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in loaded.model.named_parameters()}
+    with torch.no_grad():
+        original = loaded.model(ids).logits
+        bank = quantize_bank(loaded, GRID)
+        with swapped(loaded, bank[1]) as model:
+            assert model is loaded.model
+            changed = model(ids).logits
+            with swapped(loaded, bank[0] | bank[1]):
+                both = model(ids).logits
+            assert torch.equal(model(ids).logits, changed)
+        assert torch.equal(loaded.model(ids).logits, original)
+    assert not torch.equal(changed, original)
+    assert not torch.equal(both, changed)
+    for name, parameter in loaded.model.named_parameters():
+        assert parameter.data_ptr() == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_inside_undoes_the_swap(load: Load, error: type[BaseException]) -> None:
+    loaded = load()
+    weight = loaded.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    before = weight.detach().clone()
+    with pytest.raises(error, match="midway"), swapped(loaded, quantize_bank(loaded, GRID)[0]):
+        assert not torch.equal(weight, before)
+        raise error("midway")
+    assert torch.equal(weight, before)
+
+
+def test_weights_that_do_not_fit_are_errors_and_change_nothing(load: Load) -> None:
+    loaded = load()
+    name = "model.layers.0.mlp.up_proj"  # [64, 32]
+    weight = loaded.model.get_parameter(f"{name}.weight")
+    before = weight.detach().clone()
+    for wrong in (weight.detach().t(), weight.detach().half()):
+        with pytest.raises(ConfigError, match="up_proj: a weight .* cannot replace one that is"):
+            swapped(loaded, {name: wrong}).__enter__()
+    with pytest.raises(ConfigError, match="'lm_head' is no linear module of the model's blocks"):
+        swapped(loaded, {name: before + 1, "lm_head": before}).__enter__()
+    assert torch.equal(weight, before)
+
+
+def test_stored_form_follows_the_module(load: Load) -> None:
+    loaded = load("gpt2")
+    module = loaded.linears(0)["transformer.h.0.mlp.c_fc"]
+    weight = torch.randn(64, 32, dtype=torch.float64)
+    stored = stored_form(module, weight)
+    assert stored.is_contiguous()
+    assert stored.dtype == torch.float32
+    assert torch.equal(stored, weight.t().float())

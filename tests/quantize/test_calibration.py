@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from quant_fairness_plugin.artifacts import TextSet
+from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
+from quant_fairness_plugin.quantize.calibration import build_calibration
+from tests.tiny import byte_tokenizer
+
+BOS = 0
+
+
+def decode(rows: tuple[tuple[int, ...], ...]) -> list[str]:
+    """Text between separators, rows joined; a sentence that goes on in the next row is in two pieces."""
+    tokenizer = byte_tokenizer()
+    pieces: list[list[int]] = []
+    for token in (token for row in rows for token in row):
+        if token == BOS:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+@pytest.mark.parametrize("row_tokens", [2, 17, 24, 256])
+def test_every_language_has_exactly_the_tokens_of_the_smallest(texts: TextSet, row_tokens: int) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, row_tokens=row_tokens)
+    assert set(calibration.rows) == {"en", "he", "zh"}
+    assert len(set(calibration.coverage.values())) == 1
+    assert calibration.coverage["en"] == sum(len(row) for row in calibration.rows["en"])
+    for rows in calibration.rows.values():
+        assert all(len(row) == row_tokens for row in rows[:-1])
+        assert 1 <= len(rows[-1]) <= row_tokens
+        assert all(row[0] == BOS for row in rows)
+
+
+def test_the_smallest_language_is_used_whole(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts)
+    sizes = {lang: sum(1 + len(s.encode()) for s in rows[:3]) for lang, rows in texts.sentences.items()}
+    assert calibration.coverage == dict.fromkeys(sizes, min(sizes.values()))
+    smallest = min(sizes, key=lambda language: sizes[language])
+    assert sorted(decode(calibration.rows[smallest])) == sorted(texts.sentences[smallest][:3])
+
+
+def test_only_the_calibrate_part_is_read(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts)
+    assert all("Search" not in piece for piece in decode(calibration.rows["en"]))
+    whole = replace(texts, parts=("all",) * 4)
+    coverage = build_calibration(byte_tokenizer(), whole).coverage["en"]
+    assert coverage > calibration.coverage["en"]
+
+
+def test_a_budget_is_met_exactly_and_sets_the_coverage(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, tokens_per_language=31, row_tokens=10)
+    assert calibration.coverage == {"en": 31, "he": 31, "zh": 31}
+    assert [len(row) for row in calibration.rows["he"]] == [10, 10, 10, 1]
+
+
+def test_a_budget_that_a_language_cannot_meet_is_an_error(texts: TextSet) -> None:
+    has = build_calibration(byte_tokenizer(), texts).coverage["en"]
+    build_calibration(byte_tokenizer(), texts, tokens_per_language=has)
+    with pytest.raises(ConfigError, match=f"has {has} calibration tokens, fewer than the {has + 1} of every.*at most"):
+        build_calibration(byte_tokenizer(), texts, tokens_per_language=has + 1)
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_one_others(texts: TextSet) -> None:
+    first, again = (build_calibration(byte_tokenizer(), texts, tokens_per_language=20, seed=1) for _ in range(2))
+    assert first == again
+    assert first.sha256 == again.sha256
+    sums = {build_calibration(byte_tokenizer(), texts, tokens_per_language=20, seed=seed).sha256 for seed in range(9)}
+    assert len(sums) == 3  # one for each sentence that comes first
+
+
+def test_sentences_come_in_one_order_for_all_languages(texts: TextSet) -> None:
+    english = texts.sentences["en"]
+    doubled = replace(texts, sentences={"en": english, "xx": tuple(s.upper() for s in english)})
+    orders = set()
+    for seed in range(9):
+        calibration = build_calibration(byte_tokenizer(), doubled, seed=seed)
+        pieces = decode(calibration.rows["en"])
+        assert [piece.upper() for piece in pieces] == decode(calibration.rows["xx"])
+        orders.add(tuple(pieces))
+    assert len(orders) > 1
+
+
+def test_without_bos_sentences_are_parted_by_eos_and_without_both_by_nothing(texts: TextSet) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = None
+    assert build_calibration(tokenizer, texts).separator == BOS  # the same token serves as EOS
+    tokenizer.eos_token = None
+    bare = build_calibration(tokenizer, texts, row_tokens=10)
+    assert bare.separator is None
+    assert all(BOS not in row for rows in bare.rows.values() for row in rows)
+    shortest = min(sum(len(s.encode()) for s in rows[:3]) for rows in texts.sentences.values())
+    assert set(bare.coverage.values()) == {shortest}
+
+
+def test_languages_can_be_chosen(texts: TextSet) -> None:
+    assert list(build_calibration(byte_tokenizer(), texts, languages=["zh", "en"]).rows) == ["zh", "en"]
+    with pytest.raises(UnknownLanguageError, match="has no fr to calibrate on; it has en, he, zh"):
+        build_calibration(byte_tokenizer(), texts, languages=["en", "fr"])
+    with pytest.raises(ConfigError, match="in 0 languages"):
+        build_calibration(byte_tokenizer(), texts, languages=[])
+
+
+def test_a_part_without_sentences_is_an_error(texts: TextSet) -> None:
+    with pytest.raises(ConfigError, match="small has no sentences to calibrate on"):
+        build_calibration(byte_tokenizer(), replace(texts, parts=("search",) * 4))
+
+
+def test_a_language_without_tokens_is_an_error(texts: TextSet) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    empty = replace(texts, sentences=texts.sentences | {"he": ("",) * 4})
+    with pytest.raises(ConfigError, match="he has 0 calibration tokens"):
+        build_calibration(tokenizer, empty)
+
+
+def test_sizes_that_are_too_small_are_errors(texts: TextSet) -> None:
+    with pytest.raises(ConfigError, match="1 tokens a row are too few"):
+        build_calibration(byte_tokenizer(), texts, row_tokens=1)
+    with pytest.raises(ConfigError, match="0 tokens per language are too few"):
+        build_calibration(byte_tokenizer(), texts, tokens_per_language=0)
+
+
+def test_the_summary_is_plain_data_without_the_text(texts: TextSet) -> None:
+    summary = build_calibration(byte_tokenizer(), texts, tokens_per_language=20, seed=3).summary()
+    assert summary["tokens_per_language"] == {"en": 20, "he": 20, "zh": 20}
+    assert summary["source"] == "small"
+    assert summary["seed"] == 3
+    assert not any(isinstance(value, (list, tuple)) for value in summary.values())

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.quantize.selection import select_modules
+from tests.tiny import FAMILIES
+
+Load = Callable[..., LoadedModel]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_modules_of_unprotected_layers_are_selected_in_forward_order(load: Load, family: str) -> None:
+    loaded = load(family)
+    selection = select_modules(loaded, Grid(group_size=32), protected=[0])
+    assert selection.modules == loaded.family.full_names(1)
+    assert selection.kept == {}
+    assert selection.protected == (0,)
+
+
+def test_nothing_protected_selects_every_layer(load: Load) -> None:
+    selection = select_modules(load(), Grid(group_size=32))
+    assert list(selection.units) == [0, 1]
+    assert selection.protected == ()
+
+
+def test_modules_that_the_group_does_not_fit_are_kept_and_listed(load: Load) -> None:
+    loaded = load(width=48)  # MLP 96
+    selection = select_modules(loaded, Grid(group_size=32), protected=[1])
+    assert selection.modules == ("model.layers.0.mlp.down_proj",)
+    assert set(selection.kept) == set(loaded.family.full_names(0)) - set(selection.modules)
+    assert selection.kept["model.layers.0.self_attn.o_proj"] == "48 input channels are not a multiple of group size 32"
+
+
+def test_a_fusion_group_is_kept_as_a_whole(load: Load) -> None:
+    selection = select_modules(load(width=40), Grid(group_size=-1))  # heads of 10: q has 40 rows, k and v have 20
+    kept = {name: reason for name, reason in selection.kept.items() if name.startswith("model.layers.0.")}
+    assert set(kept) == {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
+    assert kept["model.layers.0.self_attn.k_proj"].startswith("20 output channels")
+    assert kept["model.layers.0.self_attn.q_proj"].startswith("shares a fusion group with model.layers.0.self_attn.k_proj")
+
+
+def test_a_group_that_fits_no_module_is_an_error(load: Load) -> None:
+    with pytest.raises(ConfigError, match="int4 g128 sym absmax fits no module .*q_proj: 32 input channels.*or -1"):
+        select_modules(load(), Grid(group_size=128))
+
+
+def test_a_bad_grid_is_an_error(load: Load) -> None:
+    with pytest.raises(ConfigError, match="group size 48 cannot be used"):
+        select_modules(load(width=48), Grid(group_size=48))
+
+
+@pytest.mark.parametrize("layers", [[2], [-1], [0, 0], [0, 1]])
+def test_bad_layers_are_errors(load: Load, layers: list[int]) -> None:
+    with pytest.raises(InvalidLayerError, match="layer"):
+        select_modules(load(), Grid(group_size=32), protected=layers)

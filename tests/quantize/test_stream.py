@@ -1,0 +1,233 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.quantize import stream
+from quant_fairness_plugin.quantize.bank import quantize_bank, swapped
+from quant_fairness_plugin.quantize.calibration import CalibrationSet
+from quant_fairness_plugin.quantize.gptq import solve_gptq
+from quant_fairness_plugin.quantize.grid import quantize_rtn
+from quant_fairness_plugin.quantize.stream import quantize_model
+from tests.tiny import FAMILIES
+
+Load = Callable[..., LoadedModel]
+GRID = Grid(bits=3, group_size=32)
+
+
+def state(loaded: LoadedModel) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in loaded.model.state_dict().items()}
+
+
+def assert_untouched(loaded: LoadedModel, before: dict[str, Tensor]) -> None:
+    for name, value in loaded.model.state_dict().items():
+        assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8)), name
+    for module in loaded.model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+def solve_naively(loaded: LoadedModel, protected: set[int], rows: CalibrationSet) -> dict[str, Tensor]:
+    """GPTQ with whole forward passes, one row at a time: integers by module. Leaves the model quantized."""
+    integers: dict[str, Tensor] = {}
+    for layer in sorted(set(range(loaded.layers)) - protected):
+        for unit in loaded.family.units:
+            names = [f"{loaded.family.blocks}.{layer}.{module}" for module in unit.modules]
+            moment = torch.zeros((), dtype=torch.float64)
+            for language_rows in rows.rows.values():
+                found: list[Tensor] = []
+                module = loaded.linears(layer)[names[0]]
+                handle = module.register_forward_pre_hook(lambda _, x, found=found: found.append(x[0].flatten(0, -2)))
+                with torch.no_grad():
+                    for row in language_rows:
+                        loaded.model(torch.tensor([row]))
+                handle.remove()
+                inputs = torch.cat(found).double()
+                moment = moment + inputs.T @ inputs / len(inputs) / len(rows.rows)
+            for name in names:
+                module = loaded.linears(layer)[name]
+                solved = solve_gptq(linear_weight(module), moment, GRID, scale_dtype=torch.float16)
+                integers[name] = solved.tensor.integers
+                set_linear_weight(module, solved.tensor.dequantize())
+    return integers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gptq_quantizes_every_family_and_leaves_the_model_as_it_was(
+    load: Load, rows: CalibrationSet, family: str
+) -> None:
+    loaded = load(family)
+    before = state(loaded)
+    done: list[tuple[int, int]] = []
+    quantized = quantize_model(
+        loaded, [0], method="gptq", grid=GRID, calibration=rows, progress=lambda n, total: done.append((n, total))
+    )
+    assert_untouched(loaded, before)
+    assert tuple(quantized.tensors) == loaded.family.full_names(1)
+    assert quantized.losses.keys() == quantized.damping.keys() == quantized.tensors.keys()
+    assert all(0 < loss < 0.2 for loss in quantized.losses.values())
+    assert set(quantized.damping.values()) == {0.05}
+    assert quantized.kept == {}
+    assert quantized.protected == (0,)
+    assert done == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize(("family", "protected"), [("llama", {1}), ("bloom", set()), ("gpt_neox", {0}), ("gpt2", {2})])
+def test_integers_equal_those_from_whole_forward_passes(
+    load: Load, rows: CalibrationSet, family: str, protected: set[int]
+) -> None:
+    loaded = load(family, layers=3)
+    streamed = quantize_model(loaded, protected, method="gptq", grid=GRID, calibration=rows).tensors
+    naive = solve_naively(loaded, protected, rows)
+    assert streamed.keys() == naive.keys()
+    for name, integers in naive.items():
+        # Batched float32 forward passes round differently, which may move a weight that lies between two integers.
+        assert (streamed[name].integers == integers).float().mean() > 0.999, name
+
+
+def test_gptq_is_nearer_to_the_16_bit_model_than_rounding(load: Load, rows: CalibrationSet) -> None:
+    loaded = load(layers=3)
+    ids = torch.tensor(rows.rows["he"][:1])
+
+    @torch.no_grad()
+    def divergence(weights: dict[str, Tensor]) -> float:
+        reference = loaded.model(ids).logits.log_softmax(-1)
+        with swapped(loaded, weights):
+            changed = loaded.model(ids).logits.log_softmax(-1)
+        return float((reference.exp() * (reference - changed)).sum(-1).mean())
+
+    solved = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    rounded = quantize_model(loaded, (), method="rtn", grid=GRID)
+    assert 0 < divergence(solved.dense_weights()) < 0.8 * divergence(rounded.dense_weights())
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2"])
+def test_rtn_rounds_every_unprotected_module(load: Load, family: str) -> None:
+    loaded = load(family)
+    before = state(loaded)
+    quantized = quantize_model(loaded, [1], method="rtn", grid=GRID)
+    assert_untouched(loaded, before)
+    assert tuple(quantized.tensors) == loaded.family.full_names(0)
+    for name, module in loaded.linears(0).items():
+        expected = quantize_rtn(linear_weight(module), GRID, scale_dtype=torch.float16)
+        assert torch.equal(quantized.tensors[name].integers, expected.integers)
+    assert quantized.losses == {}
+    bank = quantize_bank(loaded, GRID)[0]
+    assert quantized.dense_weights().keys() == bank.keys()
+    assert all(torch.equal(weight, bank[name]) for name, weight in quantized.dense_weights().items())
+
+
+def test_the_same_calibration_gives_the_same_integers(load: Load, rows: CalibrationSet) -> None:
+    first, again = (quantize_model(load(), (), method="gptq", grid=GRID, calibration=rows) for _ in range(2))
+    assert first.losses == again.losses
+    assert all(torch.equal(first.tensors[name].integers, again.tensors[name].integers) for name in first.tensors)
+
+
+def test_later_layers_see_the_quantized_earlier_ones(load: Load, rows: CalibrationSet) -> None:
+    loaded = load()
+    both = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    second = quantize_model(loaded, [0], method="gptq", grid=GRID, calibration=rows)
+    name = "model.layers.1.self_attn.q_proj"
+    assert not torch.equal(both.tensors[name].integers, second.tensors[name].integers)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("calls", [1, 5, 9])
+def test_an_error_midway_leaves_the_model_as_it_was(
+    load: Load, rows: CalibrationSet, monkeypatch: pytest.MonkeyPatch, calls: int, error: type[BaseException]
+) -> None:
+    loaded = load("qwen2")
+    loaded.model.train()
+    loaded.block(0).eval()
+    modes = [module.training for module in loaded.model.modules()]
+    before = state(loaded)
+    left = calls
+
+    def fail_after(*arguments: Any, **named: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            assert any(
+                not torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items()
+            ), "the work had not begun"
+            raise error("planted")
+        return solve_gptq(*arguments, **named)
+
+    monkeypatch.setattr(stream, "solve_gptq", fail_after)
+    with pytest.raises(error, match="planted"):
+        quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    assert_untouched(loaded, before)
+    assert [module.training for module in loaded.model.modules()] == modes
+
+
+def test_dropout_is_off_while_calibrating_and_modes_are_given_back(load: Load, rows: CalibrationSet) -> None:
+    loaded = load("gpt2")  # has dropout 0.1
+    calm = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    loaded.model.train()
+    trained = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    assert trained.losses == calm.losses
+    assert all(module.training for module in loaded.model.modules())
+
+
+def test_modules_that_the_group_does_not_fit_stay_in_16_bit(load: Load, rows: CalibrationSet) -> None:
+    loaded = load(width=48)
+    quantized = quantize_model(loaded, [1], method="gptq", grid=GRID, calibration=rows)
+    assert list(quantized.tensors) == ["model.layers.0.mlp.down_proj"]
+    assert quantized.kept["model.layers.0.mlp.up_proj"] == "48 input channels are not a multiple of group size 32"
+
+
+def test_raised_damping_is_reported(
+    load: Load, rows: CalibrationSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def indefinite(*_: object) -> Tensor:
+        moment = torch.eye(32, dtype=torch.float64)
+        moment[0, 1] = moment[1, 0] = 3.0
+        return moment
+
+    loaded = load()
+    monkeypatch.setattr(loaded.family.__class__, "units", loaded.family.units[:3])
+    monkeypatch.setattr(stream, "input_moment", indefinite)
+    quantized = quantize_model(loaded, [1], method="gptq", grid=GRID, calibration=rows)
+    assert quantized.damping["model.layers.0.self_attn.q_proj"] == pytest.approx(5.0)
+    assert "model.layers.0.self_attn.q_proj: damping raised from 0.05 to 5" in caplog.text
+
+
+def test_inputs_that_are_not_finite_name_the_module(load: Load, rows: CalibrationSet) -> None:
+    loaded = load()
+    with torch.no_grad():
+        loaded.model.get_parameter("model.layers.1.input_layernorm.weight").fill_(math.nan)
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.self_attn\.q_proj: the inputs .* NaN"):
+        quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_weights_that_are_not_finite_name_the_module(load: Load, rows: CalibrationSet, method: Any) -> None:
+    loaded = load()
+    with torch.no_grad():
+        loaded.model.get_parameter("model.layers.0.self_attn.v_proj.weight")[0, 0] = math.inf
+    calibration = rows if method == "gptq" else None
+    with pytest.raises(ArtifactError, match=r"^model\.layers\.0\.self_attn\.v_proj: the weight holds NaN"):
+        quantize_model(loaded, (), method=method, grid=GRID, calibration=calibration)
+
+
+def test_arguments_that_do_not_go_together_are_errors(load: Load, rows: CalibrationSet) -> None:
+    loaded = load()
+    with pytest.raises(ConfigError, match="'gptq' needs calibration text"):
+        quantize_model(loaded, (), method="gptq", grid=GRID)
+    with pytest.raises(ConfigError, match="'rtn' uses no calibration text"):
+        quantize_model(loaded, (), method="rtn", grid=GRID, calibration=rows)
+    with pytest.raises(ConfigError, match="method 'awq' cannot be used here"):
+        quantize_model(loaded, (), method="awq", grid=GRID)
+    with pytest.raises(ConfigError, match="group size 100 cannot be used"):
+        quantize_model(loaded, (), method="rtn", grid=Grid(group_size=100))
+    with pytest.raises(InvalidLayerError, match="layer 2 does not exist"):
+        quantize_model(loaded, [2], method="rtn", grid=GRID)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from quant_fairness_plugin import artifacts
+from quant_fairness_plugin.artifacts import (
+    Grid,
+    Interval,
+    Measurement,
+    ProtectionPlan,
+    SweepReport,
+    Undefined,
+    from_json,
+    load,
+    save,
+    save_run_record,
+    to_json,
+)
+from quant_fairness_plugin.errors import ArtifactError
+from tests.planted import planted_report, planted_texts
+
+
+def plan() -> ProtectionPlan:
+    return ProtectionPlan(
+        model="m",
+        units={"layers.0": "fp16", "layers.1": "int4"},
+        grid=Grid(),
+        source="explicit",
+        reasons=(),
+        stable=True,
+        predicted=True,
+        extra_bytes=10,
+        overhead=0.5,
+    )
+
+
+def test_the_schema_version_comes_first() -> None:
+    assert next(iter(json.loads(to_json(plan())))) == "schema_version"
+
+
+def test_a_sweep_report_survives_the_round_trip() -> None:
+    report = planted_report([0.5, 1.0])
+    assert from_json(SweepReport, to_json(report), "here") == report
+
+
+def test_undefined_and_interval_stay_what_they_are() -> None:
+    report = planted_report([0.5, 1.0])
+    damage = report.rows[0].damage[0]
+    measurement = Measurement(
+        provenance=report.provenance,
+        state="s",
+        part="confirm",
+        reference=None,
+        languages=(damage,),
+        worst_kl=Interval(1.0, 0.5, 1.5),
+        mean_kl=Undefined("because"),
+        mean_delta_bpb=Undefined("because"),
+    )
+    assert from_json(Measurement, to_json(measurement), "here") == measurement
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_json_cannot_hold_is_refused(value: float) -> None:
+    bad = ProtectionPlan(
+        model="m",
+        units={},
+        grid=Grid(),
+        source="explicit",
+        reasons=(),
+        stable=True,
+        predicted=True,
+        extra_bytes=0,
+        overhead=value,
+    )
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        to_json(bad)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "expected a ProtectionPlan"),
+        ("{}", "model: Field required"),
+        (to_json(plan()).replace('"plan"', '"sweep"'), "kind: Input should be 'plan'"),
+        (to_json(plan()).replace('"schema_version": 1', '"schema_version": 2'), "schema_version: Input should be 1"),
+        (to_json(plan()).replace('"model"', '"colour": 1, "model"'), "colour: "),
+    ],
+)
+def test_a_document_that_does_not_fit_names_the_field(text: str, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        from_json(ProtectionPlan, text, "here")
+
+
+def test_a_missing_file_is_an_artifact_error(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"none\.json: cannot be read"):
+        load(ProtectionPlan, tmp_path / "none.json")
+
+
+def test_saving_honours_the_umask(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        save(plan(), tmp_path / "plan.json")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "plan.json").stat().st_mode) == 0o640
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.json"
+    save(plan(), path)
+    before = path.read_bytes()
+
+    def fail(handle: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(artifacts.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(plan(), path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_differs_between_runs_goes_beside(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    save_run_record(path, seconds=1.25, device="cpu", argv=["quant-fairness", "sweep"])
+    record = json.loads((tmp_path / "plan.run.json").read_text(encoding="utf-8"))
+    assert record["seconds"] == 1.25
+    assert record["argv"] == ["quant-fairness", "sweep"]
+
+
+def test_parts_are_disjoint_and_small_sets_serve_as_each() -> None:
+    texts = planted_texts()
+    assert len(texts.part("search")) == len(texts)
+    assert len(texts.part("confirm")) == 0
+    assert len(texts.part("all")) == len(texts)
+    chosen = texts.choose(["he"])
+    assert chosen.languages == ("he",)
+    assert chosen.sentences["he"] == texts.sentences["he"]
