@@ -40,6 +40,9 @@ tests: setup
 	$(BIN)/python -m pytest --numprocesses 2
 
 # Readers never share an environment with us: vLLM pins another compressed-tensors, gptqmodel another numpy.
+# vLLM's CPU build wants torch's (2.13.0+cpu). Where pip does not find that by itself, say where it is:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-readers
+# It also names torchvision and its like, whose ordinary wheels are CUDA builds that fail at import; vLLM works without.
 .venv-vllm/.installed: tests/readers/requirements-vllm.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python $(PIP) $(TORCH)

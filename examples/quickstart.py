@@ -1,6 +1,6 @@
 """The whole line in code: sweep, recommend, quantize, export, verify, and the damage of each language.
 
-    python examples/quickstart.py [MODEL] [OUT]
+python examples/quickstart.py [MODEL] [OUT]
 """
 
 from __future__ import annotations

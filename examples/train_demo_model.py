@@ -462,7 +462,8 @@ Test = isolated verses of held-out chapters (no synoptic duplicates). The bigram
 
 Command: `{record["command"]}`
 Seed {arguments["seed"]}, {record["steps"]:,} steps, {record["tokens"]:,} tokens, {record["seconds"]:,} s on
-{arguments["device"]} ({arguments["threads"]} threads); torch {versions["torch"]}, transformers {versions["transformers"]}.
+{arguments["device"]} ({arguments["threads"]} thread(s)); torch {versions["torch"]}, transformers
+{versions["transformers"]}.
 
 | step | tokens | training loss, nats per token |
 |---|---|---|

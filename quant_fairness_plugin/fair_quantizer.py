@@ -8,7 +8,7 @@ Each step is a package or module of that name, takes plain data and returns plai
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,12 +18,10 @@ from typing_extensions import Unpack
 from quant_fairness_plugin.artifacts import (
     ExportRecord,
     Measurement,
-    Number,
     Part,
     ProtectionPlan,
     SweepReport,
     TextSet,
-    Undefined,
 )
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.export.formats import check_exportable
@@ -38,6 +36,7 @@ from quant_fairness_plugin.quantize.bank import swapped
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
+from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.engine import count_bytes, sweep_layers
 from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, Mode
@@ -45,32 +44,6 @@ from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, Mode
 EXPORTED = "exported"
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """What `run` made: the plan, the checkpoint's record, and the damage without and with protection."""
-
-    plan: ProtectionPlan
-    record: ExportRecord
-    unprotected: Measurement
-    protected: Measurement
-    gain: Number
-    """Worst language's KL without protection minus with it, in bits per byte: above 0, protection helped."""
-
-    @property
-    def verdict(self) -> str:
-        """What protection bought on sentences that no layer was chosen on, in one sentence."""
-        if not self.plan.protected_layers:
-            return "nothing was protected"
-        if isinstance(self.gain, Undefined):
-            return f"what protection bought is undefined: {self.gain.undefined}"
-        figures = f"{self.gain.estimate:.5f} [{self.gain.low:.5f}, {self.gain.high:.5f}] bits per byte"
-        if self.gain.low > 0:
-            return f"protection lowered the worst language's KL by {figures}"
-        if self.gain.high < 0:
-            return f"protection did not help: it changed the worst language's KL by {figures} for the worse"
-        return f"protection did not measurably help: it lowered the worst language's KL by {figures}, which includes 0"
 
 
 class FairQuantizer:

@@ -2,7 +2,7 @@
 
 Two "languages" with disjoint alphabets. Layer 1 does nothing (its outputs are zero). In layer 2, the MLP channels that
 the second language reads most are scaled by a power of two in `up_proj` and back in `down_proj`: the 16-bit model
-computes exactly the same, but in a group of INT4 weights these columns vanish, so quantizing layer 2 hurts that language.
+computes exactly the same, but in a group of INT4 weights these columns vanish: quantizing layer 2 hurts that language.
 """
 
 from __future__ import annotations

@@ -22,7 +22,9 @@ def run(command: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess
         f"import sys; sys.argv[0] = {command!r}; from {ENTRY[command]} import main\n"
         "try:\n    main()\nfinally:\n    sys.stderr.write('torch ' + str('torch' in sys.modules) + '\\n')\n"
     )
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
 
 
 @pytest.fixture
@@ -50,7 +52,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "status", "message"), BAD, ids=[" ".join(b[0]) for b in BAD])
-def test_a_bad_argument_is_one_line(model: str, tmp_path: Path, arguments: list[str], status: int, message: str) -> None:
+def test_a_bad_argument_is_one_line(
+    model: str, tmp_path: Path, arguments: list[str], status: int, message: str
+) -> None:
     done = run("gptq-quantize", model, *arguments, cwd=tmp_path)
     *lines, torch = done.stderr.strip().splitlines()
     assert done.returncode == status, done.stderr

@@ -41,7 +41,9 @@ def test_a_fusion_group_is_kept_as_a_whole(load: Load) -> None:
     kept = {name: reason for name, reason in selection.kept.items() if name.startswith("model.layers.0.")}
     assert set(kept) == {f"model.layers.0.self_attn.{name}_proj" for name in "qkv"}
     assert kept["model.layers.0.self_attn.k_proj"].startswith("20 output channels")
-    assert kept["model.layers.0.self_attn.q_proj"].startswith("shares a fusion group with model.layers.0.self_attn.k_proj")
+    assert kept["model.layers.0.self_attn.q_proj"].startswith(
+        "shares a fusion group with model.layers.0.self_attn.k_proj"
+    )
 
 
 def test_a_group_that_fits_no_module_is_an_error(load: Load) -> None:

@@ -156,9 +156,9 @@ def test_an_error_midway_leaves_the_model_as_it_was(
         nonlocal left
         left -= 1
         if left < 0:
-            assert any(
-                not torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items()
-            ), "the work had not begun"
+            assert any(not torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items()), (
+                "the work had not begun"
+            )
             raise error("planted")
         return solve_gptq(*arguments, **named)
 

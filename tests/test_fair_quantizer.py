@@ -1,0 +1,121 @@
+"""The eight steps in one go, on a tiny trained model whose damage is planted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from quant_fairness_plugin.artifacts import ExportRecord, Interval, load
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.fair_quantizer import FairQuantizer
+from quant_fairness_plugin.report import RunResult
+from quant_fairness_plugin.serve.load import load_quantized
+from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS, planted_texts
+
+
+@pytest.fixture(scope="module")
+def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = planted_texts()
+    path = tmp_path_factory.mktemp("texts") / "planted.jsonl"
+    rows = [
+        {"id": texts.ids[i], "part": texts.parts[i]} | {lang: rows[i] for lang, rows in texts.sentences.items()}
+        for i in range(len(texts))
+    ]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantizer(planted_model: Path, texts_file: Path) -> FairQuantizer:
+    return FairQuantizer.from_pretrained(
+        str(planted_model), group_size=32, texts=str(texts_file), max_overhead=0.4, draws=200
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("out") / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def result(quantizer: FairQuantizer, out: Path) -> RunResult:
+    return quantizer.run(out)
+
+
+def test_auto_protects_the_planted_layer_within_its_budget(result: RunResult) -> None:
+    assert result.plan.protected_layers == (PLANTED_LAYER,)
+    assert result.plan.overhead <= 0.4
+
+
+def test_protection_helps_on_sentences_that_it_was_not_chosen_on(result: RunResult) -> None:
+    assert isinstance(result.gain, Interval)
+    assert result.gain.low > 0
+    assert result.verdict.startswith("protection lowered the worst language's KL")
+    assert [row.language for row in result.protected.languages] == list(WORDS)
+
+
+def test_the_record_is_what_was_returned(result: RunResult, out: Path) -> None:
+    record = load(ExportRecord, out / "quant_fairness.json")
+    assert record == result.record
+    assert record.measurement == result.protected
+    assert record.plan == result.plan
+
+
+def test_the_measured_checkpoint_is_the_one_that_transformers_loads(result: RunResult, out: Path) -> None:
+    ids = torch.tensor([[0, 5, 9, 33, 70, 101]])
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ours = load_quantized(out)
+    with torch.no_grad():
+        difference = (theirs(ids).logits - ours(ids).logits).abs().max()
+    assert difference < 1e-4  # float32 rounding of sums of 64 products of magnitude < 10
+
+
+def test_the_model_is_unchanged_after_a_run(result: RunResult, quantizer: FairQuantizer, planted_model: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(planted_model, dtype=torch.float32)
+    for name, parameter in original.named_parameters():
+        assert torch.equal(parameter, quantizer.loaded.model.get_parameter(name)), name
+
+
+def test_the_same_run_writes_the_same_bytes(quantizer: FairQuantizer, result: RunResult, tmp_path: Path) -> None:
+    again = FairQuantizer(quantizer.loaded, quantizer.texts, quantizer.config).run(tmp_path / "checkpoint")
+    assert again.record.files == result.record.files
+    assert again.record == result.record
+
+
+def test_an_existing_output_is_refused_and_left_alone(quantizer: FairQuantizer, result: RunResult, out: Path) -> None:
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(ConfigError, match="exists"):
+        quantizer.save_pretrained(out)
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+def test_a_failing_measurement_leaves_nothing_behind(quantizer: FairQuantizer, tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantizer.save_pretrained(tmp_path / "checkpoint", measure=fail)  # type: ignore[arg-type] # never returns
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_protecting_gives_another_plan_on_the_same_sweep(quantizer: FairQuantizer) -> None:
+    assert quantizer.protecting([0, 3]).recommend().protected_layers == (0, 3)
+    assert quantizer.protecting("none").recommend().protected_layers == ()
+    assert quantizer.protecting("auto").sweep() is quantizer.sweep()
+
+
+def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.load_model", lambda *a, **k: pytest.fail("loaded"))
+    with pytest.raises(InvalidLayerError, match=f"layer {LAYERS} does not exist"):
+        FairQuantizer.from_pretrained(str(planted_model), protect_layers=[LAYERS])
+
+
+def test_asymmetric_gptq_is_refused_at_plan_time(planted_model: Path, texts_file: Path) -> None:
+    config = FairConfig(format="gptq", symmetric=False, texts=str(texts_file))
+    with pytest.raises(UnsupportedModelError, match="symmetric"):
+        FairQuantizer.from_pretrained(str(planted_model), config=config)
