@@ -102,7 +102,7 @@ def check_group_size(group_size: object) -> None:
     Raises:
         ConfigError: not one of 32, 64, 128, -1.
     """
-    if group_size not in GROUP_SIZES or isinstance(group_size, bool):
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
         raise ConfigError(
             f"group size {group_size!r} is read by no server; use 32, 64, 128, or -1 for one scale per output channel"
         )

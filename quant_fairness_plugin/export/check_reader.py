@@ -7,6 +7,7 @@ one, or ignores a list, returns a model that runs. Only its numbers show it.
 from __future__ import annotations
 
 import importlib.util
+import os
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
 
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.export.check_files import read_config
 from quant_fairness_plugin.export.dequantize import check_loading_info, load_dense_model
 from quant_fairness_plugin.model.load import quiet_transformers
 
@@ -51,7 +53,12 @@ def compare_with_transformers(folder: Path, *, tolerance: float = TOLERANCE) -> 
     expected = _logits(load_dense_model(folder))
     with quiet_transformers(), redirect_stderr(StringIO()):  # compressed-tensors draws four progress bars there
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_exact_kernel(folder),
         )
         model, info = loaded
         check_loading_info(folder, info)
@@ -67,14 +74,26 @@ def compare_with_transformers(folder: Path, *, tolerance: float = TOLERANCE) -> 
     return difference
 
 
-def _widen(model: PreTrainedModel) -> None:
-    """Make all floating-point parameters float32.
+def _exact_kernel(folder: Path) -> dict[str, Any]:
+    """Arguments that choose gptqmodel's plain kernel: its default one on a CPU computes in bfloat16 (errors of 6 %)."""
+    _, quantization = read_config(folder)
+    if quantization is None or quantization.get("quant_method") != "gptq":
+        return {}
+    # Below four cores gptqmodel's thread pools do not fit each other unless this is set before its import.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    return {"quantization_config": GPTQConfig(bits=4, backend="torch"), "device_map": "cpu"}
 
-    Transformers leaves those in 16 bit that it renames while loading a quantized checkpoint (GPT-NeoX's head).
+
+def _widen(model: PreTrainedModel) -> None:
+    """Make all floating-point parameters and buffers float32, which is exact.
+
+    Transformers leaves those in 16 bit that it renames while loading a quantized checkpoint (GPT-NeoX's head), and
+    gptqmodel its scales and biases.
     """
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                getattr(module, name).data = tensor.data.float()
 
 
 @torch.no_grad()

@@ -119,8 +119,10 @@ def input_moment(
         nonlocal moment
         inputs = positional[0].detach().flatten(0, -2).float()
         seen[language] += len(inputs)
-        share = (inputs.T @ inputs).to(working_dtype(inputs.device)) / (coverage[language] * len(coverage))
-        moment = share if moment is None else moment.add_(share)
+        if moment is None:
+            columns = inputs.shape[1]
+            moment = torch.zeros(columns, columns, dtype=working_dtype(inputs.device), device=inputs.device)
+        moment.add_(inputs.T @ inputs, alpha=1 / (coverage[language] * len(coverage)))
         raise _EnoughError
 
     handle = module.register_forward_pre_hook(note)

@@ -137,7 +137,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and torch.isfinite(upper).all():
+            if not failed:
                 return upper, damp
         damp *= 10
     raise UnsupportedModelError(

@@ -6,10 +6,9 @@ Takes a `Grid` and the shape of a weight; returns nothing (or raises), a number 
 from __future__ import annotations
 
 from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.config import check_bits, check_group_size
 from quant_fairness_plugin.errors import ConfigError
 
-BITS = range(2, 9)
-GROUP_SIZES = (32, 64, 128, -1)
 PACKED_MULTIPLE = 8
 """Packed checkpoints store eight 4-bit values a word, along either axis."""
 
@@ -21,12 +20,8 @@ def check_grid(grid: Grid) -> None:
         ConfigError: bits are not a whole number from 2 to 8, the group size is not 32, 64, 128 or -1, or the clipping
             rule is unknown.
     """
-    if type(grid.bits) is not int or grid.bits not in BITS:
-        raise ConfigError(f"bits {grid.bits!r} cannot be used; use a whole number from {BITS[0]} to {BITS[-1]}")
-    if type(grid.group_size) is not int or grid.group_size not in GROUP_SIZES:
-        raise ConfigError(
-            f"group size {grid.group_size!r} cannot be used; use 32, 64, 128, or -1 for one scale per output channel"
-        )
+    check_bits(grid.bits)
+    check_group_size(grid.group_size)
     if not isinstance(grid.symmetric, bool):
         raise ConfigError(f"symmetric {grid.symmetric!r} cannot be used; use True or False")
     if grid.clip not in {"absmax", "mse"}:

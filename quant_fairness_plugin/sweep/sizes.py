@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.quantize.grid_rules import group_count, misfit
 
 SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
 
@@ -12,12 +13,11 @@ SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
 def quantized_bytes(rows: int, cols: int, grid: Grid) -> int:
     """Bytes of one packed weight `[rows, cols]` with its scales, and zero points where the grid has them.
 
-    Widths that do not divide by the group keep 16 bit, as they do in the checkpoint.
+    A weight that the grid does not fit keeps 16 bit, as it does in the checkpoint.
     """
-    group = cols if grid.group_size == -1 else grid.group_size
-    if cols % group or cols % 8 or rows % 8:
+    if misfit(grid, rows, cols) is not None:
         return dense_bytes(rows, cols)
-    groups = cols // group
+    groups = group_count(grid, cols)
     zero_points = 0 if grid.symmetric else rows * groups * grid.bits // 8
     return rows * cols * grid.bits // 8 + rows * groups * SCALE_BYTES + zero_points
 

@@ -11,7 +11,7 @@ from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
 
-SENTENCES = {
+SENTENCES: dict[str, tuple[str, ...]] = {
     "en": ("The boat left early.", "Rain fell on the hills all night.", "Nobody opened the door.", "Search only."),
     "he": ("הסירה הפליגה מוקדם.", "גשם ירד על הגבעות כל הלילה.", "איש לא פתח את הדלת.", "חיפוש בלבד."),
     "zh": ("船很早就开走了。", "山上整夜都在下雨。", "没有人开门。", "仅供搜索。"),

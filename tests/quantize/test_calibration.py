@@ -21,7 +21,7 @@ def decode(rows: tuple[tuple[int, ...], ...]) -> list[str]:
             pieces.append([])
         else:
             pieces[-1].append(token)
-    return [tokenizer.decode(piece) for piece in pieces]
+    return [str(tokenizer.decode(piece)) for piece in pieces]
 
 
 @pytest.mark.parametrize("row_tokens", [2, 17, 24, 256])

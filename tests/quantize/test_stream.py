@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -226,7 +226,7 @@ def test_arguments_that_do_not_go_together_are_errors(load: Load, rows: Calibrat
     with pytest.raises(ConfigError, match="'rtn' uses no calibration text"):
         quantize_model(loaded, (), method="rtn", grid=GRID, calibration=rows)
     with pytest.raises(ConfigError, match="method 'awq' cannot be used here"):
-        quantize_model(loaded, (), method="awq", grid=GRID)
+        quantize_model(loaded, (), method=cast(Any, "awq"), grid=GRID)
     with pytest.raises(ConfigError, match="group size 100 cannot be used"):
         quantize_model(loaded, (), method="rtn", grid=Grid(group_size=100))
     with pytest.raises(InvalidLayerError, match="layer 2 does not exist"):

@@ -105,7 +105,7 @@ def read_checkpoint(model: str, format: CheckpointFormat, reader: str, root: Pat
     asked.write_text(json.dumps({"prompts": prompts}), encoding="utf-8")
     script = Path(__file__).with_name(f"{reader}_reader.py")
     done = subprocess.run(
-        [python, script, out, asked, answered], capture_output=True, text=True, check=False, cwd=root, timeout=1200
+        [python, script, out, asked, answered], capture_output=True, text=True, check=False, cwd=root, timeout=3600
     )
     assert done.returncode == 0, f"{reader} cannot read it:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     answer = json.loads(answered.read_text(encoding="utf-8"))
