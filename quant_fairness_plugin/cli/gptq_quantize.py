@@ -1,87 +1,42 @@
-"""`gptq-quantize MODEL --bits 4 --protect-layers 0,9,11 --protect-biases`: the seeds' command."""
+"""`gptq-quantize MODEL --bits 4 --protect-layers 0,9,11 --protect-biases`: the seeds' command.
+
+It is `quant-fairness quantize` with the method fixed and nothing protected unless asked for.
+"""
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import typer
 
 from quant_fairness_plugin.cli.main import run_guarded
-from quant_fairness_plugin.cli.options import (
-    DEFAULTS,
-    AllowPickle,
-    Bits,
-    Format,
-    GroupSize,
-    Json,
-    Languages,
-    MaxOverhead,
-    ModelArgument,
-    OutputFolder,
-    Overwrite,
-    ProtectBiases,
-    ProtectLayers,
-    Reader,
-    Reference,
-    Revision,
-    Seed,
-    Strict,
-    Symmetric,
-    Texts,
-    TrustRemoteCode,
-)
 from quant_fairness_plugin.cli.quantize import quantize
 
+
+def variant(command: Callable[..., None], *, fixed: dict[str, Any], defaults: dict[str, Any]) -> Callable[..., None]:
+    """The same command without the `fixed` options, and with other `defaults`."""
+
+    @wraps(command)
+    def varied(*args: Any, **kwargs: Any) -> None:
+        command(*args, **(kwargs | fixed))
+
+    parameters = [
+        parameter.replace(default=defaults.get(name, parameter.default))
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
+        if name not in fixed
+    ]
+    varied.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
+    varied.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    varied.__doc__ = "Quantize MODEL with GPTQ, keep the given layers in 16 bit, verify and measure what was written."
+    return varied
+
+
 app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-
-
-@app.command()
-def gptq_quantize(
-    model: ModelArgument,
-    output: OutputFolder = None,
-    bits: Bits = str(DEFAULTS.bits),
-    group_size: GroupSize = str(DEFAULTS.group_size),
-    sym: Symmetric = DEFAULTS.symmetric,
-    protect_layers: ProtectLayers = "none",
-    protect_biases: ProtectBiases = True,
-    max_overhead: MaxOverhead = DEFAULTS.max_overhead,
-    format_: Format = DEFAULTS.format,
-    reader: Reader = DEFAULTS.reader,
-    langs: Languages = None,
-    reference: Reference = DEFAULTS.reference or "none",
-    texts: Texts = DEFAULTS.texts,
-    seed: Seed = DEFAULTS.seed,
-    strict: Strict = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
-) -> None:
-    """Quantize MODEL with GPTQ, keep the given layers in 16 bit, verify what was written and measure it."""
-    quantize(
-        model,
-        output=output,
-        method="gptq",
-        bits=bits,
-        group_size=group_size,
-        sym=sym,
-        protect_layers=protect_layers,
-        protect_biases=protect_biases,
-        max_overhead=max_overhead,
-        format_=format_,
-        reader=reader,
-        langs=langs,
-        reference=reference,
-        texts=texts,
-        seed=seed,
-        strict=strict,
-        overwrite=overwrite,
-        as_json=as_json,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        allow_pickle=allow_pickle,
-    )
+app.command("gptq-quantize")(variant(quantize, fixed={"method": "gptq"}, defaults={"protect_layers": "none"}))
 
 
 def main() -> None:

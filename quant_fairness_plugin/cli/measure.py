@@ -27,6 +27,7 @@ from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import damage_table, show
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.resolve import BUNDLED
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.sweep.ranking import BASELINE
 
@@ -76,4 +77,9 @@ def _base_model(checkpoint: Path | None, model: str | None) -> str:
         return model
     if checkpoint is None:
         raise ConfigError("nothing to measure; give a checkpoint folder, or a model with --model, such as --model demo")
-    return load(ExportRecord, checkpoint / RECORD_NAME).provenance.model
+    base = load(ExportRecord, checkpoint / RECORD_NAME).provenance.model
+    if base not in BUNDLED and "/" not in base:
+        raise ConfigError(
+            f"{checkpoint} was made from a local folder named {base!r}; say where it is with --model FOLDER"
+        )
+    return base
