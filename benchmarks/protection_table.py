@@ -16,11 +16,13 @@ import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from quant_fairness_plugin.artifacts import package_versions, write_atomically
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "protection_table.jsonl"
@@ -31,16 +33,22 @@ WIDTHS = (4, 3)
 SEED = 0
 
 
-def measure() -> None:
-    rows = [row for model in MODELS for bits in WIDTHS for row in measure_model(model, bits)]
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    ROWS.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def measure(models: Sequence[str]) -> None:
+    """Measure these models and put their rows in place of their old ones."""
+    new = [row for model in models for bits in WIDTHS for row in measure_model(model, bits)]
+    kept = [row for row in read_rows() if row["model"] not in models] if ROWS.exists() else []
+    rows = sorted(kept + new, key=lambda row: (MODELS.index(row["model"]), -row["bits"]))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(ROWS, lines.encode())
+
+
+def read_rows() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
 
 
 def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
     """One row per plan and language, and one per plan for the summary."""
     from quant_fairness_plugin import FairQuantizer
-    from quant_fairness_plugin.artifacts import package_versions
     from quant_fairness_plugin.fair_quantizer import exported_state
     from quant_fairness_plugin.measure.scoring import ModelState
     from quant_fairness_plugin.quantize.bank import swapped
@@ -93,7 +101,7 @@ def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
 
 
 def render() -> None:
-    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows()
     tables = {f"{model}-int{bits}": table(rows, model, bits) for model in MODELS for bits in WIDTHS}
     for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
         text = path.read_text(encoding="utf-8")
@@ -146,4 +154,9 @@ def verdict(plan: str, gain: dict[str, Any]) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("measure", "render"))
-    {"measure": measure, "render": render}[parser.parse_args().what]()
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    given = parser.parse_args()
+    if given.what == "measure":
+        measure(given.models)
+    else:
+        render()

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Measurement, Number, SweepReport
 
-WIDTH_WITHOUT_TERMINAL = 140
+WIDTH_WITHOUT_TERMINAL = 180
 
 
 def show(table: Table) -> None:
@@ -20,8 +20,8 @@ def show(table: Table) -> None:
     console.print(table)
 
 
-def number(value: Number, digits: int = 4) -> str:
-    """`0.0123 [0.0100, 0.0150]`, or `undefined`."""
+def number(value: Number, digits: int = 5) -> str:
+    """`0.01230 [0.01000, 0.01500]`, or `undefined`."""
     if isinstance(value, Interval):
         return f"{value.estimate:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
     return "undefined"

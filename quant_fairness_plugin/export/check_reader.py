@@ -90,10 +90,13 @@ def _widen(model: PreTrainedModel) -> None:
     Transformers leaves those in 16 bit that it renames while loading a quantized checkpoint (GPT-NeoX's head), and
     gptqmodel its scales and biases.
     """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     for module in model.modules():
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                getattr(module, name).data = tensor.data.float()
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
 
 
 @torch.no_grad()

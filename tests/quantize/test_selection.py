@@ -52,7 +52,7 @@ def test_a_group_that_fits_no_module_is_an_error(load: Load) -> None:
 
 
 def test_a_bad_grid_is_an_error(load: Load) -> None:
-    with pytest.raises(ConfigError, match="group size 48 cannot be used"):
+    with pytest.raises(ConfigError, match="group size 48 is read by no server"):
         select_modules(load(width=48), Grid(group_size=48))
 
 

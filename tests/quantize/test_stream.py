@@ -227,7 +227,7 @@ def test_arguments_that_do_not_go_together_are_errors(load: Load, rows: Calibrat
         quantize_model(loaded, (), method="rtn", grid=GRID, calibration=rows)
     with pytest.raises(ConfigError, match="method 'awq' cannot be used here"):
         quantize_model(loaded, (), method=cast(Any, "awq"), grid=GRID)
-    with pytest.raises(ConfigError, match="group size 100 cannot be used"):
+    with pytest.raises(ConfigError, match="group size 100 is read by no server"):
         quantize_model(loaded, (), method="rtn", grid=Grid(group_size=100))
     with pytest.raises(InvalidLayerError, match="layer 2 does not exist"):
         quantize_model(loaded, [2], method="rtn", grid=GRID)
