@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,11 @@ SEED = 0
 
 def measure(models: Sequence[str]) -> None:
     """Measure these models and put their rows in place of their old ones."""
-    new = [row for model in models for bits in WIDTHS for row in measure_model(model, bits)]
-    kept = [row for row in read_rows() if row["model"] not in models] if ROWS.exists() else []
-    rows = sorted(kept + new, key=lambda row: (MODELS.index(row["model"]), -row["bits"]))
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(ROWS, lines.encode())
+    for model, bits in product(models, WIDTHS):
+        new = list(measure_model(model, bits))
+        kept = [row for row in read_rows() if (row["model"], row["bits"]) != (model, bits)] if ROWS.exists() else []
+        rows = sorted(kept + new, key=lambda row: (MODELS.index(row["model"]), -row["bits"]))
+        write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def read_rows() -> list[dict[str, Any]]:

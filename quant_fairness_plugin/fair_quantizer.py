@@ -104,7 +104,6 @@ class FairQuantizer:
             trust_remote_code=source.trust_remote_code,
             allow_pickle=source.allow_pickle,
         )
-        check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader)
         return cls(loaded, texts, config, progress=progress)
 
     def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> FairQuantizer:
@@ -224,8 +223,10 @@ class FairQuantizer:
 
         Raises:
             ConfigError: `out` exists and `overwrite` is False.
+            UnsupportedModelError: the reader could not load this; said before anything is quantized.
             ArtifactError: what was written is not what was quantized; nothing is left behind.
         """
+        self._check_exportable()
         return export(
             self.quantize(),
             Path(out),
@@ -238,12 +239,17 @@ class FairQuantizer:
             measure=self.measure_folder if measure == "exported" else measure,
         )
 
+    def _check_exportable(self) -> None:
+        config = self.config
+        check_exportable(self.loaded.family, format=config.format, grid=config.grid, reader=config.reader)
+
     def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
         """The main job: all eight steps, and the same quantization without protection for comparison.
 
         Raises:
             QuantFairnessError: one of its kinds; a failed run leaves nothing behind.
         """
+        self._check_exportable()
         plan = self.recommend()
         bare = self.quantize(self._explicit(())) if plan.protected_layers else self.quantize()
         unprotected = ModelState(NONE, lambda: swapped(self.loaded, bare.dense_weights()))

@@ -8,6 +8,8 @@ from pathlib import Path
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.export.formats.support import check_format_grid
+from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.texts.load import load_texts
@@ -32,7 +34,8 @@ def preflight(
         QuantFairnessError: one of its kinds; nothing was loaded or written.
     """
     if out is not None:
-        check_output(out, overwrite=overwrite)
+        check_output(out.resolve(), overwrite=overwrite)
+        check_format_grid(config.format, config.grid)
     files = resolve_model(
         source.name,
         revision=source.revision,
@@ -47,13 +50,3 @@ def preflight(
         )
     texts = load_texts(config.texts, languages=config.languages, reference=config.reference)
     return files, texts
-
-
-def check_output(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it may be replaced.
-
-    Raises:
-        ConfigError: `out` exists and `overwrite` is False.
-    """
-    if out.exists() and not overwrite:
-        raise ConfigError(f"output {out} exists; choose another folder with -o, or replace it with --overwrite")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, load
-from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.report import RunResult
@@ -115,7 +116,17 @@ def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, mo
         FairQuantizer.from_pretrained(str(planted_model), protect_layers=[LAYERS])
 
 
-def test_asymmetric_gptq_is_refused_at_plan_time(planted_model: Path, texts_file: Path) -> None:
-    config = FairConfig(format="gptq", symmetric=False, texts=str(texts_file))
-    with pytest.raises(UnsupportedModelError, match="symmetric"):
-        FairQuantizer.from_pretrained(str(planted_model), config=config)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"format": "gptq", "symmetric": False}, "symmetric"), ({"bits": 3}, "checkpoints of 3 bits")],
+)
+def test_what_no_reader_loads_is_refused_before_anything_is_quantized(
+    quantizer: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.quantize_model", lambda *a, **k: pytest.fail("quantized"))
+    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.sweep_layers", lambda *a, **k: pytest.fail("swept"))
+    other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, **options))
+    with pytest.raises(UnsupportedModelError, match=message):
+        other.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(UnsupportedModelError, match=message):
+        other.run(tmp_path / "checkpoint")

@@ -39,7 +39,7 @@ def check_exportable(
         raise ConfigError(f"unknown reader {reader!r}; allowed are {', '.join(READERS)}. Correct --reader.")
     if format == "fp16-twin":
         return
-    _check_grid(format, grid)
+    check_format_grid(format, grid)
     _check_reader(family, format, reader)
 
 
@@ -59,7 +59,14 @@ def check_format_name(name: str) -> None:
         raise ConfigError(f"unknown format {name!r}; allowed are {', '.join(FORMATS)}. Correct --format.")
 
 
-def _check_grid(format_name: str, grid: Grid) -> None:
+def check_format_grid(format_name: str, grid: Grid) -> None:
+    """Refuse a grid that a format cannot hold, or that its readers would misread. Needs no model.
+
+    Raises:
+        UnsupportedModelError: not 4 bits, or an asymmetric grid in `gptq`.
+    """
+    if format_name == "fp16-twin":
+        return
     if grid.bits != 4:
         raise UnsupportedModelError(
             f"checkpoints of {grid.bits} bits are not written (other widths are simulation only); allowed is 4. "
