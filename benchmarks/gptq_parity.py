@@ -1,12 +1,16 @@
 """Is our GPTQ as good as gptqmodel's? KL to the 16-bit model, ours over theirs, on several calibration draws.
 
     make .venv-gptqmodel/.installed
-    python benchmarks/gptq_parity.py --model demo
+    .venv/bin/python benchmarks/gptq_parity.py --model demo
 
 Both quantize the same float16 weights onto the same grid with the same damping and the same token rows; gptqmodel runs
 in its own environment (`--peer-python`). Both results are read back to dense float32 weights from 16-bit scales and
 integers, and scored by the same code on text that neither has seen. A *draw* is a random sample of sentences to
 calibrate on. Appends one JSON row per draw and one summary row to `--out`.
+
+`--order default` leaves gptqmodel its own column order (group-aware, each group's grid fitted when its turn comes);
+`--order static` gives it ours (by Hessian diagonal over all groups, grids fixed before). The first compares the two
+tools as they are used; the second only the arithmetic, which should give the same integers but for rounding.
 
 Verdict: parity holds where the ratio of the mean KL per byte is at most 1.02, or its 95 % interval contains 1.
 Refuses to report where gptqmodel used another grid, damping or base model, or where either is worse than rounding.
@@ -38,15 +42,16 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Part, TextSet, package_versions, write_atomically
+from quant_fairness_plugin.artifacts import Grid, Part, StateScores, TextSet, package_versions, write_atomically
 from quant_fairness_plugin.measure.damage import measure_damage, objective_draws, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples
+from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.measure.scoring import ModelState, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
 from quant_fairness_plugin.quantize.bank import stored_form, swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
-from quant_fairness_plugin.quantize.stream import quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.texts.load import load_texts
 
 log = logging.getLogger("gptq_parity")
@@ -75,27 +80,30 @@ def calibration_draw(texts: TextSet, sentences: int, seed: int) -> TextSet:
 
 
 def run_peer(
-    python: Path, model: Path, calibration: CalibrationSet, grid: Grid, damp: float, out: Path
+    arguments: argparse.Namespace, model: Path, calibration: CalibrationSet, grid: Grid, out: Path
 ) -> dict[str, Any]:
     """Quantize with gptqmodel in its own process; returns what it says that it used."""
+    damp, static = arguments.damp, arguments.order == "static"
     request = {
         "rows": [list(row) for rows in calibration.rows.values() for row in rows],
         "bits": grid.bits,
         "group_size": grid.group_size,
         "symmetric": grid.symmetric,
         "damp": damp,
+        "order": arguments.order,
     }
     request_file = out.with_suffix(".request.json")
     request_file.write_text(json.dumps(request), encoding="utf-8")
-    command = [str(python), str(ROOT / "peers" / "gptqmodel_quantize.py"), str(model), str(request_file), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [arguments.peer_python, ROOT / "peers" / "gptqmodel_quantize.py", model, request_file, out]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RefusedError(f"gptqmodel failed with status {done.returncode}:\n{done.stderr[-3000:]}")
     peer: dict[str, Any] = json.loads((out / "peer.json").read_text(encoding="utf-8"))
     used = json.loads((out / "quantize_config.json").read_text(encoding="utf-8"))
-    asked = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric, "desc_act": False}
-    if any(used[key] != value for key, value in asked.items()) or peer["settings"]["damp_percent"] != damp:
-        raise RefusedError(f"gptqmodel used {used} and {peer['settings']}, asked were {asked} and damping {damp}")
+    asked = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric, "desc_act": static}
+    solved = {"damp_percent": damp, "static_groups": static, "act_group_aware": not static, "mse": 0.0}
+    if any(used[k] != v for k, v in asked.items()) or any(peer["settings"][k] != v for k, v in solved.items()):
+        raise RefusedError(f"gptqmodel used {used} and {peer['settings']}; asked were {asked} and {solved}")
     return peer
 
 
@@ -119,6 +127,17 @@ def read_peer(folder: Path, loaded: LoadedModel, grid: Grid) -> dict[str, Tensor
         weight = (levels - zeros[group]).float() * files[f"{name}.scales"].float()[group]
         dense[name] = stored_form(module, weight.T)
     return dense
+
+
+def agreement(ours: QuantizedModel, theirs: Weights) -> dict[str, float]:
+    """Share of weights whose value is exactly the same in both, in the first layer's first fusion group and in all.
+
+    Only that group (q, k, v) sees the same inputs in both; further on, a weight rounded otherwise changes the inputs.
+    """
+    own, family = ours.dense_weights(), ours.loaded.family
+    same = {name: float((weight == theirs[name]).double().mean()) for name, weight in own.items()}
+    first = [same[f"{family.blocks}.0.{name}"] for name in family.units[0].modules]
+    return {"first_unit": round(sum(first) / len(first), 4), "all": round(sum(same.values()) / len(same), 4)}
 
 
 def unpack(packed: Tensor, bits: int, axis: int) -> Tensor:
@@ -159,16 +178,17 @@ def series_of_draw(
         for name in states
     }
     per_language = {
-        name: {
-            language: objective_draws(
-                scores["fp16"], scores[name], [language], objective="mean", reference=None, weights=weights[:1]
-            )[0]
-            for language in languages
-        }
-        for name in states
+        name: {language: estimate(scores["fp16"], scores[name], language) for language in languages} for name in states
     }
     left_out = {row.language: row.reason for row in damage if row.status != "supported"}
     return series, {"kl_bits_per_byte_by_language": per_language, "languages_left_out": left_out}
+
+
+def estimate(baseline: StateScores, state: StateScores, language: str) -> float:
+    """KL in bits per byte of one language, every sentence once."""
+    once = np.ones((1, len(baseline.languages[language].kl_nats)))
+    value = objective_draws(baseline, state, [language], objective="mean", reference=None, weights=once)[0]
+    return significant(float(value))
 
 
 def ratio(log_ratios: Series) -> dict[str, float]:
@@ -200,27 +220,27 @@ def run_draw(
     started = time.monotonic()
     ours = quantize_model(loaded, (), method="gptq", grid=grid, calibration=calibration, damp=arguments.damp)
     seconds = {"ours": time.monotonic() - started}
-    started = time.monotonic()
-    peer = run_peer(
-        arguments.peer_python, loaded.files.folder, calibration, grid, arguments.damp, folder / f"draw-{draw}"
-    )
+    started, out = time.monotonic(), folder / f"draw-{draw}"
+    peer = run_peer(arguments, loaded.files.folder, calibration, grid, out)
     seconds["gptqmodel"] = time.monotonic() - started
-    theirs = read_peer(folder / f"draw-{draw}", loaded, grid)
+    theirs = read_peer(out, loaded, grid)
     rounded = quantize_model(loaded, (), method="rtn", grid=grid)
     states = {"ours": ours.dense_weights(), "gptqmodel": theirs, "rtn": rounded.dense_weights()}
     if states["ours"].keys() != theirs.keys() or ours.kept:
         raise RefusedError(f"the two quantized different modules; ours left out {sorted(ours.kept)}")
     series, scored = series_of_draw(loaded, texts.part("confirm"), states, arguments.seed)
-    estimates = {name: float(series[name][0]) for name in METHODS}
+    estimates = {name: significant(float(series[name][0])) for name in METHODS}
     if max(estimates["ours"], estimates["gptqmodel"]) >= estimates["rtn"]:
         raise RefusedError(f"no better than rounding: {estimates} bits per byte; the calibration text is too small")
     log_ratios = np.log(series["ours"] / series["gptqmodel"])
     row = {
         "benchmark": "gptq_parity",
+        "order": arguments.order,
         "draw": draw,
         "ratio": ratio(log_ratios),
         "kl_bits_per_byte": estimates,
         **scored,
+        "same_integers": agreement(ours, theirs),
         "damping_raised": {name: damp for name, damp in ours.damping.items() if damp != arguments.damp},
         "seconds_including_start": {name: round(value, 1) for name, value in seconds.items()},
         "calibration": calibration.summary(),
@@ -262,6 +282,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--texts", default="bundled")
+    parser.add_argument("--order", choices=("default", "static"), default="default", help="gptqmodel's column order")
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--sentences", type=int, default=60, help="sentences of a calibration draw, per language")
     parser.add_argument("--row-tokens", type=int, default=256)
@@ -291,6 +312,7 @@ def main(argv: Sequence[str]) -> int:
     found = summary_ratio(np.stack(collected), arguments.seed)
     summary = {
         "benchmark": "gptq_parity",
+        "order": arguments.order,
         "draw": "summary",
         "draws": arguments.draws,
         "ratio": found,

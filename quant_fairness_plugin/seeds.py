@@ -15,7 +15,7 @@ from typing import Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import Measurement, Ranking, SweepReport, TextSet, Undefined
+from quant_fairness_plugin.artifacts import Grid, Measurement, Ranking, SweepReport, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.legacy import DEFAULT_TEXTS, Groups, disparity, perplexities
 from quant_fairness_plugin.measure.measurement import measure_states
@@ -87,6 +87,7 @@ def layer_sweep(
     *,
     method: Method = "rigorous",
     reference_lang: str = "en",
+    grid: Grid | None = None,
 ) -> SweepReport | tuple[LegacySweepRow, ...]:
     """Protect each layer in turn with all others quantized. The model is left as it was.
 
@@ -98,6 +99,7 @@ def layer_sweep(
         method: `rigorous` (a `SweepReport`: KL and bits per byte, group-wise INT4) or `legacy` (the seeds' rows, the
             layer with the lowest disparity first).
         reference_lang: language that disparity is measured against.
+        grid: grid of the quantized layers, INT4 in groups of 128 by default; `legacy` has its own.
 
     Raises:
         ConfigError: texts of the wrong kind, or a model that already carries a simulation.
@@ -107,7 +109,7 @@ def layer_sweep(
     if method == "legacy":
         return _legacy_sweep(model, tokenizer, _legacy_texts(texts), reference_lang)
     chosen = _text_set(texts, reference_lang).part("search")
-    return sweep_layers(from_loaded(model, tokenizer), chosen, reference=reference_lang)
+    return sweep_layers(from_loaded(model, tokenizer), chosen, grid=grid, reference=reference_lang)
 
 
 def quick_sweep(
@@ -118,6 +120,7 @@ def quick_sweep(
     *,
     method: Method = "rigorous",
     reference_lang: str = "en",
+    grid: Grid | None = None,
 ) -> list[int]:
     """The `top_n` layers most worth protecting, ascending. The model is left as it was.
 
@@ -127,7 +130,7 @@ def quick_sweep(
     Raises:
         ConfigError: as `layer_sweep`; or the layers cannot be ranked (no language is supported, say).
     """
-    swept = layer_sweep(model, tokenizer, texts, method=method, reference_lang=reference_lang)
+    swept = layer_sweep(model, tokenizer, texts, method=method, reference_lang=reference_lang, grid=grid)
     if isinstance(swept, SweepReport):
         ranking = swept.rankings["protect-one worst"]
         if not isinstance(ranking, Ranking):

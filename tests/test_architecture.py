@@ -25,7 +25,7 @@ RANKS = [
     {"analysis"},
     {"report"},
     {"preflight"},
-    {"fair_quantizer"},
+    {"fair_quantizer", "seeds"},
     {"__init__"},
     {"cli"},
 ]

@@ -21,12 +21,13 @@ from quant_fairness import (
     simulate_int4,
     undo_simulation,
 )
-from quant_fairness_plugin.artifacts import SweepReport, Undefined
+from quant_fairness_plugin.artifacts import Grid, SweepReport, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.legacy import disparity, perplexities
 from quant_fairness_plugin.seeds import LegacySweepRow
 from tests.planted_model import LAYERS, PLANTED_LAYER, planted_texts
 
+GRID = Grid(group_size=32)
 ONE_TEXT = {"en": "cedar lamp river stone", "he": "ארז מנורה נהר אבן"}
 
 
@@ -55,14 +56,14 @@ def test_both_names_give_the_same_calls() -> None:
 
 
 def test_quick_sweep_returns_ascending_integers(pair: Pair) -> None:
-    layers = quick_sweep(*pair, planted_texts(), top_n=2)
+    layers = quick_sweep(*pair, planted_texts(), top_n=2, grid=GRID)
     assert layers == sorted(layers)
     assert len(layers) == 2
     assert all(type(layer) is int and 0 <= layer < LAYERS for layer in layers)
 
 
 def test_layer_sweep_is_rigorous_unless_told_otherwise(pair: Pair) -> None:
-    assert isinstance(layer_sweep(*pair, planted_texts()), SweepReport)
+    assert isinstance(layer_sweep(*pair, planted_texts(), grid=GRID), SweepReport)
     with pytest.raises(ConfigError, match="too little to measure"):
         layer_sweep(*pair, ONE_TEXT)
 

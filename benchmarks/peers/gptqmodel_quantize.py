@@ -2,8 +2,11 @@
 
     .venv-gptqmodel/bin/python benchmarks/peers/gptqmodel_quantize.py MODEL REQUEST.json OUT
 
-REQUEST holds `rows` (lists of token ids), `bits`, `group_size`, `symmetric` and `damp`. OUT becomes gptqmodel's own
-checkpoint folder, with `peer.json` (versions, and the settings that gptqmodel says it used) beside the weights.
+REQUEST holds `rows` (lists of token ids), `bits`, `group_size`, `symmetric`, `damp` and `order`: `default`
+(gptqmodel's group-aware order) or `static` (columns by Hessian diagonal over all groups, grids fixed before).
+
+OUT becomes gptqmodel's own checkpoint folder, with `peer.json` (versions, and the settings that gptqmodel says it used)
+beside the weights.
 """
 
 from __future__ import annotations
@@ -23,16 +26,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 
-USED = ("damp_percent", "act_group_aware", "desc_act", "mse", "true_sequential")
+USED = ("damp_percent", "act_group_aware", "desc_act", "static_groups", "mse", "true_sequential")
 
 
 def settings(request: dict[str, Any]) -> QuantizeConfig:
-    """The defaults in everything but grid and damping: group-aware act-order, true-sequential, no MSE search."""
+    """The defaults (true-sequential, no MSE search) in everything but grid, damping and, where asked, column order."""
+    static = request["order"] == "static"
     return QuantizeConfig(
         bits=request["bits"],
         group_size=request["group_size"],
         sym=request["symmetric"],
         damp_percent=request["damp"],
+        desc_act=static,
+        static_groups=static,
+        act_group_aware=not static,
     )
 
 
