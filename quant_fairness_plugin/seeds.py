@@ -9,10 +9,12 @@ tensor, ratios of perplexity changes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import Grid, Measurement, Ranking, SweepReport, TextSet, Undefined
@@ -22,7 +24,7 @@ from quant_fairness_plugin.measure.measurement import measure_states
 from quant_fairness_plugin.measure.metrics import percent_change
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.layers import check_layers
-from quant_fairness_plugin.model.load import from_loaded
+from quant_fairness_plugin.model.load import LoadedModel, from_loaded
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.quantize.legacy import (
     is_simulated,
@@ -109,7 +111,7 @@ def layer_sweep(
     if method == "legacy":
         return _legacy_sweep(model, tokenizer, _legacy_texts(texts), reference_lang)
     chosen = _text_set(texts, reference_lang).part("search")
-    return sweep_layers(from_loaded(model, tokenizer), chosen, grid=grid, reference=reference_lang)
+    return sweep_layers(_in_float32(from_loaded(model, tokenizer)), chosen, grid=grid, reference=reference_lang)
 
 
 def quick_sweep(
@@ -260,6 +262,13 @@ def _measure_simulated(
         provenance=lambda given: provenance(loaded.files, texts, seed=0, arguments=given),
         reference=reference,
     ).measurements[SIMULATED]
+
+
+def _in_float32(loaded: LoadedModel) -> LoadedModel:
+    """The same model in float32: 16-bit arithmetic is slow on a CPU, and its rounding would be measured, too."""
+    if loaded.model.dtype == torch.float32:
+        return loaded
+    return replace(loaded, model=copy.deepcopy(loaded.model).to(torch.float32))  # type: ignore[arg-type]
 
 
 def _text_set(texts: Mapping[str, str] | TextSet | None, reference: str) -> TextSet:
