@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, load, save, to_json
+from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, load, save, save_run_record, to_json
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
@@ -56,6 +58,7 @@ def measure(
 
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
+    started = time.monotonic()
     with progress() as shown:
         quantizer = FairQuantizer.from_source(source, config, progress=shown)
         measured = (
@@ -65,6 +68,7 @@ def measure(
         )
     if output is not None:
         save(measured, output)
+        save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
     if as_json:
         typer.echo(to_json(measured), nl=False)
         return

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import Undefined, save, to_json
+from quant_fairness_plugin.artifacts import Undefined, save, save_run_record, to_json
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
@@ -72,10 +74,12 @@ def sweep(
 
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
+    started = time.monotonic()
     with progress() as shown:
         report = FairQuantizer.from_source(source, config, progress=shown).sweep(modes)
     if output is not None:
         save(report, output)
+        save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
     if as_json:
         typer.echo(to_json(report), nl=False)
         return

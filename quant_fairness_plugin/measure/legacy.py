@@ -33,7 +33,7 @@ DEFAULT_TEXTS: Mapping[str, str] = MappingProxyType(
         "ru": "Быстрая коричневая лиса перепрыгивает через ленивую собаку у берега реки.",
     }
 )
-"""One sentence in each of the seeds' ten languages: far too little to conclude from (INVENTORY W1)."""
+"""One sentence in each of the seeds' ten languages: far too little to conclude from."""
 
 SERIES_TEXTS: Mapping[str, str] = MappingProxyType(
     {
