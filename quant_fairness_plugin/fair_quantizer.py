@@ -142,7 +142,8 @@ class FairQuantizer:
 
     def sweep(self, modes: Sequence[Mode] = ("protect-one",)) -> SweepReport:
         """Step 4: damage of every single-layer plan on the search part, and the layers ranked by it."""
-        if self._report is None:
+        # A report of other modes would silently lack the plans that were asked for.
+        if self._report is None or not set(modes) <= set(self._report.provenance.arguments["modes"]):
             self._report = sweep_layers(
                 self.loaded,
                 self.texts.part("search"),
@@ -261,7 +262,7 @@ class FairQuantizer:
 
         record = self.save_pretrained(out, overwrite=overwrite, measure=compare)
         return RunResult(
-            plan=plan,
+            plan=record.plan,
             record=record,
             unprotected=measured[0].measurements[NONE],
             protected=measured[0].measurements[EXPORTED],

@@ -65,6 +65,7 @@ def test_the_record_is_what_was_returned(result: RunResult, out: Path) -> None:
     assert record == result.record
     assert record.measurement == result.protected
     assert record.plan == result.plan
+    assert not record.plan.predicted
 
 
 def test_the_measured_checkpoint_is_the_one_that_transformers_loads(result: RunResult, out: Path) -> None:
@@ -108,6 +109,12 @@ def test_protecting_gives_another_plan_on_the_same_sweep(quantizer: FairQuantize
     assert quantizer.protecting([0, 3]).recommend().protected_layers == (0, 3)
     assert quantizer.protecting("none").recommend().protected_layers == ()
     assert quantizer.protecting("auto").sweep() is quantizer.sweep()
+
+
+def test_a_sweep_of_another_mode_is_not_answered_with_the_first(quantizer: FairQuantizer) -> None:
+    both = quantizer.protecting("auto")
+    assert "quantize 0" in both.sweep(("protect-one", "quantize-one")).scores
+    assert both.sweep(("quantize-one",)) is both.sweep()
 
 
 def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,7 +103,8 @@ def export(
         _compare_with_memory(quantized, folder, format)
         verify(folder, reader="vllm" if reader == "vllm" else None)
         if measure is not None:
-            record = _describe(replace(record, measurement=measure(folder)), folder)
+            evaluated = replace(plan, predicted=False)
+            record = _describe(replace(record, plan=evaluated, measurement=measure(folder)), folder)
             check_recorded_files(folder, record)
     _logger.info("%s: written and verified, %s", out, format)
     return record
