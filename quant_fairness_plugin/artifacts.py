@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from quant_fairness_plugin.errors import ArtifactError
+from quant_fairness_plugin.errors import ArtifactError, ConfigError
 
 NO_SURPRISES = ConfigDict(extra="forbid")
 """A document with a field that this version does not know was written by another one."""
@@ -36,8 +36,12 @@ Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
 Objective = Literal["worst", "mean", "bpb", "excess", "disparity"]
-Method = Literal["rtn", "gptq"]
-CheckpointFormat = Literal["compressed-tensors", "gptq", "fp16-twin"]
+Method = Literal["rtn", "gptq", "awq"]
+Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
+Weighting = Literal["uniform", "proportional", "english", "minimax"]
+"""How much each language counts in calibration."""
+Reader = Literal["transformers", "vllm", "gptqmodel"]
+CheckpointFormat = Literal["compressed-tensors", "gptq", "awq", "fp16-twin"]
 """`fp16-twin` is a plain 16-bit checkpoint with the dequantized values."""
 
 
@@ -71,7 +75,7 @@ class Grid:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = True
-    clip: Literal["absmax", "mse"] = "absmax"
+    clip: Clip = "absmax"
 
     def __str__(self) -> str:
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
@@ -256,7 +260,11 @@ class SweepReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectionPlan:
-    """Which units keep 16 bit. `units` maps `layers.<i>` to a precision, for every layer of the model."""
+    """Which units keep 16 bit, and which get 8 instead of 4.
+
+    `units` maps `layers.<i>` to a precision, for every layer of the model; `layers.<i>.<unit>` overrides it for one
+    fusion group, such as `layers.3.down`.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES
 
@@ -278,7 +286,32 @@ class ProtectionPlan:
     @property
     def protected_layers(self) -> tuple[int, ...]:
         """Layers that are wholly in 16 bit, ascending."""
-        return tuple(i for i in range(len(self.units)) if self.units[f"layers.{i}"] == "fp16")
+        return tuple(i for i in range(self.layers) if self.units[f"layers.{i}"] == "fp16" and not self.overrides_in(i))
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of the model."""
+        return sum(name.count(".") == 1 for name in self.units)
+
+    @property
+    def quantized_precision(self) -> Precision:
+        """What a layer gets that the plan does not single out."""
+        return precision_of_bits(self.grid.bits)
+
+    @property
+    def overrides(self) -> dict[str, Precision]:
+        """Units that get neither 16 bit as a whole layer nor the grid's own bits: `layers.5` or `layers.3.down`."""
+        whole = {f"layers.{i}" for i in self.protected_layers}
+        return {
+            name: precision
+            for name, precision in self.units.items()
+            if name not in whole and (name.count(".") > 1 or precision != self.quantized_precision)
+        }
+
+    def overrides_in(self, layer: int) -> dict[str, Precision]:
+        """Fusion groups of a layer with a precision of their own, by name within the layer."""
+        prefix = f"layers.{layer}."
+        return {name.removeprefix(prefix): kind for name, kind in self.units.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,7 +327,8 @@ class ExportRecord:
     format: CheckpointFormat
     plan: ProtectionPlan
     family: str
-    quantized_modules: tuple[str, ...]
+    quantized_modules: dict[str, int]
+    """Full module name → bits."""
     kept_modules: dict[str, str]
     """Module in 16 bit although its layer is quantized → reason (for example a width that no group divides)."""
     calibration: dict[str, Any]
@@ -308,6 +342,23 @@ class FileRecord:
 
     bytes_: int
     sha256: str
+
+
+def precision_of_bits(bits: int) -> Precision:
+    """The name of a bit width in a plan.
+
+    Raises:
+        ConfigError: a width without one (7).
+    """
+    names: dict[int, Precision] = {2: "int2", 3: "int3", 4: "int4", 5: "int5", 6: "int6", 8: "int8", 16: "fp16"}
+    if bits not in names:
+        raise ConfigError(f"{bits} bits have no name in a plan; use one of {', '.join(map(str, names))}")
+    return names[bits]
+
+
+def bits_of_precision(precision: Precision) -> int:
+    """`int4` → 4, `fp16` → 16."""
+    return 16 if precision == "fp16" else int(precision.removeprefix("int"))
 
 
 A = TypeVar("A", Measurement, SweepReport, ProtectionPlan, ExportRecord)

@@ -7,33 +7,30 @@ model's probabilities of a batch serve all states and at most two [tokens, vocab
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import LanguageScores, StateScores, TextSet
-from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
-from quant_fairness_plugin.measure.metrics import significant
+from quant_fairness_plugin.artifacts import StateScores, TextSet
+from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.measure.rows import (
+    FLIPS,
+    KL,
+    NLL,
+    SMALLEST_CONTEXT,
+    Array,
+    Batch,
+    position_limit,
+    sum_rows,
+    tokenize,
+)
 
-logger = logging.getLogger(__name__)
-
-PAD = 0
-"""Any id will do: padding stands on the right, is masked, and its predictions are never read."""
-SMALLEST_CONTEXT = 4
 CHUNK_ELEMENTS = 1 << 22
 """Probabilities are compared in pieces of so many elements (16 MiB in float32)."""
-UNKNOWN_SHARE = 0.01
-NLL, KL, FLIPS = range(3)
-
-Array = NDArray[np.float64]
 
 
 class ModelState(NamedTuple):
@@ -46,34 +43,6 @@ class ModelState(NamedTuple):
 def fixed_state(name: str, model: PreTrainedModel) -> ModelState:
     """The state of a model that nothing has to be done to: the 16-bit model, or an export that was loaded."""
     return ModelState(name, lambda: nullcontext(model))
-
-
-class _Text(NamedTuple):
-    """A tokenized sentence; `skipped` leading tokens (0 or 1) have no prediction, nor do their bytes count."""
-
-    ids: tuple[int, ...]
-    skipped: int
-    bytes_: int
-
-
-class _Row(NamedTuple):
-    """One window of a sentence as the model reads it; it scores the tokens `ids[first:]`."""
-
-    language: str
-    sentence: int
-    ids: tuple[int, ...]
-    first: int
-
-
-class _Batch(NamedTuple):
-    """Right-padded rows. `positions` index the flattened [rows · width] logits; all others have one entry a target."""
-
-    rows: Sequence[_Row]
-    ids: Tensor
-    mask: Tensor
-    positions: Tensor
-    targets: Tensor
-    owners: Tensor
 
 
 def score_states(
@@ -106,24 +75,17 @@ def score_states(
     """
     _check_arguments(states, batch_tokens, context)
     with states[0].applied() as model:
-        window = min(context, _position_limit(model))
-    encoded = {language: _encode(tokenizer, language, texts) for language in texts.languages}
-    prefix = _prefix(tokenizer)
-    rows = [
-        _Row(language, index, ids, first)
-        for language, sentences in encoded.items()
-        for index, text in enumerate(sentences)
-        for ids, first in _windows(text.ids, prefix, window)
-    ]
-    batches = list(_batches(rows, batch_tokens))
-    totals = {state.name: {language: np.zeros((3, len(texts))) for language in encoded} for state in states}
+        window = min(context, position_limit(model))
+    tokenized = tokenize(tokenizer, texts, context=window)
+    batches = tokenized.batches(batch_tokens)
+    totals = {state.name: tokenized.empty_totals() for state in states}
     for number, batch in enumerate(batches):
-        for offset, (name, scores) in enumerate(_score_batch(states, _tensors(batch), texts)):
-            for row, score in zip(batch, scores, strict=True):
+        for offset, (name, scores) in enumerate(_score_batch(states, batch, texts)):
+            for row, score in zip(batch.rows, scores, strict=True):
                 totals[name][row.language][:, row.sentence] += score
             if progress is not None:
                 progress(number * len(states) + offset + 1, len(batches) * len(states))
-    return {name: StateScores(state=name, languages=_finish(found, encoded)) for name, found in totals.items()}
+    return {name: tokenized.state_scores(name, found) for name, found in totals.items()}
 
 
 def _check_arguments(states: Sequence[ModelState], batch_tokens: int, context: int) -> None:
@@ -136,108 +98,7 @@ def _check_arguments(states: Sequence[ModelState], batch_tokens: int, context: i
         raise ConfigError(f"context={context}: a window needs at least {SMALLEST_CONTEXT} tokens; the default is 2048")
 
 
-def _position_limit(model: PreTrainedModel) -> int:
-    """The longest input of the model; models without learned or rotary positions (BLOOM) name none."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit >= SMALLEST_CONTEXT else sys.maxsize
-
-
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that stands before every text: BOS, else EOS, else none."""
-    identifier = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return None if identifier is None else int(identifier)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet) -> list[_Text]:
-    skipped = 1 if _prefix(tokenizer) is None else 0
-    if skipped and not tokenizer.is_fast:
-        raise UnsupportedModelError(
-            "the tokenizer has no BOS, no EOS and no character offsets, so that the bytes of the first token are "
-            "unknown; set tokenizer.bos_token, or use its fast version"
-        )
-    sentences = texts.sentences[language]
-    encoding = tokenizer(list(sentences), add_special_tokens=False, return_offsets_mapping=bool(skipped), verbose=False)
-    found = []
-    for index, sentence in enumerate(sentences):
-        ids = tuple(encoding["input_ids"][index])
-        bytes_ = len(sentence.encode())
-        if len(ids) <= skipped:
-            raise ConfigError(
-                f"{language} sentence {texts.ids[index]!r} has {len(ids)} token(s), none of which can be scored; "
-                "leave it out or give a longer one"
-            )
-        if skipped:
-            bytes_ -= _first_token_bytes(tokenizer, sentence, ids, encoding["offset_mapping"][index])
-        found.append(_Text(ids, skipped, bytes_))
-    _warn_of_unknown_tokens(tokenizer, language, found)
-    return found
-
-
-def _first_token_bytes(
-    tokenizer: PreTrainedTokenizerBase, sentence: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
-) -> int:
-    if offsets[1][0] >= offsets[0][1]:
-        return len(sentence[: offsets[0][1]].encode())
-    # The token ends inside a character. Byte fallback spells a byte as <0xE4>, byte-level BPE as one symbol.
-    token = str(tokenizer.convert_ids_to_tokens(ids[0]))
-    return 1 if token.startswith("<0x") else len(token)
-
-
-def _warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, language: str, texts: Sequence[_Text]) -> None:
-    if tokenizer.unk_token_id is None:
-        return
-    unknown = sum(text.ids.count(tokenizer.unk_token_id) for text in texts)
-    share = unknown / sum(len(text.ids) for text in texts)
-    if share > UNKNOWN_SHARE:
-        logger.warning(
-            "%s: %.1f %% of the tokens are unknown to the tokenizer; its scores mean little", language, 100 * share
-        )
-
-
-def _windows(ids: tuple[int, ...], prefix: int | None, size: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """Windows of at most `size` tokens, and in each the first token that no earlier window scored.
-
-    Every window starts with the prefix, because models that were trained with one predict badly without it.
-    """
-    lead = () if prefix is None else (prefix,)
-    room = size - len(lead)
-    start, scored = 0, 1 - len(lead)
-    while scored < len(ids):
-        chunk = ids[start : start + room]
-        yield lead + chunk, len(lead) + scored - start
-        scored = start + len(chunk)
-        start += room // 2
-
-
-def _batches(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
-    """Rows of similar length together, longest first, so that memory runs out at once or never."""
-    batch: list[_Row] = []
-    for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
-def _tensors(rows: Sequence[_Row]) -> _Batch:
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), PAD)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    positions: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        mask[number, : len(row.ids)] = 1
-        positions += range(number * width + row.first - 1, number * width + len(row.ids) - 1)
-        targets += row.ids[row.first :]
-        owners += [number] * (len(row.ids) - row.first)
-    return _Batch(rows, ids, mask, torch.tensor(positions), torch.tensor(targets), torch.tensor(owners))
-
-
-def _score_batch(states: Sequence[ModelState], batch: _Batch, texts: TextSet) -> Iterator[tuple[str, Array]]:
+def _score_batch(states: Sequence[ModelState], batch: Batch, texts: TextSet) -> Iterator[tuple[str, Array]]:
     """Each state's name with its sums of NLL, KL and flips over the targets of each row: [rows, 3]."""
     reference: Tensor | None = None
     for state in states:
@@ -253,12 +114,10 @@ def _score_batch(states: Sequence[ModelState], batch: _Batch, texts: TextSet) ->
             )
         else:
             per_token = _score_against(logits, batch, reference)
-        per_row = torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, batch.owners, per_token)
-        _check_finite(per_row, batch, state.name, texts)
-        yield state.name, per_row.numpy()
+        yield state.name, sum_rows(batch, per_token, state.name, texts)
 
 
-def _logits(model: PreTrainedModel, batch: _Batch, name: str) -> Tensor:
+def _logits(model: PreTrainedModel, batch: Batch, name: str) -> Tensor:
     """Flattened logits [rows · width, vocabulary]."""
     if model.training:
         raise ConfigError(f"state {name!r} is in training mode, where dropout makes scores random; call model.eval()")
@@ -268,7 +127,7 @@ def _logits(model: PreTrainedModel, batch: _Batch, name: str) -> Tensor:
     return logits.flatten(0, 1)
 
 
-def _chunks(logits: Tensor, batch: _Batch) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _chunks(logits: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Pieces of the targets: their slice, float32 log-probabilities [piece, vocabulary], and target ids [piece, 1]."""
     size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     for start in range(0, len(batch.targets), size):
@@ -278,7 +137,7 @@ def _chunks(logits: Tensor, batch: _Batch) -> Iterator[tuple[slice, Tensor, Tens
         yield piece, log_probabilities, batch.targets[piece, None].to(logits.device)
 
 
-def _score_reference(logits: Tensor, batch: _Batch, reference: Tensor) -> Tensor:
+def _score_reference(logits: Tensor, batch: Batch, reference: Tensor) -> Tensor:
     """Scores of the 16-bit model [targets, 3]; its log-probabilities are written to `reference`."""
     scores = torch.zeros(len(batch.targets), 3, dtype=torch.float64)
     for piece, log_probabilities, targets in _chunks(logits, batch):
@@ -287,7 +146,7 @@ def _score_reference(logits: Tensor, batch: _Batch, reference: Tensor) -> Tensor
     return scores
 
 
-def _score_against(logits: Tensor, batch: _Batch, reference: Tensor) -> Tensor:
+def _score_against(logits: Tensor, batch: Batch, reference: Tensor) -> Tensor:
     """Scores of another state [targets, 3] against the 16-bit model's log-probabilities [targets, vocabulary]."""
     scores = torch.zeros(len(batch.targets), 3, dtype=torch.float64)
     for piece, log_probabilities, targets in _chunks(logits, batch):
@@ -297,27 +156,3 @@ def _score_against(logits: Tensor, batch: _Batch, reference: Tensor) -> Tensor:
         scores[piece, KL] = kl.sum(dim=-1, dtype=torch.float64).cpu()
         scores[piece, FLIPS] = (log_probabilities.argmax(dim=-1) != expected.argmax(dim=-1)).double().cpu()
     return scores
-
-
-def _check_finite(scores: Tensor, batch: _Batch, name: str, texts: TextSet) -> None:
-    broken = (~torch.isfinite(scores).all(dim=1)).nonzero()[:, 0].tolist()
-    if broken:
-        row = batch.rows[broken[0]]
-        raise ArtifactError(
-            f"state {name!r} predicts NaN or infinity on {row.language} sentence {texts.ids[row.sentence]!r}; every "
-            "logit must be a finite number. Look for NaN or overflow in its weights and scales."
-        )
-
-
-def _finish(found: dict[str, Array], encoded: dict[str, list[_Text]]) -> dict[str, LanguageScores]:
-    return {
-        language: LanguageScores(
-            nll_nats=tuple(significant(value) for value in sums[NLL].tolist()),
-            tokens=tuple(len(text.ids) - text.skipped for text in encoded[language]),
-            bytes_=tuple(text.bytes_ for text in encoded[language]),
-            # Rounding can push the KL of two nearly equal states a little below its bound.
-            kl_nats=tuple(significant(max(0.0, value)) for value in sums[KL].tolist()),
-            flips=tuple(round(value) for value in sums[FLIPS].tolist()),
-        )
-        for language, sums in found.items()
-    }

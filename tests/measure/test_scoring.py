@@ -22,7 +22,7 @@ from transformers import (
 
 from quant_fairness_plugin.artifacts import StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
-from quant_fairness_plugin.measure import scoring
+from quant_fairness_plugin.measure import rows, scoring
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score_states
 from tests.measure.samples import make_texts
 from tests.tiny import byte_tokenizer, tiny_config
@@ -124,7 +124,7 @@ def test_the_first_state_has_no_divergence_from_itself_and_a_copy_has_none_eithe
 
 def test_garbage_in_the_padding_does_not_matter(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     clean = score(loaded)
-    monkeypatch.setattr(scoring, "PAD", 263)
+    monkeypatch.setattr(rows, "PAD", 263)
     assert score(loaded) == clean
 
 

@@ -1,0 +1,237 @@
+"""Step 3, text as padded batches of token rows, and sums over rows as scores per sentence.
+
+Each token is scored once, given BOS (else EOS) and the text before it. Where the tokenizer has neither, the first token
+and its bytes are left out. A sentence longer than the context is read in windows that overlap by half.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quant_fairness_plugin.artifacts import LanguageScores, StateScores, TextSet
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.measure.metrics import significant
+
+logger = logging.getLogger(__name__)
+
+PAD = 0
+"""Any id will do: padding stands on the right, is masked, and its predictions are never read."""
+SMALLEST_CONTEXT = 4
+UNKNOWN_SHARE = 0.01
+NLL, KL, FLIPS = range(3)
+
+Array = NDArray[np.float64]
+
+
+class _Text(NamedTuple):
+    """A tokenized sentence; `skipped` leading tokens (0 or 1) have no prediction, nor do their bytes count."""
+
+    ids: tuple[int, ...]
+    skipped: int
+    bytes_: int
+
+
+class Row(NamedTuple):
+    """One window of a sentence as the model reads it; it scores the tokens `ids[first:]`."""
+
+    language: str
+    sentence: int
+    ids: tuple[int, ...]
+    first: int
+
+
+class Batch(NamedTuple):
+    """Right-padded rows. `positions` index the flattened [rows · width] logits; all others have one entry a target."""
+
+    rows: Sequence[Row]
+    ids: Tensor
+    mask: Tensor
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """A tokenized text set, cut into windows."""
+
+    texts: TextSet
+    rows: tuple[Row, ...]
+    encoded: dict[str, list[_Text]]
+
+    def batches(self, batch_tokens: int) -> list[Batch]:
+        """Rows of similar length together, longest first, so that memory runs out at once or never."""
+        return [_tensors(rows) for rows in _batches(self.rows, batch_tokens)]
+
+    def empty_totals(self) -> dict[str, Array]:
+        """Language → zeros `[3, sentences]`, to add the rows' NLL, KL and flips to."""
+        return {language: np.zeros((3, len(self.texts))) for language in self.encoded}
+
+    def state_scores(self, state: str, totals: dict[str, Array]) -> StateScores:
+        """The sums over a state's rows as scores."""
+        return StateScores(state=state, languages=_finish(totals, self.encoded))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: TextSet, *, context: int) -> TokenRows:
+    """Tokenize every sentence and cut it into windows of at most `context` tokens.
+
+    Raises:
+        UnsupportedModelError: no BOS, no EOS and no character offsets.
+        ConfigError: a sentence without a token to score.
+    """
+    encoded = {language: _encode(tokenizer, language, texts) for language in texts.languages}
+    prefix = _prefix(tokenizer)
+    rows = tuple(
+        Row(language, index, ids, first)
+        for language, sentences in encoded.items()
+        for index, text in enumerate(sentences)
+        for ids, first in _windows(text.ids, prefix, context)
+    )
+    return TokenRows(texts, rows, encoded)
+
+
+def position_limit(model: PreTrainedModel) -> int:
+    """The longest input of the model; models without learned or rotary positions (BLOOM) name none."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit >= SMALLEST_CONTEXT else sys.maxsize
+
+
+def sum_rows(batch: Batch, per_token: Tensor, name: str, texts: TextSet) -> Array:
+    """Scores per token `[targets, 3]` summed over the targets of each row, `[rows, 3]`.
+
+    Raises:
+        ArtifactError: a score is NaN or infinite.
+    """
+    per_row = torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, batch.owners, per_token.cpu())
+    _check_finite(per_row, batch, name, texts)
+    found: Array = per_row.numpy()
+    return found
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The id that stands before every text: BOS, else EOS, else none."""
+    identifier = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return None if identifier is None else int(identifier)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet) -> list[_Text]:
+    skipped = 1 if _prefix(tokenizer) is None else 0
+    if skipped and not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            "the tokenizer has no BOS, no EOS and no character offsets, so that the bytes of the first token are "
+            "unknown; set tokenizer.bos_token, or use its fast version"
+        )
+    sentences = texts.sentences[language]
+    encoding = tokenizer(list(sentences), add_special_tokens=False, return_offsets_mapping=bool(skipped), verbose=False)
+    found = []
+    for index, sentence in enumerate(sentences):
+        ids = tuple(encoding["input_ids"][index])
+        bytes_ = len(sentence.encode())
+        if len(ids) <= skipped:
+            raise ConfigError(
+                f"{language} sentence {texts.ids[index]!r} has {len(ids)} token(s), none of which can be scored; "
+                "leave it out or give a longer one"
+            )
+        if skipped:
+            bytes_ -= _first_token_bytes(tokenizer, sentence, ids, encoding["offset_mapping"][index])
+        found.append(_Text(ids, skipped, bytes_))
+    _warn_of_unknown_tokens(tokenizer, language, found)
+    return found
+
+
+def _first_token_bytes(
+    tokenizer: PreTrainedTokenizerBase, sentence: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+) -> int:
+    if offsets[1][0] >= offsets[0][1]:
+        return len(sentence[: offsets[0][1]].encode())
+    # The token ends inside a character. Byte fallback spells a byte as <0xE4>, byte-level BPE as one symbol.
+    token = str(tokenizer.convert_ids_to_tokens(ids[0]))
+    return 1 if token.startswith("<0x") else len(token)
+
+
+def _warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, language: str, texts: Sequence[_Text]) -> None:
+    if tokenizer.unk_token_id is None:
+        return
+    unknown = sum(text.ids.count(tokenizer.unk_token_id) for text in texts)
+    share = unknown / sum(len(text.ids) for text in texts)
+    if share > UNKNOWN_SHARE:
+        logger.warning(
+            "%s: %.1f %% of the tokens are unknown to the tokenizer; its scores mean little", language, 100 * share
+        )
+
+
+def _windows(ids: tuple[int, ...], prefix: int | None, size: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Windows of at most `size` tokens, and in each the first token that no earlier window scored.
+
+    Every window starts with the prefix, because models that were trained with one predict badly without it.
+    """
+    lead = () if prefix is None else (prefix,)
+    room = size - len(lead)
+    start, scored = 0, 1 - len(lead)
+    while scored < len(ids):
+        chunk = ids[start : start + room]
+        yield lead + chunk, len(lead) + scored - start
+        scored = start + len(chunk)
+        start += room // 2
+
+
+def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
+    """Rows of similar length together, longest first, so that memory runs out at once or never."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: -len(row.ids)):
+        if batch and (len(batch) + 1) * len(batch[0].ids) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _tensors(rows: Sequence[Row]) -> Batch:
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), PAD)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    positions: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        mask[number, : len(row.ids)] = 1
+        positions += range(number * width + row.first - 1, number * width + len(row.ids) - 1)
+        targets += row.ids[row.first :]
+        owners += [number] * (len(row.ids) - row.first)
+    return Batch(rows, ids, mask, torch.tensor(positions), torch.tensor(targets), torch.tensor(owners))
+
+
+def _check_finite(scores: Tensor, batch: Batch, name: str, texts: TextSet) -> None:
+    broken = (~torch.isfinite(scores).all(dim=1)).nonzero()[:, 0].tolist()
+    if broken:
+        row = batch.rows[broken[0]]
+        raise ArtifactError(
+            f"state {name!r} predicts NaN or infinity on {row.language} sentence {texts.ids[row.sentence]!r}; every "
+            "logit must be a finite number. Look for NaN or overflow in its weights and scales."
+        )
+
+
+def _finish(found: dict[str, Array], encoded: dict[str, list[_Text]]) -> dict[str, LanguageScores]:
+    return {
+        language: LanguageScores(
+            nll_nats=tuple(significant(value) for value in sums[NLL].tolist()),
+            tokens=tuple(len(text.ids) - text.skipped for text in encoded[language]),
+            bytes_=tuple(text.bytes_ for text in encoded[language]),
+            # Rounding can push the KL of two nearly equal states a little below its bound.
+            kl_nats=tuple(significant(max(0.0, value)) for value in sums[KL].tolist()),
+            flips=tuple(round(value) for value in sums[FLIPS].tolist()),
+        )
+        for language, sums in found.items()
+    }

@@ -1,0 +1,151 @@
+"""Step 1, running a model's blocks one by one from outside: what each block is called with, and what follows the last.
+
+Every family hands its blocks other arguments (masks, rotary embeddings, ALiBi, …) and does something else before the
+first and after the last. Instead of a description per family, the model itself is *rehearsed*: run with blocks that
+only note their arguments and pass the hidden state on, which costs an embedding lookup and a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_fairness_plugin.model.load import LoadedModel
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass at the place up to which it is needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """What a block is called with besides the hidden state."""
+
+    positional: tuple[Any, ...]
+    named: dict[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The output of a block for `hidden`, `[rows, tokens, width]`."""
+        output = block(hidden, *self.positional, **self.named)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """A batch on its way to the first block."""
+
+    hidden: Tensor
+    """`[rows, tokens, width]`, what the first block is given."""
+    calls: tuple[BlockCall, ...]
+    """One per layer."""
+
+
+@torch.no_grad()
+def rehearse(loaded: LoadedModel, ids: Tensor, mask: Tensor | None = None) -> Rehearsal:
+    """What every block would be called with for a batch. No block is run but the first, on one token.
+
+    Args:
+        loaded: the model, in evaluation mode; not changed.
+        ids: token ids `[rows, tokens]`.
+        mask: attention mask `[rows, tokens]`, or None.
+    """
+    entered: list[Tensor] = []
+    calls: list[BlockCall] = []
+
+    def note(layer: int, hidden: Tensor, positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        if not entered:
+            entered.append(hidden)
+        calls.append(BlockCall(positional, named))
+        if layer == loaded.layers - 1:
+            raise _EnoughError
+        return hidden
+
+    with _played_by(loaded, note):
+        _run(loaded, ids, mask)
+    return Rehearsal(entered[0], tuple(calls))
+
+
+@torch.no_grad()
+def head_input(loaded: LoadedModel, ids: Tensor, mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """What the output head is given where the last block's output is `hidden`, `[rows, tokens, width]`.
+
+    Args:
+        loaded: the model.
+        ids: token ids `[rows, tokens]`; their values do not matter, as their embeddings are thrown away.
+        mask: attention mask, or None.
+        hidden: the output of the last block.
+    """
+    found: list[Tensor] = []
+
+    def replace(layer: int, passed: Tensor, positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+        return hidden if layer == loaded.layers - 1 else passed
+
+    def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
+        found.append(positional[0])
+        raise _EnoughError
+
+    handle = loaded.model.get_submodule(loaded.family.head).register_forward_pre_hook(note)
+    try:
+        with _played_by(loaded, replace):
+            _run(loaded, ids, mask)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _run(loaded: LoadedModel, ids: Tensor, mask: Tensor | None) -> None:
+    device = loaded.model.device
+    try:
+        loaded.model(
+            input_ids=ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False
+        )
+    except _EnoughError:
+        pass
+
+
+Part = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+@contextmanager
+def _played_by(loaded: LoadedModel, part: Part) -> Iterator[None]:
+    """All blocks replaced by `part(layer, hidden, positional, named)` for the time of a `with` block."""
+    tupled = _returns_tuple(loaded)
+
+    def forward(layer: int) -> Callable[..., Any]:
+        def play(*positional: Any, **named: Any) -> Any:
+            hidden, *rest = positional or (named.pop("hidden_states"),)
+            output = part(layer, hidden, tuple(rest), named)
+            return (output,) if tupled else output
+
+        return play
+
+    blocks = [loaded.block(layer) for layer in range(loaded.layers)]
+    try:
+        for layer, block in enumerate(blocks):
+            block.forward = forward(layer)
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _returns_tuple(loaded: LoadedModel) -> bool:
+    """Whether blocks return `(hidden, …)` or the hidden state itself, seen on one token."""
+    outputs: list[Any] = []
+
+    def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        outputs.append(output)
+        raise _EnoughError
+
+    handle = loaded.block(0).register_forward_hook(note)
+    try:
+        _run(loaded, torch.zeros(1, 1, dtype=torch.long), None)
+    finally:
+        handle.remove()
+    return isinstance(outputs[0], tuple)
