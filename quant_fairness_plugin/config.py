@@ -5,15 +5,26 @@ The command line takes its help and defaults from here; there is no second copy.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypedDict
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, Grid, Method, Objective
+from quant_fairness_plugin.artifacts import (
+    CheckpointFormat,
+    Clip,
+    Grid,
+    Method,
+    Objective,
+    Precision,
+    Reader,
+    Weighting,
+)
 from quant_fairness_plugin.errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128, -1)
+_UNIT = re.compile(r"[0-9]{1,9}\.[A-Za-z_][\w.]*", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,10 +36,15 @@ class FairConfig:
     method: Method = "gptq"
     bits: int = 4
     group_size: int = 128
-    symmetric: bool = True
-    clip: Literal["absmax", "mse"] = "absmax"
+    symmetric: bool | None = None
+    """None = the method's own: AWQ with zero points, the others without (vLLM reads `gptq` files only so)."""
+    clip: Clip = "absmax"
     protect_layers: Literal["auto", "none"] | tuple[int, ...] = "auto"
     """`auto`: as many layers as the sweep supports within `max_overhead`; `none`; or layer indices counted from 0."""
+    protect_units: tuple[str, ...] = ()
+    """Fusion groups that stay in 16 bit besides, such as `3.down`."""
+    int8_layers: tuple[int, ...] = ()
+    """Layers that get 8 bits instead of `bits`."""
     top: int | None = None
     """Protect exactly this many layers by the sweep's ranking, instead of `auto`'s budget."""
     max_overhead: float = 0.2
@@ -39,8 +55,13 @@ class FairConfig:
     texts: str = "bundled"
     tokens_per_language: int | None = None
     """Calibration tokens of each language; None = what the language with the fewest has."""
+    calibration: Weighting = "uniform"
+    """How much each language counts in calibration."""
+    backend: str = "native"
+    """Who quantizes: our own core, `gptqmodel`, `llmcompressor`, or a name of the entry points
+    `quant_fairness.backends`."""
     format: CheckpointFormat = "compressed-tensors"
-    reader: Literal["transformers", "vllm"] = "transformers"
+    reader: Reader = "transformers"
     """The reader that must be able to load the checkpoint."""
     draws: int = 2000
     seed: int = 0
@@ -54,13 +75,31 @@ class FairConfig:
             raise ConfigError(
                 f"max_overhead {self.max_overhead} is no share of the all-quantized size; use 0.2 for 20 % extra bytes"
             )
+        check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
+        if self.method == "rtn" and self.calibration != "uniform":
+            raise ConfigError(
+                f"calibration {self.calibration!r} has no effect on method 'rtn', which uses no calibration text; "
+                "use method 'gptq' or 'awq', or leave calibration out"
+            )
+        if self.calibration == "proportional" and self.tokens_per_language is not None:
+            raise ConfigError(
+                f"calibration 'proportional' takes all tokens of every language, not {self.tokens_per_language} each; "
+                "leave tokens_per_language out, or use calibration 'uniform'"
+            )
 
     @property
     def grid(self) -> Grid:
         """The integer grid of the quantized layers."""
-        return Grid(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, clip=self.clip)
+        symmetric = self.method != "awq" if self.symmetric is None else self.symmetric
+        return Grid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, clip=self.clip)
+
+    @property
+    def overrides(self) -> dict[str, Precision]:
+        """What `protect_units` and `int8_layers` say, as in `ProtectionPlan.overrides`."""
+        layers: dict[str, Precision] = {f"layers.{layer}": "int8" for layer in self.int8_layers}
+        return layers | {f"layers.{unit}": "fp16" for unit in self.protect_units}
 
 
 class FairOptions(TypedDict, total=False):
@@ -69,9 +108,11 @@ class FairOptions(TypedDict, total=False):
     method: Method
     bits: int
     group_size: int
-    symmetric: bool
-    clip: Literal["absmax", "mse"]
+    symmetric: bool | None
+    clip: Clip
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
+    protect_units: tuple[str, ...] | list[str]
+    int8_layers: tuple[int, ...] | list[int]
     top: int | None
     max_overhead: float
     objective: Objective
@@ -79,8 +120,10 @@ class FairOptions(TypedDict, total=False):
     reference: str | None
     texts: str
     tokens_per_language: int | None
+    calibration: Weighting
+    backend: str
     format: CheckpointFormat
-    reader: Literal["transformers", "vllm"]
+    reader: Reader
     draws: int
     seed: int
     strict: bool
@@ -106,6 +149,38 @@ def check_group_size(group_size: object) -> None:
         raise ConfigError(
             f"group size {group_size!r} is read by no server; use 32, 64, 128, or -1 for one scale per output channel"
         )
+
+
+def check_overrides(
+    protect_layers: Literal["auto", "none"] | tuple[int, ...],
+    protect_units: tuple[str, ...],
+    int8_layers: tuple[int, ...],
+) -> None:
+    """Refuse precisions of single layers and units that contradict each other. The model is not known yet.
+
+    Raises:
+        ConfigError: no unit, a negative or repeated index, or a layer or unit that is given two precisions.
+    """
+    for unit in protect_units:
+        if not _UNIT.fullmatch(unit):
+            raise ConfigError(
+                f"protect_units {unit!r} is no unit; write LAYER.UNIT, such as 3.down or 5.qkv, with commas between"
+            )
+    places = [*map(str, int8_layers), *protect_units]
+    for place in places:
+        if place.startswith("-") or places.count(place) > 1:
+            problem = "negative" if place.startswith("-") else "listed more than once"
+            raise ConfigError(
+                f"{place} is {problem}; layers are counted from 0, and each layer or unit may be named once. Correct "
+                "the list"
+            )
+    whole = protect_layers if isinstance(protect_layers, tuple) else ()
+    for place in places:
+        if int(place.partition(".")[0]) in whole:
+            raise ConfigError(
+                f"{place} is in protect_layers {','.join(map(str, whole))} too, whose layers keep 16 bit as a whole; "
+                f"leave {place} out of one of the two"
+            )
 
 
 def make_config(**chosen: Any) -> FairConfig:

@@ -7,7 +7,7 @@ Each step is a package or module of that name, takes plain data and returns plai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,13 @@ from quant_fairness_plugin.artifacts import (
     ExportRecord,
     Measurement,
     Part,
+    Precision,
     ProtectionPlan,
     SweepReport,
     TextSet,
 )
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
+from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.formats import check_exportable
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
@@ -31,15 +33,18 @@ from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.provenance import provenance
-from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.preflight import ModelSource, check_units, preflight
+from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.bank import swapped
 from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.engine import count_bytes, sweep_layers
 from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, Mode
+from quant_fairness_plugin.sweep.sizes import NO_OVERRIDES
 
 EXPORTED = "exported"
 Progress = Callable[[str, int, int], None]
@@ -168,12 +173,13 @@ class FairQuantizer:
                     top=self.config.top,
                     max_overhead=self.config.max_overhead,
                     strict=self.config.strict,
+                    overrides=self.config.overrides,
                 )
             else:
-                self._plan = self._explicit(() if chosen == "none" else chosen)
+                self._plan = self._explicit(() if chosen == "none" else chosen, self.config.overrides)
         return self._plan
 
-    def _explicit(self, layers: tuple[int, ...]) -> ProtectionPlan:
+    def _explicit(self, layers: tuple[int, ...], overrides: Mapping[str, Precision] = NO_OVERRIDES) -> ProtectionPlan:
         layer_bytes, other_bytes = count_bytes(self.loaded, self.config.grid)
         return explicit_plan(
             layers,
@@ -181,10 +187,11 @@ class FairQuantizer:
             grid=self.config.grid,
             layer_bytes=layer_bytes,
             other_bytes=other_bytes,
+            overrides=overrides,
         )
 
     def quantize(self, plan: ProtectionPlan | None = None) -> QuantizedModel:
-        """Step 6: integers and scales of every layer that the plan does not protect, calibrated on all languages."""
+        """Step 6: integers and scales of every layer that the plan does not protect, calibrated as configured."""
         if plan is not None:
             return self._quantize(plan)
         if self._quantized is None:
@@ -198,15 +205,24 @@ class FairQuantizer:
                 self.loaded.tokenizer,
                 self.texts.part("calibrate"),
                 tokens_per_language=self.config.tokens_per_language,
+                weighting=self.config.calibration,
             )
-        return quantize_model(
+        if self.config.backend != NATIVE and calibration is not None:
+            return quantize_with(
+                self.config.backend, self.loaded, plan, method=self.config.method, calibration=calibration
+            )
+        quantize = partial(
+            quantize_model,
             self.loaded,
             plan.protected_layers,
             method=self.config.method,
             grid=self.config.grid,
-            calibration=calibration,
+            overrides=plan.overrides,
             progress=partial(self._progress, "quantize"),
         )
+        if calibration is None:
+            return quantize()
+        return quantize_calibrated(lambda given: quantize(calibration=given), calibration, self.texts)
 
     def save_pretrained(
         self,
@@ -242,7 +258,14 @@ class FairQuantizer:
 
     def _check_exportable(self) -> None:
         config = self.config
-        check_exportable(self.loaded.family, format=config.format, grid=config.grid, reader=config.reader)
+        check_units(config, units=tuple(unit.name for unit in self.loaded.family.units), layers=self.loaded.layers)
+        check_exportable(
+            self.loaded.family,
+            format=config.format,
+            grid=config.grid,
+            reader=config.reader,
+            overrides=config.overrides,
+        )
 
     def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
         """The main job: all eight steps, and the same quantization without protection for comparison.
@@ -252,7 +275,7 @@ class FairQuantizer:
         """
         self._check_exportable()
         plan = self.recommend()
-        bare = self.quantize(self._explicit(())) if plan.protected_layers else self.quantize()
+        bare = self.quantize(self._explicit(())) if plan.protected_layers or plan.overrides else self.quantize()
         unprotected = ModelState(NONE, lambda: swapped(self.loaded, bare.dense_weights()))
         measured: list[Measured] = []
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,19 @@ from quant_fairness_plugin.artifacts import (
     Grid,
     Interval,
     Measurement,
+    Precision,
     ProtectionPlan,
     SweepReport,
     Undefined,
+    bits_of_precision,
     from_json,
     load,
+    precision_of_bits,
     save,
     save_run_record,
     to_json,
 )
-from quant_fairness_plugin.errors import ArtifactError
+from quant_fairness_plugin.errors import ArtifactError, ConfigError
 from tests.planted import planted_report, planted_texts
 
 
@@ -141,3 +145,23 @@ def test_parts_are_disjoint_and_small_sets_serve_as_each() -> None:
     chosen = texts.choose(["he"])
     assert chosen.languages == ("he",)
     assert chosen.sentences["he"] == texts.sentences["he"]
+
+
+def test_a_plan_tells_whole_layers_from_units_and_other_widths() -> None:
+    units: dict[str, Precision] = {
+        "layers.0": "fp16", "layers.1": "int4", "layers.2": "int8", "layers.1.down": "fp16", "layers.2.qkv": "int4",
+    }  # fmt: skip
+    mixed = replace(plan(), units=units)
+    assert mixed.layers == 3
+    assert mixed.protected_layers == (0,)
+    assert mixed.overrides == {"layers.2": "int8", "layers.1.down": "fp16", "layers.2.qkv": "int4"}
+    assert mixed.overrides_in(2) == {"qkv": "int4"}
+    assert mixed.quantized_precision == "int4"
+    assert from_json(ProtectionPlan, to_json(mixed), "here") == mixed
+    assert plan().overrides == {}
+
+
+def test_bit_widths_and_precisions_are_names_of_each_other() -> None:
+    assert [bits_of_precision(precision_of_bits(bits)) for bits in (2, 3, 4, 5, 6, 8, 16)] == [2, 3, 4, 5, 6, 8, 16]
+    with pytest.raises(ConfigError, match="7 bits have no name in a plan"):
+        precision_of_bits(7)

@@ -27,13 +27,51 @@ def test_lists_become_tuples() -> None:
         ({"bits": True}, "bits True is not an integer"),
         ({"bits": "4"}, "bits '4' is not an integer"),
         ({"group_size": 100}, "group size 100 is read by no server; use 32, 64, 128, or -1"),
-        ({"method": "magic"}, "method 'magic': Input should be 'rtn' or 'gptq'"),
+        ({"method": "magic"}, "method 'magic': Input should be 'rtn', 'gptq' or 'awq'"),
         ({"protect_layers": "most"}, "protect_layers 'most': Input should be 'auto' or 'none'"),
         ({"max_overhead": -0.1}, r"max_overhead -0\.1 is no share"),
         ({"draws": 10}, "draws 10 are too few"),
+        ({"method": "rtn", "calibration": "english"}, "calibration 'english' has no effect on method 'rtn'"),
+        ({"calibration": "proportional", "tokens_per_language": 9}, "takes all tokens of every language, not 9 each"),
         ({"colour": 1}, "known names: method, bits"),
     ],
 )
 def test_a_bad_value_is_named_with_what_is_allowed(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(**chosen)
+
+
+def test_units_and_8_bit_layers_are_overrides_of_a_plan() -> None:
+    config = make_config(protect_units=["3.down", "5.qkv"], int8_layers=[5, 0], protect_layers=[1])
+    assert config.overrides == {
+        "layers.5": "int8",
+        "layers.0": "int8",
+        "layers.3.down": "fp16",
+        "layers.5.qkv": "fp16",
+    }
+    assert make_config().overrides == {}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"protect_units": ["3"]}, "protect_units '3' is no unit; write LAYER.UNIT, such as 3.down"),
+        ({"protect_units": ["down.3"]}, "is no unit"),
+        ({"protect_units": ["-1.down"]}, "is no unit"),
+        ({"protect_units": [""]}, "protect_units '' is no unit"),
+        ({"protect_units": ["3.down", "3.down"]}, r"3\.down is listed more than once"),
+        ({"int8_layers": [4, 4]}, "4 is listed more than once"),
+        ({"int8_layers": [-1]}, "-1 is negative"),
+        ({"int8_layers": [3], "protect_layers": [0, 3]}, "3 is in protect_layers 0,3 too"),
+        ({"protect_units": ["3.down"], "protect_layers": [3]}, r"3\.down is in protect_layers 3 too"),
+    ],
+)
+def test_precisions_that_contradict_each_other_are_refused(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**chosen)
+
+
+@pytest.mark.parametrize(("method", "symmetric"), [("awq", False), ("gptq", True), ("rtn", True)])
+def test_each_method_has_its_own_grid_unless_told(method: str, symmetric: bool) -> None:
+    assert make_config(method=method).grid.symmetric is symmetric
+    assert make_config(method=method, symmetric=not symmetric).grid.symmetric is not symmetric

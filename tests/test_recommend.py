@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Grid, Precision, SweepReport
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
-from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend import describe_overrides, explicit_plan, recommend_plan
 from tests.planted import planted_report
 
 BENEFIT = [0.1, 0.4, 2.5, 0.2, 1.6, 0.3, 0.9, 0.05]
@@ -59,3 +61,69 @@ def test_an_explicit_plan_counts_its_bytes() -> None:
     assert plan.extra_bytes == 740
     assert plan.overhead == pytest.approx(0.74)
     assert plan.units == {"layers.0": "int3", "layers.1": "fp16"}
+
+
+SIZES = {
+    "fp16": (1000, 1000, 1000), "quantized": (260, 260, 260), "int8": (510, 510, 510),
+    "fp16.down": (400, 400, 400), "quantized.down": (110, 110, 110), "int8.down": (210, 210, 210),
+}  # fmt: skip
+
+
+def test_an_explicit_plan_pays_for_units_and_8_bit_layers() -> None:
+    overrides: dict[str, Precision] = {"layers.1": "int8", "layers.2.down": "fp16"}
+    plan = explicit_plan((0,), model="m", grid=Grid(), layer_bytes=SIZES, other_bytes=220, overrides=overrides)
+    assert plan.protected_layers == (0,)
+    assert plan.overrides == overrides
+    assert plan.extra_bytes == 740 + 250 + 290
+    assert plan.overhead == pytest.approx((740 + 250 + 290) / 1000)
+    assert plan.source == "explicit"
+    assert explicit_plan((), model="m", grid=Grid(), layer_bytes=SIZES, other_bytes=220).source == "none"
+
+
+def test_a_unit_within_an_8_bit_layer_has_its_own_price() -> None:
+    overrides: dict[str, Precision] = {"layers.1": "int8", "layers.1.down": "fp16"}
+    plan = explicit_plan((), model="m", grid=Grid(), layer_bytes=SIZES, other_bytes=220, overrides=overrides)
+    assert plan.extra_bytes == 250 + (400 - 210)
+
+
+def test_what_a_plan_singles_out_is_said_in_words() -> None:
+    overrides: dict[str, Precision] = {
+        "layers.1": "int8", "layers.2": "int8", "layers.2.down": "fp16", "layers.1.down": "int4",
+    }  # fmt: skip
+    plan = explicit_plan((0,), model="m", grid=Grid(), layer_bytes=SIZES, other_bytes=0, overrides=overrides)
+    assert describe_overrides(plan) == "layers 1, 2 in 8 bit; 2.down in 16 bit; 1.down in 4 bit"
+    bare = explicit_plan((0,), model="m", grid=Grid(), layer_bytes=SIZES, other_bytes=0)
+    assert describe_overrides(bare) == ""
+
+
+def report_with_units() -> SweepReport:
+    """As `planted_report(BENEFIT)`, with the bytes of 8-bit layers and of one unit."""
+    units = {"int8": 510, "fp16.down": 400, "quantized.down": 110, "int8.down": 210}
+    report = planted_report(BENEFIT, noise=0.001)
+    return replace(report, layer_bytes=report.layer_bytes | {name: (size,) * 8 for name, size in units.items()})
+
+
+def test_layers_with_a_precision_of_their_own_are_no_candidates() -> None:
+    plan = recommend_plan(report_with_units(), top=3, draws=200, overrides={"layers.4": "int8"})
+    assert plan.protected_layers == (1, 2, 6)
+    assert plan.overrides == {"layers.4": "int8"}
+    assert plan.extra_bytes == 3 * STEP + 250
+    overrides: dict[str, Precision] = {"layers.4": "int8", "layers.0": "int8"}
+    with pytest.raises(ConfigError, match="top 7 asks for more layers than the 6"):
+        recommend_plan(report_with_units(), top=7, draws=200, overrides=overrides)
+
+
+def test_units_of_a_chosen_layer_are_part_of_it() -> None:
+    overrides: dict[str, Precision] = {"layers.2.down": "fp16", "layers.0.down": "fp16"}
+    plan = recommend_plan(report_with_units(), top=1, draws=200, overrides=overrides)
+    assert plan.protected_layers == (2,)
+    assert plan.overrides == {"layers.0.down": "fp16"}
+    assert plan.extra_bytes == STEP + 290
+
+
+@pytest.mark.parametrize(("budget", "layers"), [(0.39, 0), (0.41, 1), (0.05, 0)])
+def test_the_budget_pays_for_overrides_first(budget: float, layers: int) -> None:
+    """One unit costs 290 bytes, 11.2 % of the all-quantized 2580; a layer another 28.7 %."""
+    plan = recommend_plan(report_with_units(), max_overhead=budget, draws=200, overrides={"layers.0.down": "fp16"})
+    assert len(plan.protected_layers) == layers
+    assert plan.extra_bytes == 290 + layers * STEP

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from quant_fairness_plugin.artifacts import Part
+from quant_fairness_plugin.artifacts import Part, Weighting
 from quant_fairness_plugin.config import FairConfig, check_bits, check_group_size
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 
@@ -28,7 +28,16 @@ Reference = Annotated[
 Texts = Annotated[str, typer.Option(help="'bundled', a JSON, JSONL or TSV file, a folder, or datasets:NAME.")]
 Bits = Annotated[str, typer.Option(metavar="INTEGER", help="Bits of a quantized weight.")]
 GroupSize = Annotated[str, typer.Option(metavar="32|64|128|-1", help="Input channels per scale; -1 = all of a row.")]
-Symmetric = Annotated[bool, typer.Option("--sym/--asym", help="Symmetric grid, or one with zero points.")]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option("--sym/--asym", help="Symmetric grid, or one with zero points. Default: --asym for awq, else --sym."),
+]
+Clip = Annotated[
+    str,
+    typer.Option(
+        help="Range of a scale: absmax, mse, gaussian, laplace, student-t, empirical, or minimax (languages)."
+    ),
+]
 Mode = Annotated[str, typer.Option(help="protect-one, quantize-one, or both.")]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="worst, mean, bpb, excess or disparity.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
@@ -40,14 +49,24 @@ AllowPickle = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Revision (commit hash) of a Hub model.")]
 Quantizer = Annotated[str, typer.Option("--method", help="gptq, or rtn (round to nearest, no calibration).")]
+BackendOption = Annotated[
+    str, typer.Option("--backend", help="Who quantizes: native, gptqmodel, llmcompressor, or another installed one.")
+]
+CalibrationOption = Annotated[
+    str, typer.Option("--calibration", help="How much each language counts: uniform, proportional, english or minimax.")
+]
 Top = Annotated[int | None, typer.Option(help="Protect exactly this many layers, instead of the budget's choice.")]
 OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write. Default: NAME-int4-fair.")]
 MaxOverhead = Annotated[float, typer.Option(help="Budget of 'auto': extra bytes over the all-INT4 checkpoint.")]
-Format = Annotated[str, typer.Option("--format", help="Checkpoint format: compressed-tensors or gptq.")]
+Format = Annotated[str, typer.Option("--format", help="Checkpoint format: compressed-tensors, gptq, awq or fp16-twin.")]
 Reader = Annotated[str, typer.Option(help="Reader that must load it: transformers, vllm or gptqmodel.")]
 ProtectLayers = Annotated[
     str, typer.Option(help="'auto' (sweep and choose), 'none', or layer indices from 0, such as 0,9,11.")
 ]
+ProtectUnits = Annotated[
+    str | None, typer.Option(help="Fusion groups that keep 16 bit besides, as LAYER.UNIT: 3.down,5.qkv.")
+]
+Int8Layers = Annotated[str | None, typer.Option(help="Layers that get 8 bits instead of --bits, such as 3,5.")]
 ProtectBiases = Annotated[
     bool, typer.Option("--protect-biases/--no-protect-biases", help="Biases are always 16 bit; recorded.")
 ]
@@ -94,6 +113,25 @@ def parse_protection(text: str) -> Literal["auto", "none"] | tuple[int, ...]:
         ) from err
 
 
+def parse_units(text: str | None) -> tuple[str, ...]:
+    """`"3.down, 5.qkv"` → `("3.down", "5.qkv")`; None → none. Checked later, against each other and the model."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def parse_int8_layers(text: str | None) -> tuple[int, ...]:
+    """`"3,5"` → `(3, 5)`; None → none. The range is checked once the model is known.
+
+    Raises:
+        InvalidLayerError: an empty list, a word, or a number that is no layer index.
+    """
+    try:
+        return () if text is None else tuple(int(item) for item in text.split(","))
+    except ValueError as err:
+        raise InvalidLayerError(
+            f"--int8-layers {text!r} is not a list of layer indices; use indices such as 3,5"
+        ) from err
+
+
 def parse_integer(name: str, text: str) -> int:
     """An option whose value must be an integer, so that 3.5 gets our message and not a parser's.
 
@@ -128,6 +166,22 @@ def default_output(model: str) -> Path:
     path = Path(model)
     name = path.resolve().parent.name if path.suffix == ".safetensors" else path.name or path.resolve().name
     return Path(f"{name}-int4-fair")
+
+
+def parse_calibrations(text: str) -> tuple[Weighting, ...]:
+    """`"english, minimax"` → `("english", "minimax")`.
+
+    Raises:
+        ConfigError: an empty list, a name twice, or a word that is no way to weight languages.
+    """
+    names = tuple(name.strip().lower() for name in text.split(","))
+    known = get_args(Weighting)
+    if not set(names) <= set(known) or len(set(names)) < len(names):
+        raise ConfigError(
+            f"--calibrations {text!r}: name each one once, of {', '.join(known)}; write them with commas between, "
+            "such as english,uniform"
+        )
+    return cast(tuple[Weighting, ...], names)
 
 
 def parse_modes(text: str) -> tuple[Literal["protect-one", "quantize-one"], ...]:

@@ -10,9 +10,13 @@ from quant_fairness_plugin.artifacts import ExportRecord, to_json
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
+    BackendOption,
     Bits,
+    CalibrationOption,
+    Clip,
     Format,
     GroupSize,
+    Int8Layers,
     Json,
     Languages,
     MaxOverhead,
@@ -21,6 +25,7 @@ from quant_fairness_plugin.cli.options import (
     Overwrite,
     ProtectBiases,
     ProtectLayers,
+    ProtectUnits,
     Quantizer,
     Reader,
     Reference,
@@ -32,25 +37,34 @@ from quant_fairness_plugin.cli.options import (
     TrustRemoteCode,
     check_protect_biases,
     default_output,
+    parse_int8_layers,
     parse_integer,
     parse_languages,
     parse_protection,
     parse_reference,
+    parse_units,
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import damage_table, layer_list, show
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.quantize.calibration import coverage_lines
+from quant_fairness_plugin.recommend import describe_overrides
 
 
 def quantize(
     model: ModelArgument,
     output: OutputFolder = None,
     method: Quantizer = DEFAULTS.method,
+    backend: BackendOption = DEFAULTS.backend,
     bits: Bits = str(DEFAULTS.bits),
     group_size: GroupSize = str(DEFAULTS.group_size),
     sym: Symmetric = DEFAULTS.symmetric,
+    clip: Clip = DEFAULTS.clip,
+    calibration: CalibrationOption = DEFAULTS.calibration,
     protect_layers: ProtectLayers = "auto",
+    protect_units: ProtectUnits = None,
+    int8_layers: Int8Layers = None,
     protect_biases: ProtectBiases = True,
     max_overhead: MaxOverhead = DEFAULTS.max_overhead,
     format_: Format = DEFAULTS.format,
@@ -70,10 +84,15 @@ def quantize(
     check_protect_biases(protect_biases)
     config = make_config(
         method=method,
+        backend=backend,
         bits=parse_integer("bits", bits),
         group_size=parse_integer("group-size", group_size),
         symmetric=sym,
+        clip=clip,
+        calibration=calibration,
         protect_layers=parse_protection(protect_layers),
+        protect_units=parse_units(protect_units),
+        int8_layers=parse_int8_layers(int8_layers),
         max_overhead=max_overhead,
         format=format_,
         reader=reader,
@@ -100,11 +119,14 @@ def write_checkpoint(source: ModelSource, config: FairConfig, out: Path, *, over
 
 
 def report_checkpoint(record: ExportRecord, out: Path, *, as_json: bool) -> None:
-    """Print what was written: the record as JSON, or the table and a line."""
+    """Print what was written: the record as JSON, or the table and a line; what it was calibrated on, on stderr."""
+    typer.echo("\n".join(coverage_lines(record.calibration)), err=True)
     if as_json:
         typer.echo(to_json(record), nl=False)
         return
     if record.measurement is not None:
         show(damage_table(record.measurement, title=f"{out}: damage against the 16-bit model, confirm part"))
     kept = layer_list(record.plan.protected_layers) or "none"
-    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, protected layers {kept}, verified")
+    others = describe_overrides(record.plan)
+    singled_out = f"protected layers {kept}{others and '; '}{others}"
+    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {singled_out}, verified")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import SweepReport, load, save, to_json
+from quant_fairness_plugin.artifacts import ProtectionPlan, SweepReport, load, save, to_json
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
@@ -29,7 +29,9 @@ from quant_fairness_plugin.cli.options import (
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import layer_list
 from quant_fairness_plugin.config import FairConfig, make_config
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
+from quant_fairness_plugin.export.plan_formats import Tool, check_tool, plan_for_tool
+from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.recommend import recommend_plan
 
@@ -51,6 +53,13 @@ def recommend(
     objective: ObjectiveOption = DEFAULTS.objective,
     seed: Seed = DEFAULTS.seed,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the plan as JSON.")] = None,
+    as_: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            help="Print the plan as the configuration of gptqmodel, llmcompressor, autoround, optimum or llama.cpp.",
+        ),
+    ] = None,
     as_json: Json = False,
     strict: Strict = False,
     revision: Revision = None,
@@ -60,6 +69,9 @@ def recommend(
     """Print the layers to keep in 16 bit, as indices with commas between."""
     if top is not None and max_overhead is not None:
         raise ConfigError("--top and --max-overhead exclude each other; give the number of layers or the budget")
+    if as_ is not None and as_json:
+        raise ConfigError("--as and --json exclude each other; give one, and --output to save the plan besides")
+    tool = None if as_ is None else check_tool(as_)
     config = make_config(
         objective=objective,
         top=SEED_TOP if top is None and max_overhead is None else top,
@@ -84,8 +96,30 @@ def recommend(
         return
     if not plan.stable or not plan.protected_layers:
         sys.stderr.write(f"warning: {'; '.join(plan.reasons)}\n")
+    if tool is not None:
+        source = ModelSource(model or plan.model, revision, trust_remote_code, allow_pickle)
+        typer.echo(_for_tool(tool, plan, source, given=model is not None), nl=False)
+        return
     if plan.protected_layers:
         typer.echo(layer_list(plan.protected_layers))
+
+
+def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: bool) -> str:
+    try:
+        files = resolve_model(
+            source.name,
+            revision=source.revision,
+            allow_pickle=source.allow_pickle,
+            trust_remote_code=source.trust_remote_code,
+        )
+    except QuantFairnessError as err:
+        if given:
+            raise
+        raise ConfigError(
+            f"--as needs the names of the model's modules, and the report only says {source.name!r}, which is not "
+            "found from here; name the model's folder with --model"
+        ) from err
+    return plan_for_tool(tool, plan, files, trust_remote_code=source.trust_remote_code)
 
 
 def _sweep(source: ModelSource, config: FairConfig) -> SweepReport:

@@ -8,9 +8,13 @@ from quant_fairness_plugin.artifacts import to_json
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
+    BackendOption,
     Bits,
+    CalibrationOption,
+    Clip,
     Format,
     GroupSize,
+    Int8Layers,
     Json,
     Languages,
     MaxOverhead,
@@ -19,6 +23,7 @@ from quant_fairness_plugin.cli.options import (
     OutputFolder,
     Overwrite,
     ProtectLayers,
+    ProtectUnits,
     Quantizer,
     Reader,
     Reference,
@@ -30,26 +35,35 @@ from quant_fairness_plugin.cli.options import (
     Top,
     TrustRemoteCode,
     default_output,
+    parse_int8_layers,
     parse_integer,
     parse_languages,
     parse_protection,
     parse_reference,
+    parse_units,
     require_model,
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import comparison_table, layer_list, show
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.quantize.calibration import coverage_lines
+from quant_fairness_plugin.recommend import describe_overrides
 
 
 def run(
     model: ModelOption = None,
     output: OutputFolder = None,
     method: Quantizer = DEFAULTS.method,
+    backend: BackendOption = DEFAULTS.backend,
     bits: Bits = str(DEFAULTS.bits),
     group_size: GroupSize = str(DEFAULTS.group_size),
     sym: Symmetric = DEFAULTS.symmetric,
+    clip: Clip = DEFAULTS.clip,
+    calibration: CalibrationOption = DEFAULTS.calibration,
     protect_layers: ProtectLayers = "auto",
+    protect_units: ProtectUnits = None,
+    int8_layers: Int8Layers = None,
     top: Top = None,
     max_overhead: MaxOverhead = DEFAULTS.max_overhead,
     objective: ObjectiveOption = DEFAULTS.objective,
@@ -69,10 +83,15 @@ def run(
     """Measure, sweep, recommend, quantize, export, verify, and print each language's damage before and after."""
     config = make_config(
         method=method,
+        backend=backend,
         bits=parse_integer("bits", bits),
         group_size=parse_integer("group-size", group_size),
         symmetric=sym,
+        clip=clip,
+        calibration=calibration,
         protect_layers=parse_protection(protect_layers),
+        protect_units=parse_units(protect_units),
+        int8_layers=parse_int8_layers(int8_layers),
         top=top,
         max_overhead=max_overhead,
         objective=objective,
@@ -92,11 +111,13 @@ def run(
 
     with progress() as shown:
         result = FairQuantizer.from_source(source, config, progress=shown).run(out, overwrite=overwrite)
+    typer.echo("\n".join(coverage_lines(result.record.calibration)), err=True)
     if as_json:
         typer.echo(to_json(result.record), nl=False)
         return
-    kept = layer_list(result.plan.protected_layers) or "none"
-    title = f"{config.method} {config.grid}, confirm part: without protection, and with layers {kept} in 16 bit"
+    kept, others = layer_list(result.plan.protected_layers) or "none", describe_overrides(result.plan)
+    singled_out = f"layers {kept} in 16 bit{others and '; '}{others}"
+    title = f"{config.method} {config.grid}, confirm part: without protection, and with {singled_out}"
     show(comparison_table(result.unprotected, result.protected, title=title))
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)

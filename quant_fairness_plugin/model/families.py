@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.layouts import KNOWN_FAMILIES, LAYOUTS, Layout, Unit
+from quant_fairness_plugin.model.resolve import MIXTURE_ADVICE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 
 __all__ = ["KNOWN_FAMILIES", "Family", "Unit", "detect_family"]
+
+MIXTURE_WORDS = frozenset({"expert", "experts", "moe", "router"})
+"""Parts of module names, between dots and underscores, such as `block_sparse_moe` or `shared_expert_gate`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,29 +144,35 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Module]) -> None:
-    inside = (
-        (f"{path}.{i}.{name}", module) for i, block in enumerate(blocks) for name, module in block.named_modules()
-    )
-    for name, module in inside:
-        if any(part.startswith("lora_") for part in name.split(".")):
-            raise UnsupportedModelError(
-                f"{_kind(model)}: {name} is an unmerged LoRA adapter; allowed are plain models. "
-                "Merge it first (peft's merge_and_unload)."
-            )
-        if _holds_experts(name, module):
-            raise UnsupportedModelError(
-                f"{_kind(model)}: {name} holds a mixture of experts, which calibration would reach with few tokens; "
-                "allowed are dense models. Use one."
-            )
+    mixture: list[str] = []
+    for i, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            if any(part.startswith("lora_") for part in name.split(".")):
+                raise UnsupportedModelError(
+                    f"{_kind(model)}: {path}.{i}.{name} is an unmerged LoRA adapter; allowed are plain models. "
+                    "Merge it first (peft's merge_and_unload)."
+                )
+            if _holds_experts(name, module):
+                mixture.append(f"{path}.{i}.{name}")
+    if mixture:
+        where = next((name for name in mixture if name.endswith(".experts")), mixture[0])
+        raise UnsupportedModelError(f"{_kind(model)}: {where} holds a mixture of experts, {MIXTURE_ADVICE}")
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module is a list of experts, or stacks their matrices in one tensor."""
+    """Whether a module is an expert, a router, a choice of several MLPs, or stacks matrices in one tensor.
+
+    By what they are called and by what they are made of, since a router with one shared expert has the linear modules
+    of a dense block: quantized as one, its experts would stay as they are.
+    """
     from torch import nn
 
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     stacked = not convolution and any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
-    return stacked or "experts" in name.split(".")
+    several = isinstance(module, nn.ModuleList) and sum(any(True for _ in _linears(member)) for member in module) > 1
+    named = not MIXTURE_WORDS.isdisjoint(name.replace(".", "_").split("_")) or name.split(".")[-1] == "gate"
+    # Experts of rank one are rows of an embedding table; no dense block looks anything up.
+    return stacked or several or named or isinstance(module, nn.Embedding)
 
 
 def _structure(block: nn.Module) -> _Block:

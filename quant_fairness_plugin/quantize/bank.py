@@ -58,24 +58,27 @@ def quantize_bank(loaded: LoadedModel, grid: Grid) -> dict[int, dict[str, Tensor
 
 @contextmanager
 def swapped(loaded: LoadedModel, weights: Mapping[str, Tensor]) -> Iterator[PreTrainedModel]:
-    """The model with some weights replaced, for the time of a `with` block; bit-identical afterwards.
+    """The model with some parameters replaced, for the time of a `with` block; bit-identical afterwards.
 
     Nothing is copied: the modules point to the given tensors, then to their own again. May be nested.
 
     Args:
         loaded: the model.
-        weights: full module name → weight as the module stores it (`quantize_bank`, `QuantizedModel.dense_weights`).
+        weights: full name of a linear module of a block → its weight, or full name of any parameter
+            (`….input_layernorm.weight`) → its value, as the module stores it (`quantize_bank`,
+            `QuantizedModel.dense_weights`).
 
     Yields:
         The model itself.
 
     Raises:
-        ConfigError: a name that is no linear module of a block, or a weight of another shape, dtype or device.
+        ConfigError: a name that is neither, or a value of another shape, dtype or device.
     """
-    modules = {name: module for layer in range(loaded.layers) for name, module in loaded.linears(layer).items()}
-    for name, weight in weights.items():
-        _check_fits(name, modules.get(name), weight)
-    parameters = {name: modules[name].weight for name in weights}
+    own = dict(loaded.model.named_parameters())
+    linears = {name for layer in range(loaded.layers) for name in loaded.linears(layer)}
+    parameters: dict[str, nn.Parameter] = {}
+    for name, value in weights.items():
+        parameters[name] = _fitting(name, own.get(f"{name}.weight" if name in linears else name), value)
     originals = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, weight in weights.items():
@@ -86,15 +89,15 @@ def swapped(loaded: LoadedModel, weights: Mapping[str, Tensor]) -> Iterator[PreT
             parameters[name].data = original
 
 
-def _check_fits(name: str, module: nn.Module | None, weight: Tensor) -> None:
-    if module is None:
+def _fitting(name: str, own: nn.Parameter | None, value: Tensor) -> nn.Parameter:
+    if own is None:
         raise ConfigError(
-            f"{name!r} is no linear module of the model's blocks; use the full names of LoadedModel.linears"
+            f"{name!r} is no linear module of the model's blocks and no parameter; use the full names of "
+            "LoadedModel.linears, or of the model's named_parameters()"
         )
-    own = module.weight
-    assert isinstance(own, nn.Parameter)
-    if (weight.shape, weight.dtype, weight.device) != (own.shape, own.dtype, own.device):
+    if (value.shape, value.dtype, value.device) != (own.shape, own.dtype, own.device):
         raise ConfigError(
-            f"{name}: a weight {list(weight.shape)} {weight.dtype} on {weight.device} cannot replace one that is "
+            f"{name}: a weight {list(value.shape)} {value.dtype} on {value.device} cannot replace one that is "
             f"{list(own.shape)} {own.dtype} on {own.device}; use stored_form"
         )
+    return own

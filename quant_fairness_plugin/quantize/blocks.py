@@ -6,7 +6,7 @@ arguments (masks, rotary embeddings, ALiBi, …) that the model itself hands it,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,45 +99,86 @@ def _enter(loaded: LoadedModel, language: str, rows: list[tuple[int, ...]]) -> B
     return batch
 
 
-@torch.no_grad()
-def input_moment(
-    block: nn.Module, module: nn.Module, layer: int, batches: Sequence[Batch], calibration: CalibrationSet
-) -> Tensor:
-    """The second moment of a module's inputs, `[cols, cols]`: the mean over languages of the mean over tokens of xxᵀ.
+@dataclass(frozen=True, slots=True)
+class LanguageMoment:
+    """What a module is given on the calibration text of one language. Modules of a fusion group share it."""
 
-    Every language counts the same, however many tokens it has.
+    language: str
+    moment: Tensor
+    """`[cols, cols]`: mean over tokens of xxᵀ."""
+    magnitude: Tensor
+    """`[cols]`: mean over tokens of |x|."""
+
+
+@torch.no_grad()
+def language_moments(
+    block: nn.Module, module: nn.Module, layer: int, batches: Sequence[Batch], calibration: CalibrationSet
+) -> Iterator[LanguageMoment]:
+    """The statistics of a module's inputs, one language at a time, so that only one matrix is held here.
 
     Raises:
         UnsupportedModelError: the block does not give the module every token exactly once.
     """
-    coverage = calibration.coverage
-    seen = dict.fromkeys(coverage, 0)
-    moment: Tensor | None = None
-    language = ""
+    for language, tokens in calibration.coverage.items():
+        seen = 0
+        moment = magnitude = torch.empty(0)
 
-    def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
-        nonlocal moment
-        inputs = positional[0].detach().flatten(0, -2).float()
-        seen[language] += len(inputs)
-        if moment is None:
-            columns = inputs.shape[1]
-            moment = torch.zeros(columns, columns, dtype=working_dtype(inputs.device), device=inputs.device)
-        moment.add_(inputs.T @ inputs, alpha=1 / (coverage[language] * len(coverage)))
-        raise _EnoughError
+        def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
+            nonlocal seen, moment, magnitude
+            inputs = positional[0].detach().flatten(0, -2).float()
+            if not seen:
+                columns, kind = inputs.shape[1], working_dtype(inputs.device)
+                moment = torch.zeros(columns, columns, dtype=kind, device=inputs.device)
+                magnitude = torch.zeros(columns, dtype=kind, device=inputs.device)
+            seen += len(inputs)
+            moment.add_(inputs.T @ inputs)
+            magnitude.add_(inputs.abs().sum(0))
+            raise _EnoughError
 
-    handle = module.register_forward_pre_hook(note)
-    try:
-        for batch in batches:
-            language = batch.language
-            _run_until_seen(block, layer, batch)
-    finally:
-        handle.remove()
-    if moment is None or seen != coverage:
-        raise UnsupportedModelError(
-            f"the block gave the module {sum(seen.values())} of {sum(coverage.values())} calibration tokens; "
-            "only blocks that give every module every token can be calibrated. Quantize with method 'rtn'"
-        )
-    return moment
+        handle = module.register_forward_pre_hook(note)
+        try:
+            for batch in batches:
+                if batch.language == language:
+                    _run_until_seen(block, layer, batch)
+        finally:
+            handle.remove()
+        if seen != tokens:
+            raise UnsupportedModelError(
+                f"the block gave the module {seen} of {tokens} calibration tokens of {language}; "
+                "only blocks that give every module every token can be calibrated. Quantize with method 'rtn'"
+            )
+        yield LanguageMoment(language, moment.div_(tokens), magnitude.div_(tokens))
+
+
+def fair_moments(
+    moments: Iterable[LanguageMoment], weights: Mapping[str, Tensor], shares: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Σ w_λ H_λ / tr(W H_λ Wᵀ), `[cols, cols]`: the Hessian of the fair objective, for each weight of a fusion group.
+
+    Dividing by each language's own output energy leaves the shares alone to decide how much a language counts:
+    otherwise one with larger activations would weigh more, whatever its share.
+
+    Args:
+        moments: one per language, used up one after another.
+        weights: module → 16-bit weight `[rows, cols]`.
+        shares: language → w_λ.
+
+    Returns:
+        Module → Hessian, in the order of `weights`.
+    """
+    totals: dict[str, Tensor] = {}
+    for found in moments:
+        for name, weight in weights.items():
+            energy = output_energy(weight, found.moment)
+            term = found.moment * (shares[found.language] / energy if energy > 0 else 0.0)
+            totals[name] = totals[name].add_(term) if name in totals else term
+    return totals
+
+
+def output_energy(weight: Tensor, moment: Tensor) -> float:
+    """tr(W H Wᵀ): the mean squared output of a weight `[rows, cols]` on inputs of second moment H."""
+    wide = weight.to(moment.dtype)
+    return float(((wide @ moment) * wide).sum())
 
 
 def _run_until_seen(block: nn.Module, layer: int, batch: Batch) -> None:

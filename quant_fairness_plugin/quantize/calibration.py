@@ -1,23 +1,48 @@
-"""Calibration text as token rows, the same number of tokens for every language. Step 6 (quantize).
+"""Calibration text as token rows, and how much each language counts. Step 6 (quantize).
 
 Takes a tokenizer and a text set; returns a `CalibrationSet`. Budgets are counted after tokenization: an equal number of
 *sentences* would give languages that the tokenizer splits finely several times the weight of the others.
+
+- `uniform`: every language the same number of tokens and the same weight.
+- `proportional`: every language all its tokens, and its share of them as weight.
+- `english`: English alone.
+- `minimax`: the tokens of `uniform`; the weights are found while quantizing (`minimax.quantize_minimax`).
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from quant_fairness_plugin.artifacts import TextSet, digest
+from quant_fairness_plugin.artifacts import TextSet, Weighting, digest
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROW_TOKENS = 256
+ENGLISH = "en"
+
+
+@dataclass(frozen=True, slots=True)
+class MinimaxRound:
+    """Weights that were tried, and what the model quantized with them lost on its calibration text."""
+
+    weights: dict[str, float]
+    kl_bits_per_byte: dict[str, float]
+    """Of the languages that the 16-bit model supports; the others are not weighed."""
+
+    @property
+    def worst(self) -> str:
+        """The language that lost most."""
+        return max(self.kl_bits_per_byte, key=self.kl_bits_per_byte.__getitem__)
+
+    @property
+    def worst_kl(self) -> float:
+        """Its KL in bits per byte."""
+        return self.kl_bits_per_byte[self.worst]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +58,27 @@ class CalibrationSet:
     separator: int | None
     """Token id that starts every row and parts the sentences (BOS, else EOS); None where the tokenizer has neither."""
     seed: int
+    weights: Mapping[str, float] | None = None
+    """How much each language counts in what the quantizer minimises; they add up to 1. None = all the same."""
+    weighting: Weighting = "uniform"
+    """Where the weights come from."""
+    rounds: tuple[MinimaxRound, ...] = ()
+    """`minimax`: what was tried, in order; `weights` are those of the round with the smallest `worst_kl`."""
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Language → weight."""
+        return dict(self.weights) if self.weights is not None else dict.fromkeys(self.rows, 1 / len(self.rows))
 
     @property
     def coverage(self) -> dict[str, int]:
         """Tokens per language, separators included."""
         return {language: sum(map(len, rows)) for language, rows in self.rows.items()}
+
+    @property
+    def row_counts(self) -> dict[str, int]:
+        """Rows per language."""
+        return {language: len(rows) for language, rows in self.rows.items()}
 
     @property
     def sha256(self) -> str:
@@ -46,15 +87,39 @@ class CalibrationSet:
 
     def summary(self) -> dict[str, Any]:
         """What an export records of its calibration: plain data, without the tokens."""
+        rounds = [
+            {"weights": tried.weights, "kl_bits_per_byte": tried.kl_bits_per_byte, "worst": tried.worst}
+            for tried in self.rounds
+        ]
         return {
             "source": self.source,
             "text_sha256": self.text_sha256,
             "tokens_sha256": self.sha256,
             "tokens_per_language": self.coverage,
+            "rows_per_language": self.row_counts,
             "row_tokens": self.row_tokens,
+            "weighting": self.weighting,
+            "weights": self.shares,
             "separator": self.separator,
             "seed": self.seed,
-        }
+        } | ({"rounds": rounds} if rounds else {})
+
+
+def coverage_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What was calibrated on, for people: a line on the text, then one per language.
+
+    Args:
+        summary: of a `CalibrationSet`, also as an `ExportRecord` holds it; empty where nothing was calibrated.
+    """
+    if not summary:
+        return ["not calibrated"]
+    tokens, rows, weights = (summary[key] for key in ("tokens_per_language", "rows_per_language", "weights"))
+    source = f"calibration: {summary['source']}, sha256 {summary['text_sha256'][:12]}, weights {summary['weighting']}"
+    tried = summary.get("rounds", [])
+    return [
+        source + (f" after {len(tried)} rounds" if tried else ""),
+        *(f"  {name}: {rows[name]} rows, {count} tokens, weight {weights[name]:.3f}" for name, count in tokens.items()),
+    ]
 
 
 def build_calibration(
@@ -65,6 +130,7 @@ def build_calibration(
     tokens_per_language: int | None = None,
     row_tokens: int = ROW_TOKENS,
     seed: int = 0,
+    weighting: Weighting = "uniform",
 ) -> CalibrationSet:
     """Pack the `calibrate` part of a text set into rows, every language to exactly the same number of tokens.
 
@@ -77,36 +143,65 @@ def build_calibration(
         texts: a text set; only its part `calibrate` is used (`all` where it was too small to be split).
         languages: which languages; all of the text set if None.
         tokens_per_language: tokens of every language, separators included; the smallest language's total if None.
+            `proportional` takes all tokens of every language.
         row_tokens: length of a row; must fit into the model's context.
         seed: order of the sentences, and therefore which of them a longer language leaves out.
+        weighting: how much each language counts; `minimax` starts from equal weights, which quantizing changes.
 
     Raises:
-        UnknownLanguageError: a language that the text set lacks.
+        UnknownLanguageError: a language that the text set lacks, among them English where it is wanted alone.
         ConfigError: no sentences to calibrate on, no languages, a language with too few tokens (says how many there
-            are), or sizes that are not positive.
+            are), sizes that are not positive, or a budget for `proportional`.
     """
     part = texts.part("calibrate")
+    if weighting == "english":
+        languages = (_english(part, languages),)
     chosen = _check(part, languages, tokens_per_language, row_tokens)
     separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     order = list(range(len(part)))
     random.Random(seed).shuffle(order)
     packed = {lang: _pack(tokenizer, part.sentences[lang], order, separator, row_tokens) for lang in chosen}
-    available = {lang: sum(map(len, rows)) for lang, rows in packed.items()}
-    smallest = min(available, key=available.__getitem__)
-    budget = available[smallest] if tokens_per_language is None else tokens_per_language
-    if available[smallest] < max(budget, 1):
-        raise ConfigError(
-            f"{smallest} has {available[smallest]} calibration tokens, fewer than the {budget} of every language; "
-            f"ask for at most {available[smallest]}, or give more text"
-        )
+    budgets = _budgets({lang: sum(map(len, rows)) for lang, rows in packed.items()}, tokens_per_language, weighting)
+    total = sum(budgets.values())
     return CalibrationSet(
-        rows={lang: _cut(rows, budget) for lang, rows in packed.items()},
+        rows={lang: _cut(rows, budgets[lang]) for lang, rows in packed.items()},
         source=texts.name,
         text_sha256=texts.sha256,
         row_tokens=row_tokens,
         separator=separator,
         seed=seed,
+        weights={lang: own / total for lang, own in budgets.items()} if weighting == "proportional" else None,
+        weighting=weighting,
     )
+
+
+def _english(part: TextSet, languages: Sequence[str] | None) -> str:
+    """The tag of English (`en`, or a variety of it such as `en-GB`) among the languages."""
+    offered = part.languages if languages is None else tuple(languages)
+    for language in offered:
+        if language.split("-")[0] == ENGLISH:
+            return language
+    raise UnknownLanguageError(
+        f"calibration 'english' needs English, which is not among {', '.join(offered)} of {part.name}; "
+        "add it to the text set, or calibrate with uniform, proportional or minimax weights"
+    )
+
+
+def _budgets(available: Mapping[str, int], asked: int | None, weighting: Weighting) -> dict[str, int]:
+    """Tokens that each language contributes, from those it has."""
+    smallest = min(available, key=available.__getitem__)
+    if weighting == "proportional" and asked is not None:
+        raise ConfigError(
+            f"{asked} tokens per language and 'proportional' weights exclude each other: these take all tokens of "
+            "every language; leave the number out, or use uniform weights"
+        )
+    budget = available[smallest] if asked is None else asked
+    if available[smallest] < max(budget, 1):
+        raise ConfigError(
+            f"{smallest} has {available[smallest]} calibration tokens, fewer than the {budget} of every language; "
+            f"ask for at most {available[smallest]}, or give more text"
+        )
+    return dict(available) if weighting == "proportional" else dict.fromkeys(available, budget)
 
 
 def _check(part: TextSet, languages: Sequence[str] | None, tokens: int | None, row_tokens: int) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
+from quant_fairness_plugin.quantize.group_moments import GroupMoments
 
 DEFAULT_DAMP = 0.05
 MAX_DAMP = 100.0
@@ -45,6 +46,7 @@ def solve_gptq(
     damp: float = DEFAULT_DAMP,
     block: int = 128,
     act_order: bool = True,
+    inputs: GroupMoments | None = None,
 ) -> GptqResult:
     """Quantize a weight against the second moment of its inputs.
 
@@ -59,16 +61,18 @@ def solve_gptq(
         damp: share of the mean Hessian diagonal that is added to the diagonal.
         block: columns between two updates of the rest of the weight; changes the speed, not the solution.
         act_order: largest Hessian diagonal first, instead of left to right.
+        inputs: per-language moments, for a grid with clip `minimax` only.
 
     Raises:
-        ConfigError: an argument that cannot be used, or a Hessian of another shape than the weight's columns.
+        ConfigError: an argument that cannot be used, a Hessian of another shape than the weight's columns, or clip
+            `minimax` without inputs.
         ArtifactError: the weight holds NaN or infinity.
         UnsupportedModelError: the Hessian holds NaN or infinity, or no damping makes it positive definite.
     """
     _check(weight, hessian, damp=damp, block=block)
     work = weight.to(working_dtype(weight.device), copy=True)
     moment = hessian.to(work.dtype)
-    scales, zeros = fit_grid(weight.float().contiguous(), grid, scale_dtype=scale_dtype)
+    scales, zeros = fit_grid(weight.float().contiguous(), grid, scale_dtype=scale_dtype, inputs=inputs)
     live = _without_dead(moment)
     columns = torch.arange(work.shape[1], device=work.device)
     order = torch.argsort(live.diagonal(), descending=True, stable=True) if act_order else columns

@@ -12,15 +12,24 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.quantize.clip_exact import clip_exactly
+from quant_fairness_plugin.quantize.clip_search import (
+    DEAR_STRIDE,
+    SMALLEST_SCALE,
+    Fit,
+    Groups,
+    clip_analytically,
+    fit_range,
+    group_ranges,
+    rounding_error,
+    shrink,
+    squared_error,
+)
 from quant_fairness_plugin.quantize.grid_rules import check_grid, group_count
+from quant_fairness_plugin.quantize.group_moments import GroupMoments
 
-SHRINK_STEPS = 80
-"""Candidate ranges of the MSE search: 1.00, 0.99, … 0.21 of the largest magnitude."""
-
-
-SMALLEST_SCALE = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
-"""float16 down to its subnormals, which real weights need; the others stop where float32 arithmetic may flush to 0."""
+__all__ = ["SMALLEST_SCALE", "QuantizedTensor", "fit_grid", "quantize_rtn", "to_integers"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,41 +51,48 @@ class QuantizedTensor:
         return ((levels - self.zeros.unsqueeze(2)) * self.scales.float().unsqueeze(2)).view(rows, cols)
 
 
-def fit_grid(weight: Tensor, grid: Grid, *, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def fit_grid(
+    weight: Tensor, grid: Grid, *, scale_dtype: torch.dtype, inputs: GroupMoments | None = None
+) -> tuple[Tensor, Tensor]:
     """Scales and zero points for a weight.
 
     Symmetric: scale = 2 absmax / (2^bits - 1) and zero = 2^(bits-1), the convention of the GPTQ toolchains, where the
     range is not quite centred: absmax itself is clipped by half a step on the positive side.
 
+    Clipping rules: `absmax` covers the whole range. `mse` shrinks it, in steps of 1 %, to the least squared error;
+    `empirical` takes the best of all scales by that measure. `gaussian`, `laplace` and `student-t` take the range that
+    is best for a distribution of the group's width. `minimax` shrinks it to the least output error of
+    the language that suffers most, each against its own 16-bit output energy.
+
     Args:
         weight: float `[rows, cols]`, not changed.
         grid: bits, group size, symmetry and clipping rule.
         scale_dtype: dtype in which scales will be stored.
+        inputs: what `minimax` needs, and no other rule uses.
 
     Returns:
         Scales `[rows, groups]` in `scale_dtype` and zeros `[rows, groups]` in uint8.
 
     Raises:
-        ConfigError: the grid is not a grid, or its group does not divide the columns.
+        ConfigError: the grid is not a grid, its group does not divide the columns, or `minimax` lacks its inputs.
         ArtifactError: the weight holds NaN or infinity.
         UnsupportedModelError: a scale is too large for `scale_dtype`.
     """
     check_grid(grid)
     rows, cols = weight.shape
-    grouped = weight.view(rows, group_count(grid, cols), -1)
-    low, high = _ranges(grouped, symmetric=grid.symmetric)
-    if not torch.isfinite(high - low).all():
+    groups = group_ranges(weight.view(rows, group_count(grid, cols), -1), symmetric=grid.symmetric)
+    if not torch.isfinite(groups.high - groups.low).all():
         raise ArtifactError(
             "the weight holds NaN or infinity; only finite weights can be quantized. Check the model file"
         )
-    scales, zeros = _grid_of_range(low, high, grid, scale_dtype)
+    scales, zeros = fit_range(groups.low, groups.high, grid, scale_dtype)
     if not torch.isfinite(scales).all():
-        largest = float(torch.maximum(high, -low).max())
+        largest = float(torch.maximum(groups.high, -groups.low).max())
         raise UnsupportedModelError(
             f"the scale of a weight of magnitude {largest:.3g} is too large for {scale_dtype}; "
             "load a bfloat16 checkpoint of the model"
         )
-    return _shrunk(grouped, low, high, grid, (scales, zeros)) if grid.clip == "mse" else (scales, zeros)
+    return _clipped(groups, grid, (scales, zeros), inputs)
 
 
 def to_integers(weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int) -> Tensor:
@@ -112,45 +128,27 @@ def quantize_rtn(weight: Tensor, grid: Grid, *, scale_dtype: torch.dtype) -> Qua
     return QuantizedTensor(integers=integers.view(weight.shape), scales=scales, zeros=zeros, grid=grid)
 
 
-def _ranges(grouped: Tensor, *, symmetric: bool) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value of each group, always with 0 between them (so that 0 stays exactly 0)."""
-    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
-    if symmetric:
-        high = torch.maximum(high, -low)
-        low = -high
-    return low, high
+def _clipped(groups: Groups, grid: Grid, full: Fit, inputs: GroupMoments | None) -> Fit:
+    """The grid of the full range, changed as the clipping rule says."""
+    match grid.clip:
+        case "absmax":
+            return full
+        case "mse":
+            return shrink(
+                groups, grid, full, lambda scales, zeros: squared_error(groups.values, scales, zeros, grid.bits)
+            )
+        case "empirical":
+            return clip_exactly(groups, grid, full)
+        case "minimax":
+            if inputs is None:
+                raise ConfigError(
+                    "clip 'minimax' needs what each language feeds into the module, which only calibration knows; "
+                    "use method 'gptq' with given layers (not 'auto', which sweeps by rounding), or clip 'mse'"
+                )
 
+            def worst(scales: Tensor, zeros: Tensor) -> Tensor:
+                return inputs.worst_error(rounding_error(groups.values, scales, zeros, grid.bits))
 
-def _grid_of_range(low: Tensor, high: Tensor, grid: Grid, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    steps = 2**grid.bits - 1
-    scales = ((high - low) / steps).to(scale_dtype)
-    # A group of zeros, or of values below half of the smallest 16-bit number, would divide by zero.
-    scales = scales.clamp(min=SMALLEST_SCALE[scale_dtype])
-    if grid.symmetric:
-        zeros = torch.full_like(low, 2 ** (grid.bits - 1))
-    else:
-        zeros = torch.round(-low / scales.to(low.dtype)).clamp(0, steps)
-    return scales, zeros.to(torch.uint8)
-
-
-def _shrunk(
-    grouped: Tensor, low: Tensor, high: Tensor, grid: Grid, best: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """The range, shrunk by the factor that gives the least squared error, for each group on its own."""
-    scales, zeros = best
-    least = _squared_error(grouped, scales, zeros, grid.bits)
-    for step in range(1, SHRINK_STEPS):
-        keep = 1 - step / 100
-        new_scales, new_zeros = _grid_of_range(low * keep, high * keep, grid, scales.dtype)
-        error = _squared_error(grouped, new_scales, new_zeros, grid.bits)
-        better = error < least
-        least = torch.where(better, error, least)
-        scales, zeros = torch.where(better, new_scales, scales), torch.where(better, new_zeros, zeros)
-    return scales, zeros
-
-
-def _squared_error(grouped: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    scale = scales.to(grouped.dtype).unsqueeze(2)
-    zero = zeros.unsqueeze(2)
-    levels = torch.round(grouped / scale).add_(zero).clamp_(0, 2**bits - 1)
-    return levels.sub_(zero).mul_(scale).sub_(grouped).square_().sum(2)
+            return shrink(groups, grid, full, worst, stride=DEAR_STRIDE)
+        case _:
+            return clip_analytically(groups, grid, full[0].dtype)

@@ -5,10 +5,13 @@ Takes a `Grid` and the shape of a weight; returns nothing (or raises), a number 
 
 from __future__ import annotations
 
-from quant_fairness_plugin.artifacts import Grid
+from typing import get_args
+
+from quant_fairness_plugin.artifacts import Clip, Grid, Method
 from quant_fairness_plugin.config import check_bits, check_group_size
 from quant_fairness_plugin.errors import ConfigError
 
+CLIPS: tuple[Clip, ...] = get_args(Clip)
 PACKED_MULTIPLE = 8
 """Packed checkpoints store eight 4-bit values a word, along either axis."""
 
@@ -24,8 +27,33 @@ def check_grid(grid: Grid) -> None:
     check_group_size(grid.group_size)
     if not isinstance(grid.symmetric, bool):
         raise ConfigError(f"symmetric {grid.symmetric!r} cannot be used; use True or False")
-    if grid.clip not in {"absmax", "mse"}:
-        raise ConfigError(f"clip {grid.clip!r} cannot be used; use 'absmax' or 'mse'")
+    if grid.clip not in CLIPS:
+        raise ConfigError(f"clip {grid.clip!r} cannot be used; use {', '.join(map(repr, CLIPS))}")
+
+
+def check_clip(grid: Grid, *, method: Method, sweeps: bool) -> None:
+    """Refuse the language-aware clip where nothing is known of the languages.
+
+    Args:
+        grid: a checked grid.
+        method: how the weights are quantized.
+        sweeps: whether the layers are first swept, which is done by rounding to nearest.
+
+    Raises:
+        ConfigError: clip `minimax` with a method or a sweep that does without calibration.
+    """
+    if grid.clip != "minimax":
+        return
+    if method != "gptq":
+        raise ConfigError(
+            f"clip 'minimax' goes with method 'gptq', which knows what each language feeds into a module, and not with "
+            f"{method!r}; use method 'gptq', or clip 'mse'"
+        )
+    if sweeps:
+        raise ConfigError(
+            "clip 'minimax' cannot be swept: a sweep rounds without calibration; give the protected layers "
+            "(--protect-layers 0,9,11 or none), or use clip 'mse'"
+        )
 
 
 def group_count(grid: Grid, columns: int) -> int:

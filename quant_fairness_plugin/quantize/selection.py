@@ -5,15 +5,36 @@ Takes a loaded model, the protected layers and a grid; returns a `Selection`, be
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Protocol
 
-from quant_fairness_plugin.artifacts import Grid
+from torch import nn
+
+from quant_fairness_plugin.artifacts import Grid, Precision, bits_of_precision
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.linear import linear_weight
-from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.grid_rules import check_grid, misfit
+
+NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
+
+
+class Modules(Protocol):
+    """What a selection needs to know of a model: a `LoadedModel`, or one without weights (meta device)."""
+
+    @property
+    def layers(self) -> int:
+        """How many decoder blocks there are."""
+
+    @property
+    def family(self) -> Family:
+        """The family map."""
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        """The linear modules of a layer by full name, in forward order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +46,9 @@ class Selection:
     kept: dict[str, str]
     """Module of a quantized layer that stays in 16 bit → reason."""
     protected: tuple[int, ...]
+    """Layers that are wholly in 16 bit."""
+    grids: dict[str, Grid]
+    """Module to quantize → its grid: the plan's, or the same with 8 bits."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -32,42 +56,84 @@ class Selection:
         return tuple(name for units in self.units.values() for unit in units for name in unit)
 
 
-def select_modules(loaded: LoadedModel, grid: Grid, *, protected: Collection[int] = ()) -> Selection:
+def select_modules(
+    loaded: Modules,
+    grid: Grid,
+    *,
+    protected: Collection[int] = (),
+    overrides: Mapping[str, Precision] = NO_OVERRIDES,
+) -> Selection:
     """The modules that a grid fits in all layers but the protected ones.
 
     A fusion group is quantized as a whole or not at all: servers merge it into one matrix of one precision.
 
+    Args:
+        loaded: the model.
+        grid: the grid of everything that is not singled out.
+        protected: layers that stay in 16 bit.
+        overrides: other precisions, of a layer (`layers.5`) or one of its fusion groups (`layers.3.down`), as in
+            `ProtectionPlan.overrides`.
+
     Raises:
-        ConfigError: the grid is not a grid, or fits no module.
+        ConfigError: the grid is not a grid or fits no module, or an override names no unit of the model.
         InvalidLayerError: a protected layer that the model lacks, or all of them.
     """
     check_grid(grid)
     checked = check_layers(list(protected), loaded.layers) if protected else ()
+    _check_overrides(loaded, overrides)
     units: dict[int, tuple[tuple[str, ...], ...]] = {}
     kept: dict[str, str] = {}
+    grids: dict[str, Grid] = {}
     for layer in range(loaded.layers):
         if layer in checked:
             continue
-        fitting, misfits = _select_units(loaded, layer, grid)
-        units[layer] = fitting
+        wanted = {
+            unit.name: overrides.get(f"layers.{layer}.{unit.name}", overrides.get(f"layers.{layer}"))
+            for unit in loaded.family.units
+        }
+        by_unit = {
+            name: grid if kind is None else replace(grid, bits=bits_of_precision(kind))
+            for name, kind in wanted.items()
+            if kind != "fp16"
+        }
+        fitting, misfits = _select_units(loaded, layer, by_unit)
+        units[layer] = tuple(names for names, _ in fitting)
+        grids |= {name: own for names, own in fitting for name in names}
         kept |= misfits
     if not any(units.values()):
-        name, reason = next(iter(kept.items()))
+        name, reason = next(iter(kept.items()), ("all units", "in 16 bit by the plan"))
         raise ConfigError(f"{grid} fits no module of the model: {name}: {reason}; use another group size, or -1")
-    return Selection(units=units, kept=kept, protected=checked)
+    return Selection(units=units, kept=kept, protected=checked, grids=grids)
 
 
-def _select_units(loaded: LoadedModel, layer: int, grid: Grid) -> tuple[tuple[tuple[str, ...], ...], dict[str, str]]:
+def _check_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> None:
+    names = tuple(unit.name for unit in loaded.family.units)
+    for override in overrides:
+        _, _, rest = override.partition(".")
+        layer, _, unit = rest.partition(".")
+        if not layer.isdigit() or int(layer) >= loaded.layers or (unit and unit not in names):
+            raise ConfigError(
+                f"{override!r} is no unit of the model; layers are 0..{loaded.layers - 1}, their units "
+                f"{', '.join(names)}. Write layers.0 or layers.0.{names[-1]}"
+            )
+
+
+def _select_units(
+    loaded: Modules, layer: int, grids: Mapping[str, Grid]
+) -> tuple[list[tuple[tuple[str, ...], Grid]], dict[str, str]]:
+    """The fusion groups of a layer that have a grid and fit it, and what does not fit."""
     modules = loaded.linears(layer)
-    fitting: list[tuple[str, ...]] = []
+    fitting: list[tuple[tuple[str, ...], Grid]] = []
     kept: dict[str, str] = {}
     for unit in loaded.family.units:
+        if unit.name not in grids:
+            continue
         names = tuple(f"{loaded.family.blocks}.{layer}.{name}" for name in unit.modules)
-        reasons = {name: misfit(grid, *linear_weight(modules[name]).shape) for name in names}
+        reasons = {name: misfit(grids[unit.name], *linear_weight(modules[name]).shape) for name in names}
         found = {name: reason for name, reason in reasons.items() if reason is not None}
         if not found:
-            fitting.append(names)
+            fitting.append((names, grids[unit.name]))
             continue
         first = next(iter(found))
         kept |= {name: found.get(name, f"shares a fusion group with {first}: {found[first]}") for name in names}
-    return tuple(fitting), kept
+    return fitting, kept

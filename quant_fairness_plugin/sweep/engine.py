@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from torch import Tensor
@@ -139,14 +139,29 @@ def _support(loaded: LoadedModel, texts: TextSet) -> dict[str, Status]:
 
 
 def count_bytes(loaded: LoadedModel, grid: Grid) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Bytes of each layer's linear weights as `fp16` and as `quantized`, and the bytes of everything else."""
-    shapes = [[linear_weight(module).shape for module in loaded.linears(i).values()] for i in range(loaded.layers)]
+    """Bytes of each layer's linear weights, whole and by unit (see `sizes`), and the bytes of everything else."""
+    wide = replace(grid, bits=8)
+    costs: dict[str, Callable[[int, int], int]] = {
+        "fp16": dense_bytes,
+        "quantized": lambda rows, cols: quantized_bytes(rows, cols, grid),
+        "int8": lambda rows, cols: quantized_bytes(rows, cols, wide),
+    }
+    units = {unit.name: unit.modules for unit in loaded.family.units}
+    shapes = [_shapes(loaded, layer) for layer in range(loaded.layers)]
     sizes = {
-        "fp16": tuple(sum(dense_bytes(rows, cols) for rows, cols in layer) for layer in shapes),
-        "quantized": tuple(sum(quantized_bytes(rows, cols, grid) for rows, cols in layer) for layer in shapes),
+        f"{kind}{unit and '.'}{unit}": tuple(sum(cost(*layer[name]) for name in names) for layer in shapes)
+        for unit, names in ({"": loaded.family.modules()} | units).items()
+        for kind, cost in costs.items()
     }
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return sizes, 2 * parameters - sum(sizes["fp16"])
+
+
+def _shapes(loaded: LoadedModel, layer: int) -> dict[str, tuple[int, int]]:
+    """Rows and columns of a layer's linear modules, by their name within the block."""
+    block = loaded.block(layer)
+    weights = {name: linear_weight(block.get_submodule(name)) for name in loaded.family.modules()}
+    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
 
 
 def _score_trials(

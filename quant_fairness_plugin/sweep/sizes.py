@@ -1,13 +1,21 @@
-"""Bytes that a plan costs on disk, from weight shapes alone."""
+"""Bytes that a plan costs on disk, from weight shapes alone.
+
+A table of bytes has one row per layer under `fp16`, `quantized` (the grid) and `int8` (the grid with 8 bits), and under
+`<one of these>.<unit>` for each fusion group of a layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Grid, Precision
+from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.quantize.grid_rules import group_count, misfit
 
 SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
+NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
+LayerBytes = dict[str, tuple[int, ...]]
 
 
 def quantized_bytes(rows: int, cols: int, grid: Grid) -> int:
@@ -27,8 +35,51 @@ def dense_bytes(rows: int, cols: int) -> int:
     return 2 * rows * cols
 
 
-def plan_bytes(layer_bytes: dict[str, tuple[int, ...]], other: int, protected: Iterable[int]) -> int:
-    """Bytes of the whole checkpoint's tensors when `protected` layers are 16 bit and all others quantized."""
+def plan_bytes(
+    layer_bytes: LayerBytes,
+    other: int,
+    protected: Iterable[int],
+    overrides: Mapping[str, Precision] = NO_OVERRIDES,
+) -> int:
+    """Bytes of the whole checkpoint's tensors under a plan.
+
+    Args:
+        layer_bytes: the table, as in `SweepReport`.
+        other: bytes of everything that is never quantized.
+        protected: layers that are 16 bit as a whole.
+        overrides: other precisions of layers and units, as in `ProtectionPlan.overrides`; all else is on the grid.
+
+    Raises:
+        ConfigError: the table has no row for an override (an older sweep, or no unit of the model).
+    """
     keep = set(protected)
-    pairs = zip(layer_bytes["fp16"], layer_bytes["quantized"], strict=True)
-    return other + sum(dense if layer in keep else packed for layer, (dense, packed) in enumerate(pairs))
+    costs = [
+        layer_bytes["fp16"][layer] if layer in keep else _layer_cost(layer_bytes, layer, overrides)
+        for layer in range(len(layer_bytes["fp16"]))
+    ]
+    return other + sum(costs)
+
+
+def _layer_cost(layer_bytes: LayerBytes, layer: int, overrides: Mapping[str, Precision]) -> int:
+    whole = _row(overrides.get(f"layers.{layer}"))
+    cost = _bytes(layer_bytes, whole, layer)
+    prefix = f"layers.{layer}."
+    for name, precision in overrides.items():
+        if name.startswith(prefix):
+            unit = name.removeprefix(prefix)
+            cost += _bytes(layer_bytes, f"{_row(precision)}.{unit}", layer)
+            cost -= _bytes(layer_bytes, f"{whole}.{unit}", layer)
+    return cost
+
+
+def _row(precision: Precision | None) -> str:
+    return precision if precision in ("fp16", "int8") else "quantized"
+
+
+def _bytes(layer_bytes: LayerBytes, row: str, layer: int) -> int:
+    if row not in layer_bytes:
+        raise ConfigError(
+            f"the bytes of {row!r} in layer {layer} are not known; known are {', '.join(layer_bytes)}. Name a unit of "
+            "the model, or sweep again with this version."
+        )
+    return layer_bytes[row][layer]

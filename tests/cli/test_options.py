@@ -7,12 +7,15 @@ import pytest
 from quant_fairness_plugin.cli.options import (
     check_protect_biases,
     default_output,
+    parse_calibrations,
+    parse_int8_layers,
     parse_integer,
     parse_languages,
     parse_modes,
     parse_part,
     parse_protection,
     parse_reference,
+    parse_units,
     require_model,
 )
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
@@ -103,3 +106,26 @@ def test_biases_cannot_be_quantized() -> None:
 )
 def test_the_default_output_is_named_after_the_model(model: str, out: str) -> None:
     assert default_output(model) == Path(out)
+
+
+def test_calibrations() -> None:
+    assert parse_calibrations("english, Minimax") == ("english", "minimax")
+
+
+@pytest.mark.parametrize("text", ["", "uniform,", "uniform,uniform", "french"])
+def test_other_words_are_no_calibrations(text: str) -> None:
+    with pytest.raises(ConfigError, match="name each one once, of uniform, proportional, english, minimax"):
+        parse_calibrations(text)
+
+
+def test_units_and_8_bit_layers() -> None:
+    assert parse_units(None) == ()
+    assert parse_units("3.down, 5.qkv") == ("3.down", "5.qkv")
+    assert parse_int8_layers(None) == ()
+    assert parse_int8_layers("3, 5") == (3, 5)
+
+
+@pytest.mark.parametrize("text", ["", "3,", "three", "3.down"])
+def test_8_bit_layers_are_layer_indices(text: str) -> None:
+    with pytest.raises(InvalidLayerError, match="--int8-layers .* is not a list of layer indices"):
+        parse_int8_layers(text)

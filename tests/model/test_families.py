@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
@@ -13,7 +16,6 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     LlamaModel,
-    MixtralConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -169,17 +171,70 @@ def test_a_known_family_may_have_a_single_block_but_an_unknown_one_may_not() -> 
         detect_family(build(Gemma2Config(**(SMALL | {"num_hidden_layers": 1}), head_dim=8)))
 
 
+DEEPSEEK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0}
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    # model type → the experts' module of the first block that has them, and the config
+    "mixtral": ("model.layers.0.mlp.experts", SMALL | {"num_local_experts": 2}),
+    "qwen2_moe": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "moe_intermediate_size": 16}),
+    "qwen3_moe": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "moe_intermediate_size": 16}),
+    "qwen3_next": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "moe_intermediate_size": 16}),
+    "olmoe": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "eos_token_id": 0}),
+    "deepseek_v2": ("model.layers.0.mlp.experts", SMALL | DEEPSEEK | ROUTED | {"n_group": 1, "topk_group": 1}),
+    "deepseek_v3": ("model.layers.0.mlp.experts", SMALL | DEEPSEEK | ROUTED | {"n_group": 1, "topk_group": 1}),
+    "phimoe": ("model.layers.0.mlp.experts", SMALL | {"num_local_experts": 2}),
+    "gpt_oss": ("model.layers.0.mlp.experts", SMALL | {"num_local_experts": 2, "head_dim": 8}),
+    "jetmoe": ("model.layers.0.self_attention.experts", SMALL | {"num_local_experts": 2}),
+    "granitemoe": ("model.layers.0.block_sparse_moe", SMALL | {"num_local_experts": 2}),
+    "jamba": ("model.layers.1.feed_forward.experts", SMALL | {"num_experts": 4}),
+    "glm4_moe": ("model.layers.0.mlp.experts", SMALL | ROUTED | {"n_group": 1, "topk_group": 1}),
+    "doge": ("model.layers.0.mlp", SMALL | {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}),
+}
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_a_mixture_of_experts_is_refused_by_name(model_type: str) -> None:
+    where, config = MIXTURES[model_type]
+    message = rf"^{model_type}: {re.escape(where)}[a-z_.]* holds a mixture of experts.*Use a dense model.*gptqmodel"
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        detect_family(build(AutoConfig.for_model(model_type, **config)))
+    assert caught.value.exit_code == 3
+
+
+def plain_block(**extra: nn.Module) -> nn.Module:
+    block = nn.Module()
+    block.mlp = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32))
+    for name, module in extra.items():
+        block.add_module(name, module)
+    return block
+
+
+def hand_made(**extra: nn.Module) -> nn.Module:
+    """A model of an unknown architecture with two equal blocks and a head."""
+    model = nn.Module()
+    model.embed = nn.Embedding(64, 32)
+    model.layers = nn.ModuleList([plain_block(**copy.deepcopy(extra)) for _ in range(2)])
+    model.head = nn.Linear(32, 64)
+    model.get_output_embeddings = lambda: model.head  # type: ignore[assignment]
+    model.get_input_embeddings = lambda: model.embed  # type: ignore[assignment]
+    return model
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("extra", "where"),
     [
-        MixtralConfig(**SMALL, num_local_experts=2),
-        Qwen2MoeConfig(**SMALL, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16),
+        ({"gate": nn.Linear(32, 4)}, "gate"),  # a router and one shared MLP look dense otherwise
+        ({"router": nn.Linear(32, 4)}, "router"),
+        ({"shared_expert_gate": nn.Linear(32, 1)}, "shared_expert_gate"),
+        ({"branches": nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])}, "branches"),
+        ({"keys": nn.Embedding(16, 32)}, "keys"),
+        ({"bank": nn.ParameterList([nn.Parameter(torch.zeros(2, 4, 4))])}, "bank"),
     ],
 )
-def test_a_mixture_of_experts_is_refused_by_name(config: PretrainedConfig) -> None:
-    with pytest.raises(UnsupportedModelError, match="holds a mixture of experts") as caught:
-        detect_family(build(config))
-    assert caught.value.exit_code == 3
+def test_experts_that_hide_in_an_otherwise_dense_block_are_refused(extra: dict[str, nn.Module], where: str) -> None:
+    assert detect_family(hand_made()).generic  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.{where} holds a mixture of experts"):
+        detect_family(hand_made(**extra))  # type: ignore[arg-type]
 
 
 def test_experts_in_a_later_block_only_are_refused_too() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -209,6 +210,39 @@ def test_a_model_that_is_no_decoder_is_refused(folder: Path, fields: dict[str, A
     edit(folder / "config.json", **fields)
     assert "UnsupportedModelError" in refused(folder)
     assert f"{what} is not a decoder-only language model; allowed are causal models" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"num_experts": 8, "num_experts_per_tok": 2}, r"num_experts 8"),
+        ({"num_local_experts": 8}, r"num_local_experts 8"),
+        ({"n_routed_experts": 64}, r"n_routed_experts 64"),
+        ({"moe_num_experts": [1, 16]}, r"moe_num_experts 16"),
+        ({"ffn_config": {"moe_num_experts": 16, "moe_top_k": 4}}, r"moe_num_experts 16"),
+        ({"text_config": {"num_local_experts": 16}}, r"num_local_experts 16"),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_from_its_config_alone(folder: Path, fields: dict[str, Any], what: str) -> None:
+    edit(folder / "config.json", **fields)
+    assert re.search(
+        rf"UnsupportedModelError: .*config\.json: the model holds a mixture of experts \({what}\), .*Use a dense model",
+        refused(folder),
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts": 0, "n_routed_experts": None},
+        {"num_experts": 1},
+        {"num_experts_per_tok": 2},
+        {"is_moe": False, "num_experts": 16384},
+    ],
+)
+def test_words_about_experts_without_experts_are_no_mixture(folder: Path, fields: dict[str, Any]) -> None:
+    edit(folder / "config.json", **fields)
+    assert resolve_model(str(folder)).layers > 0
 
 
 def test_a_config_without_architectures_is_left_to_the_structure(folder: Path) -> None:

@@ -84,6 +84,33 @@ def test_weights_that_do_not_fit_are_errors_and_change_nothing(load: Load) -> No
     assert torch.equal(weight, before)
 
 
+def test_any_parameter_can_be_swapped_by_its_full_name(load: Load) -> None:
+    loaded = load()
+    ids, name = torch.arange(20).unsqueeze(0), "model.layers.0.input_layernorm.weight"
+    norm = loaded.model.get_parameter(name)
+    before, pointer = norm.detach().clone(), norm.data_ptr()
+    bank = quantize_bank(loaded, GRID)[0]
+    with torch.no_grad():
+        original = loaded.model(ids).logits
+        with swapped(loaded, {name: 2 * before}):
+            doubled = loaded.model(ids).logits
+        with swapped(loaded, bank | {name: 2 * before}):
+            both = loaded.model(ids).logits
+        with swapped(loaded, {"model.layers.0.mlp.up_proj.weight": bank["model.layers.0.mlp.up_proj"]}):
+            by_parameter = loaded.model(ids).logits
+        with swapped(loaded, {"model.layers.0.mlp.up_proj": bank["model.layers.0.mlp.up_proj"]}):
+            assert torch.equal(loaded.model(ids).logits, by_parameter)
+        assert torch.equal(loaded.model(ids).logits, original)
+    assert not torch.equal(doubled, original)
+    assert not torch.equal(both, doubled)
+    assert norm.data_ptr() == pointer
+    assert torch.equal(norm, before)
+    with pytest.raises(
+        ConfigError, match=r"input_layernorm.weight: a weight \[31\] .* cannot replace one that is \[32\]"
+    ):
+        swapped(loaded, {name: before[:31]}).__enter__()
+
+
 def test_stored_form_follows_the_module(load: Load) -> None:
     loaded = load("gpt2")
     module = loaded.linears(0)["transformer.h.0.mlp.c_fc"]

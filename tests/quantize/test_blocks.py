@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.blocks import first_inputs, input_moment
+from quant_fairness_plugin.quantize.blocks import (
+    LanguageMoment,
+    fair_moments,
+    first_inputs,
+    language_moments,
+    output_energy,
+)
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from tests.tiny import FAMILIES
 
@@ -56,34 +62,87 @@ def test_blocks_compute_what_they_compute_inside_the_model(load: Load, rows: Cal
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_moment_is_the_mean_over_languages_and_serves_the_whole_fusion_group(
+def test_the_statistics_are_means_over_a_language_and_serve_the_whole_fusion_group(
     load: Load, rows: CalibrationSet, family: str
 ) -> None:
     loaded = load(family)
     batches = first_inputs(loaded, rows, batch_tokens=100)
     for unit in loaded.family.units:
-        expected = torch.zeros(())
         names = [f"{loaded.family.blocks}.0.{module}" for module in unit.modules]
-        for language_rows in rows.rows.values():
-            inputs = torch.cat([own_inputs(loaded, names[-1], row) for row in language_rows]).double()
-            expected = expected + inputs.T @ inputs / len(inputs) / len(rows.rows)
-        moment = input_moment(loaded.block(0), loaded.linears(0)[names[0]], 0, batches, rows)
-        torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-6)
+        found = list(language_moments(loaded.block(0), loaded.linears(0)[names[0]], 0, batches, rows))
+        assert [own.language for own in found] == list(rows.rows)
+        for own in found:
+            inputs = torch.cat([own_inputs(loaded, names[-1], row) for row in rows.rows[own.language]]).double()
+            # float32 sums in batches of other sizes
+            torch.testing.assert_close(own.moment, inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(own.magnitude, inputs.abs().mean(0), rtol=1e-4, atol=1e-6)
     assert count_hooks(loaded.model) == 0
+
+
+def planted_moments(columns: int = 17) -> list[LanguageMoment]:
+    """Three languages; the inputs of the second are ten times as large."""
+    draw = torch.Generator().manual_seed(0)
+    found = []
+    for language, size in (("en", 1.0), ("he", 10.0), ("zh", 1.0)):
+        inputs = size * torch.randn(63, columns, generator=draw, dtype=torch.float64)
+        found.append(LanguageMoment(language, inputs.T @ inputs / 63, inputs.abs().mean(0)))
+    return found
+
+
+def test_the_fair_hessian_weighs_each_language_by_its_share_of_its_own_output_energy() -> None:
+    draw = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(rows, 17, generator=draw) for name, rows in (("q", 9), ("k", 3))}
+    shares = {"en": 0.5, "he": 0.2, "zh": 0.3}
+    hessians = fair_moments(planted_moments(), weights, shares)
+    assert list(hessians) == ["q", "k"]
+    error = torch.randn(9, 17, generator=draw, dtype=torch.float64)
+    for name, weight in weights.items():
+        wide = weight.double()
+        expected = torch.zeros(17, 17, dtype=torch.float64)
+        for own in planted_moments():
+            expected += shares[own.language] * own.moment / torch.trace(wide @ own.moment @ wide.T)
+        torch.testing.assert_close(hessians[name], expected)
+        # the weight itself has a relative output energy of 1 in every language
+        assert output_energy(weight, hessians[name]) == pytest.approx(1)
+    relative = sum(
+        shares[own.language] * output_energy(error, own.moment) / output_energy(weights["q"], own.moment)
+        for own in planted_moments()
+    )
+    assert output_energy(error, hessians["q"]) == pytest.approx(relative)
+
+
+def test_larger_activations_do_not_weigh_more() -> None:
+    weights = {"q": torch.randn(5, 17, generator=torch.Generator().manual_seed(2))}
+    shares = {"en": 0.5, "he": 0.3, "zh": 0.2}
+    louder = [LanguageMoment(m.language, 100 * m.moment, m.magnitude) for m in planted_moments()]
+    torch.testing.assert_close(
+        fair_moments(louder, weights, shares)["q"], fair_moments(planted_moments(), weights, shares)["q"]
+    )
+
+
+def test_a_language_without_output_adds_nothing_and_one_without_weight_neither() -> None:
+    weights = {"q": torch.ones(2, 17)}
+    en, he, zh = planted_moments()
+    silent = LanguageMoment("he", torch.zeros_like(he.moment), torch.zeros_like(he.magnitude))
+    alone = fair_moments([en], weights, {"en": 0.5})["q"]
+    found = fair_moments([en, silent, zh], weights, {"en": 0.5, "he": 0.5, "zh": 0.0})["q"]
+    torch.testing.assert_close(found, alone)
+    assert torch.isfinite(found).all()
 
 
 def test_a_language_with_more_tokens_does_not_count_more(load: Load, rows: CalibrationSet) -> None:
     loaded = load()
     module = loaded.linears(0)["model.layers.0.self_attn.q_proj"]
 
-    def moment(parts: dict[str, int]) -> Tensor:
+    def hessian(parts: dict[str, int]) -> Tensor:
         chosen = {language: rows.rows[language][:1] * times for language, times in parts.items()}
         calibration = CalibrationSet(chosen, "x", "0", 24, 0, 0)
         batches = first_inputs(loaded, calibration, batch_tokens=100)
-        return input_moment(loaded.block(0), module, 0, batches, calibration)
+        moments = language_moments(loaded.block(0), module, 0, batches, calibration)
+        return fair_moments(moments, {"q": torch.eye(32)}, calibration.shares)["q"]
 
-    torch.testing.assert_close(moment({"en": 5, "he": 1}), moment({"en": 1, "he": 1}))
-    assert not torch.allclose(moment({"en": 1, "he": 1}), moment({"en": 1}))
+    torch.testing.assert_close(hessian({"en": 5, "he": 1}), hessian({"en": 1, "he": 1}))
+    assert not torch.allclose(hessian({"en": 1, "he": 1}), hessian({"en": 1}))
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 50, 10_000])
@@ -110,7 +169,7 @@ def test_hooks_are_gone_after_an_error(load: Load, rows: CalibrationSet) -> None
     batches = first_inputs(loaded, rows, batch_tokens=100)
     batches[0].hidden = torch.zeros(1, 1, 3)
     with pytest.raises(RuntimeError, match="size"):
-        input_moment(loaded.block(0), loaded.linears(0)["model.layers.0.mlp.down_proj"], 0, batches, rows)
+        list(language_moments(loaded.block(0), loaded.linears(0)["model.layers.0.mlp.down_proj"], 0, batches, rows))
     assert count_hooks(loaded.model) == 0
 
 
@@ -119,6 +178,6 @@ def test_a_module_that_is_not_given_every_token_is_an_error(load: Load, rows: Ca
     batches = first_inputs(loaded, rows, batch_tokens=100)
     q_proj = loaded.linears(0)["model.layers.0.self_attn.q_proj"]
     with pytest.raises(UnsupportedModelError, match=r"gave the module \d+ of \d+ calibration tokens"):
-        input_moment(loaded.block(0), q_proj, 0, batches[:-1], rows)
+        list(language_moments(loaded.block(0), q_proj, 0, batches[:-1], rows))
     with pytest.raises(UnsupportedModelError, match=r"gave the module 0 of \d+ calibration tokens.*'rtn'"):
-        input_moment(loaded.block(0), nn.Linear(32, 32), 0, batches, rows)
+        list(language_moments(loaded.block(0), nn.Linear(32, 32), 0, batches, rows))

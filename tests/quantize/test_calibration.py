@@ -6,7 +6,7 @@ import pytest
 
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
-from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.calibration import MinimaxRound, build_calibration, coverage_lines
 from tests.tiny import byte_tokenizer
 
 BOS = 0
@@ -128,6 +128,66 @@ def test_sizes_that_are_too_small_are_errors(texts: TextSet) -> None:
 def test_the_summary_is_plain_data_without_the_text(texts: TextSet) -> None:
     summary = build_calibration(byte_tokenizer(), texts, tokens_per_language=20, seed=3).summary()
     assert summary["tokens_per_language"] == {"en": 20, "he": 20, "zh": 20}
+    assert summary["rows_per_language"] == {"en": 1, "he": 1, "zh": 1}
+    assert summary["weights"] == {"en": 1 / 3, "he": 1 / 3, "zh": 1 / 3}
+    assert summary["weighting"] == "uniform"
     assert summary["source"] == "small"
     assert summary["seed"] == 3
     assert not any(isinstance(value, (list, tuple)) for value in summary.values())
+
+
+def test_proportional_keeps_every_token_and_weighs_by_them(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, weighting="proportional")
+    sizes = {lang: sum(1 + len(s.encode()) for s in rows[:3]) for lang, rows in texts.sentences.items()}
+    assert calibration.coverage == sizes
+    for language in sizes:
+        assert sorted(decode(calibration.rows[language])) == sorted(texts.sentences[language][:3])
+    total = sum(calibration.coverage.values())
+    assert calibration.shares == {lang: count / total for lang, count in calibration.coverage.items()}
+    assert sum(calibration.shares.values()) == pytest.approx(1)
+    assert len(set(calibration.coverage.values())) == 3
+
+
+def test_proportional_takes_no_budget(texts: TextSet) -> None:
+    with pytest.raises(ConfigError, match="20 tokens per language and 'proportional' weights exclude each other"):
+        build_calibration(byte_tokenizer(), texts, weighting="proportional", tokens_per_language=20)
+
+
+def test_english_is_calibrated_on_alone_with_all_its_tokens(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, weighting="english")
+    assert calibration.coverage == {"en": sum(1 + len(s.encode()) for s in texts.sentences["en"][:3])}
+    assert calibration.shares == {"en": 1.0}
+    capped = build_calibration(byte_tokenizer(), texts, weighting="english", tokens_per_language=20)
+    assert capped.coverage == {"en": 20}
+
+
+def test_a_variety_of_english_is_english(texts: TextSet) -> None:
+    british = replace(texts, sentences={"he": texts.sentences["he"], "en-GB": texts.sentences["en"]})
+    assert list(build_calibration(byte_tokenizer(), british, weighting="english").rows) == ["en-GB"]
+
+
+def test_without_english_in_the_text_set_english_is_an_error(texts: TextSet) -> None:
+    other = texts.choose(["he", "zh"])
+    with pytest.raises(UnknownLanguageError, match="needs English, which is not among he, zh of small"):
+        build_calibration(byte_tokenizer(), other, weighting="english")
+
+
+def test_minimax_starts_with_the_rows_and_weights_of_uniform(texts: TextSet) -> None:
+    minimax, uniform = (build_calibration(byte_tokenizer(), texts, weighting=name) for name in ("minimax", "uniform"))
+    assert minimax.rows == uniform.rows
+    assert minimax.shares == uniform.shares
+    assert minimax.weighting == "minimax"
+
+
+def test_the_coverage_is_one_line_per_language(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, tokens_per_language=31, row_tokens=10)
+    lines = coverage_lines(calibration.summary())
+    assert lines[0] == "calibration: small, sha256 000000000000, weights uniform"
+    assert lines[1:] == [f"  {name}: 4 rows, 31 tokens, weight 0.333" for name in ("en", "he", "zh")]
+    tried = MinimaxRound({"en": 0.5, "he": 0.25, "zh": 0.25}, {"en": 0.1, "he": 0.3})
+    found = replace(calibration, weights=tried.weights, weighting="minimax", rounds=(tried, tried))
+    lines = coverage_lines(found.summary())
+    assert lines[0].endswith("weights minimax after 2 rounds")
+    assert lines[1].endswith("weight 0.500")
+    assert found.summary()["rounds"][1]["worst"] == "he"
+    assert coverage_lines({}) == ["not calibrated"]

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Clip, Grid, Method
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.quantize.grid_rules import check_grid, group_count, misfit
+from quant_fairness_plugin.quantize.grid_rules import CLIPS, check_clip, check_grid, group_count, misfit
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -30,12 +30,32 @@ def test_allowed_grids_pass(bits: int, group_size: int) -> None:
         ("group_size", 0, r"group size 0 is read by no server"),
         ("group_size", 128.0, r"group size 128\.0 is read by no server"),
         ("symmetric", 1, r"symmetric 1 cannot be used; use True or False"),
-        ("clip", "l2", r"clip 'l2' cannot be used; use 'absmax' or 'mse'"),
+        ("clip", "l2", r"clip 'l2' cannot be used; use 'absmax', 'mse', .*'minimax'"),
     ],
 )
 def test_other_grids_are_errors(field: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_grid(Grid(**{field: value}))
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_every_clipping_rule_is_allowed(clip: Clip) -> None:
+    check_grid(Grid(clip=clip))
+    check_clip(Grid(clip=clip), method="gptq", sweeps=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "sweeps", "message"),
+    [
+        ("rtn", False, "clip 'minimax' goes with method 'gptq'.* and not with 'rtn'"),
+        ("awq", False, "clip 'minimax' goes with method 'gptq'.* and not with 'awq'"),
+        ("gptq", True, "clip 'minimax' cannot be swept.*--protect-layers"),
+    ],
+)
+def test_the_language_aware_clip_needs_calibration(method: Method, sweeps: bool, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_clip(Grid(clip="minimax"), method=method, sweeps=sweeps)
+    check_clip(Grid(clip="mse"), method=method, sweeps=sweeps)
 
 
 def test_groups_are_counted() -> None:

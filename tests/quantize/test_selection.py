@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.selection import select_modules
@@ -60,3 +60,41 @@ def test_a_bad_grid_is_an_error(load: Load) -> None:
 def test_bad_layers_are_errors(load: Load, layers: list[int]) -> None:
     with pytest.raises(InvalidLayerError, match="layer"):
         select_modules(load(), Grid(group_size=32), protected=layers)
+
+
+def test_a_layer_in_int8_has_a_grid_of_its_own(load: Load) -> None:
+    loaded, grid = load(), Grid(bits=4, group_size=32, clip="mse")
+    selection = select_modules(loaded, grid, overrides={"layers.1": "int8"})
+    assert selection.modules == loaded.family.full_names(0) + loaded.family.full_names(1)
+    assert {selection.grids[name] for name in loaded.family.full_names(0)} == {grid}
+    assert {selection.grids[name] for name in loaded.family.full_names(1)} == {Grid(bits=8, group_size=32, clip="mse")}
+
+
+def test_a_unit_in_16_bit_is_left_out_as_a_whole_and_is_no_misfit(load: Load) -> None:
+    loaded = load()
+    selection = select_modules(loaded, Grid(group_size=32), overrides={"layers.0.gate_up": "fp16"})
+    left_out = {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"}
+    assert set(loaded.family.full_names(0)) - set(selection.modules) == left_out
+    assert not left_out & set(selection.grids)
+    assert selection.kept == {}
+    assert selection.protected == ()  # the rest of the layer is quantized
+
+
+def test_a_units_own_precision_beats_its_layers(load: Load) -> None:
+    loaded = load()
+    overrides: dict[str, Precision] = {"layers.0": "int8", "layers.0.down": "int4", "layers.0.qkv": "fp16"}
+    selection = select_modules(loaded, Grid(bits=3, group_size=32), protected=[1], overrides=overrides)
+    bits = {name.removeprefix("model.layers.0."): own.bits for name, own in selection.grids.items()}
+    assert bits == {"self_attn.o_proj": 8, "mlp.gate_proj": 8, "mlp.up_proj": 8, "mlp.down_proj": 4}
+    assert set(selection.grids) == set(selection.modules)
+
+
+@pytest.mark.parametrize("name", ["layers.2", "layers.x", "layers.0.fc_in", "layers.0.mlp.down_proj", "layer"])
+def test_an_override_that_names_no_unit_is_an_error(load: Load, name: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' is no unit of the model; layers are 0..1, their units qkv, o"):
+        select_modules(load(), Grid(group_size=32), overrides={name: "fp16"})
+
+
+def test_a_plan_that_leaves_nothing_to_quantize_is_an_error(load: Load) -> None:
+    with pytest.raises(ConfigError, match="fits no module of the model: all units: in 16 bit by the plan"):
+        select_modules(load(), Grid(group_size=32), overrides={"layers.0": "fp16", "layers.1": "fp16"})

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
@@ -21,6 +21,7 @@ from quant_fairness_plugin.quantize.stream import quantize_model
 from tests.tiny import FAMILIES
 
 Load = Callable[..., LoadedModel]
+Rows = tuple[tuple[int, ...], ...]
 GRID = Grid(bits=3, group_size=32)
 
 
@@ -36,26 +37,37 @@ def assert_untouched(loaded: LoadedModel, before: dict[str, Tensor]) -> None:
         assert not module._forward_hooks
 
 
+def own_inputs(loaded: LoadedModel, module: nn.Module, language_rows: Rows) -> Tensor:
+    """What the model gives a module, one row at a time: float64 `[tokens, cols]`."""
+    found: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, x: found.append(x[0].flatten(0, -2)))
+    with torch.no_grad():
+        for row in language_rows:
+            loaded.model(torch.tensor([row]))
+    handle.remove()
+    return torch.cat(found).double()
+
+
+def fair_hessian(weight: Tensor, inputs: dict[str, Tensor], shares: dict[str, float]) -> Tensor:
+    """Σ w XᵀX / ‖X Wᵀ‖²: the squared output error of each language over its squared output."""
+    total = torch.zeros((), dtype=torch.float64)
+    for language, x in inputs.items():
+        total = total + shares[language] * x.T @ x / (x @ weight.double().T).square().sum()
+    return total
+
+
 def solve_naively(loaded: LoadedModel, protected: set[int], rows: CalibrationSet) -> dict[str, Tensor]:
     """GPTQ with whole forward passes, one row at a time: integers by module. Leaves the model quantized."""
     integers: dict[str, Tensor] = {}
     for layer in sorted(set(range(loaded.layers)) - protected):
         for unit in loaded.family.units:
             names = [f"{loaded.family.blocks}.{layer}.{module}" for module in unit.modules]
-            moment = torch.zeros((), dtype=torch.float64)
-            for language_rows in rows.rows.values():
-                found: list[Tensor] = []
-                module = loaded.linears(layer)[names[0]]
-                handle = module.register_forward_pre_hook(lambda _, x, found=found: found.append(x[0].flatten(0, -2)))
-                with torch.no_grad():
-                    for row in language_rows:
-                        loaded.model(torch.tensor([row]))
-                handle.remove()
-                inputs = torch.cat(found).double()
-                moment = moment + inputs.T @ inputs / len(inputs) / len(rows.rows)
+            first = loaded.linears(layer)[names[0]]
+            inputs = {language: own_inputs(loaded, first, found) for language, found in rows.rows.items()}
             for name in names:
                 module = loaded.linears(layer)[name]
-                solved = solve_gptq(linear_weight(module), moment, GRID, scale_dtype=torch.float16)
+                hessian = fair_hessian(linear_weight(module), inputs, rows.shares)
+                solved = solve_gptq(linear_weight(module), hessian, GRID, scale_dtype=torch.float16)
                 integers[name] = solved.tensor.integers
                 set_linear_weight(module, solved.tensor.dequantize())
     return integers
@@ -141,7 +153,7 @@ def test_later_layers_see_the_quantized_earlier_ones(load: Load, rows: Calibrati
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("calls", [1, 5, 9])
+@pytest.mark.parametrize("calls", [3, 5, 10])
 def test_an_error_midway_leaves_the_model_as_it_was(
     load: Load, rows: CalibrationSet, monkeypatch: pytest.MonkeyPatch, calls: int, error: type[BaseException]
 ) -> None:
@@ -188,14 +200,14 @@ def test_modules_that_the_group_does_not_fit_stay_in_16_bit(load: Load, rows: Ca
 def test_raised_damping_is_reported(
     load: Load, rows: CalibrationSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def indefinite(*_: object) -> Tensor:
+    def indefinite(*_: object) -> dict[str, Tensor]:
         moment = torch.eye(32, dtype=torch.float64)
         moment[0, 1] = moment[1, 0] = 3.0
-        return moment
+        return {f"model.layers.0.self_attn.{name}_proj": moment for name in "qkv"}
 
     loaded = load()
-    monkeypatch.setattr(loaded.family.__class__, "units", loaded.family.units[:3])
-    monkeypatch.setattr(stream, "input_moment", indefinite)
+    monkeypatch.setattr(loaded.family.__class__, "units", loaded.family.units[:1])
+    monkeypatch.setattr(stream, "fair_moments", indefinite)
     quantized = quantize_model(loaded, [1], method="gptq", grid=GRID, calibration=rows)
     assert quantized.damping["model.layers.0.self_attn.q_proj"] == pytest.approx(5.0)
     assert "model.layers.0.self_attn.q_proj: damping raised from 0.05 to 5" in caplog.text
@@ -225,8 +237,10 @@ def test_arguments_that_do_not_go_together_are_errors(load: Load, rows: Calibrat
         quantize_model(loaded, (), method="gptq", grid=GRID)
     with pytest.raises(ConfigError, match="'rtn' uses no calibration text"):
         quantize_model(loaded, (), method="rtn", grid=GRID, calibration=rows)
-    with pytest.raises(ConfigError, match="method 'awq' cannot be used here"):
-        quantize_model(loaded, (), method=cast(Any, "awq"), grid=GRID)
+    with pytest.raises(ConfigError, match="'awq' needs calibration text"):
+        quantize_model(loaded, (), method="awq", grid=GRID)
+    with pytest.raises(ConfigError, match="method 'hqq' cannot be used here; use 'rtn', 'gptq' or 'awq'"):
+        quantize_model(loaded, (), method=cast(Any, "hqq"), grid=GRID)
     with pytest.raises(ConfigError, match="group size 100 is read by no server"):
         quantize_model(loaded, (), method="rtn", grid=Grid(group_size=100))
     with pytest.raises(InvalidLayerError, match="layer 2 does not exist"):

@@ -1,0 +1,168 @@
+"""What the choice of calibration text and language weights does, with and without protection.
+
+Takes a model, a text set and a plan; quantizes once per calibration and plan, and measures all results on the `confirm`
+part with the same resamples. Returns the damage of every combination, the 2×2 tables of calibration × protection, and
+on request the matrix of calibration language × evaluation language.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations
+from typing import Literal
+
+from quant_fairness_plugin.analysis.effects import WORST, Effects, TwoByTwo, effects_of, undefined_effects
+from quant_fairness_plugin.analysis.matrix import CalibrationMatrix, calibration_matrix, single_language_sets
+from quant_fairness_plugin.analysis.outcomes import CalibrationOutcome, Judge, Scored
+from quant_fairness_plugin.artifacts import Method, ProtectionPlan, Provenance, TextSet, Weighting
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.minimax import quantize_calibrated
+from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
+from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+
+CALIBRATIONS: tuple[Weighting, ...] = ("english", "uniform", "minimax")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationComparison:
+    """Everything that was measured; `to_json` is its document."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["calibration-comparison"] = "calibration-comparison"
+    provenance: Provenance
+    method: Method
+    plan: ProtectionPlan
+    outcomes: tuple[CalibrationOutcome, ...]
+    tables: tuple[TwoByTwo, ...]
+    """Every pair of calibrations, crossed with no protection and the plan."""
+    matrix: CalibrationMatrix | None
+
+
+def compare_calibrations(
+    loaded: LoadedModel,
+    texts: TextSet,
+    plan: ProtectionPlan,
+    *,
+    method: Method = "gptq",
+    calibrations: Sequence[Weighting] = CALIBRATIONS,
+    tokens_per_language: int | None = None,
+    matrix: bool = False,
+    draws: int = 2000,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CalibrationComparison:
+    """Quantize with every calibration, without and with a plan, and measure all of it on the `confirm` part.
+
+    Nothing is written; the model is bit-identical afterwards.
+
+    Args:
+        loaded: the 16-bit model.
+        texts: the whole text set: calibrated on `calibrate`, measured on `confirm`.
+        plan: what to protect, and the grid; a plan that protects nothing leaves the effects of protection undefined.
+        method: `gptq` or `awq`.
+        calibrations: the weightings to compare; the first ones stand on the left of the tables.
+        tokens_per_language: of `english`, `uniform` and `minimax`, see `build_calibration`.
+        matrix: also calibrate on each language alone.
+        draws: bootstrap resamples, the same for all combinations.
+        seed: of the resamples.
+        progress: called with (what, combinations done, in all).
+
+    Raises:
+        ConfigError: no calibration or the same one twice, or a method without calibration.
+        UnknownLanguageError: `english` where the text set has none.
+    """
+    check_calibrations(method, calibrations)
+    judge = Judge(loaded, texts.part("confirm"), draws, seed)
+    build = partial(build_calibration, loaded.tokenizer, texts)
+    sets: dict[str, CalibrationSet] = {
+        name: build(weighting=name, tokens_per_language=None if name == "proportional" else tokens_per_language)
+        for name in calibrations
+    }
+    singles = single_language_sets(build, texts, tokens_per_language) if matrix else {}
+    plans = (False, True) if plan.protected_layers or plan.overrides else (False,)
+    wanted = [(name, given, protected) for protected in plans for name, given in sets.items()]
+    wanted += [(name, given, False) for name, given in singles.items()]
+    scored: dict[tuple[str, bool], Scored] = {}
+    for done, (name, given, protected) in enumerate(wanted):
+        quantize = _quantizer(loaded, plan, protected, method)
+        scored[name, protected] = judge.outcome(name, protected, quantize_calibrated(quantize, given, texts))
+        if progress is not None:
+            progress("compare", done + 1, len(wanted))
+    arguments = {
+        "method": method,
+        "grid": str(plan.grid),
+        "calibrations": list(calibrations),
+        "tokens_per_language": tokens_per_language,
+        "matrix": matrix,
+        "draws": draws,
+    }
+    return CalibrationComparison(
+        provenance=provenance(loaded.files, texts, seed=seed, arguments=arguments),
+        method=method,
+        plan=plan,
+        outcomes=tuple(scored[name, protected].outcome for protected in plans for name in sets),
+        tables=tuple(_cross(judge, scored, first, other, len(plans) > 1) for first, other in combinations(sets, 2)),
+        matrix=calibration_matrix(judge, scored, singles, [*singles, *sets]) if matrix else None,
+    )
+
+
+def to_json(comparison: CalibrationComparison) -> str:
+    """The JSON document of a comparison, `schema_version` first."""
+    return json.dumps(asdict(comparison), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def check_calibrations(method: Method, calibrations: Sequence[Weighting]) -> None:
+    """Refuse what cannot be compared, before a model is loaded.
+
+    Raises:
+        ConfigError: no calibration or the same one twice, or a method without calibration.
+    """
+    if method == "rtn":
+        raise ConfigError("method 'rtn' uses no calibration text, so there is nothing to compare; use 'gptq' or 'awq'")
+    if not calibrations or len(set(calibrations)) < len(calibrations):
+        raise ConfigError(
+            f"calibrations {', '.join(calibrations) or '(none)'}: name at least one, each once, "
+            "of uniform, proportional, english, minimax"
+        )
+
+
+def _quantizer(
+    loaded: LoadedModel, plan: ProtectionPlan, protected: bool, method: Method
+) -> Callable[[CalibrationSet], QuantizedModel]:
+    layers, overrides = (plan.protected_layers, plan.overrides) if protected else ((), NO_OVERRIDES)
+
+    def quantize(calibration: CalibrationSet) -> QuantizedModel:
+        return quantize_model(
+            loaded, layers, method=method, grid=plan.grid, calibration=calibration, overrides=overrides
+        )
+
+    return quantize
+
+
+def _cross(judge: Judge, scored: Mapping[tuple[str, bool], Scored], first: str, other: str, crossed: bool) -> TwoByTwo:
+    """The effects of two calibrations, and of the plan where there is one."""
+    cells = [
+        scored[name, protected] for protected in ((False, True) if crossed else (False,)) for name in (first, other)
+    ]
+    statuses = {name: {cell.statuses[name] for cell in cells} for name in judge.texts.languages}
+    intact = [name for name, found in statuses.items() if found == {"supported"}]
+    collapsed = [name for name, found in statuses.items() if "collapsed" in found]
+    effects: list[Effects] = []
+    for subject in (WORST, *judge.texts.languages):
+        languages = intact if subject == WORST else [subject] if subject in intact else []
+        if subject == WORST and collapsed:
+            effects.append(undefined_effects(WORST, f"collapsed in {', '.join(collapsed)}"))
+        elif not languages:
+            effects.append(
+                undefined_effects(subject, f"not supported or not intact: {', '.join(intact) or 'none'} are")
+            )
+        else:
+            series = [judge.series(cell, languages) for cell in cells]
+            effects.append(effects_of(subject, series[0], series[1], (series[2], series[3]) if crossed else None))
+    return TwoByTwo(first=first, other=other, effects=tuple(effects))

@@ -1,0 +1,96 @@
+"""Quantized models scored on one part of a text set, all under the same resamples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quant_fairness_plugin.artifacts import LanguageDamage, Number, StateScores, TextSet
+from quant_fairness_plugin.measure.damage import measure_damage, objective_draws, summarise
+from quant_fairness_plugin.measure.intervals import Resamples
+from quant_fairness_plugin.measure.metrics import Array
+from quant_fairness_plugin.measure.scoring import fixed_state, score_states
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.quantize.minimax import quantized_state
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+
+BASELINE, STATE = "16 bit", "quantized"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationOutcome:
+    """One way to calibrate, and what the quantized model lost in each language."""
+
+    calibration: str
+    """A weighting, or in a matrix also a language that alone was calibrated on."""
+    protected: bool
+    """Whether the plan was applied; otherwise everything was quantized."""
+    summary: dict[str, Any]
+    """`CalibrationSet.summary()`: coverage, weights, checksums."""
+    languages: tuple[LanguageDamage, ...]
+    worst_kl: Number
+    mean_kl: Number
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """An outcome, with the per-sentence scores that it was made from."""
+
+    outcome: CalibrationOutcome
+    before: StateScores
+    after: StateScores
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        """Language → status."""
+        return {row.language: row.status for row in self.outcome.languages}
+
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Scores quantized models on one part of a text set, all with the same resamples."""
+
+    loaded: LoadedModel
+    texts: TextSet
+    draws: int
+    seed: int
+
+    @property
+    def weights(self) -> Array:
+        """The resamples, the whole sample first: `[1 + draws, sentences]`."""
+        return Resamples(len(self.texts), self.draws, self.seed).weights
+
+    def outcome(self, name: str, protected: bool, quantized: QuantizedModel) -> Scored:
+        """Score a quantized model against the 16-bit one, language by language.
+
+        Args:
+            name: what it was calibrated on.
+            protected: whether the plan was applied.
+            quantized: the model.
+        """
+        # One state at a time: all of them at once would hold as many copies of the model.
+        states = [fixed_state(BASELINE, self.loaded.model), quantized_state(STATE, quantized)]
+        scores = score_states(states, self.loaded.tokenizer, self.texts)
+        before, after = scores[BASELINE], scores[STATE]
+        vocabulary = self.loaded.model.config.vocab_size
+        damage = measure_damage(
+            before, after, self.texts, reference=None, vocabulary=vocabulary, draws=self.draws, seed=self.seed
+        )
+        summary = summarise(before, after, damage, draws=self.draws, seed=self.seed)
+        assert quantized.calibration is not None
+        found = CalibrationOutcome(
+            calibration=name,
+            protected=protected,
+            summary=quantized.calibration.summary(),
+            languages=damage,
+            worst_kl=summary.worst_kl,
+            mean_kl=summary.mean_kl,
+        )
+        return Scored(found, before, after)
+
+    def series(self, scored: Scored, languages: Sequence[str]) -> Array:
+        """The largest KL over the languages, under every resample: `[1 + draws]`."""
+        return objective_draws(
+            scored.before, scored.after, languages, objective="worst", reference=None, weights=self.weights
+        )

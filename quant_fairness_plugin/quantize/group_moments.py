@@ -1,0 +1,113 @@
+"""What each group of input channels is given in each language, for the language-aware clip. Step 6 (quantize).
+
+Takes the stream of per-language second moments on its way to `fair_moments`, and keeps only their diagonal blocks: the
+whole matrices pass through one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.errors import ConfigError
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.quantize.blocks import LanguageMoment
+
+WIDEST_BLOCK = 128
+"""Channels of a block where one scale serves a whole row: what lies between the blocks is left out there."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMoments:
+    """Second moments of a module's inputs, per language, within blocks of neighbouring channels."""
+
+    blocks: Tensor
+    """float32 `[languages, blocks, width, width]`: mean over tokens of xxᵀ; the last block is filled up with 0."""
+    energies: Tensor
+    """float32 `[languages]`: mean squared output of the 16-bit module, tr(W H Wᵀ)."""
+
+    def worst_error(self, error: Tensor) -> Tensor:
+        """The largest over languages of each group's output error, as a share of the language's output energy.
+
+        Args:
+            error: 16-bit minus quantized weight `[rows, groups, group size]`.
+
+        Returns:
+            float32 `[rows, groups]`.
+
+        Raises:
+            ConfigError: the moments are those of another number of channels.
+        """
+        rows, groups, size = error.shape
+        _, count, width, _ = self.blocks.shape
+        spare = count * width - groups * size
+        if not 0 <= spare < width:
+            raise ConfigError(
+                f"the moments of {count} blocks of {width} channels do not fit a weight of {groups * size} columns; "
+                "build them from the same module"
+            )
+        by_block = pad(error.reshape(rows, -1).float(), (0, spare)).view(rows, count, width).transpose(0, 1)
+        worst = torch.zeros(rows, groups, device=error.device)
+        for blocks, energy in zip(self.blocks, self.energies.tolist(), strict=True):
+            if energy > 0:  # a language in which the module has no output cannot be hurt
+                found = (torch.bmm(by_block, blocks) * by_block).sum(2).T.reshape(rows, groups, -1).sum(2)
+                worst = torch.maximum(worst, found / energy)
+        return worst
+
+
+class MomentWatch:
+    """Notes the blocks of the moments that pass, for the modules of one fusion group."""
+
+    def __init__(self, weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> None:
+        """Watch for the modules whose grid clips by language; for none of them nothing is kept.
+
+        Args:
+            weights: module → 16-bit weight `[rows, cols]`; they share their inputs.
+            grids: module → its grid; of one group size.
+        """
+        self._weights = {name: weight for name, weight in weights.items() if grids[name].clip == "minimax"}
+        self._group_size = grids[next(iter(weights))].group_size
+        self._blocks: list[Tensor] = []
+        self._energies: dict[str, list[float]] = {name: [] for name in self._weights}
+
+    def watch(self, moments: Iterable[LanguageMoment]) -> Iterator[LanguageMoment]:
+        """The same moments, one after another, none of them held."""
+        from quant_fairness_plugin.quantize.blocks import output_energy  # which imports this step's solver
+
+        for found in moments:
+            if self._weights:
+                self._blocks.append(diagonal_blocks(found.moment, self._group_size))
+            for name, weight in self._weights.items():
+                self._energies[name].append(output_energy(weight, found.moment))
+            yield found
+
+    def inputs(self, name: str) -> GroupMoments | None:
+        """What has passed, for one module; None where its grid has no use for it."""
+        if name not in self._weights:
+            return None
+        blocks = torch.stack(self._blocks)
+        return GroupMoments(blocks, torch.tensor(self._energies[name], dtype=torch.float32, device=blocks.device))
+
+
+def diagonal_blocks(moment: Tensor, group_size: int) -> Tensor:
+    """The diagonal blocks of a matrix, one per group, or of `WIDEST_BLOCK` channels where a row is one group.
+
+    Args:
+        moment: `[cols, cols]`, not changed.
+        group_size: input channels per scale, -1 for all of a row.
+
+    Returns:
+        float32 `[blocks, width, width]`, a copy; the last block is filled up with 0.
+    """
+    columns = len(moment)
+    width = group_size if group_size != -1 else min(columns, WIDEST_BLOCK)
+    starts = range(0, columns, width)
+    blocks = [moment[start : start + width, start : start + width].float() for start in starts]
+    return torch.stack([pad(block, (0, width - len(block), 0, width - len(block))) for block in blocks])
