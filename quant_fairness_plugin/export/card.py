@@ -9,6 +9,8 @@ from importlib import resources
 import jinja2
 
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, LanguageDamage, Number
+from quant_fairness_plugin.export.formats.support import READERS, find_refusal
+from quant_fairness_plugin.recommend import describe_overrides
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
 
@@ -32,14 +34,23 @@ def render_card(record: ExportRecord) -> str:
     return environment.from_string(template).render(
         record=record,
         plan=record.plan,
+        overrides=describe_overrides(record.plan),
+        wide=sum(bits != record.plan.grid.bits for bits in record.quantized_modules.values()),
         base_model=record.provenance.model.rstrip("/")
         if _is_hub_id(record)
         else record.provenance.model.split("/")[-1],
         rows=[_row(damage) for damage in measurement.languages] if measurement else [],
         languages=[damage.language for damage in measurement.languages] if measurement else [],
-        in_transformers=record.format == "fp16-twin" or record.family != "gpt2",
-        in_vllm=record.format == "fp16-twin" or record.family != "bloom",
+        refusals={reader: _refusal(record, reader) for reader in READERS},
     )
+
+
+def _refusal(record: ExportRecord, reader: str) -> str | None:
+    """Why a reader cannot load this checkpoint, or None where it can."""
+    refusal = find_refusal(
+        record.family, format=record.format, grid=record.plan.grid, reader=reader, overrides=record.plan.overrides
+    )
+    return refusal.reason if refusal is not None else None
 
 
 def _is_hub_id(record: ExportRecord) -> bool:

@@ -6,15 +6,24 @@ Each check returns one sentence about what it saw, or raises an `ArtifactError` 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quant_fairness_plugin.artifacts import ExportRecord, FileRecord, load
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.headers import TensorShapes
-from quant_fairness_plugin.model.weights import find_weights, read_json, read_shapes
+from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
 
 RECORD = "quant_fairness.json"
+SIDE_FILES = ("quantize_config.json", "quant_config.json")
+"""Where AutoGPTQ and AutoAWQ put the metadata; some of their folders have it nowhere else."""
+PACKED_SUFFIXES = {"compressed-tensors": "weight_packed", "gptq": "qweight", "awq": "qweight"}
+"""`quant_method` → the tensor that makes a module a quantized one."""
+_OWN_NAME = re.compile(r"(gptq|awq)_model[\w.-]*\.safetensors", re.ASCII)
+"""How AutoGPTQ and early AutoAWQ named the weights, which no other loader finds."""
+_AUTOAWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
 _AGAIN = "Copy or export the folder again."
 
 
@@ -40,7 +49,7 @@ def load_record(folder: Path) -> ExportRecord:
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder; expected a checkpoint that was exported here. Check the path.")
     if not (folder / RECORD).is_file():
-        raise ArtifactError(f"{folder} has no {RECORD}; only folders written by this program can be verified.")
+        raise ArtifactError(f"{folder} has no {RECORD}, which every export of this program has. Export it again.")
     return load(ExportRecord, folder / RECORD)
 
 
@@ -74,7 +83,60 @@ def check_headers(folder: Path) -> TensorShapes:
     Raises:
         ArtifactError: a malformed header, a key or tensor that exists twice, stray shards, or another index.
     """
-    return read_shapes(find_weights(folder, allow_pickle=False))
+    return read_shapes(weight_files(folder))
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The weight files, also where AutoGPTQ or AutoAWQ gave the only one a name of its own.
+
+    Raises:
+        ArtifactError: no weights, or files that do not belong together.
+    """
+    standard = [folder / name for name in ("model.safetensors", "model.safetensors.index.json")]
+    named = sorted(path for path in folder.glob("*.safetensors") if _is_own_name(folder, path))
+    if any(path.is_file() for path in standard) or len(named) != 1:
+        return find_weights(folder, allow_pickle=False)
+    check_inside(folder, named[0])
+    return (named[0],)
+
+
+def _is_own_name(folder: Path, path: Path) -> bool:
+    if _OWN_NAME.fullmatch(path.name):
+        return True
+    side = folder / SIDE_FILES[0]
+    return side.is_file() and read_json(side).get("model_file_base_name") == path.stem
+
+
+def packed_modules(names: Iterable[str], quantization: Mapping[str, Any]) -> set[str]:
+    """The modules that a checkpoint holds quantized, judged by the names of its tensors.
+
+    Args:
+        names: of all tensors.
+        quantization: the `quantization_config`; one without a known `quant_method` holds none.
+    """
+    suffix = PACKED_SUFFIXES.get(str(quantization.get("quant_method")))
+    return {name.removesuffix(f".{suffix}") for name in names if suffix and name.endswith(f".{suffix}")}
+
+
+def read_quantization(folder: Path) -> tuple[dict[str, Any], str]:
+    """The quantization metadata and the file that holds it: `config.json`, or else a tool's own file.
+
+    AutoAWQ's names for bits and group size in its own file are translated.
+
+    Returns:
+        The metadata, empty for a plain 16-bit checkpoint, and the file's name.
+
+    Raises:
+        ArtifactError: a file that is no JSON object.
+    """
+    _, quantization = read_config(folder)
+    if quantization is not None:
+        return quantization, "config.json"
+    for name, method in zip(SIDE_FILES, ("gptq", "awq"), strict=True):
+        if (folder / name).is_file():
+            content = {_AUTOAWQ_KEYS.get(key, key): value for key, value in read_json(folder / name).items()}
+            return {"quant_method": method} | content, name
+    return {}, "config.json"
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:

@@ -1,7 +1,8 @@
 """Step 7, checks of metadata: would every loader, by its own rules, treat exactly the right modules as quantized?
 
 Each check imitates one loader's rule (see the formats' docstrings for who uses which) on the names of all linear
-modules, so that a list which only looks right is found: a prefix, a `.` that is a wildcard, half of a fusion group.
+modules, so that a list which only looks right is found: a prefix, a `.` that is a wildcard, half of a fusion group, an
+8-bit layer that a reader would unpack as 4-bit.
 Plain data in, nothing out; a broken rule is an `ArtifactError` that names the module. No torch.
 """
 
@@ -16,6 +17,10 @@ from quant_fairness_plugin.export.formats import ModuleMap
 
 Quantization = Mapping[str, Any]
 Check = Callable[[ModuleMap, Quantization], None]
+GRID_BITS = 4
+"""Bits of every quantized module that `ModuleMap.bits` does not name."""
+OWN_BITS = 8
+"""The only other width that single modules can have."""
 
 
 def check_metadata(modules: ModuleMap, quantization: Quantization) -> str:
@@ -32,9 +37,9 @@ def check_metadata(modules: ModuleMap, quantization: Quantization) -> str:
         ArtifactError: a rule is broken, or the format is not one of ours.
     """
     method = quantization.get("quant_method")
-    checks = {"compressed-tensors": COMPRESSED_TENSORS_CHECKS, "gptq": GPTQ_CHECKS}.get(str(method))
+    checks = CHECKS.get(str(method))
     if checks is None:
-        _fail("quant_method", f"is {method!r}", "compressed-tensors or gptq")
+        _fail("quant_method", f"is {method!r}", ", ".join(CHECKS))
     for check in checks:
         check(modules, quantization)
     return f"{len(checks)} rules: {', '.join(check.__name__ for check in checks)}"
@@ -43,30 +48,49 @@ def check_metadata(modules: ModuleMap, quantization: Quantization) -> str:
 def whole_fusion_groups(modules: ModuleMap, quantization: Quantization) -> None:
     """Servers merge q, k, v and gate, up: a merged module has one precision."""
     for name in modules.split_groups:
-        _fail(name, "is quantized in part", "whole fusion groups")
+        _fail(name, "is quantized in part, or with several widths", "whole fusion groups")
 
 
 def pack_quantized_scheme(modules: ModuleMap, quantization: Quantization) -> None:
-    """One group of int4 weights for all linear modules, already compressed, weights only."""
+    """One group of int4 weights for all linear modules, and one of int8 for named ones; compressed, weights only."""
     _expect(quantization, {"format": "pack-quantized", "quantization_status": "compressed"})
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        _fail("config_groups", f"is {groups!r}", "exactly one group")
-    [group] = groups.values()
-    _expect(group, {"targets": ["Linear"], "input_activations": None, "output_activations": None})
-    weights = group.get("weights") or {}
-    _expect(weights, {"num_bits": 4, "type": "int", "dynamic": False})
-    strategy, size = weights.get("strategy"), weights.get("group_size")
-    if (strategy, size) != ("channel", None) and (strategy != "group" or size not in (32, 64, 128)):
-        _fail("strategy", f"is {strategy!r} with group_size {size!r}", "group with 32, 64 or 128, or channel without")
+    *others, last = _groups(quantization)
+    _expect(last, {"targets": ["Linear"]})
+    if len(others) > 1 or any("Linear" in group.get("targets", []) for group in others):
+        _fail("config_groups", f"holds {1 + len(others)} groups", "one for names, and after it one for Linear")
+    for group, bits in ((last, GRID_BITS), *((group, OWN_BITS) for group in others)):
+        _expect(group, {"format": "pack-quantized", "input_activations": None, "output_activations": None})
+        weights = group.get("weights") or {}
+        _expect(weights, {"num_bits": bits, "type": "int", "dynamic": False})
+        shape = weights.get("strategy"), weights.get("group_size")
+        if shape != ("channel", None) and (shape[0] != "group" or shape[1] not in (32, 64, 128)):
+            _fail("strategy", f"is {shape[0]!r} with group_size {shape[1]!r}", "group of 32, 64 or 128, or channel")
+
+
+def targets_are_exact(modules: ModuleMap, quantization: Quantization) -> None:
+    """Transformers: the exact name of a module wins over its class. Any other target would match nothing, unseen."""
+    widths = _widths_by_target(quantization)
+    for name in widths.keys() - {"Linear", *modules.quantized}:
+        _fail("targets", f"hold {name!r}, which is no quantized module", "full names of unmerged modules")
+    for name in modules.quantized:
+        _compare_width("config_groups", name, widths.get(name, widths["Linear"]), modules)
+
+
+def targets_are_exact_for_merged_names(modules: ModuleMap, quantization: Quantization) -> None:
+    """vLLM: a merged module takes a group if each of its parts is named in some group, and then that of the first."""
+    widths = _widths_by_target(quantization)
+    for merged, parts in modules.fused.items():
+        if set(parts) <= set(modules.quantized):
+            named = widths[parts[0]] if set(parts) <= widths.keys() else widths["Linear"]
+            _compare_width("config_groups", merged, widths.get(merged, named), modules)
 
 
 def no_act_order(modules: ModuleMap, quantization: Quantization) -> None:
     """Servers removed group act-order: `actorder` is null or `static`, which changes nothing at run time."""
-    [group] = quantization["config_groups"].values()
-    order = (group.get("weights") or {}).get("actorder")
-    if order not in (None, "static"):
-        _fail("actorder", f"is {order!r}", "null or 'static'")
+    for group in _groups(quantization):
+        order = (group.get("weights") or {}).get("actorder")
+        if order not in (None, "static"):
+            _fail("actorder", f"is {order!r}", "null or 'static'")
 
 
 def ignore_holds_full_names(modules: ModuleMap, quantization: Quantization) -> None:
@@ -95,8 +119,7 @@ def ignore_is_exact_as_substring(modules: ModuleMap, quantization: Quantization)
 def gptq_scheme(modules: ModuleMap, quantization: Quantization) -> None:
     """The fields without which a loader guesses, with the only values that all of them read."""
     _expect(quantization, {"bits": 4, "sym": True, "desc_act": False, "checkpoint_format": "gptq", "lm_head": False})
-    if quantization.get("group_size") not in (32, 64, 128, -1):
-        _fail("group_size", f"is {quantization.get('group_size')!r}", "32, 64, 128 or -1")
+    _expect_group_size(quantization)
 
 
 def block_list_is_exact_as_suffix(modules: ModuleMap, quantization: Quantization) -> None:
@@ -114,16 +137,46 @@ def block_list_is_exact_as_substring(modules: ModuleMap, quantization: Quantizat
 
 
 def dynamic_is_exact(modules: ModuleMap, quantization: Quantization) -> None:
-    """Gptqmodel: a module of the blocks is skipped if a `-:` rule matches the beginning of its name."""
-    skipped = {name for name in _in_blocks(modules) if _skipped_by_rule(name, quantization)}
+    """Gptqmodel: the first rule that matches the beginning of a module's name decides; `-:` skips the module."""
+    skipped = {name for name in _in_blocks(modules) if _width_by_rule(name, quantization) is None}
     _compare("dynamic", skipped | _outside_blocks(modules), modules)
 
 
 def dynamic_is_exact_for_merged_names(modules: ModuleMap, quantization: Quantization) -> None:
     """SGLang and vLLM: the same rules are asked about the merged name."""
     for name in modules.fused:
-        if _skipped_by_rule(name, quantization) != (name in modules.kept_fused):
+        if (_width_by_rule(name, quantization) is None) != (name in modules.kept_fused):
             _fail("dynamic", f"decides wrongly about the merged module {name}", "rules that match kept modules only")
+
+
+def dynamic_widths_are_exact(modules: ModuleMap, quantization: Quantization) -> None:
+    """The same readers take the bits of a module from a `+:` rule, asked about its own or its merged name."""
+    busy = [name for name, parts in modules.fused.items() if set(parts) <= set(modules.quantized)]
+    for name in (*modules.quantized, *busy):
+        _compare_width("dynamic", name, _width_by_rule(name, quantization), modules)
+
+
+def awq_scheme(modules: ModuleMap, quantization: Quantization) -> None:
+    """The only layout that all readers of `awq` have in common: 4-bit gemm with zero points."""
+    expected = {"bits": 4, "zero_point": True, "version": "gemm", "desc_act": False, "lm_head": False}
+    _expect(quantization, expected)
+    _expect_group_size(quantization)
+    for name, bits in modules.bits.items():
+        _fail(name, f"has {bits} bits", "4 bits in awq")
+
+
+def not_convert_is_exact_everywhere(modules: ModuleMap, quantization: Quantization) -> None:
+    """Transformers, `awq`: as for gptq, but modules outside the blocks would be converted too (the head excepted)."""
+    entries = _names(quantization, "modules_to_not_convert")
+    skipped = {name for name in _all(modules) if any(re.match(e, name) or name.endswith(e) for e in entries)}
+    _compare("modules_to_not_convert", skipped, modules)
+
+
+def not_convert_is_exact_as_substring(modules: ModuleMap, quantization: Quantization) -> None:
+    """SGLang, TGI and (`awq`) vLLM: an entry is a substring of a module's name."""
+    entries = _names(quantization, "modules_to_not_convert")
+    skipped = {name for name in _in_blocks(modules) if any(entry in name for entry in entries)}
+    _compare("modules_to_not_convert (as substring)", skipped | _outside_blocks(modules), modules)
 
 
 def not_convert_has_no_trailing_dot(modules: ModuleMap, quantization: Quantization) -> None:
@@ -151,6 +204,8 @@ def not_convert_holds_merged_names(modules: ModuleMap, quantization: Quantizatio
 COMPRESSED_TENSORS_CHECKS: tuple[Check, ...] = (
     whole_fusion_groups,
     pack_quantized_scheme,
+    targets_are_exact,
+    targets_are_exact_for_merged_names,
     no_act_order,
     ignore_holds_full_names,
     ignore_is_exact,
@@ -163,10 +218,27 @@ GPTQ_CHECKS: tuple[Check, ...] = (
     block_list_is_exact_as_substring,
     dynamic_is_exact,
     dynamic_is_exact_for_merged_names,
+    dynamic_widths_are_exact,
     not_convert_has_no_trailing_dot,
     not_convert_is_exact_as_expression,
+    not_convert_is_exact_as_substring,
     not_convert_holds_merged_names,
 )
+AWQ_CHECKS: tuple[Check, ...] = (
+    whole_fusion_groups,
+    awq_scheme,
+    dynamic_is_exact,
+    not_convert_has_no_trailing_dot,
+    not_convert_is_exact_everywhere,
+    not_convert_is_exact_as_substring,
+    not_convert_holds_merged_names,
+)
+CHECKS: Mapping[str, tuple[Check, ...]] = {
+    "compressed-tensors": COMPRESSED_TENSORS_CHECKS,
+    "gptq": GPTQ_CHECKS,
+    "awq": AWQ_CHECKS,
+}
+"""The rules of each `quant_method`."""
 
 
 def _compare(what: str, skipped: set[str], modules: ModuleMap) -> None:
@@ -177,11 +249,43 @@ def _compare(what: str, skipped: set[str], modules: ModuleMap) -> None:
         _fail(what, f"takes {name} for quantized, which is 16 bit", "exactly the 16-bit modules")
 
 
-def _skipped_by_rule(name: str, quantization: Quantization) -> bool:
+def _compare_width(what: str, name: str, found: object, modules: ModuleMap) -> None:
+    """`found` must be the bits of a quantized module, or of the parts of a merged one."""
+    stored = modules.bits.get(modules.fused.get(name, (name,))[0], GRID_BITS)
+    if found != stored:
+        _fail(what, f"gives {name} {found} bits, and it has {stored}", "the bits in which a module is stored")
+
+
+def _groups(quantization: Quantization) -> list[Mapping[str, Any]]:
+    groups = quantization.get("config_groups")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+        _fail("config_groups", f"is {groups!r}", "a table of groups")
+    return list(groups.values())
+
+
+def _widths_by_target(quantization: Quantization) -> dict[str, Any]:
+    groups = _groups(quantization)
+    widths = {target: (group.get("weights") or {}).get("num_bits") for group in groups for target in group["targets"]}
+    return {"Linear": None} | widths
+
+
+def _width_by_rule(name: str, quantization: Quantization) -> int | None:
+    """Bits that `dynamic` gives a module; None where it skips it."""
     rules = quantization.get("dynamic")
-    if not isinstance(rules, dict) or not all(rule.startswith("-:") for rule in rules):
-        _fail("dynamic", f"is {rules!r}", "a table of '-:' rules")
-    return any(re.match(rule.removeprefix("-:"), name) for rule in rules)
+    if not isinstance(rules, dict):
+        _fail("dynamic", f"is {rules!r}", "a table of rules")
+    for rule, change in rules.items():
+        if (rule[:2], change) not in (("-:", {}), ("+:", {"bits": OWN_BITS})):
+            _fail("dynamic", f"holds {rule!r}: {change!r}", f"'-:' rules, and '+:' rules that say bits {OWN_BITS}")
+    matching = [rule for rule in rules if re.match(rule[2:], name)]
+    if not matching:
+        return GRID_BITS
+    return None if matching[0].startswith("-:") else OWN_BITS
+
+
+def _expect_group_size(quantization: Quantization) -> None:
+    if quantization.get("group_size") not in (32, 64, 128, -1):
+        _fail("group_size", f"is {quantization.get('group_size')!r}", "32, 64, 128 or -1")
 
 
 def _block_list(quantization: Quantization) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig, PreTrainedModel
+from transformers.utils.quantization_config import AwqBackend
 
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.export.check_files import read_config
@@ -30,7 +32,11 @@ ROW_LENGTHS = (1, 17, 40)
 
 def missing_packages(format_name: str) -> tuple[str, ...]:
     """Packages that Transformers needs for a format and that are not installed here."""
-    needed = {"gptq": ("optimum", "gptqmodel"), "compressed-tensors": ("compressed_tensors",)}
+    needed = {
+        "gptq": ("optimum", "gptqmodel"),
+        "awq": ("gptqmodel", "accelerate"),
+        "compressed-tensors": ("compressed_tensors",),
+    }
     return tuple(name for name in needed.get(format_name, ()) if importlib.util.find_spec(name) is None)
 
 
@@ -77,11 +83,16 @@ def compare_with_transformers(folder: Path, *, tolerance: float = TOLERANCE) -> 
 def _exact_kernel(folder: Path) -> dict[str, Any]:
     """Arguments that choose gptqmodel's plain kernel: its default one on a CPU computes in bfloat16 (errors of 6 %)."""
     _, quantization = read_config(folder)
-    if quantization is None or quantization.get("quant_method") != "gptq":
+    kernels: dict[str, Callable[[], object]] = {
+        "gptq": lambda: GPTQConfig(bits=4, backend="torch"),
+        "awq": lambda: AwqConfig(backend=AwqBackend.TORCH_AWQ),
+    }
+    method = (quantization or {}).get("quant_method")
+    if method not in kernels:
         return {}
     # Below four cores gptqmodel's thread pools do not fit each other unless this is set before its import.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    return {"quantization_config": GPTQConfig(bits=4, backend="torch"), "device_map": "cpu"}
+    return {"quantization_config": kernels[method](), "device_map": "cpu"}
 
 
 def _widen(model: PreTrainedModel) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from quant_fairness_kernels.packing import per_word
 from safetensors import safe_open
 from torch import nn
 
 from quant_fairness_plugin.artifacts import ExportRecord
 from quant_fairness_plugin.errors import ArtifactError
-from quant_fairness_plugin.export.contents import module_map, stored_name
+from quant_fairness_plugin.export.contents import activation_scales, module_map, own_widths, stored_name
 from quant_fairness_plugin.export.formats import ModuleMap, checkpoint_format
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.headers import TensorShapes, read_header
@@ -36,7 +37,7 @@ def modules_by_tensors(model: nn.Module, family: Family, shapes: TensorShapes, r
             f"{name} is {'quantized' if name in found else '16 bit'} in the weight files and not in the record; they "
             "must agree. Export again."
         )
-    return module_map(model, family, found)
+    return module_map(model, family, found, bits=own_widths(record.quantized_modules, record.plan.grid))
 
 
 def check_tensor_list(
@@ -74,7 +75,7 @@ def check_tensor_list(
 
 
 def check_values(folder: Path, record: ExportRecord) -> str:
-    """Every float is finite; for gptq, groups are in order and zero points are those of a symmetric grid.
+    """Every float is finite; for gptq, groups are in order; zero points of a symmetric grid are those of one.
 
     Raises:
         ArtifactError: a value that no loader would report; names the tensor.
@@ -85,16 +86,28 @@ def check_values(folder: Path, record: ExportRecord) -> str:
                 tensor = file.get_tensor(name)
                 if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                     raise ArtifactError(f"{path}: {name} holds NaN or infinite values. Export again.")
+                _check_zero_points(name, tensor, record)
                 if record.format == "gptq":
                     _check_gptq(name, tensor)
     return "all finite"
 
 
-def _check_gptq(name: str, tensor: torch.Tensor) -> None:
-    if name.endswith(".qzeros") and not bool((tensor == 0x77777777).all()):
+def _check_zero_points(name: str, tensor: torch.Tensor, record: ExportRecord) -> None:
+    """Symmetric grids: every zero point is the middle, which gptq stores minus one."""
+    module = name.removesuffix(".qzeros")
+    if module == name or not record.plan.grid.symmetric:
+        return
+    bits = record.quantized_modules[module]
+    stored = 2 ** (bits - 1) - (record.format == "gptq")
+    fields = torch.stack([(tensor >> shift) & (2**bits - 1) for shift in range(0, 32, bits)])
+    if not bool((fields == stored).all()):
         raise ArtifactError(
-            f"{name}: not the zero points of a symmetric grid, the only one that vLLM reads. Export again."
+            f"{name}: not the zero points of a symmetric grid, which the record says it is (vLLM reads gptq files only "
+            "so). Export again."
         )
+
+
+def _check_gptq(name: str, tensor: torch.Tensor) -> None:
     if name.endswith(".g_idx") and bool((tensor.diff() < 0).any()):
         raise ArtifactError(f"{name}: groups are permuted (act-order), which vLLM refuses. Export again.")
 
@@ -111,7 +124,7 @@ def _expected_tensors(model: nn.Module, family: Family, modules: ModuleMap, reco
     for module in modules.quantized:
         rows, cols = linear_weight(model.get_submodule(module)).shape
         expected |= _packed_tensors(module, rows, cols, record)
-    return expected
+    return expected | {name: (None, (length,)) for name, length in activation_scales(model, record.format).items()}
 
 
 def _all_parameters(model: nn.Module) -> set[str]:
@@ -119,20 +132,26 @@ def _all_parameters(model: nn.Module) -> set[str]:
 
 
 def _packed_tensors(module: str, rows: int, cols: int, record: ExportRecord) -> TensorKinds:
-    grid = record.plan.grid
+    grid, count = record.plan.grid, per_word(record.quantized_modules[module])
     groups = 1 if grid.group_size == -1 else cols // grid.group_size
     if record.format == "gptq":
         return {
-            f"{module}.qweight": ("I32", (cols // 8, rows)),
-            f"{module}.qzeros": ("I32", (groups, rows // 8)),
+            f"{module}.qweight": ("I32", (cols // count, rows)),
+            f"{module}.qzeros": ("I32", (groups, rows // count)),
             f"{module}.scales": (None, (groups, rows)),
             f"{module}.g_idx": ("I32", (cols,)),
         }
+    if record.format == "awq":
+        return {
+            f"{module}.qweight": ("I32", (cols, rows // count)),
+            f"{module}.qzeros": ("I32", (groups, rows // count)),
+            f"{module}.scales": (None, (groups, rows)),
+        }
     expected: TensorKinds = {
-        f"{module}.weight_packed": ("I32", (rows, -(-cols // 8))),
+        f"{module}.weight_packed": ("I32", (rows, -(-cols // count))),
         f"{module}.weight_scale": (None, (rows, groups)),
         f"{module}.weight_shape": ("I64", (2,)),
     }
     if not grid.symmetric:
-        expected[f"{module}.weight_zero_point"] = ("I32", (-(-rows // 8), groups))
+        expected[f"{module}.weight_zero_point"] = ("I32", (-(-rows // count), groups))
     return expected

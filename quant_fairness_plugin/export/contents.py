@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.export.formats import Format, ModuleMap
+from quant_fairness_plugin.export.formats.awq import SCALED_ACTIVATIONS
 from quant_fairness_plugin.model.families import Family
-from quant_fairness_plugin.model.linear import is_linear
+from quant_fairness_plugin.model.linear import is_linear, linear_weight
 from quant_fairness_plugin.quantize.bank import stored_form
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
@@ -22,6 +26,7 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 _HEAD_ON_DISK = {"gpt_neox": "embed_out"}
 """Families whose head has another name in files and servers than in Transformers, which renames it while loading."""
+NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
 
 
 def stored_name(name: str, family: Family) -> str:
@@ -30,13 +35,16 @@ def stored_name(name: str, family: Family) -> str:
     return head + name.removeprefix(family.head) if name.split(".")[0] == family.head else name
 
 
-def module_map(model: nn.Module, family: Family, quantized: Iterable[str]) -> ModuleMap:
+def module_map(
+    model: nn.Module, family: Family, quantized: Iterable[str], *, bits: Mapping[str, int] = NO_WIDTHS
+) -> ModuleMap:
     """Sort a model's linear modules into quantized and kept ones. The model may live on the meta device.
 
     Args:
         model: the 16-bit model.
         family: its family map.
         quantized: full names of the quantized modules, in any order.
+        bits: those of them that have other bits than the grid, with their bits.
     """
     done = set(quantized)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
@@ -52,8 +60,34 @@ def module_map(model: nn.Module, family: Family, quantized: Iterable[str]) -> Mo
         quantized=tuple(name for name in linears if name in done),
         kept=tuple(name for name in linears if name not in done),
         fused=fused,
+        bits={name: bits[name] for name in linears if name in bits},
         aliases=tuple({stored_name(family.head, family)} - {family.head}),
     )
+
+
+def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
+    """The modules among `bits` (module → bits) that have other bits than the grid, as `module_map` takes them."""
+    return {name: width for name, width in bits.items() if width != grid.bits}
+
+
+def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
+    """Tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
+
+    Its AWQ integration divides some activations by scales, in every block, quantized or not. Ours are ones.
+
+    Args:
+        model: the unquantized model, on any device.
+        format_name: the checkpoint format.
+    """
+    names = SCALED_ACTIVATIONS.get(str(getattr(model.config, "model_type", "")))
+    if format_name != "awq" or names is None:
+        return {}
+    activation, before = names
+    return {
+        f"{name}.{activation}.scales": len(linear_weight(getattr(module, before)))
+        for name, module in model.named_modules()
+        if hasattr(module, activation) and hasattr(module, before)
+    }
 
 
 def checkpoint_tensors(quantized: QuantizedModel, layout: Format | None) -> Iterator[tuple[str, Tensor]]:
@@ -62,7 +96,7 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format | None) -> Iter
     Tensors that the model shares (a tied head) come once, under the name that is registered first.
 
     Args:
-        quantized: the model and its quantized modules.
+        quantized: the model and its quantized modules; values that its method folded replace the model's.
         layout: how a quantized module is stored; None stores its dequantized values in 16 bit.
 
     Yields:
@@ -78,14 +112,17 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format | None) -> Iter
         seen.add(tensor.data_ptr())
         module = weights.get(name)
         if module is None:
+            value = quantized.folded.get(name, tensor)
+            kind = dtype if value.is_floating_point() else value.dtype
             # A copy, because safetensors refuses tensors that share memory.
-            kind = dtype if tensor.is_floating_point() else tensor.dtype
-            yield stored_name(name, quantized.loaded.family), tensor.to("cpu", kind, copy=True).contiguous()
+            yield stored_name(name, quantized.loaded.family), value.to("cpu", kind, copy=True).contiguous()
         elif layout is not None:
             yield from layout.tensors(module, quantized.tensors[module]).items()
         else:
             dense = stored_form(model.get_submodule(module), quantized.tensors[module].dequantize())
             yield name, dense.to("cpu", dtype).contiguous()
+    for name, length in activation_scales(model, layout.name if layout is not None else "").items():
+        yield name, torch.ones(length, dtype=dtype)
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:

@@ -1,12 +1,13 @@
 """Step 7, the independent reading: dense weights from the files of an export alone.
 
 This is what every other reader is compared with, so it shares no code with the packing that wrote the files, nor with
-the loaders: nibbles are taken out in the plainest way, and every weight is `(integer - zero point) * scale` in float32.
+the loaders (see `dense_modules`). It also reads the folders of gptqmodel, AutoRound, AutoGPTQ and AutoAWQ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,22 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
-from quant_fairness_plugin.export.check_files import check_headers, read_config
+from quant_fairness_plugin.export.check_files import check_headers, packed_modules, read_quantization, weight_files
+from quant_fairness_plugin.export.dense_modules import dense_weight, tensor_layout
 from quant_fairness_plugin.model.headers import read_header
-from quant_fairness_plugin.model.linear import is_conv1d
+from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
-from quant_fairness_plugin.model.weights import find_weights
 
 
 def read_dense_state(folder: Path) -> dict[str, Tensor]:
     """The whole model as float32 tensors on the CPU, by the parameter names of the unquantized model.
 
     Args:
-        folder: an export in any of our formats.
+        folder: a checkpoint in one of the layouts of `dense_modules`, or a plain one.
 
     Raises:
         ArtifactError: files that are missing or malformed.
-        UnsupportedModelError: a quantization method that is not ours.
+        UnsupportedModelError: another quantization method or layout.
     """
     return dict(iterate_dense(folder))
 
@@ -40,25 +41,28 @@ def iterate_dense(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """As `read_dense_state`, one tensor at a time."""
     folder = Path(folder)
     shapes = check_headers(folder)
-    _, quantization = read_config(folder)
-    marker = _marker(quantization)
-    transposed = {name for name, module in bare_model(folder).named_modules() if is_conv1d(module)}
+    quantization, _ = read_quantization(folder)
+    layout = tensor_layout(quantization) if quantization else "compressed-tensors"
+    bare = bare_model(folder)
+    transposed = {name for name, module in bare.named_modules() if is_conv1d(module)}
     where: dict[str, Any] = {}
-    for path in find_weights(folder, allow_pickle=False):
+    for path in weight_files(folder):
         where |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
-    packed: dict[str, list[str]] = {
-        name.removesuffix(marker): [] for name in shapes if marker and name.endswith(marker)
-    }
+    packed: dict[str, list[str]] = {name: [] for name in packed_modules(shapes, quantization)}
+    extra = extra_tensors(shapes, packed, bare)
+    input_scales = _input_scales({name: where[name].get_tensor(name) for name in extra}, bare)
     for name in shapes:
         module, _, suffix = name.rpartition(".")
         if module in packed and suffix != "bias":
             packed[module].append(suffix)
-            continue
-        tensor = where[name].get_tensor(name)
-        yield name, tensor.float() if tensor.is_floating_point() else tensor
+        elif name not in extra:
+            tensor = where[name].get_tensor(name)
+            yield name, tensor.float() if tensor.is_floating_point() else tensor
     for module, suffixes in packed.items():
         parts = {suffix: where[f"{module}.{suffix}"].get_tensor(f"{module}.{suffix}") for suffix in suffixes}
-        weight = _dense(module, parts, quantization or {})
+        weight = dense_weight(module, parts, layout)
+        if module in input_scales:
+            weight = weight / input_scales[module]
         yield f"{module}.weight", weight.t().contiguous() if module in transposed else weight
 
 
@@ -125,47 +129,54 @@ def _plain_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def _marker(quantization: Mapping[str, Any] | None) -> str:
-    if quantization is None:
-        return ""
-    method = quantization.get("quant_method")
-    markers = {"compressed-tensors": ".weight_packed", "gptq": ".qweight"}
-    if method not in markers:
-        raise UnsupportedModelError(f"quant_method {method!r} cannot be dequantized here; allowed: {list(markers)}.")
-    return markers[method]
+def extra_tensors(names: Iterable[str], packed: Collection[str], bare: PreTrainedModel) -> tuple[str, ...]:
+    """Tensors that the architecture does not have, and that the tools are known to write all the same.
+
+    These are AutoGPTQ's biases of modules without one, AutoAWQ's scales of activations, and what the architecture
+    itself tells Transformers to overlook. Anything else that is too much stays, to be reported as unexpected.
+
+    Args:
+        names: of all tensors of the checkpoint.
+        packed: the quantized modules.
+        bare: the unquantized architecture.
+    """
+    known = set(bare.state_dict())
+    overlooked = [re.compile(pattern) for pattern in bare._keys_to_ignore_on_load_unexpected or ()]
+    modules = {name for name, _ in bare.named_modules()}
+    extra = []
+    for name in names:
+        module, _, suffix = name.rpartition(".")
+        bias = suffix == "bias" and module in packed
+        scales = suffix == "scales" and module in modules and module not in packed
+        if name not in known and (bias or scales or any(pattern.search(name) for pattern in overlooked)):
+            extra.append(name)
+    return tuple(extra)
 
 
-def _dense(module: str, parts: Mapping[str, Tensor], quantization: Mapping[str, Any]) -> Tensor:
-    """One module's weight `[rows, cols]` in float32."""
-    try:
-        if "qweight" in parts:
-            if quantization.get("checkpoint_format") != "gptq":
-                raise UnsupportedModelError(f"{module}: only gptq version 1 can be read. Export again.")
-            return _dense_gptq(parts)
-        return _dense_compressed_tensors(parts)
-    except (KeyError, RuntimeError, IndexError) as err:
-        raise ArtifactError(f"{module}: its tensors do not fit together ({err}). Export again.") from err
+def _input_scales(extra: Mapping[str, Tensor], bare: PreTrainedModel) -> dict[str, Tensor]:
+    """Module → what its inputs are divided by, from the scales of the activation before it; those of ones are left out.
 
-
-def _dense_gptq(parts: Mapping[str, Tensor]) -> Tensor:
-    integers = _nibbles(parts["qweight"].t())
-    zeros = ((_nibbles(parts["qzeros"]) + 1) % 16).t()
-    scales = parts["scales"].float().t()
-    group = parts["g_idx"].long()
-    return (integers - zeros[:, group]) * scales[:, group]
-
-
-def _dense_compressed_tensors(parts: Mapping[str, Tensor]) -> Tensor:
-    rows, cols = parts["weight_shape"].tolist()
-    integers = _nibbles(parts["weight_packed"])[:, :cols]
-    scales = parts["weight_scale"].float()
-    zeros = torch.full(scales.shape, 8)
-    if "weight_zero_point" in parts:
-        zeros = _nibbles(parts["weight_zero_point"].t())[:, :rows].t()
-    group = torch.arange(cols) // (cols // scales.shape[1])
-    return (integers - zeros[:, group]) * scales[:, group]
-
-
-def _nibbles(words: Tensor) -> Tensor:
-    """The eight 4-bit integers of each word of the last dimension, lowest bits first."""
-    return torch.stack([(words >> (4 * i)) & 15 for i in range(8)], dim=-1).flatten(-2)
+    Raises:
+        UnsupportedModelError: scales of which it is not certain whose inputs they divide.
+        ArtifactError: a bias that is not zero, for a module that has none.
+    """
+    scaled: dict[str, Tensor] = {}
+    for name, tensor in extra.items():
+        owner, _, suffix = name.rpartition(".")
+        if suffix == "bias" and bool((tensor != 0).any()):
+            raise ArtifactError(f"{name} is not zero, and the model has no such bias. Export again.")
+        if suffix != "scales" or bool((tensor == 1).all()):
+            continue
+        parent = owner.rpartition(".")[0]
+        after = [
+            f"{parent}.{child}"
+            for child, module in bare.get_submodule(parent).named_children()
+            if is_linear(module) and linear_weight(module).shape[1] == tensor.numel()
+        ]
+        if len(after) != 1:
+            raise UnsupportedModelError(
+                f"{name} scales an activation, and {len(after)} modules could follow it; exactly one is needed. "
+                "Export again without activation scales."
+            )
+        scaled[after[0]] = tensor.float().flatten()
+    return scaled

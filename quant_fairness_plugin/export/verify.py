@@ -1,24 +1,35 @@
-"""Step 7, verify: everything that can be wrong with an exported folder, cheapest check first.
+"""Step 7, verify: everything that can be wrong with a checkpoint folder, cheapest check first.
 
-Files against `quant_fairness.json`, headers, metadata, tensors, and last a real loader. The first three need no torch.
+Files against `quant_fairness.json`, headers, metadata, tensors, each reader's rules, and last a real reader. Folders
+that other tools wrote have no such file: they are judged by their tensors. The files are checked before torch is
+imported.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, ExportRecord
-from quant_fairness_plugin.errors import ConfigError, MissingExtraError, UnsupportedModelError
-from quant_fairness_plugin.export.check_files import check_headers, check_recorded_files, load_record, read_config
+from quant_fairness_plugin.artifacts import ExportRecord, Reader
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.export.check_files import (
+    RECORD,
+    check_headers,
+    check_recorded_files,
+    load_record,
+    read_config,
+)
 from quant_fairness_plugin.export.check_metadata import check_metadata
 from quant_fairness_plugin.export.formats import READERS
+from quant_fairness_plugin.export.reader_rules import Case, TensorFacts, reader_problems
+from quant_fairness_plugin.export.readers import find_python
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.export.inspection import Inspection
 
 Outcome = Literal["passed", "not run"]
-_CONV1D = "Transformers loads quantized Conv1D modules (GPT-2) as garbage"
-_NO_VLLM = "vLLM lives in an environment of its own; run `make test-readers`"
 _INSTALL = "pip install torch==2.13.0 gptqmodel==7.6.0 optimum==2.3.0"
 _logger = logging.getLogger(__name__)
 
@@ -38,8 +49,11 @@ class VerifyReport:
     """What `verify` looked at in a folder."""
 
     folder: str
-    format: CheckpointFormat
+    format: str
+    """`compressed-tensors`, `gptq`, `awq`, or `fp16-twin` for a plain checkpoint."""
     checks: tuple[CheckResult, ...]
+    problems: dict[Reader, str] = field(default_factory=dict)
+    """Reader → what it would get wrong by its own rules, in one sentence; empty where nothing."""
 
     @property
     def complete(self) -> bool:
@@ -53,40 +67,54 @@ class VerifyReport:
             "format": self.format,
             "complete": self.complete,
             "checks": [{"name": c.name, "outcome": c.outcome, "detail": c.detail} for c in self.checks],
+            "readers": [{"reader": r, "reads": not text, "problem": text} for r, text in self.problems.items()],
         }
 
 
-def verify(folder: str | Path, *, reader: str | None = None) -> VerifyReport:
-    """Check an exported folder, from file checksums to the logits of a real loader.
+def verify(folder: str | Path, *, reader: str | None = None, python: Path | None = None) -> VerifyReport:
+    """Check a checkpoint folder of any origin, from file checksums to the numbers of a real reader.
 
     Args:
-        folder: a checkpoint folder written by `export`.
-        reader: `transformers`; `vllm`, which lives in an environment of its own, so that its logits are reported as not
-            compared; None: Transformers where it can load the folder, otherwise reported as not compared.
+        folder: a checkpoint folder, ours or another tool's.
+        reader: `transformers`, `vllm` or `gptqmodel`, which is run and must compute what the files say; None:
+            Transformers, where it can load the folder here, otherwise reported as not run.
+        python: the Python that has the reader; None looks in this one, then in the environment variable of the reader
+            (see `export.readers`).
 
     Returns:
-        The checks that passed, and those that could not be run here, with the reason.
+        The checks that passed, those that could not be run here with the reason, and what each reader would get wrong
+        by its own rules.
 
     Raises:
         ArtifactError: a file, tensor or metadata rule is wrong; names it.
         UnsupportedModelError: the wanted reader cannot load this checkpoint, or computes something else.
-        MissingExtraError: the wanted reader needs packages that are not installed.
-        ConfigError: an unknown reader.
+        MissingExtraError: the wanted reader is not installed where it was looked for.
+        ConfigError: an unknown reader, or a Python that cannot be run.
     """
     folder = Path(folder)
     if reader not in (None, *READERS):
         raise ConfigError(f"unknown reader {reader!r}; allowed are {', '.join(READERS)}. Correct --reader.")
-    record = load_record(folder)
-    checks = [CheckResult("files", "passed", check_recorded_files(folder, record))]
-    contents, conv1d = _check_contents(folder, record)
-    checks += [*contents, _check_reader(folder, record, reader, conv1d=conv1d)]
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder; expected a checkpoint folder. Check the path.")
+    wanted: Reader | None = next((name for name in READERS if name == reader), None)
+    if wanted in ("vllm", "gptqmodel"):
+        python = find_python(wanted, python)  # first of all: an absent reader is a usage error
+    checks, case = _check_recorded(folder) if (folder / RECORD).is_file() else _check_foreign(folder)
+    problems = reader_problems(case)
+    if all(problems.values()):
+        listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise UnsupportedModelError(f"{folder}: no reader reads it right. {listed}. Try quant-fairness repair.")
+    checks.append(_check_reader(folder, case, wanted, python, problems))
     for check in checks:
         _logger.info("%s: %s %s: %s", folder, check.name, check.outcome, check.detail)
-    return VerifyReport(folder=str(folder), format=record.format, checks=tuple(checks))
+    format_name = case.method if case.quantization else "fp16-twin"
+    return VerifyReport(folder=str(folder), format=format_name, checks=tuple(checks), problems=problems)
 
 
-def _check_contents(folder: Path, record: ExportRecord) -> tuple[list[CheckResult], bool]:
-    """Headers, metadata, tensors; and whether quantized modules are Conv1D. Imports torch, once the files are sound."""
+def _check_recorded(folder: Path) -> tuple[list[CheckResult], Case]:
+    """One of our exports: everything must be as recorded, and universal. Imports torch once the files are sound."""
+    record = load_record(folder)
+    checks = [CheckResult("files", "passed", check_recorded_files(folder, record))]
     shapes = check_headers(folder)
     config, quantization = read_config(folder)
 
@@ -101,32 +129,67 @@ def _check_contents(folder: Path, record: ExportRecord) -> tuple[list[CheckResul
     if quantization is not None or record.format != "fp16-twin":
         metadata = check_metadata(modules, quantization or {})
     listed = check_tensor_list(model, family, modules, shapes, record, str(config.get("dtype")))
-    results = [
+    checks += [
         CheckResult("headers", "passed", f"{len(shapes)} tensors, each once"),
         CheckResult("metadata", "passed", metadata),
         CheckResult("tensors", "passed", listed),
         CheckResult("values", "passed", check_values(folder, record)),
     ]
-    return results, family.conv1d and bool(modules.quantized)
+    return checks, Case(modules=modules, family=family, quantization=quantization or {}, facts=_checked_facts(record))
 
 
-def _check_reader(folder: Path, record: ExportRecord, reader: str | None, *, conv1d: bool) -> CheckResult:
+def _checked_facts(record: ExportRecord) -> TensorFacts:
+    """What `check_values` and `check_tensor_list` have just shown to hold."""
+    return TensorFacts(symmetric=record.plan.grid.symmetric, ordered=True, wrapped_zeros=False)
+
+
+def _check_foreign(folder: Path) -> tuple[list[CheckResult], Case]:
+    """A folder that another tool wrote: its tensors say what is quantized, and each reader is judged on its own."""
+    from quant_fairness_plugin.export.inspection import inspect_checkpoint
+
+    found = inspect_checkpoint(folder)
+    if found.announced_dtype != found.dtype:
+        raise ArtifactError(
+            f"{folder}: the tensors are {found.dtype}, config.json says {found.announced_dtype}; they must agree. "
+            "quant-fairness repair puts that right."
+        )
+    return [
+        CheckResult("files", "not run", f"no {RECORD}: another tool wrote this, there are no checksums to compare"),
+        CheckResult("headers", "passed", f"{found.tensors} tensors, each once"),
+        CheckResult("metadata", "passed", _metadata_summary(found)),
+        CheckResult("tensors", "passed", f"exactly those of {found.family.name}, {found.dtype}"),
+        CheckResult("values", "passed", "all finite, groups within range"),
+    ], found.case
+
+
+def _metadata_summary(found: Inspection) -> str:
+    if not found.quantization:
+        return "none: a plain 16-bit checkpoint"
+    widths = sorted({module.bits for module in found.packed.values()})
+    return (
+        f"{found.layout} in {found.source}; {len(found.modules.quantized)} modules of "
+        f"{' and '.join(map(str, widths)) or 'no'} bits, {len(found.modules.kept)} in 16 bit"
+    )
+
+
+def _check_reader(
+    folder: Path, case: Case, reader: Reader | None, python: Path | None, problems: dict[Reader, str]
+) -> CheckResult:
     from quant_fairness_plugin.export.check_reader import compare_with_transformers, missing_packages
 
-    missing = " and ".join(missing_packages(record.format))
-    if reader == "transformers" and conv1d:
-        raise UnsupportedModelError(
-            f"{folder}: {_CONV1D}; allowed are --reader vllm and the format fp16-twin. Use those."
+    problem = problems[reader or "transformers"]
+    if reader is not None and problem:
+        others = ", ".join(name for name, text in problems.items() if not text)
+        raise UnsupportedModelError(f"{folder}: {reader} does not read it right: {problem}. Allowed: {others}.")
+    missing = " and ".join(missing_packages(case.method))
+    if reader in (None, "transformers") and not missing and not problem and python is None:
+        difference = compare_with_transformers(folder)
+        return CheckResult(
+            "reader", "passed", f"Transformers: logits within {difference:.2g} of the dequantized weights"
         )
-    if reader == "transformers" and missing:
-        raise MissingExtraError(
-            f"Transformers needs {missing} for {record.format}, not installed here; install with: {_INSTALL}. "
-            "Or leave --reader out, to check all else."
-        )
-    reason = _NO_VLLM if reader == "vllm" else _CONV1D if conv1d else ""
-    if missing and not reason:
-        reason = f"Transformers needs {missing} for {record.format}, not installed here; install with: {_INSTALL}"
-    if reason:
-        return CheckResult("reader", "not run", reason)
-    difference = compare_with_transformers(folder)
-    return CheckResult("reader", "passed", f"Transformers: logits within {difference:.2g} of the dequantized weights")
+    if reader is None:
+        reason = f"Transformers needs {missing} for {case.method}, not installed here; install with: {_INSTALL}"
+        return CheckResult("reader", "not run", problem or reason)
+    from quant_fairness_plugin.export.readers.compare import compare_with_reader
+
+    return CheckResult("reader", "passed", compare_with_reader(folder, reader, python or find_python(reader)))

@@ -7,10 +7,12 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
@@ -23,7 +25,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.check_files import RECORD, check_recorded_files, file_record, list_files
-from quant_fairness_plugin.export.contents import checkpoint_tensors, module_map, write_shards
+from quant_fairness_plugin.export.contents import checkpoint_tensors, module_map, own_widths, stored_name, write_shards
 from quant_fairness_plugin.export.dequantize import iterate_dense
 from quant_fairness_plugin.export.formats import check_exportable, checkpoint_format
 from quant_fairness_plugin.export.staging import check_output, staged_folder
@@ -64,8 +66,8 @@ def export(
         out: the folder to make.
         plan: the plan that was quantized.
         texts: the text set that the plan, the calibration and the measurement come from.
-        format: `compressed-tensors`, `gptq`, or `fp16-twin` (plain 16 bit with the dequantized values).
-        reader: who must be able to load it, `transformers` or `vllm`.
+        format: `compressed-tensors`, `gptq`, `awq`, or `fp16-twin` (plain 16 bit with the dequantized values).
+        reader: who must be able to load it, `transformers`, `vllm` or `gptqmodel`.
         seed: the seed of the whole line, recorded.
         overwrite: replace an earlier export of that name.
         measure: measures a written folder; its result goes into the record and the card.
@@ -80,17 +82,18 @@ def export(
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
     out, loaded = Path(out), quantized.loaded
-    check_exportable(loaded.family, format=format, grid=quantized.grid, reader=reader)
+    check_exportable(loaded.family, format=format, grid=quantized.grid, reader=reader, overrides=quantized.overrides)
     check_output(out.resolve(), overwrite=overwrite)
     _check_plan(quantized, plan, out)
     arguments = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
+    made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     record = ExportRecord(
-        provenance=provenance(loaded.files, texts, seed=seed, arguments=arguments),
+        provenance=replace(made, versions=made.versions | dict(quantized.versions)),
         method=quantized.method,
         format=format,
         plan=plan,
         family=loaded.family.name,
-        quantized_modules=tuple(quantized.tensors),
+        quantized_modules={name: tensor.grid.bits for name, tensor in quantized.tensors.items()},
         kept_modules=quantized.kept,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
@@ -101,7 +104,7 @@ def export(
         _copy_companions(loaded, folder)
         record = _describe(record, folder)
         _compare_with_memory(quantized, folder, format)
-        verify(folder, reader="vllm" if reader == "vllm" else None)
+        verify(folder)
         if measure is not None:
             evaluated = replace(plan, predicted=False)
             record = _describe(replace(record, plan=evaluated, measurement=measure(folder)), folder)
@@ -112,10 +115,15 @@ def export(
 
 def _check_plan(quantized: QuantizedModel, plan: ProtectionPlan, out: Path) -> None:
     """The plan must be the quantized one, and the output must not swallow the source."""
-    if tuple(plan.protected_layers) != tuple(sorted(quantized.protected)) or plan.grid != quantized.grid:
+    if (
+        tuple(plan.protected_layers) != tuple(sorted(quantized.protected))
+        or plan.grid != quantized.grid
+        or (plan.overrides != dict(quantized.overrides))
+    ):
         raise ConfigError(
-            f"the plan protects layers {plan.protected_layers} with {plan.grid}, quantized was {quantized.protected} "
-            f"with {quantized.grid}; they must be the same. Quantize by that plan first."
+            f"the plan protects layers {plan.protected_layers} with {plan.grid} and {plan.overrides}, quantized was "
+            f"{quantized.protected} with {quantized.grid} and {dict(quantized.overrides)}; they must be the same. "
+            "Quantize by that plan first."
         )
     source = quantized.loaded.files.folder.resolve()
     if out.resolve() in (source, *source.parents):
@@ -143,7 +151,8 @@ def _write_model(quantized: QuantizedModel, folder: Path, format_name: str) -> N
     old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
     config = loaded.files.config | old_key | {"dtype": dtype}
     if layout is not None:
-        modules = module_map(loaded.model, loaded.family, quantized.tensors)
+        bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
+        modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
         config["quantization_config"] = layout.quantization_config(modules, quantized.grid)
         for name, content in layout.side_files(modules, quantized.grid).items():
             _write_json(folder / name, content)
@@ -182,19 +191,30 @@ def _describe(record: ExportRecord, folder: Path) -> ExportRecord:
 
 
 def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: str) -> None:
-    """What the files say must be the integers that were quantized, bit for bit."""
-    waiting = {f"{name}.weight": name for name in quantized.tensors}
-    for name, dense in iterate_dense(folder):
-        module = waiting.pop(name, None)
-        if module is None:
-            continue
-        expected = quantized.tensors[module].dequantize().cpu()
-        if format_name == "fp16-twin":
-            expected = expected.to(quantized.loaded.storage_dtype).float()
-        found = dense.t() if is_conv1d(quantized.loaded.model.get_submodule(module)) else dense
-        if not torch.equal(found, expected):
+    """What the files say must be the integers that were quantized and the values that were folded, bit for bit."""
+    expected = _expected_values(quantized, format_name)
+    for name, found in iterate_dense(folder):
+        value = expected.pop(name, None)
+        if value is not None and not torch.equal(found, value()):
             raise ArtifactError(f"{folder / name}: what was written is not what was quantized. Report this as a bug.")
-    if waiting:
+    if expected:
         raise ArtifactError(
-            f"{folder}: {len(waiting)} modules were not written, first {min(waiting)}. Report this as a bug."
+            f"{folder}: {len(expected)} tensors were not written, first {min(expected)}. Report this as a bug."
         )
+
+
+def _expected_values(quantized: QuantizedModel, format_name: str) -> dict[str, partial[Tensor]]:
+    """Tensor name on disk → how to compute its float32 value, one at a time."""
+    loaded = quantized.loaded
+
+    def weight(module: str) -> Tensor:
+        dense = quantized.tensors[module].dequantize().cpu()
+        dense = dense.t() if is_conv1d(loaded.model.get_submodule(module)) else dense
+        return dense.to(loaded.storage_dtype).float() if format_name == "fp16-twin" else dense
+
+    def folded(name: str) -> Tensor:
+        return quantized.folded[name].to("cpu", loaded.storage_dtype).float()
+
+    weights = {f"{name}.weight": partial(weight, name) for name in quantized.tensors}
+    rest = {stored_name(name, loaded.family): partial(folded, name) for name in quantized.folded}
+    return rest | weights

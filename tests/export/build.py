@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from quant_fairness_plugin.artifacts import (
@@ -10,13 +10,16 @@ from quant_fairness_plugin.artifacts import (
     Interval,
     LanguageDamage,
     Measurement,
+    Precision,
     ProtectionPlan,
     Provenance,
     TextSet,
     Undefined,
+    precision_of_bits,
 )
 from quant_fairness_plugin.export.formats import ModuleMap
 from quant_fairness_plugin.model.load import load_model
+from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 
 TEXTS = TextSet(
@@ -31,14 +34,25 @@ TEXTS = TextSet(
 GRID = Grid(group_size=32)
 
 
-def quantize_tiny(folder: Path, *, protected: Collection[int] = (1,), grid: Grid = GRID) -> QuantizedModel:
-    return quantize_model(load_model(str(folder)), tuple(protected), method="rtn", grid=grid)
+def quantize_tiny(
+    folder: Path,
+    *,
+    protected: Collection[int] = (1,),
+    grid: Grid = GRID,
+    overrides: Mapping[str, Precision] = NO_OVERRIDES,
+) -> QuantizedModel:
+    loaded = load_model(str(folder))
+    return quantize_model(loaded, tuple(protected), method="rtn", grid=grid, overrides=overrides)
 
 
 def plan_of(quantized: QuantizedModel) -> ProtectionPlan:
+    on_the_grid = precision_of_bits(quantized.grid.bits)
+    whole: dict[str, Precision] = {
+        f"layers.{i}": "fp16" if i in quantized.protected else on_the_grid for i in range(quantized.loaded.layers)
+    }
     return ProtectionPlan(
         model=quantized.loaded.files.name,
-        units={f"layers.{i}": "fp16" if i in quantized.protected else "int4" for i in range(quantized.loaded.layers)},
+        units=whole | dict(quantized.overrides),
         grid=quantized.grid,
         source="explicit",
         reasons=("chosen by the test",),
@@ -49,8 +63,14 @@ def plan_of(quantized: QuantizedModel) -> ProtectionPlan:
     )
 
 
-def llama_map(*, layers: int = 12, kept: Collection[int] = (1,), also_kept: Collection[str] = ()) -> ModuleMap:
-    """The linear modules of a Llama, written out by hand."""
+def llama_map(
+    *,
+    layers: int = 12,
+    kept: Collection[int] = (1,),
+    also_kept: Collection[str] = (),
+    int8: Collection[int] = (),
+) -> ModuleMap:
+    """The linear modules of a Llama, written out by hand; the layers `int8` have 8 bits."""
     attention = [f"self_attn.{name}_proj" for name in "qkvo"]
     parts = [*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     names = [f"model.layers.{layer}.{part}" for layer in range(layers) for part in parts]
@@ -65,6 +85,7 @@ def llama_map(*, layers: int = 12, kept: Collection[int] = (1,), also_kept: Coll
         quantized=tuple(name for name in names if name not in still),
         kept=(*(name for name in names if name in still), "lm_head"),
         fused=fused,
+        bits={name: 8 for name in names if name not in still and int(name.split(".")[2]) in int8},
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from quant_fairness_plugin.artifacts import ExportRecord, Undefined, load
+from quant_fairness_plugin.artifacts import ExportRecord, Precision, Undefined, load
 from quant_fairness_plugin.export.card import render_card
 from tests.export.build import measurement
 from tests.export.conftest import Exported
@@ -104,7 +104,9 @@ def test_hostile_text_stays_text(record: ExportRecord, place: str) -> None:
         ("llama", "compressed-tensors", "This needs `compressed-tensors`", "Do not load"),
         ("llama", "gptq", "This needs `optimum` and `gptqmodel`", "Do not load"),
         ("gpt2", "gptq", "Do not load this checkpoint with Transformers", "AutoModelForCausalLM"),
-        ("bloom", "compressed-tensors", "vLLM cannot load", "vllm serve"),
+        ("llama", "awq", "This needs `gptqmodel`", "Do not load"),
+        ("llama", "awq", "GPTQModel.load", "optimum"),
+        ("bloom", "compressed-tensors", "Do not load this checkpoint with vLLM", "vllm serve"),
         ("gpt2", "fp16-twin", "AutoModelForCausalLM", "Do not load"),
         ("bloom", "fp16-twin", "vllm serve", "vLLM cannot load"),
     ],
@@ -115,3 +117,22 @@ def test_it_says_how_to_load_this_format_of_this_family(
     card = render_card(replace(record, family=family, format=format_name))
     assert expected in card
     assert absent not in card
+
+
+def test_units_and_8_bit_layers_are_shown(record: ExportRecord) -> None:
+    assert "Other precisions" not in render_card(record)
+    units: dict[str, Precision] = {"layers.2": "int8", "layers.3.gate_up": "fp16"}
+    plan = replace(record.plan, units=record.plan.units | units)
+    wide = {name: 8 if ".layers.2." in name else 4 for name in record.quantized_modules}
+    card = render_card(replace(record, plan=plan, quantized_modules=wide))
+    assert r"| Other precisions | layer 2 in 8 bit; 3.gate\_up in 16 bit |" in card
+    assert "| Layers in 16 bit | 1 of 0..11 (explicit) |" in card
+    assert "70 linear modules are stored with 4 bits and 7 with 8, in the format" in card
+    assert "Precisions of their own: layer 2 in 8 bit" in card
+
+
+def test_a_gptq_card_with_8_bit_layers_warns_of_transformers(record: ExportRecord) -> None:
+    plan = replace(record.plan, units=record.plan.units | {"layers.2": "int8"})
+    card = render_card(replace(record, plan=plan, format="gptq"))
+    assert "**Do not load this checkpoint with Transformers**: format 'gptq' says by" in card
+    assert "vllm serve" in card

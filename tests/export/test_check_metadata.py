@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,22 @@ import pytest
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.export import check_metadata as rules
-from quant_fairness_plugin.export.check_metadata import COMPRESSED_TENSORS_CHECKS, GPTQ_CHECKS, Check, check_metadata
+from quant_fairness_plugin.export.check_metadata import (
+    AWQ_CHECKS,
+    COMPRESSED_TENSORS_CHECKS,
+    GPTQ_CHECKS,
+    Check,
+    check_metadata,
+)
 from quant_fairness_plugin.export.formats import ModuleMap, checkpoint_format
 from tests.export.build import llama_map
 
 LAYER_1 = "model.layers.1"
 Q_OF_1 = "model.layers.1.self_attn.q_proj"
 Q_OF_2 = "model.layers.2.self_attn.q_proj"
+Q_OF_10 = "model.layers.10.self_attn.q_proj"
+WIDE_10 = llama_map(int8=(10,))
+"""As `llama_map()`, with 8 bits in layer 10, which prefixes of layer 1 would take with them."""
 Break = Callable[[dict[str, Any]], Any]
 
 
@@ -25,15 +35,48 @@ def written(format_name: str, modules: ModuleMap) -> dict[str, Any]:
     return copy.deepcopy(checkpoint_format(format_name).quantization_config(modules, Grid(group_size=32)))
 
 
-def weights(config: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = config["config_groups"]["group_0"]["weights"]
+def weights(config: dict[str, Any], group: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = config["config_groups"][f"group_{group}"]["weights"]
     return found
+
+
+def targets(config: dict[str, Any]) -> list[str]:
+    found: list[str] = config["config_groups"]["group_1"]["targets"]
+    return found
+
+
+def first(config: dict[str, Any], rule: str) -> dict[str, Any]:
+    """The metadata with another `dynamic` rule before all others."""
+    config["dynamic"] = {rule: {"bits": 8}} | config["dynamic"]
+    return config
 
 
 COMPRESSED_TENSORS_BREAKS: list[tuple[Check, Break, str]] = [
     (rules.pack_quantized_scheme, lambda c: c.update(format="int-quantized"), "format is 'int-quantized'"),
     (rules.pack_quantized_scheme, lambda c: c.pop("quantization_status"), "quantization_status is 'missing'"),
-    (rules.pack_quantized_scheme, lambda c: c["config_groups"].update(group_1={}), "exactly one group"),
+    (rules.pack_quantized_scheme, lambda c: c["config_groups"].update(group_2={}), "targets is 'missing'"),
+    (
+        rules.pack_quantized_scheme,
+        lambda c: c.update(config_groups={"group_2": c["config_groups"]["group_1"]} | c["config_groups"]),
+        "holds 3 groups",
+    ),
+    (rules.pack_quantized_scheme, lambda c: c.update(config_groups={}), "a table of groups"),
+    (rules.pack_quantized_scheme, lambda c: targets(c).append("Linear"), "one for names, and after it one for Linear"),
+    (rules.pack_quantized_scheme, lambda c: weights(c, 1).update(num_bits=4), "num_bits is 4"),
+    (rules.targets_are_exact, lambda c: targets(c).append(LAYER_1), f"hold '{LAYER_1}', which is no quantized module"),
+    (rules.targets_are_exact, lambda c: targets(c).append("re:.*layers\\.10\\..*"), "full names of unmerged"),
+    (rules.targets_are_exact, lambda c: targets(c).remove(Q_OF_10), f"gives {Q_OF_10} 4 bits, and it has 8"),
+    (rules.targets_are_exact, lambda c: targets(c).append(Q_OF_2), f"gives {Q_OF_2} 8 bits, and it has 4"),
+    (
+        rules.targets_are_exact_for_merged_names,  # one part is not named, so the merged module is a Linear
+        lambda c: targets(c).remove("model.layers.10.mlp.up_proj"),
+        r"gives model\.layers\.10\.mlp\.gate_up_proj 4 bits, and it has 8",
+    ),
+    (
+        rules.targets_are_exact_for_merged_names,
+        lambda c: targets(c).append("model.layers.2.mlp.gate_up_proj"),
+        r"gives model\.layers\.2\.mlp\.gate_up_proj 8 bits, and it has 4",
+    ),
     (rules.pack_quantized_scheme, lambda c: weights(c).update(num_bits=8), "num_bits is 8"),
     (rules.pack_quantized_scheme, lambda c: weights(c).update(group_size=100), "group_size 100"),
     (rules.pack_quantized_scheme, lambda c: weights(c).update(strategy="channel"), "strategy is 'channel'"),
@@ -77,7 +120,29 @@ GPTQ_BREAKS: list[tuple[Check, Break, str]] = [
     ),
     (rules.dynamic_is_exact, lambda c: c.update(dynamic={}), f"takes {LAYER_1}.mlp.down_proj for quantized"),
     (rules.dynamic_is_exact, lambda c: c.update(dynamic={"-:^model.layers.1.*": {}}), "leaves out model.layers.10"),
-    (rules.dynamic_is_exact, lambda c: c.update(dynamic={"+:.*": {}}), "a table of '-:' rules"),
+    (rules.dynamic_is_exact, lambda c: c.update(dynamic={"+:.*": {}}), r"holds '\+:\.\*': \{\}"),
+    (rules.dynamic_is_exact, lambda c: c.update(dynamic={".*": {"bits": 8}}), "'-:' rules, and '\\+:' rules"),
+    (rules.dynamic_is_exact, lambda c: c.update(dynamic=[]), r"dynamic is \[\]"),
+    (
+        rules.dynamic_is_exact,  # the first rule that matches decides
+        lambda c: first(c, r"+:^model\.layers\.1\.self_attn\.q_proj$"),
+        f"takes {Q_OF_1} for quantized",
+    ),
+    (
+        rules.dynamic_widths_are_exact,
+        lambda c: first(c, r"+:^model\.layers\.2\..*"),
+        r"gives model\.layers\.2\.self_attn\.q_proj 8 bits, and it has 4",
+    ),
+    (
+        rules.dynamic_widths_are_exact,
+        lambda c: c["dynamic"].pop(r"+:^model\.layers\.10\.self_attn\.q_proj$"),
+        f"gives {Q_OF_10} 4 bits, and it has 8",
+    ),
+    (
+        rules.dynamic_widths_are_exact,
+        lambda c: c["dynamic"].pop(r"+:^model\.layers\.10\.self_attn\.qkv_proj$"),
+        r"gives model\.layers\.10\.self_attn\.qkv_proj 4 bits, and it has 8",
+    ),
     (
         rules.dynamic_is_exact_for_merged_names,  # one rule for each unmerged module, as AutoRound writes them
         lambda c: c.update(dynamic={f"-:^{name}$": {} for name in llama_map().kept_in_blocks}),
@@ -99,17 +164,64 @@ GPTQ_BREAKS: list[tuple[Check, Break, str]] = [
         lambda c: c["modules_to_not_convert"].remove(f"{LAYER_1}.self_attn.qkv_proj"),
         "qkv_proj",
     ),
+    (
+        rules.not_convert_is_exact_as_substring,
+        lambda c: c["modules_to_not_convert"].append("10.mlp.down_proj"),
+        "leaves out model.layers.10.mlp.down_proj",
+    ),
 ]
+AWQ_BREAKS: list[tuple[Check, Break, str]] = [
+    (rules.awq_scheme, lambda c: c.update(zero_point=False), "zero_point is False"),
+    (rules.awq_scheme, lambda c: c.update(version="gemv"), "version is 'gemv'"),
+    (rules.awq_scheme, lambda c: c.update(bits=8), "bits is 8"),
+    (rules.awq_scheme, lambda c: c.update(group_size=100), "group_size is 100"),
+    (rules.dynamic_is_exact, lambda c: c.update(dynamic={}), f"takes {LAYER_1}.mlp.down_proj for quantized"),
+    (
+        rules.not_convert_has_no_trailing_dot,
+        lambda c: c["modules_to_not_convert"].append(f"{LAYER_1}."),
+        r"holds 'model\.layers\.1\.'",
+    ),
+    (rules.not_convert_is_exact_everywhere, lambda c: c["modules_to_not_convert"].remove(Q_OF_1), f"takes {Q_OF_1}"),
+    (rules.not_convert_is_exact_everywhere, lambda c: c["modules_to_not_convert"].remove("lm_head"), "takes lm_head"),
+    (
+        rules.not_convert_is_exact_everywhere,
+        lambda c: c["modules_to_not_convert"].append("q_proj"),
+        "leaves out model.layers.0.self_attn.q_proj",
+    ),
+    (
+        rules.not_convert_is_exact_as_substring,
+        lambda c: c["modules_to_not_convert"].append("layers.1"),
+        "leaves out model.layers.10",
+    ),
+    (
+        rules.not_convert_holds_merged_names,
+        lambda c: c["modules_to_not_convert"].remove(f"{LAYER_1}.mlp.gate_up_proj"),
+        "gate_up_proj",
+    ),
+]
+FORMATS = ("compressed-tensors", "gptq", "awq")
 
 
-@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
-@pytest.mark.parametrize("kept", [(), (1,), (0, 9, 11), (10,)])
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("kept", [(), (1,), (0, 1), (0, 9, 11), (10,)])
 def test_what_we_write_passes_every_rule(format_name: str, kept: tuple[int, ...]) -> None:
     modules = llama_map(kept=kept)
     assert "whole_fusion_groups" in check_metadata(modules, written(format_name, modules))
 
 
 @pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("int8", [(10,), (0, 11), tuple(range(2, 12))])
+def test_what_we_write_with_8_bit_layers_passes_every_rule(format_name: str, int8: tuple[int, ...]) -> None:
+    modules = llama_map(kept=(1,), also_kept=("model.layers.11.mlp.down_proj",), int8=int8)
+    check_metadata(modules, written(format_name, modules))
+
+
+def test_8_bit_modules_cannot_be_in_awq() -> None:
+    with pytest.raises(ArtifactError, match="has 8 bits; allowed: 4 bits in awq"):
+        check_metadata(WIDE_10, written("awq", WIDE_10))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize(
     "also_kept",
     [
@@ -123,32 +235,37 @@ def test_single_kept_units_pass_too(format_name: str, also_kept: tuple[str, ...]
     check_metadata(modules, written(format_name, modules))
 
 
-@pytest.mark.parametrize(("check", "break_", "message"), COMPRESSED_TENSORS_BREAKS)
-def test_each_compressed_tensors_rule_fails_when_broken(check: Check, break_: Break, message: str) -> None:
-    config = written("compressed-tensors", llama_map())
-    check(llama_map(), config)
+@pytest.mark.parametrize(
+    ("format_name", "modules", "check", "break_", "message"),
+    [
+        *(("compressed-tensors", WIDE_10, *row) for row in COMPRESSED_TENSORS_BREAKS),
+        *(("gptq", WIDE_10, *row) for row in GPTQ_BREAKS),
+        *(("awq", llama_map(), *row) for row in AWQ_BREAKS),
+    ],
+)
+def test_each_rule_fails_when_broken(
+    format_name: str, modules: ModuleMap, check: Check, break_: Break, message: str
+) -> None:
+    config = written(format_name, modules)
+    check(modules, config)
     break_(config)
     with pytest.raises(ArtifactError, match=message):
-        check(llama_map(), config)
+        check(modules, config)
     with pytest.raises(ArtifactError, match="quantization_config: "):
-        check_metadata(llama_map(), config)
+        check_metadata(modules, config)
 
 
-@pytest.mark.parametrize(("check", "break_", "message"), GPTQ_BREAKS)
-def test_each_gptq_rule_fails_when_broken(check: Check, break_: Break, message: str) -> None:
-    config = written("gptq", llama_map())
-    check(llama_map(), config)
-    break_(config)
-    with pytest.raises(ArtifactError, match=message):
-        check(llama_map(), config)
-    with pytest.raises(ArtifactError, match="quantization_config: "):
-        check_metadata(llama_map(), config)
-
-
-@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("format_name", FORMATS)
 def test_half_of_a_fusion_group_is_refused(format_name: str) -> None:
     modules = llama_map(also_kept=("model.layers.3.self_attn.v_proj",))
     with pytest.raises(ArtifactError, match=r"model\.layers\.3\.self_attn\.qkv_proj is quantized in part"):
+        check_metadata(modules, written(format_name, modules))
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+def test_two_widths_in_a_fusion_group_are_refused(format_name: str) -> None:
+    modules = replace(llama_map(), bits={"model.layers.3.self_attn.v_proj": 8})
+    with pytest.raises(ArtifactError, match=r"qkv_proj is quantized in part, or with several widths"):
         check_metadata(modules, written(format_name, modules))
 
 
@@ -168,15 +285,22 @@ def test_an_unknown_method_is_refused() -> None:
 
 
 def test_every_rule_has_a_test_that_breaks_it() -> None:
-    broken = {check for check, _, _ in (*COMPRESSED_TENSORS_BREAKS, *GPTQ_BREAKS)} | {rules.whole_fusion_groups}
-    assert broken == {*COMPRESSED_TENSORS_CHECKS, *GPTQ_CHECKS}
+    for breaks, checks in (
+        (COMPRESSED_TENSORS_BREAKS, COMPRESSED_TENSORS_CHECKS),
+        (GPTQ_BREAKS, GPTQ_CHECKS),
+        (AWQ_BREAKS, AWQ_CHECKS),
+    ):
+        assert {check for check, _, _ in breaks} | {rules.whole_fusion_groups} == set(checks)
 
 
-def test_the_imitated_expression_rule_is_the_one_that_transformers_applies() -> None:
+@pytest.mark.parametrize(("format_name", "head"), [("gptq", ("lm_head",)), ("awq", ())])
+def test_the_imitated_expression_rule_is_the_one_that_transformers_applies(
+    format_name: str, head: tuple[str, ...]
+) -> None:
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     modules = llama_map()
-    entries = [*written("gptq", modules)["modules_to_not_convert"], "lm_head"]
+    entries = [*written(format_name, modules)["modules_to_not_convert"], *head]
     converted = {name for name in (*modules.quantized, *modules.kept) if should_convert_module(name, entries)}
     assert converted == set(modules.quantized)
     assert not should_convert_module("model.layers.10.self_attn.q_proj", ["model.layers.1."])
@@ -189,3 +313,13 @@ def test_the_imitated_ignore_rule_is_the_one_that_compressed_tensors_applies() -
     ignore = written("compressed-tensors", modules)["ignore"]
     names = (*modules.quantized, *modules.kept)
     assert {name for name in names if any(match_name(name, entry) for entry in ignore)} == set(modules.kept)
+
+
+def test_the_imitated_target_rule_is_the_one_that_compressed_tensors_applies() -> None:
+    from compressed_tensors.utils.match import match_targets
+    from torch import nn
+
+    groups = written("compressed-tensors", WIDE_10)["config_groups"].values()
+    widths = {target: group["weights"]["num_bits"] for group in groups for target in group["targets"]}
+    found = {name: widths[match_targets(name, nn.Linear(1, 1), widths)[0]] for name in WIDE_10.quantized}
+    assert found == dict.fromkeys(WIDE_10.quantized, 4) | dict(WIDE_10.bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -11,15 +12,57 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from quant_fairness_plugin.artifacts import ExportRecord, load, save
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, MissingExtraError, UnsupportedModelError
 from quant_fairness_plugin.export.check_files import RECORD, file_record, list_files, load_record
 from quant_fairness_plugin.export.check_reader import compare_with_transformers, missing_packages
+from quant_fairness_plugin.export.dequantize import load_dense_model
+from quant_fairness_plugin.export.readers import read_with
+from quant_fairness_plugin.export.readers.compare import fixed_prompts
 from quant_fairness_plugin.export.verify import verify
+from tests.export import foreign_folders as tools
 from tests.export.conftest import Exported, rewrite_json
 
 Tensors = dict[str, torch.Tensor]
+FakeReader = Callable[..., Path]
+NEW_TOKENS = 4
+
+
+def executable(path: Path, script: str) -> Path:
+    """What is run in place of a Python: $1 script, $2 checkpoint, $3 request, $4 where the answer goes."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def fake_reader(tmp_path: Path) -> FakeReader:
+    """A reader that computes in float16 what our dequantizer says, with a change made to its model."""
+
+    def build(
+        folder: Path, change: Callable[[PreTrainedModel], object] = lambda model: None, *, likeliest: bool = True
+    ) -> Path:
+        model = load_dense_model(folder)
+        prompts = fixed_prompts(model)
+        change(model)
+        sequences = [continued(model.half(), prompt, likeliest=likeliest) for prompt in prompts]  # type: ignore[no-untyped-call]
+        answer = {"version": "1.2.3", "methods": {}, "sequences": sequences}
+        (tmp_path / "answer.json").write_text(json.dumps(answer))
+        return executable(tmp_path / "python", f"cp '{tmp_path}/answer.json' \"$4\"")
+
+    return build
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, ids: list[int], *, likeliest: bool) -> dict[str, object]:
+    for _ in range(NEW_TOKENS):
+        row = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids = [*ids, int(row.argmax() if likeliest else row.argmin())]
+    rows = model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+    predictions = [{str(t): float(row[t]) for t in row.topk(5).indices.tolist()} for row in rows]
+    return {"ids": ids, "new": NEW_TOKENS, "predictions": predictions}
 
 
 def record_again(folder: Path) -> None:
@@ -72,7 +115,7 @@ def test_an_extra_file_is_named_but_hidden_ones_are_not_ours(damaged: Exported) 
     folder = damaged()
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").write_text("")
-    verify(folder, reader="vllm")
+    verify(folder)
     (folder / "model-00002-of-00002.safetensors").write_text("")
     with pytest.raises(ArtifactError, match="not in the record: model-00002-of-00002"):
         verify(folder)
@@ -85,11 +128,145 @@ def test_a_record_that_points_outside_is_refused(damaged: Exported) -> None:
         verify(folder)
 
 
-def test_a_folder_without_record_or_none_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="has no quant_fairness.json"):
+def test_no_folder_or_one_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="config.json: cannot be read"):
         verify(tmp_path)
     with pytest.raises(ArtifactError, match="is not a folder"):
         load_record(tmp_path / "absent")
+    with pytest.raises(ArtifactError, match="is not a folder"):
+        verify(tmp_path / "absent")
+
+
+def test_a_folder_of_another_tool_is_judged_by_its_tensors_and_for_each_reader(damaged: Exported) -> None:
+    folder = damaged("llama", "gptq")
+    tools.gptqmodel(folder)
+    report = verify(folder)
+    assert [(check.name, check.outcome) for check in report.checks] == [
+        ("files", "not run"),
+        ("headers", "passed"),
+        ("metadata", "passed"),
+        ("tensors", "passed"),
+        ("values", "passed"),
+        ("reader", "not run"),
+    ]
+    assert "no quant_fairness.json: another tool wrote this" in report.checks[0].detail
+    assert "77 modules of 4 bits, 8 in 16 bit" in report.checks[2].detail
+    assert report.format == "gptq"
+    readers = {entry["reader"]: entry["reads"] for entry in report.to_dict()["readers"]}
+    assert readers == {"transformers": False, "vllm": True, "gptqmodel": True}
+    assert report.checks[-1].detail == report.problems["transformers"]
+
+
+def test_a_foreign_folder_that_transformers_can_read_here_is_compared(damaged: Exported) -> None:
+    folder = damaged()
+    (folder / RECORD).unlink()
+    report = verify(folder)
+    assert "logits within 0 of" in report.checks[-1].detail
+    assert report.problems["gptqmodel"] == ""
+
+
+def test_a_trap_of_one_reader_fails_only_for_that_reader(damaged: Exported, fake_reader: FakeReader) -> None:
+    folder = damaged("llama", "gptq")
+    tools.gptqmodel(folder)
+    with pytest.raises(UnsupportedModelError, match=r"transformers does not read it right.*Allowed: vllm, gptqmodel"):
+        verify(folder, reader="transformers")
+    assert verify(folder, reader="vllm", python=fake_reader(folder)).checks[-1].outcome == "passed"
+
+
+def test_a_folder_that_no_reader_takes_right_is_an_error(damaged: Exported) -> None:
+    folder = damaged("llama", "gptq")
+    tools.gptqmodel(folder)
+    tools.change_metadata(folder, dynamic={})
+    tools.change_metadata(folder, sym=False)
+    with pytest.raises(UnsupportedModelError, match="no reader reads it right.*quant-fairness repair"):
+        verify(folder)
+
+
+def test_a_foreign_config_must_announce_the_dtype_of_its_tensors(damaged: Exported) -> None:
+    folder = damaged("llama", "gptq")
+    tools.gptqmodel(folder)
+    rewrite_json(folder / "config.json", lambda c: c.update(dtype="bfloat16"))
+    with pytest.raises(ArtifactError, match="the tensors are float16, config.json says bfloat16"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("reader", ["vllm", "gptqmodel"])
+def test_a_real_reader_that_computes_what_the_files_say_passes(
+    exported: Exported, fake_reader: FakeReader, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    folder = exported("llama", "gptq")
+    python = fake_reader(folder)
+    named = verify(folder, reader=reader, python=python).checks[-1]
+    # The fake reader is our own model in float16, which is exactly the unit.
+    assert f"{reader} 1.2.3: log-probabilities within 1.00 float16 units" in named.detail
+    monkeypatch.setenv(f"QUANT_FAIRNESS_{reader.upper()}_PYTHON", str(python))
+    assert verify(folder, reader=reader).checks[-1] == named
+
+
+def test_transformers_is_run_elsewhere_where_it_cannot_read_the_format_here(
+    exported: Exported, fake_reader: FakeReader
+) -> None:
+    folder = exported("llama", "gptq")
+    detail = verify(folder, reader="transformers", python=fake_reader(folder)).checks[-1].detail
+    assert "transformers 1.2.3: log-probabilities within 1.00" in detail
+
+
+def test_a_reader_that_mixed_up_layers_is_caught(exported: Exported, fake_reader: FakeReader) -> None:
+    folder = exported("llama", "gptq")
+
+    def without_layer_10(model: PreTrainedModel) -> None:
+        model.get_submodule("model.layers.10.mlp.down_proj").weight.data.zero_()
+
+    with pytest.raises(UnsupportedModelError, match="vllm 1.2.3 computes something else than the files say"):
+        verify(folder, reader="vllm", python=fake_reader(folder, without_layer_10))
+
+
+def test_greedy_tokens_that_are_not_the_likeliest_are_caught(exported: Exported, fake_reader: FakeReader) -> None:
+    folder = exported("llama", "gptq")
+    with pytest.raises(UnsupportedModelError, match=r"greedy tokens [\de.+]+ behind"):
+        verify(folder, reader="vllm", python=fake_reader(folder, likeliest=False))
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "message"),
+    [
+        ("echo no shard >&2; exit 1", UnsupportedModelError, "vllm cannot read it; it said: no shard"),
+        ("exit 0", UnsupportedModelError, "vllm cannot read it"),
+        ("echo \"No module named 'vllm'\" >&2; exit 1", MissingExtraError, "has no vllm; vllm needs it. pip install"),
+        ("echo '[1' > $4", ArtifactError, "answered nonsense"),
+        ("echo '{}' > $4", ArtifactError, "answered nonsense .'version'"),
+    ],
+)
+def test_a_reader_that_fails_is_reported_with_its_last_words(
+    exported: Exported, tmp_path: Path, script: str, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        verify(exported("llama", "gptq"), reader="vllm", python=executable(tmp_path / "python", script))
+
+
+def test_a_python_named_relative_to_the_current_folder_is_found(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executable(tmp_path / "python", """echo '{"version": 1, "methods": {}, "sequences": []}' > $4""")
+    monkeypatch.chdir(tmp_path)
+    assert read_with("vllm", exported("llama", "gptq"), [[1]], Path("python")).version == "1"
+
+
+def test_a_reader_that_never_answers_is_given_up(exported: Exported, tmp_path: Path) -> None:
+    python = executable(tmp_path / "python", "exec sleep 60")
+    with pytest.raises(UnsupportedModelError, match="did not answer within 0.2 seconds"):
+        read_with("vllm", exported("llama", "gptq"), [[1]], python, seconds=0.2)
+
+
+def test_an_absent_reader_is_a_usage_error_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QUANT_FAIRNESS_VLLM_PYTHON", raising=False)
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(MissingExtraError, match=r"vllm needs vllm.*--reader-python or QUANT_FAIRNESS_VLLM_PYTHON"):
+            verify(tmp_path, reader="vllm")
+    with pytest.raises(ConfigError, match="is not a Python that can be run"):
+        verify(tmp_path, reader="vllm", python=tmp_path / "absent")
 
 
 def test_an_altered_file_is_found_before_torch_is_imported(damaged: Exported) -> None:
@@ -188,27 +365,31 @@ def test_a_config_without_quantization_config_is_refused(damaged: Exported) -> N
         verify(folder)
 
 
-def test_gptq_says_that_its_reader_was_not_run_and_what_to_install(exported: Exported) -> None:
+def test_gptq_says_that_its_reader_was_not_run_and_what_to_install(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not missing_packages("gptq"):
         pytest.skip("optimum and gptqmodel are installed here; without them this tests the report that says so")
+    monkeypatch.delenv("QUANT_FAIRNESS_GPTQMODEL_PYTHON", raising=False)
     report = verify(exported("llama", "gptq"))
     assert not report.complete
     assert [(c.name, c.outcome) for c in report.checks if c.outcome != "passed"] == [("reader", "not run")]
     assert "Transformers needs optimum and gptqmodel for gptq" in report.checks[-1].detail
+    assert not any(report.problems.values())
     with pytest.raises(
-        MissingExtraError, match=r"optimum and gptqmodel.*pip install torch==2\.13\.0 gptqmodel==7\.6\.0"
+        MissingExtraError, match=r"gptqmodel and optimum.*pip install torch==2\.13\.0 gptqmodel==7\.6\.0 optimum"
     ):
         verify(exported("llama", "gptq"), reader="transformers")
 
 
-def test_gpt2_is_checked_but_for_a_reader_and_says_so(exported: Exported) -> None:
+def test_gpt2_is_checked_but_for_a_reader_and_says_so(exported: Exported, fake_reader: FakeReader) -> None:
     folder = exported("gpt2", "compressed-tensors", "vllm")
-    for reader, reason in ((None, "garbage"), ("vllm", "make test-readers")):
-        report = verify(folder, reader=reader)
-        assert report.checks[-1].outcome == "not run"
-        assert reason in report.checks[-1].detail
-    with pytest.raises(UnsupportedModelError, match="fp16-twin"):
+    report = verify(folder)
+    assert report.checks[-1].outcome == "not run"
+    assert "garbage" in report.checks[-1].detail
+    with pytest.raises(UnsupportedModelError, match="fp16-twin.*Allowed: vllm"):
         verify(folder, reader="transformers")
+    assert verify(folder, reader="vllm", python=fake_reader(folder)).complete
 
 
 def test_a_loader_that_fills_gaps_at_random_is_caught_by_its_own_report_and_by_its_numbers(

@@ -12,22 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from quant_fairness_plugin.artifacts import ExportRecord, Grid, Measurement, load
+from quant_fairness_plugin.artifacts import ExportRecord, Grid, Measurement, Precision, load
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export import writer
+from quant_fairness_plugin.export.check_tensors import check_tensor_list, check_values, modules_by_tensors
 from quant_fairness_plugin.export.contents import INDEX, checkpoint_tensors, write_shards
 from quant_fairness_plugin.export.dequantize import read_dense_state
 from quant_fairness_plugin.export.formats import checkpoint_format
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
-from quant_fairness_plugin.model.load import from_loaded
+from quant_fairness_plugin.model.headers import read_header
+from quant_fairness_plugin.model.load import from_loaded, load_model
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from tests.export.build import GRID, TEXTS, measurement, plan_of, quantize_tiny
 from tests.export.conftest import Exported
 from tests.tiny import tiny_config
 
+PACKED_FORMATS = ("compressed-tensors", "gptq", "awq")
 TRANSFORMERS_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "bloom")
 
 
@@ -89,6 +92,146 @@ def test_the_head_of_gpt_neox_keeps_its_name_on_disk(exported: Exported) -> None
     assert {"embed_out", "lm_head"} <= set(ignored)
 
 
+@pytest.mark.parametrize(("family", "layers"), [("llama", 12), ("opt", 4), ("gpt_neox", 4), ("bloom", 4), ("gemma", 4)])
+def test_all_formats_of_a_plan_with_single_units_hold_the_same_numbers(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str, layers: int
+) -> None:
+    """Layers 0 and 1 whole, and a merged and an unmerged unit besides; of Llama layer 1 of 12."""
+    loaded = load_model(str(tiny_model(family, layers=layers)))
+    qkv, last = loaded.family.units[0], loaded.family.units[-1]
+    quantized = quantize_tiny(
+        tiny_model(family, layers=layers),
+        protected=(0, 1),
+        overrides={f"layers.{layers - 2}.{qkv.name}": "fp16", f"layers.3.{last.name}": "fp16"},
+    )
+    singled_out = {f"{loaded.family.blocks}.{layers - 2}.{name}" for name in qkv.modules}
+    singled_out |= {f"{loaded.family.blocks}.3.{name}" for name in last.modules}
+    whole = {name for layer in range(2, layers) for name in loaded.family.full_names(layer)}
+    assert set(quantized.tensors) == whole - singled_out
+    states = {}
+    for name in PACKED_FORMATS:
+        record = write(quantized, tmp_path / name, format=name)
+        assert set(record.quantized_modules) == set(quantized.tensors)
+        states[name] = read_dense_state(tmp_path / name)
+    expected = states.pop("compressed-tensors")
+    for state in states.values():
+        assert state.keys() == expected.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_asymmetric_formats_hold_the_same_numbers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    quantized = quantize_tiny(tiny_model("qwen2", layers=2), grid=Grid(group_size=32, symmetric=False))
+    for name in ("compressed-tensors", "awq"):
+        write(quantized, tmp_path / name, format=name)
+    first, second = (read_dense_state(tmp_path / name) for name in ("compressed-tensors", "awq"))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    with pytest.raises(UnsupportedModelError, match="asymmetric"):
+        write(quantized, tmp_path / "out", format="gptq")
+
+
+@pytest.mark.parametrize(("family", "layers"), [("llama", 12), ("opt", 4)])
+def test_int8_layers_load_in_transformers_and_are_the_same_in_gptq(
+    tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str, layers: int
+) -> None:
+    overrides: dict[str, Precision] = {f"layers.{layers - 2}": "int8"}
+    quantized = quantize_tiny(tiny_model(family, layers=layers), protected=(0, 1), overrides=overrides)
+    record = write(quantized, tmp_path / "ct")
+    wide = set(quantized.loaded.family.full_names(layers - 2))
+    assert {bits for name, bits in record.quantized_modules.items() if name in wide} == {8}
+    assert {bits for name, bits in record.quantized_modules.items() if name not in wide} == {4}
+    assert verify(tmp_path / "ct", reader="transformers").complete
+    assert "Could not match" not in caplog.text  # what compressed-tensors says of a name that a class came before
+    write(quantized, tmp_path / "gptq", format="gptq", reader="vllm")
+    first, second = (read_dense_state(tmp_path / name) for name in ("ct", "gptq"))
+    assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
+    with pytest.raises(UnsupportedModelError, match="Transformers ignores them"):
+        write(quantized, tmp_path / "out", format="gptq")
+    with pytest.raises(UnsupportedModelError, match="4-bit integers only"):
+        write(quantized, tmp_path / "out", format="awq")
+
+
+def test_a_single_int8_unit_can_be_merged_by_servers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    overrides: dict[str, Precision] = {"layers.0.gate_up": "int8", "layers.0.down": "fp16"}
+    quantized = quantize_tiny(tiny_model("llama", layers=2), overrides=overrides)
+    record = write(quantized, tmp_path / "out")
+    assert {name for name, bits in record.quantized_modules.items() if bits == 8} == {
+        "model.layers.0.mlp.gate_proj",
+        "model.layers.0.mlp.up_proj",
+    }
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| Other precisions | 0.gate\\_up in 8 bit; 0.down in 16 bit |" in card
+
+
+@pytest.mark.parametrize(("family", "activation", "length"), [("bloom", "gelu_impl", 128), ("gpt_neox", "act", 64)])
+def test_awq_files_hold_scales_of_ones_where_transformers_wants_them(
+    tiny_model: Callable[..., Path], tmp_path: Path, family: str, activation: str, length: int
+) -> None:
+    quantized = quantize_tiny(tiny_model(family, layers=3))
+    write(quantized, tmp_path / "awq", format="awq")
+    write(quantized, tmp_path / "ct")
+    awq, ct = (load_file(tmp_path / name / "model.safetensors") for name in ("awq", "ct"))
+    blocks = quantized.loaded.family.blocks
+    expected = {f"{blocks}.{layer}.mlp.{activation}.scales" for layer in range(3)}  # of the protected layer 1 too
+    assert {name for name in awq if name.endswith(f"{activation}.scales")} == expected
+    assert all(torch.equal(awq[name], torch.ones(length).half()) for name in expected)
+    assert not any(activation in name for name in ct)
+
+
+@pytest.mark.parametrize("format_name", [*PACKED_FORMATS, "fp16-twin"])
+def test_folded_values_replace_the_models(small: QuantizedModel, tmp_path: Path, format_name: Any) -> None:
+    """A norm before quantized modules, and a weight of a protected layer."""
+    own = small.loaded.model.state_dict()
+    names = ("model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight")
+    folded = {name: (own[name] * 1.5).half().float() for name in names}
+    write(replace(small, folded=folded), tmp_path / "out", format=format_name)
+    state = read_dense_state(tmp_path / "out")
+    assert all(torch.equal(state[name], folded[name]) for name in names)
+    assert torch.equal(state["model.layers.1.input_layernorm.weight"], own["model.layers.1.input_layernorm.weight"])
+
+
+def test_folded_values_that_did_not_arrive_are_noticed(
+    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = small.loaded.model.state_dict()["model.norm.weight"]
+    monkeypatch.setattr(writer, "checkpoint_tensors", lambda q, layout: checkpoint_tensors(small, layout))
+    with pytest.raises(ArtifactError, match=r"model\.norm\.weight: what was written is not what was quantized"):
+        write(replace(small, folded={"model.norm.weight": norm + 1}), tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"1 tensors were not written, first model\.nowhere"):
+        write(replace(small, folded={"model.nowhere": norm}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["missing", "of another length"])
+def test_activation_scales_are_expected_tensors(tiny_model: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    quantized = quantize_tiny(tiny_model("bloom", layers=2))
+    record = write(quantized, tmp_path / "out", format="awq")
+    shapes = dict(read_header(tmp_path / "out" / "model.safetensors"))
+    loaded = quantized.loaded
+    modules = modules_by_tensors(loaded.model, loaded.family, shapes, record)
+    check_tensor_list(loaded.model, loaded.family, modules, shapes, record, "float16")
+    scales = "transformer.h.1.mlp.gelu_impl.scales"
+    kind, _ = shapes.pop(scales)
+    if name == "of another length":
+        shapes[scales] = (kind, (64,))
+    with pytest.raises(ArtifactError, match=rf"(missing tensors: {scales})|({scales} is )"):
+        check_tensor_list(loaded.model, loaded.family, modules, shapes, record, "float16")
+
+
+@pytest.mark.parametrize(("format_name", "bits"), [("gptq", 4), ("gptq", 8), ("awq", 4)])
+def test_other_zero_points_than_a_symmetric_grid_has_are_found(
+    tiny_model: Callable[..., Path], tmp_path: Path, format_name: Any, bits: int
+) -> None:
+    overrides: dict[str, Precision] = {"layers.0": "int8"} if bits == 8 else {}
+    quantized = quantize_tiny(tiny_model("llama", layers=2), overrides=overrides)
+    record = write(quantized, tmp_path / "out", format=format_name, reader="vllm")
+    path = tmp_path / "out" / "model.safetensors"
+    check_values(tmp_path / "out", record)
+    stored = load_file(path)
+    stored["model.layers.0.mlp.up_proj.qzeros"][0, 1] ^= 1 << bits  # the last bit of the second zero point of a word
+    save_file(stored, path)
+    with pytest.raises(ArtifactError, match=r"up_proj\.qzeros: not the zero points of a symmetric grid"):
+        check_values(tmp_path / "out", record)
+
+
 def test_the_source_files_are_copied_and_nothing_else(small: QuantizedModel, tmp_path: Path) -> None:
     source = Path(shutil.copytree(small.loaded.files.folder, tmp_path / "source"))
     copied = {
@@ -121,8 +264,9 @@ def test_the_config_is_the_sources_with_three_changes(small: QuantizedModel, exp
     assert written == source | {"dtype": "float16"}
 
 
-def test_gptq_writes_the_same_metadata_beside(exported: Exported) -> None:
-    folder = exported("llama", "gptq")
+@pytest.mark.parametrize("format_name", ["gptq", "awq"])
+def test_the_same_metadata_is_written_beside(exported: Exported, format_name: str) -> None:
+    folder = exported("llama", format_name)
     config = json.loads((folder / "config.json").read_text())
     assert json.loads((folder / "quantize_config.json").read_text()) == config["quantization_config"]
 
@@ -153,7 +297,7 @@ def test_the_record_on_disk_is_the_returned_one(small: QuantizedModel, tmp_path:
     record = write(small, tmp_path / "out")
     assert load(ExportRecord, tmp_path / "out" / "quant_fairness.json") == record
     assert record.plan.protected_layers == (1,)
-    assert record.quantized_modules == tuple(small.tensors)
+    assert record.quantized_modules == dict.fromkeys(small.tensors, 4)
     assert set(record.files) == {p.name for p in (tmp_path / "out").iterdir()} - {"quant_fairness.json"}
 
 
@@ -198,13 +342,13 @@ def test_the_measurement_is_of_the_written_folder_and_lands_in_record_and_card(
     assert seen[0].name.startswith("out.partial-")
     assert record.measurement == measurement()
     assert "| he |" in (tmp_path / "out" / "README.md").read_text()
-    assert verify(tmp_path / "out", reader="vllm").checks[0].outcome == "passed"
+    assert verify(tmp_path / "out").checks[0].outcome == "passed"
 
 
 def test_a_failure_at_any_disk_operation_leaves_nothing(
     small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "verify", lambda folder, reader: None)  # nothing is written there
+    monkeypatch.setattr(writer, "verify", lambda folder: None)  # nothing is written there
     state = {"n": 0, "fail_at": 0}
 
     def counted(real: Callable[..., None]) -> Callable[..., None]:
@@ -238,7 +382,7 @@ def test_a_failed_verification_leaves_the_old_export(
     write(small, tmp_path / "out")
     before = (tmp_path / "out" / "quant_fairness.json").read_bytes()
 
-    def fail(folder: Path, reader: str | None) -> None:
+    def fail(folder: Path) -> None:
         raise error
 
     monkeypatch.setattr(writer, "verify", fail)
@@ -297,7 +441,12 @@ def test_an_earlier_export_that_is_the_source_is_not_overwritten(small: Quantize
 
 def test_another_plan_than_the_quantized_one_is_refused(small: QuantizedModel, tmp_path: Path) -> None:
     plan = plan_of(small)
-    for other in (replace(plan, units={"layers.0": "fp16", "layers.1": "int4"}), replace(plan, grid=Grid())):
+    for other in (
+        replace(plan, units={"layers.0": "fp16", "layers.1": "int4"}),
+        replace(plan, units=plan.units | {"layers.0.down": "fp16"}),
+        replace(plan, units=plan.units | {"layers.0": "int8"}),
+        replace(plan, grid=Grid()),
+    ):
         with pytest.raises(ConfigError, match="Quantize by that plan first"):
             export(small, tmp_path / "out", plan=other, texts=TEXTS)
 
@@ -355,16 +504,18 @@ def test_shards_hold_every_tensor_once_in_order_within_the_limit(
     assert files[0].name == f"model-00001-of-0000{len(files)}.safetensors"
 
 
+@pytest.mark.parametrize("format_name", PACKED_FORMATS)
 def test_a_sharded_export_loads_everywhere(
-    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: Any
 ) -> None:
     monkeypatch.setattr(
         writer, "write_shards", lambda tensors, folder: write_shards(tensors, folder, shard_bytes=20_000)
     )
-    record = write(small, tmp_path / "out")
+    record = write(small, tmp_path / "out", format=format_name)
     assert INDEX in record.files
     assert len([name for name in record.files if name.endswith(".safetensors")]) > 2
-    assert verify(tmp_path / "out", reader="transformers").complete
+    report = verify(tmp_path / "out")
+    assert {check.name for check in report.checks if check.outcome == "passed"} >= {"headers", "tensors", "values"}
 
 
 def test_a_width_that_no_group_divides_stays_16_bit_and_is_listed(
@@ -372,8 +523,9 @@ def test_a_width_that_no_group_divides_stays_16_bit_and_is_listed(
 ) -> None:
     quantized = quantize_tiny(tiny_model("llama", layers=2), grid=Grid(group_size=64))  # only down_proj has 64 columns
     record = write(quantized, tmp_path / "out")
-    assert record.quantized_modules == ("model.layers.0.mlp.down_proj",)
+    assert record.quantized_modules == {"model.layers.0.mlp.down_proj": 4}
     assert "model.layers.0.self_attn.q_proj" in record.kept_modules
     card = (tmp_path / "out" / "README.md").read_text()
     assert "not a multiple of group size 64" in card
-    write(quantized, tmp_path / "gptq", format="gptq")
+    for name in ("gptq", "awq"):
+        assert write(quantized, tmp_path / name, format=name).kept_modules == record.kept_modules

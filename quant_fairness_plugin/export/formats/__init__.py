@@ -7,7 +7,7 @@ right modules as quantized. It neither reads nor writes files.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quant_fairness_plugin.artifacts import Grid
@@ -34,6 +34,8 @@ class ModuleMap:
     """Every other linear module of the model, the head included."""
     fused: Mapping[str, tuple[str, ...]]
     """Name of a module that servers merge → the modules that it is merged from."""
+    bits: Mapping[str, int] = field(default_factory=dict)
+    """Quantized module → bits, where they are not the grid's own (INT8 units)."""
     aliases: tuple[str, ...] = ()
     """Further names under which servers know kept modules, such as GPT-NeoX's `embed_out`."""
 
@@ -44,9 +46,9 @@ class ModuleMap:
 
     @property
     def split_groups(self) -> tuple[str, ...]:
-        """Merged modules of which some parts are quantized and some are not: no server can load these."""
-        done = set(self.quantized)
-        return tuple(name for name, parts in self.fused.items() if 0 < len(done & set(parts)) < len(parts))
+        """Merged modules whose parts differ in precision (16 bit, 8 bit or the grid's): no server can load these."""
+        widths = dict.fromkeys(self.kept, 16) | dict(self.bits)
+        return tuple(name for name, parts in self.fused.items() if len({widths.get(part, 0) for part in parts}) > 1)
 
     @property
     def kept_fused(self) -> tuple[str, ...]:
@@ -94,14 +96,18 @@ def checkpoint_format(name: str) -> Format:
     """The format of a given name.
 
     Raises:
-        UnsupportedModelError: `awq`, which a later version writes.
-        ConfigError: any other name, or `fp16-twin`, which has nothing to lay out.
+        ConfigError: an unknown name, or `fp16-twin`, which has nothing to lay out.
     """
     check_format_name(name)
+    from quant_fairness_plugin.export.formats.awq import AwqFormat
     from quant_fairness_plugin.export.formats.compressed_tensors import CompressedTensorsFormat
     from quant_fairness_plugin.export.formats.gptq import GptqFormat
 
-    formats: dict[str, Format] = {"compressed-tensors": CompressedTensorsFormat(), "gptq": GptqFormat()}
+    formats: dict[str, Format] = {
+        "compressed-tensors": CompressedTensorsFormat(),
+        "gptq": GptqFormat(),
+        "awq": AwqFormat(),
+    }
     if name not in formats:
         raise ConfigError(f"format {name!r} stores no quantized modules; allowed are {', '.join(formats)}. Use one.")
     return formats[name]

@@ -7,6 +7,8 @@ Each loader decides by another list which modules are quantized, so all of them 
 - gptqmodel and SGLang: only `dynamic`, with `re.match` on the name, which in servers is the merged one;
 - others: `modules_to_not_convert`, a regular expression or a substring.
 
+Modules of 8 bits in a 4-bit checkpoint have a `+:` rule of `dynamic`, which optimum ignores.
+
 Full names are safe in all of these readings. A trailing dot is not: as a regular expression `layers.1.` is also the
 beginning of `layers.10`.
 """
@@ -24,6 +26,7 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.export.formats import ModuleMap
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.quantize.grid_rules import PACKED_MULTIPLE
 
 
 class GptqFormat:
@@ -38,18 +41,14 @@ class GptqFormat:
         Raises:
             UnsupportedModelError: a width or height that is not a multiple of 8.
         """
-        rows, cols = tensor.integers.shape
-        if rows % 8 or cols % 8:
-            raise UnsupportedModelError(
-                f"{module} is [{rows}, {cols}]; gptq checkpoints need multiples of 8 in both directions. "
-                "Use --format compressed-tensors."
-            )
-        packed = pack_gptq(tensor.integers, tensor.scales, tensor.zeros)._asdict()
+        check_word_sizes(self.name, module, tensor)
+        packed = pack_gptq(tensor.integers, tensor.scales, tensor.zeros, bits=tensor.grid.bits)._asdict()
         return {f"{module}.{suffix}": value for suffix, value in packed.items()}
 
     def read_back(self, module: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
         """The module that `tensors` stored. Exact inverse."""
-        integers, scales, zeros = unpack_gptq(GptqTensors(*(tensors[f"{module}.{field}"] for field in self.suffixes)))
+        stored = GptqTensors(*(tensors[f"{module}.{field}"] for field in self.suffixes))
+        integers, scales, zeros = unpack_gptq(stored, bits=grid.bits)
         return QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
 
     def quantization_config(self, modules: ModuleMap, grid: Grid) -> dict[str, Any]:
@@ -62,7 +61,7 @@ class GptqFormat:
             "desc_act": False,
             "checkpoint_format": "gptq",
             "lm_head": False,
-            "dynamic": {rule: {} for rule in skip_rules(modules)},
+            "dynamic": {rule: {} for rule in skip_rules(modules)} | width_rules(modules),
             "modules_in_block_to_quantize": [list(modules.quantized)],
             "modules_to_not_convert": [*modules.kept_in_blocks, *modules.kept_fused],
         }
@@ -84,3 +83,23 @@ def skip_rules(modules: ModuleMap) -> tuple[str, ...]:
         if not any(name.startswith(f"{layer}.") for layer in layers)
     ]
     return tuple([f"-:^{re.escape(layer)}\\..*" for layer in layers] + [f"-:^{re.escape(name)}$" for name in single])
+
+
+def width_rules(modules: ModuleMap) -> dict[str, dict[str, int]]:
+    r"""The `dynamic` rules of modules with other bits than the grid's, under their own and their merged name."""
+    merged = {name: modules.bits[parts[0]] for name, parts in modules.fused.items() if parts[0] in modules.bits}
+    return {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in (*modules.bits.items(), *merged.items())}
+
+
+def check_word_sizes(format_name: str, module: str, tensor: QuantizedTensor) -> None:
+    """Refuse a module whose rows or columns do not fill words of eight integers, as the format needs.
+
+    Raises:
+        UnsupportedModelError: a width or height that is not a multiple of 8.
+    """
+    rows, cols = tensor.integers.shape
+    if rows % PACKED_MULTIPLE or cols % PACKED_MULTIPLE:
+        raise UnsupportedModelError(
+            f"{module} is [{rows}, {cols}]; {format_name} checkpoints need multiples of {PACKED_MULTIPLE} in both "
+            "directions. Use --format compressed-tensors."
+        )
