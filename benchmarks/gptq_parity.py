@@ -85,6 +85,7 @@ def run_peer(
     """Quantize with gptqmodel in its own process; returns what it says that it used."""
     damp, static = arguments.damp, arguments.order == "static"
     request = {
+        "method": "gptq",
         "rows": [list(row) for rows in calibration.rows.values() for row in rows],
         "bits": grid.bits,
         "group_size": grid.group_size,
@@ -250,14 +251,13 @@ def run_draw(
     return row, log_ratios
 
 
-def context(arguments: argparse.Namespace, loaded: LoadedModel, texts: TextSet, argv: Sequence[str]) -> dict[str, Any]:
+def context(loaded: LoadedModel, texts: TextSet, *, grid: Grid, seed: int, command: Sequence[str]) -> dict[str, Any]:
     """What every row carries besides its numbers."""
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {
         "model": Path(loaded.files.name).name,
         "model_sha256": model_sha256(loaded.files),
-        "grid": asdict(Grid(bits=arguments.bits, group_size=arguments.group_size)),
-        "damp": arguments.damp,
+        "grid": asdict(grid),
         "scale_dtype": str(loaded.storage_dtype),
         "texts": {
             "name": texts.name,
@@ -265,10 +265,10 @@ def context(arguments: argparse.Namespace, loaded: LoadedModel, texts: TextSet, 
             "scored": "confirm",
             "sentences": len(texts.part("confirm")),
         },
-        "bootstrap": {"resamples": BOOTSTRAP_DRAWS, "seed": arguments.seed, "unit": "sentence"},
+        "bootstrap": {"resamples": BOOTSTRAP_DRAWS, "seed": seed, "unit": "sentence"},
         "machine": {"cpu": models[0].split(":")[1].strip() if models else platform.machine(), "threads": 1},
         "versions": package_versions(),
-        "command": shlex.join(["python", "benchmarks/gptq_parity.py", *argv]),
+        "command": shlex.join(["python", *command]),
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -301,7 +301,9 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     arguments = parse_arguments(argv)
     loaded, texts = load_model(arguments.model), load_texts(arguments.texts)
-    shared = context(arguments, loaded, texts, argv)
+    grid = Grid(bits=arguments.bits, group_size=arguments.group_size)
+    command = ["benchmarks/gptq_parity.py", *argv]
+    shared = context(loaded, texts, grid=grid, seed=arguments.seed, command=command) | {"damp": arguments.damp}
     collected = []
     with tempfile.TemporaryDirectory() as folder:
         for draw in range(arguments.draws):
