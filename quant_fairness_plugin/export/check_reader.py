@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig, PreTrainedModel
-from transformers.utils.quantization_config import AwqBackend
+from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
 
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.export.check_files import read_config
@@ -57,7 +55,8 @@ def compare_with_transformers(folder: Path, *, tolerance: float = TOLERANCE) -> 
         UnsupportedModelError: it loads, and computes something else.
     """
     expected = _logits(load_dense_model(folder))
-    with quiet_transformers(), redirect_stderr(StringIO()):  # compressed-tensors draws four progress bars there
+    # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
+    with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -83,16 +82,11 @@ def compare_with_transformers(folder: Path, *, tolerance: float = TOLERANCE) -> 
 def _exact_kernel(folder: Path) -> dict[str, Any]:
     """Arguments that choose gptqmodel's plain kernel: its default one on a CPU computes in bfloat16 (errors of 6 %)."""
     _, quantization = read_config(folder)
-    kernels: dict[str, Callable[[], object]] = {
-        "gptq": lambda: GPTQConfig(bits=4, backend="torch"),
-        "awq": lambda: AwqConfig(backend=AwqBackend.TORCH_AWQ),
-    }
-    method = (quantization or {}).get("quant_method")
-    if method not in kernels:
+    if (quantization or {}).get("quant_method") != "gptq":
         return {}
     # Below four cores gptqmodel's thread pools do not fit each other unless this is set before its import.
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
-    return {"quantization_config": kernels[method](), "device_map": "cpu"}
+    return {"quantization_config": GPTQConfig(bits=4, backend="torch"), "device_map": "cpu"}
 
 
 def _widen(model: PreTrainedModel) -> None:
