@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test lint types tests test-readers clean
+.PHONY: help setup demo test lint types tests test-readers test-kernels clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
 	@echo "make test          set up, then lint, types and tests"
 	@echo "make test-readers  load our checkpoints in the real readers (vLLM, gptqmodel), each in its own environment"
+	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
 	@echo "make clean         remove environments and outputs"
 
 setup: $(STAMP)
@@ -53,11 +54,16 @@ tests: setup
 .venv-gptqmodel/.installed: tests/readers/requirements-gptqmodel.txt
 	test -x .venv-gptqmodel/bin/python || $(PYTHON) -m venv .venv-gptqmodel
 	.venv-gptqmodel/bin/python $(PIP) $(TORCH)
-	.venv-gptqmodel/bin/python $(PIP) $(TORCH) --requirement tests/readers/requirements-gptqmodel.txt
+	.venv-gptqmodel/bin/python $(PIP) $(TORCH) --requirement tests/readers/requirements-gptqmodel.txt --editable .
 	touch $@
 
+# FAMILIES=llama,opt,gpt2 leaves the other models of the matrix out.
 test-readers: setup .venv-vllm/.installed .venv-gptqmodel/.installed
-	$(BIN)/python -m pytest tests/readers -m readers
+	$(BIN)/python -m pytest tests/readers -m readers $(if $(FAMILIES),--families=$(FAMILIES))
+
+# What a GPU would run, without one: the interpreter on CPU tensors, and machine code for sm_80 and sm_90.
+test-kernels: setup
+	$(BIN)/python -m pytest tests/kernels -m "kernels or not kernels"
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-gptqmodel out build dist *.egg-info
