@@ -34,6 +34,7 @@ from quant_fairness_plugin.quantize.backends import (
     known_backends,
     llmcompressor,
 )
+from quant_fairness_plugin.quantize.backends.gptqmodel import longest_rows
 from quant_fairness_plugin.quantize.backends.rules import dynamic_rules, gptqmodel_config, llmcompressor_recipe
 from quant_fairness_plugin.quantize.backends.running import running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
@@ -238,3 +239,13 @@ def test_memory_is_left_unpinned_on_a_cpu_only_for_a_while() -> None:
     with llmcompressor._memory_not_pinned("cuda"):
         assert torch.Tensor.pin_memory is original
     assert torch.Tensor.pin_memory is original
+
+
+def test_gptqmodels_awq_gets_rows_of_one_length_and_says_what_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    equal = [(1, 2, 3), (4, 5, 6)]
+    assert longest_rows(equal) == equal
+    assert not caplog.records
+    assert longest_rows([(1, 2, 3), (7,), (4, 5, 6), (8, 9)]) == equal
+    assert [record.getMessage() for record in caplog.records] == [
+        "gptqmodel's AWQ needs rows of one length: 3 of 9 calibration tokens are left out"
+    ]

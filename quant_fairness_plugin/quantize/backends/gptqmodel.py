@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.quantize.backends import Job, require
 from quant_fairness_plugin.quantize.backends.rules import gptqmodel_config
 from quant_fairness_plugin.quantize.backends.running import running
+
+log = logging.getLogger(__name__)
 
 INSTALL = "pip install torch==2.13.0 && pip install torch==2.13.0 'quant-fairness[gptqmodel]'"
 AWQ_ROWS = 64
@@ -64,6 +68,22 @@ def _check_shapes(job: Job) -> None:
             )
 
 
+def longest_rows(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """The rows of the largest length, and a warning of what that leaves out.
+
+    Where rows differ in length, gptqmodel 7.6's AWQ keeps only the last of a module's inputs and rounds `down_proj`
+    without a search (its log: "fallback quant").
+    """
+    longest = max(map(len, rows))
+    kept = [row for row in rows if len(row) == longest]
+    tokens, used = sum(map(len, rows)), longest * len(kept)
+    if used < tokens:
+        log.warning(
+            "gptqmodel's AWQ needs rows of one length: %d of %d calibration tokens are left out", tokens - used, tokens
+        )
+    return kept
+
+
 def _quantize(job: Job, out: Path) -> Path:
     import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
@@ -76,7 +96,8 @@ def _quantize(job: Job, out: Path) -> Path:
     # Without a dtype it turns a float16 model into bfloat16 weights with float16 scales.
     model = GPTQModel.load(str(job.source), config, device=job.device, dtype=getattr(torch, job.dtype))
     # One row a batch: no padding. It drops rows of at most `calibration_data_min_length` tokens.
-    rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in job.rows]
+    chosen = longest_rows(job.rows) if job.method == "awq" else job.rows
+    rows = [{"input_ids": list(row), "attention_mask": [1] * len(row)} for row in chosen]
     options: dict[str, Any] = {"batch_size": 1, "calibration_data_min_length": 0}
     if job.method == "awq" and job.device == "cpu":
         options["backend"] = BACKEND.AWQ_TORCH  # its choice for AWQ is a CUDA kernel, also where there is no GPU
