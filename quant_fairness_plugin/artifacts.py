@@ -36,6 +36,10 @@ Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
 Objective = Literal["worst", "mean", "bpb", "excess", "disparity"]
+Mode = Literal["protect-one", "quantize-one"]
+"""What a sweep singles units out for: to keep them in 16 bit, or to quantize nothing but them."""
+Granularity = Literal["layer", "unit"]
+"""What a sweep singles out: whole layers, or the fusion groups in them."""
 Method = Literal["rtn", "gptq", "awq"]
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
@@ -212,8 +216,11 @@ class SweepRow:
     """One evaluated plan of a sweep, without its per-sentence scores."""
 
     plan: str
-    """`none`, `protect 3` or `quantize 3`."""
-    protected: tuple[int, ...]
+    """`none` (everything quantized), `protect 3`, `protect 0+3`, `protect 3.down` or `quantize 3`."""
+    mode: Mode | None
+    """What the units are singled out for; None where there are none."""
+    units: tuple[str, ...]
+    """The singled-out units by full name, in forward order: `layers.3` or `layers.3.down`."""
     damage: tuple[LanguageDamage, ...]
     objectives: dict[str, Number]
     """Objective name → value on the search part; lower is better."""
@@ -221,17 +228,38 @@ class SweepRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranking:
-    """Layers by one objective, best first, with how much the order can be trusted."""
+    """Units by one objective, best first, with how much the order can be trusted."""
 
     objective: str
-    layers: tuple[int, ...]
+    units: tuple[str, ...]
+    """Full names: `layers.3`, or `layers.3.down`."""
     top_probability: tuple[float, ...]
-    """Bootstrap probability of each layer (in the order of `layers`) to be among the first `top`."""
+    """Bootstrap probability of each unit (in the order of `units`) to be among the first `top`."""
     top: int
     kendall_tau_halves: float | None
     """Kendall τ between the rankings on two halves of the sentences; None where all values tie."""
     stable: bool
     reason: str
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The order as layer indices, where the units are whole layers.
+
+        Raises:
+            ConfigError: they are fusion groups.
+        """
+        places = [name.removeprefix("layers.") for name in self.units]
+        if not all(place.isdigit() for place in places):
+            raise ConfigError("the ranking is of fusion groups, not of whole layers; read its units instead")
+        return tuple(map(int, places))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combinations:
+    """How many sets of one size a sweep singled out, in each of its modes."""
+
+    evaluated: int
+    possible: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,10 +268,15 @@ class SweepReport:
 
     __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     kind: Literal["sweep"] = "sweep"
     provenance: Provenance
     layers: int
+    granularity: Granularity
+    combine: int
+    """The most units that a plan singles out."""
+    combinations: dict[int, Combinations]
+    """Units in a set → how many such sets were evaluated, of how many."""
     grid: Grid
     reference: str | None
     languages: dict[str, Status]
@@ -253,9 +286,21 @@ class SweepReport:
     scores: dict[str, StateScores]
     """Per-sentence scores of the 16-bit state and of every plan, on the search part."""
     layer_bytes: dict[str, tuple[int, ...]]
-    """Bytes of each layer's linear weights as `fp16` and as `quantized` (scales included)."""
+    """Bytes of each layer's linear weights as `fp16`, `quantized` (scales included) and `int8`, and of each of its
+    fusion groups as `fp16.down` and so on."""
     other_bytes: int
     """Bytes of everything that is never quantized."""
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes of its plans."""
+        return tuple(dict.fromkeys(row.mode for row in self.rows if row.mode is not None))
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Every unit that was singled out by itself, in forward order; in the plan `none` all are quantized."""
+        first = self.modes[0]
+        return tuple(row.units[0] for row in self.rows if row.mode == first and len(row.units) == 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,9 @@ from typing_extensions import Unpack
 
 from quant_fairness_plugin.artifacts import (
     ExportRecord,
+    Granularity,
     Measurement,
+    Mode,
     Part,
     Precision,
     ProtectionPlan,
@@ -42,8 +44,10 @@ from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
-from quant_fairness_plugin.sweep.engine import count_bytes, sweep_layers
-from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, Mode
+from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units
+from quant_fairness_plugin.sweep.executors import Executor
+from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS
+from quant_fairness_plugin.sweep.ranking import BASELINE, NONE
 from quant_fairness_plugin.sweep.sizes import NO_OVERRIDES
 
 EXPORTED = "exported"
@@ -145,30 +149,58 @@ class FairQuantizer:
         """Step 3 on a written checkpoint, read back from its files (step 8) by our own dequantizer."""
         return self.measure(exported_state(folder), part=part).measurements[EXPORTED]
 
-    def sweep(self, modes: Sequence[Mode] = ("protect-one",)) -> SweepReport:
-        """Step 4: damage of every single-layer plan on the search part, and the layers ranked by it."""
-        # A report of other modes would silently lack the plans that were asked for.
-        if self._report is None or not set(modes) <= set(self._report.provenance.arguments["modes"]):
-            self._report = sweep_layers(
+    def sweep(
+        self,
+        modes: Sequence[Mode] = ("protect-one",),
+        *,
+        granularity: Granularity = "layer",
+        combine: int = 1,
+        max_plans: int = MOST_COMBINATIONS,
+        top: int | None = None,
+        work: Path | None = None,
+        executor: Executor | None = None,
+    ) -> SweepReport:
+        """Step 4: damage of every plan on the search part, and the layers or units ranked by what they do alone.
+
+        Args:
+            modes: keep one in 16 bit, and/or quantize nothing but one.
+            granularity: single out whole layers, or the fusion groups in them.
+            combine: 2 for pairs besides, 3 for triples too.
+            max_plans: most pairs, and most triples.
+            top: how many the stability figures are about; None = the configuration's `top`, or 3.
+            work: a folder of finished trials, from which an interrupted sweep goes on.
+            executor: where the trials run; None is this process.
+        """
+        top = top or self.config.top or 3
+        if self._report is None or not _answers(self._report, modes, granularity, combine, max_plans, top):
+            self._report = sweep_units(
                 self.loaded,
                 self.texts.part("search"),
                 grid=self.config.grid,
                 modes=modes,
+                granularity=granularity,
+                combine=combine,
+                max_plans=max_plans,
                 reference=self.config.reference,
-                top=self.config.top or 3,
+                top=top,
                 draws=self.config.draws,
                 seed=self.config.seed,
                 progress=partial(self._progress, "sweep"),
+                work=work,
+                executor=executor,
             )
         return self._report
 
     def recommend(self) -> ProtectionPlan:
-        """Step 5: which layers keep 16 bit, by the configuration's layers, `top`, or byte budget."""
+        """Step 5: what keeps 16 bit, by the configuration's layers, or by `top` or the byte budget from a sweep.
+
+        The last sweep is used, whatever it singled out; without one the layers are swept.
+        """
         if self._plan is None:
             chosen = self.config.protect_layers
             if chosen == "auto":
                 self._plan = recommend_plan(
-                    self.sweep(),
+                    self._report or self.sweep(),
                     objective=self.config.objective,
                     top=self.config.top,
                     max_overhead=self.config.max_overhead,
@@ -243,11 +275,13 @@ class FairQuantizer:
             UnsupportedModelError: the reader could not load this; said before anything is quantized.
             ArtifactError: what was written is not what was quantized; nothing is left behind.
         """
-        self._check_exportable()
+        self._check_exportable(self.config.overrides)
+        plan = self.recommend()
+        self._check_exportable(plan.overrides)
         return export(
             self.quantize(),
             Path(out),
-            plan=self.recommend(),
+            plan=plan,
             texts=self.texts,
             format=self.config.format,
             reader=self.config.reader,
@@ -256,7 +290,7 @@ class FairQuantizer:
             measure=self.measure_folder if measure == "exported" else measure,
         )
 
-    def _check_exportable(self) -> None:
+    def _check_exportable(self, overrides: Mapping[str, Precision]) -> None:
         config = self.config
         check_units(config, units=tuple(unit.name for unit in self.loaded.family.units), layers=self.loaded.layers)
         check_exportable(
@@ -264,7 +298,7 @@ class FairQuantizer:
             format=config.format,
             grid=config.grid,
             reader=config.reader,
-            overrides=config.overrides,
+            overrides=overrides,
         )
 
     def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
@@ -273,8 +307,9 @@ class FairQuantizer:
         Raises:
             QuantFairnessError: one of its kinds; a failed run leaves nothing behind.
         """
-        self._check_exportable()
+        self._check_exportable(self.config.overrides)
         plan = self.recommend()
+        self._check_exportable(plan.overrides)
         bare = self.quantize(self._explicit(())) if plan.protected_layers or plan.overrides else self.quantize()
         unprotected = ModelState(NONE, lambda: swapped(self.loaded, bare.dense_weights()))
         measured: list[Measured] = []
@@ -291,6 +326,20 @@ class FairQuantizer:
             protected=measured[0].measurements[EXPORTED],
             gain=measured[0].gain(NONE, EXPORTED),
         )
+
+
+def _answers(
+    report: SweepReport, modes: Sequence[Mode], granularity: Granularity, combine: int, max_plans: int, top: int
+) -> bool:
+    """Whether a report holds all that is asked for. Another one would silently lack plans."""
+    asked = report.provenance.arguments
+    return (
+        set(modes) <= set(report.modes)
+        and granularity == report.granularity
+        and combine <= report.combine
+        and (combine == 1 or max_plans == asked["max_plans"])
+        and top == asked["top"]
+    )
 
 
 def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:

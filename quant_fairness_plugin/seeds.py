@@ -33,7 +33,8 @@ from quant_fairness_plugin.quantize.legacy import (
     simulate_int4,
     undo_simulation,
 )
-from quant_fairness_plugin.sweep.engine import sweep_layers
+from quant_fairness_plugin.sweep.controls import gateway_layers
+from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.ranking import BASELINE
 from quant_fairness_plugin.texts.load import load_texts
 
@@ -53,8 +54,6 @@ __all__ = [
 SEED_LANGUAGES = ("en", "he", "ar", "zh")
 """The languages of the seeds' package when none are named."""
 SIMULATED = "simulated"
-GATEWAY_DEPTH = 0.75
-GATEWAY_TARGET = 0.7
 Method = Literal["rigorous", "legacy"]
 
 
@@ -111,7 +110,7 @@ def layer_sweep(
     if method == "legacy":
         return _legacy_sweep(model, tokenizer, _legacy_texts(texts), reference_lang)
     chosen = _text_set(texts, reference_lang).part("search")
-    return sweep_layers(_in_float32(from_loaded(model, tokenizer)), chosen, grid=grid, reference=reference_lang)
+    return sweep_units(_in_float32(from_loaded(model, tokenizer)), chosen, grid=grid, reference=reference_lang)
 
 
 def quick_sweep(
@@ -205,9 +204,9 @@ def fair_quantize(model: PreTrainedModel, disparity_target: float = 0.7) -> tupl
         The protected layers, ascending.
     """
     layers = _layers(model)
-    protect = {0, layers - 1} | ({int(GATEWAY_DEPTH * layers)} if disparity_target < GATEWAY_TARGET else set())
+    protect = gateway_layers(layers, disparity_target)
     quantize_except(model, protect)
-    return tuple(sorted(protect))
+    return protect
 
 
 def _legacy_sweep(

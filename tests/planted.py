@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from quant_fairness_plugin.artifacts import (
+    Combinations,
     Grid,
     LanguageDamage,
     LanguageScores,
@@ -15,7 +16,7 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
 )
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values
-from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, layer_plan
+from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, plan_name
 
 SENTENCES = 60
 LANGUAGES = ("en", "he", "zh")
@@ -58,28 +59,42 @@ def state(name: str, harm: dict[str, float], *, noise: float = 0.1, seed: int = 
     return StateScores(state=name, languages=rows)
 
 
-def planted_report(benefit: list[float], *, noise: float = 0.1) -> SweepReport:
-    """A protect-one sweep in which protecting layer i takes `benefit[i]` nats a sentence off every language's harm."""
+def planted_report(benefit: list[float], *, noise: float = 0.1, groups: tuple[str, ...] = ()) -> SweepReport:
+    """A protect-one sweep in which protecting unit i takes `benefit[i]` nats a sentence off every language's harm.
+
+    The units are layers, of 1000 bytes or 260 quantized; with `groups` they are these parts of layers, in forward
+    order, of 400 or 110 bytes each.
+    """
+    units = [f"layers.{i}" for i in range(len(benefit))]
+    if groups:
+        units = [f"layers.{i // len(groups)}.{groups[i % len(groups)]}" for i in range(len(benefit))]
+    layers = len({unit.split(".")[1] for unit in units})
     texts, base = planted_texts(), dict.fromkeys(LANGUAGES, 0.0)
     total = {"en": 4.0, "he": 8.0, "zh": 6.0}
     scores = {BASELINE: state(BASELINE, base), NONE: state(NONE, total, noise=noise)}
-    for layer, gain in enumerate(benefit):
+    for index, gain in enumerate(benefit):
         harm = {language: value - gain for language, value in total.items()}
-        plan = layer_plan("protect-one", layer)
-        scores[plan] = state(plan, harm, noise=noise, seed=layer + 2)
+        plan = plan_name("protect-one", units[index : index + 1])
+        scores[plan] = state(plan, harm, noise=noise, seed=index + 2)
     rows = tuple(_row(plan, scores, texts) for plan in scores if plan != BASELINE)
+    sizes = {"fp16": (1000,) * layers, "quantized": (260,) * layers}
+    for group in groups:
+        sizes |= {f"fp16.{group}": (400,) * layers, f"quantized.{group}": (110,) * layers}
     return SweepReport(
         provenance=Provenance(
             versions={}, model="planted", model_sha256="", text_set="planted", text_sha256="", arguments={}, seed=0
         ),
-        layers=len(benefit),
+        layers=layers,
+        granularity="unit" if groups else "layer",
+        combine=1,
+        combinations={1: Combinations(evaluated=len(benefit), possible=len(benefit))},
         grid=Grid(),
         reference="en",
         languages={row.language: row.status for row in rows[0].damage},
         rows=rows,
         rankings={},
         scores=scores,
-        layer_bytes={"fp16": (1000,) * len(benefit), "quantized": (260,) * len(benefit)},
+        layer_bytes=sizes,
         other_bytes=500,
     )
 
@@ -89,5 +104,6 @@ def _row(plan: str, scores: dict[str, StateScores], texts: TextSet) -> SweepRow:
         scores[BASELINE], scores[plan], texts, reference="en", vocabulary=VOCABULARY, draws=200
     )
     objectives = objective_values(scores[BASELINE], scores[plan], damage, reference="en", draws=200)
-    protected = () if plan == NONE else (int(plan.split()[1]),)
-    return SweepRow(plan=plan, protected=protected, damage=damage, objectives=objectives)
+    units = () if plan == NONE else (f"layers.{plan.split()[1]}",)
+    mode = "protect-one" if units else None
+    return SweepRow(plan=plan, mode=mode, units=units, damage=damage, objectives=objectives)

@@ -71,7 +71,7 @@ def test_the_record_is_what_was_returned(result: RunResult, out: Path) -> None:
 def test_the_measured_checkpoint_is_the_one_that_transformers_loads(result: RunResult, out: Path) -> None:
     ids = torch.tensor([[0, 5, 9, 33, 70, 101]])
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    ours = load_quantized(out)
+    ours = load_quantized(out, kernel="reference")
     with torch.no_grad():
         difference = (theirs(ids).logits - ours(ids).logits).abs().max()
     assert difference < 1e-4  # float32 rounding of sums of 64 products of magnitude < 10
@@ -117,6 +117,30 @@ def test_a_sweep_of_another_mode_is_not_answered_with_the_first(quantizer: FairQ
     assert both.sweep(("quantize-one",)) is both.sweep()
 
 
+def test_a_sweep_with_fewer_plans_is_not_the_answer(quantizer: FairQuantizer) -> None:
+    other = quantizer.protecting("auto")
+    pairs = other.sweep(combine=2)
+    assert pairs.combinations[2].evaluated == 6
+    assert other.sweep() is pairs
+    assert other.sweep(combine=2, max_plans=3).combinations[2].evaluated == 3
+    assert other.sweep(combine=2, top=2).rankings["protect-one worst"].top == 2  # type: ignore[union-attr] # is ranked
+
+
+def test_a_sweep_of_units_ends_in_a_checkpoint_with_units_of_its_own(quantizer: FairQuantizer, tmp_path: Path) -> None:
+    config = replace(quantizer.config, method="rtn", top=2)
+    other = FairQuantizer(quantizer.loaded, quantizer.texts, config)
+    other.sweep(granularity="unit")
+    plan = other.recommend()
+    assert plan.protected_layers == ()
+    assert f"layers.{PLANTED_LAYER}.down" in plan.overrides
+    assert len(plan.overrides) == 2
+    record = other.save_pretrained(tmp_path / "checkpoint", measure=None)
+    kept = {name for layer in range(LAYERS) for name in other.loaded.linears(layer)} - set(record.quantized_modules)
+    groups = {unit.name: unit.modules for unit in other.loaded.family.units}
+    places = [name.split(".") for name in plan.overrides]
+    assert kept == {f"model.layers.{layer}.{module}" for _, layer, group in places for module in groups[group]}
+
+
 def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(InvalidLayerError, match=f"layer {LAYERS} does not exist"):
@@ -131,7 +155,7 @@ def test_what_no_reader_loads_is_refused_before_anything_is_quantized(
     quantizer: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
     monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.quantize_model", lambda *a, **k: pytest.fail("quantized"))
-    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.sweep_layers", lambda *a, **k: pytest.fail("swept"))
+    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.sweep_units", lambda *a, **k: pytest.fail("swept"))
     other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, **options))
     with pytest.raises(UnsupportedModelError, match=message):
         other.save_pretrained(tmp_path / "checkpoint")

@@ -127,3 +127,51 @@ def test_the_budget_pays_for_overrides_first(budget: float, layers: int) -> None
     plan = recommend_plan(report_with_units(), max_overhead=budget, draws=200, overrides={"layers.0.down": "fp16"})
     assert len(plan.protected_layers) == layers
     assert plan.extra_bytes == 290 + layers * STEP
+
+
+GROUPS = ("o", "down")
+# 4 layers with two of their units: all quantized is 500 + 4 · 260 = 1540 bytes, each protected unit adds 290 (18.8 %).
+UNIT_FLOOR, UNIT_STEP = 1540, 290
+
+
+def unit_report(noise: float = 0.001) -> SweepReport:
+    return planted_report(BENEFIT, noise=noise, groups=GROUPS)
+
+
+def test_a_sweep_of_units_gives_a_plan_of_units() -> None:
+    plan = recommend_plan(unit_report(), top=3, draws=200)
+    assert plan.protected_layers == ()
+    assert list(plan.overrides) == ["layers.1.o", "layers.2.o", "layers.3.o"]
+    assert set(plan.overrides.values()) == {"fp16"}
+    assert plan.layers == 4
+    assert plan.extra_bytes == 3 * UNIT_STEP
+    assert "asked for 3 units" in plan.reasons[0]
+    with pytest.raises(ConfigError, match="top 8 is not a number of units; the sweep has 8, use 1..7"):
+        recommend_plan(unit_report(), top=8, draws=200)
+
+
+@pytest.mark.parametrize(("budget", "units"), [(0.18, []), (0.19, ["layers.1.o"]), (0.4, ["layers.1.o", "layers.2.o"])])
+def test_the_budget_is_solved_for_units(budget: float, units: list[str]) -> None:
+    plan = recommend_plan(unit_report(), max_overhead=budget, draws=200)
+    assert list(plan.overrides) == units
+    assert plan.extra_bytes == len(units) * UNIT_STEP
+    assert plan.overhead <= budget
+    if not units:
+        assert plan.reasons[0] == (
+            "one unit costs more than the budget of 18.00%: the first of the ranking, 1.o, takes 18.83%"
+        )
+
+
+def test_units_of_a_layer_with_a_precision_of_its_own_are_no_candidates() -> None:
+    report = unit_report()
+    wide = {"int8": (510,) * 4, "int8.o": (210,) * 4}
+    report = replace(report, layer_bytes=report.layer_bytes | wide)
+    plan = recommend_plan(report, top=2, draws=200, overrides={"layers.1": "int8", "layers.2.down": "fp16"})
+    assert plan.overrides == {"layers.1": "int8", "layers.2.o": "fp16", "layers.2.down": "fp16", "layers.3.o": "fp16"}
+
+
+def test_a_unit_that_costs_nothing_to_protect_never_ends_with_all_of_them() -> None:
+    report = unit_report()
+    same = report.layer_bytes | {"quantized.o": (400,) * 4, "quantized.down": (400,) * 4}
+    plan = recommend_plan(replace(report, layer_bytes=same), max_overhead=0.0, draws=200)
+    assert len(plan.overrides) == 7

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from quant_fairness_plugin.artifacts import Part, Weighting
+from quant_fairness_plugin.artifacts import Granularity, Part, Weighting
 from quant_fairness_plugin.config import FairConfig, check_bits, check_group_size
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 
@@ -39,6 +39,24 @@ Clip = Annotated[
     ),
 ]
 Mode = Annotated[str, typer.Option(help="protect-one, quantize-one, or both.")]
+GranularityOption = Annotated[
+    str, typer.Option("--granularity", help="Single out each 'layer', or each fusion 'unit' of a layer (3.down).")
+]
+Combine = Annotated[
+    str, typer.Option(metavar="1|2|3", help="Single out one at a time, all pairs besides, or all triples too.")
+]
+MaxPlans = Annotated[int, typer.Option(min=1, help="Most pairs, and most triples; else those of the leading units.")]
+Work = Annotated[
+    Path | None, typer.Option("--work", help="Keep finished trials in this folder: an interrupted sweep goes on there.")
+]
+ExecutorOption = Annotated[
+    str | None,
+    typer.Option(
+        "--executor",
+        help="local, processes or ray: trials of one thread each, the same bits everywhere. Default: all threads here.",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes of --executor. Default: as many as fit.")]
 ObjectiveOption = Annotated[str, typer.Option("--objective", help="worst, mean, bpb, excess or disparity.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -198,6 +216,41 @@ def parse_modes(text: str) -> tuple[Literal["protect-one", "quantize-one"], ...]
         case "both":
             return ("protect-one", "quantize-one")
     raise ConfigError(f"--mode {text!r} is unknown; use protect-one, quantize-one or both")
+
+
+def parse_granularity(text: str) -> Granularity:
+    """What a sweep singles out.
+
+    Raises:
+        ConfigError: another word than `layer` or `unit`.
+    """
+    for known in get_args(Granularity):
+        if text == known:
+            return cast(Granularity, known)
+    raise ConfigError(f"--granularity {text!r} is unknown; use {' or '.join(get_args(Granularity))}")
+
+
+def parse_combine(text: str) -> int:
+    """How many units a plan singles out at most.
+
+    Raises:
+        ConfigError: anything but 1, 2 or 3.
+    """
+    if text not in ("1", "2", "3"):
+        raise ConfigError(f"--combine {text!r} is not allowed; use 1 (single), 2 (and pairs) or 3 (and triples)")
+    return int(text)
+
+
+def parse_executor(text: str | None) -> Literal["local", "processes", "ray"] | None:
+    """Where trials run; None stays None.
+
+    Raises:
+        ConfigError: another word than `local`, `processes`, `ray`.
+    """
+    match text:
+        case None | "local" | "processes" | "ray":
+            return text
+    raise ConfigError(f"--executor {text!r} is unknown; use local, processes or ray")
 
 
 def parse_part(text: str) -> Part:

@@ -1,4 +1,4 @@
-"""`quant-fairness recommend`: the layers to protect, and nothing else on stdout."""
+"""`quant-fairness recommend`: the layers (or units) to protect, and nothing else on stdout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from quant_fairness_plugin.cli.options import (
     require_model,
 )
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.tables import layer_list
+from quant_fairness_plugin.cli.tables import layer_list, unit_list
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.export.plan_formats import Tool, check_tool, plan_for_tool
@@ -42,10 +42,10 @@ def recommend(
     report: Annotated[Path | None, typer.Argument(help="A saved sweep; without it the model is swept now.")] = None,
     model: ModelOption = None,
     top: Annotated[
-        int | None, typer.Option(help="Exactly this many layers. Default: 3, or the budget's choice.")
+        int | None, typer.Option(help="Exactly this many layers (or units). Default: 3, or the budget's choice.")
     ] = None,
     max_overhead: Annotated[
-        float | None, typer.Option(help="As many layers as this budget allows: extra bytes over all-INT4, 0.2 = 20 %.")
+        float | None, typer.Option(help="As many as this budget allows: extra bytes over all-INT4, 0.2 = 20 %.")
     ] = None,
     langs: Languages = None,
     reference: Reference = DEFAULTS.reference or "none",
@@ -66,7 +66,7 @@ def recommend(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Print the layers to keep in 16 bit, as indices with commas between."""
+    """Print the layers to keep in 16 bit, as indices with commas between; for a sweep of units, as 3.down,5.qkv."""
     if top is not None and max_overhead is not None:
         raise ConfigError("--top and --max-overhead exclude each other; give the number of layers or the budget")
     if as_ is not None and as_json:
@@ -94,14 +94,16 @@ def recommend(
     if as_json:
         typer.echo(to_json(plan), nl=False)
         return
-    if not plan.stable or not plan.protected_layers:
+    units = [name for name, precision in plan.overrides.items() if precision == "fp16"]
+    chosen = layer_list(plan.protected_layers) or unit_list(units)
+    if not plan.stable or not chosen:
         sys.stderr.write(f"warning: {'; '.join(plan.reasons)}\n")
     if tool is not None:
         source = ModelSource(model or plan.model, revision, trust_remote_code, allow_pickle)
         typer.echo(_for_tool(tool, plan, source, given=model is not None), nl=False)
         return
-    if plan.protected_layers:
-        typer.echo(layer_list(plan.protected_layers))
+    if chosen:
+        typer.echo(chosen)
 
 
 def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: bool) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Measurement, Number, SweepReport
+from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Measurement, Number, SweepReport, SweepRow
 
 WIDTH_WITHOUT_TERMINAL = 180
+SIZES = {1: "single", 2: "pairs", 3: "triples"}
 
 
 def show(table: Table) -> None:
@@ -78,6 +79,34 @@ def sweep_table(report: SweepReport, objective: str) -> Table:
 
 def _kl(damage: LanguageDamage) -> str:
     return f"{damage.kl_bits_per_byte.estimate:.4f}" if damage.status == "supported" else damage.status
+
+
+def combination_lines(report: SweepReport, objective: str) -> list[str]:
+    """How many plans of each size were evaluated, and the best set to protect of each size above one."""
+    lines = []
+    for size, count in report.combinations.items():
+        chosen = "" if count.evaluated == count.possible else ", of the units that count most by themselves"
+        best = _best_to_protect(report, size, objective) if size > 1 else None
+        found = (
+            "" if best is None else f"; best to protect: {unit_list(best.units)}, {number(best.objectives[objective])}"
+        )
+        lines.append(f"{SIZES[size]}: {count.evaluated} of {count.possible} evaluated{chosen}{found}")
+    return lines
+
+
+def _best_to_protect(report: SweepReport, size: int, objective: str) -> SweepRow | None:
+    """The plan with the lowest objective among those that protect `size` units; None where none is defined."""
+    found: list[tuple[float, SweepRow]] = []
+    for row in report.rows:
+        value = row.objectives[objective]
+        if row.mode == "protect-one" and len(row.units) == size and isinstance(value, Interval):
+            found.append((value.estimate, row))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def unit_list(units: Sequence[str]) -> str:
+    """`0,9,11` or `3.down,5.qkv`: the forms that `--protect-layers` and `--protect-units` take."""
+    return ",".join(unit.removeprefix("layers.") for unit in units)
 
 
 def layer_list(layers: Sequence[int]) -> str:

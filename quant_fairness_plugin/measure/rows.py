@@ -71,7 +71,7 @@ class TokenRows:
 
     def batches(self, batch_tokens: int) -> list[Batch]:
         """Rows of similar length together, longest first, so that memory runs out at once or never."""
-        return [_tensors(rows) for rows in _batches(self.rows, batch_tokens)]
+        return [pad_rows(rows) for rows in _batches(self.rows, batch_tokens)]
 
     def empty_totals(self) -> dict[str, Array]:
         """Language → zeros `[3, sentences]`, to add the rows' NLL, KL and flips to."""
@@ -197,7 +197,8 @@ def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _tensors(rows: Sequence[Row]) -> Batch:
+def pad_rows(rows: Sequence[Row]) -> Batch:
+    """Rows as one batch, padded on the right."""
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), PAD)
     mask = torch.zeros((len(rows), width), dtype=torch.long)

@@ -1,6 +1,6 @@
-"""Dequantized weights ready to be swapped into a model and out again. Step 6 (quantize), what the sweep runs on.
+"""Dequantized weights swapped into a model and out again. Step 6 (quantize).
 
-Takes a `LoadedModel`; returns weights per layer, and puts any set of such weights into the model for a while.
+Takes a `LoadedModel` and weights as its modules store them; puts them into the model for a while.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.grid import quantize_rtn
-from quant_fairness_plugin.quantize.selection import select_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,33 +26,6 @@ def stored_form(module: nn.Module, weight: Tensor) -> Tensor:
     return weight.t().contiguous() if is_conv1d(module) else weight
 
 
-def quantize_bank(loaded: LoadedModel, grid: Grid) -> dict[int, dict[str, Tensor]]:
-    """Every layer's weights after rounding to nearest, dequantized, as the modules store them.
-
-    Modules that the grid does not fit are left out: they stay in 16 bit in every plan.
-
-    Args:
-        loaded: the model, not changed.
-        grid: the integer grid.
-
-    Returns:
-        Layer → full module name → weight; every layer is there.
-
-    Raises:
-        ConfigError: the grid is not a grid, or fits no module.
-        ArtifactError: a weight holds NaN or infinity.
-    """
-    selection = select_modules(loaded, grid)
-    bank: dict[int, dict[str, Tensor]] = {}
-    for layer, units in selection.units.items():
-        modules = loaded.linears(layer)
-        bank[layer] = {}
-        for name in (name for unit in units for name in unit):
-            rounded = quantize_rtn(linear_weight(modules[name]), grid, scale_dtype=loaded.storage_dtype)
-            bank[layer][name] = stored_form(modules[name], rounded.dequantize())
-    return bank
-
-
 @contextmanager
 def swapped(loaded: LoadedModel, weights: Mapping[str, Tensor]) -> Iterator[PreTrainedModel]:
     """The model with some parameters replaced, for the time of a `with` block; bit-identical afterwards.
@@ -65,7 +35,7 @@ def swapped(loaded: LoadedModel, weights: Mapping[str, Tensor]) -> Iterator[PreT
     Args:
         loaded: the model.
         weights: full name of a linear module of a block → its weight, or full name of any parameter
-            (`….input_layernorm.weight`) → its value, as the module stores it (`quantize_bank`,
+            (`….input_layernorm.weight`) → its value, as the module stores it (`stored_form`,
             `QuantizedModel.dense_weights`).
 
     Yields:

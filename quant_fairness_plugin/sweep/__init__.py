@@ -1,5 +1,7 @@
-"""Step 4 of 8: evaluates model states that differ in which layers are quantized.
+"""Step 4 of 8: evaluates model states that differ in which layers, or units of layers, are quantized.
 
-Takes a `LoadedModel` and a `TextSet`, returns a `SweepReport`. `engine` runs the states (torch), `ranking` orders the
-layers from the report alone (no torch), `sizes` counts the bytes that protection costs.
+Takes a `LoadedModel` and a `TextSet`, returns a `SweepReport`. `engine` is the whole step: `plans` says which plans,
+`score` runs them (`tree` merges plans into prefixes, `walk` runs the prefixes, `bank` gives the weights of `units`),
+`ranking` orders the units from the report alone, `sizes` counts the bytes that protection costs. `plans`, `tree`,
+`ranking` and `sizes` do without torch.
 """

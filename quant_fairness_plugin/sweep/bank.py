@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -31,8 +32,8 @@ class Bank(Protocol):
 class RtnBank:
     """Rounds to nearest when a unit is first asked for, and keeps the result.
 
-    A matrix that the grid does not fit stays in 16 bit, as it does in a checkpoint. Vectors (biases, norms), which no
-    checkpoint format quantizes, get one scale for all their values.
+    A unit that the grid does not fit in one of its matrices stays in 16 bit as a whole, as in a checkpoint. Vectors
+    (biases, norms), which no checkpoint format quantizes, get one scale for all their values.
     """
 
     def __init__(self, loaded: LoadedModel, units: UnitMap, grid: Grid, *, keep: bool = True) -> None:
@@ -45,14 +46,19 @@ class RtnBank:
         """The grid; bits come from the plans."""
         return f"rtn {self._grid}"
 
+    def recipe(self) -> partial[RtnBank]:
+        """Makes the same bank for a copy of the model, in another process."""
+        return partial(RtnBank, grid=self._grid, keep=self._keep)
+
     def weights(self, unit: str, precision: Precision) -> dict[str, Tensor]:
         """Parameter → rounded value as the model stores it."""
         key = (unit, precision)
         if key not in self._made:
             grid = replace(self._grid, bits=bits_of_precision(precision))
-            made = {
-                name: value for name in self._units.parameters[unit] if (value := self._round(name, grid)) is not None
-            }
+            rounded = {name: self._round(name, grid) for name in self._units.parameters[unit]}
+            made = {name: value for name, value in rounded.items() if value is not None}
+            # Servers merge a fusion group into one matrix, which has one precision.
+            made = made if len(made) == len(rounded) else {}
             if not self._keep:
                 return made
             self._made[key] = made

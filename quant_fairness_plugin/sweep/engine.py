@@ -1,134 +1,204 @@
-"""Runs the states of a sweep: each block is quantized once, states are swapped in by reference and always undone."""
+"""A whole sweep: which plans, their scores through the state tree, and what the scores say. Step 4 (sweep).
+
+The model is never changed; weights are exchanged by reference and always put back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import get_args
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from quant_fairness_plugin.artifacts import (
+    Granularity,
     Grid,
     LanguageDamage,
+    Mode,
     Objective,
+    Precision,
+    Ranking,
     StateScores,
     Status,
     SweepReport,
     SweepRow,
     TextSet,
+    Undefined,
+    precision_of_bits,
 )
 from quant_fairness_plugin.errors import QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
-from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score_states
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
-from quant_fairness_plugin.quantize.bank import quantize_bank, swapped
-from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, Mode, layer_plan, rank_layers
-from quant_fairness_plugin.sweep.sizes import dense_bytes, quantized_bytes
+from quant_fairness_plugin.quantize.grid_rules import check_grid
+from quant_fairness_plugin.sweep.bank import Bank, RtnBank, check_bank_fits
+from quant_fairness_plugin.sweep.executors import Executor
+from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS, PlanSet, SweptPlan, check_plans
+from quant_fairness_plugin.sweep.ranking import BASELINE, rank_units
+from quant_fairness_plugin.sweep.score import score_plans
+from quant_fairness_plugin.sweep.sizes import Shape, dense_bytes, quantized_bytes
+from quant_fairness_plugin.sweep.trials import score_plans_resumably
+from quant_fairness_plugin.sweep.units import UnitMap, map_units
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A named set of protected layers; all others are quantized."""
-
-    plan: str
-    protected: tuple[int, ...]
-
-
-def plan_trials(layers: int, modes: Sequence[Mode]) -> list[Trial]:
-    """The plans of a sweep: all quantized, then per mode one plan a layer."""
-    everything = tuple(range(layers))
-    trials = [Trial(NONE, ())]
-    if "protect-one" in modes:
-        trials += [Trial(layer_plan("protect-one", i), (i,)) for i in everything]
-    if "quantize-one" in modes:
-        trials += [Trial(layer_plan("quantize-one", i), tuple(j for j in everything if j != i)) for i in everything]
-    return trials
-
-
-def sweep_layers(
+def sweep_units(
     loaded: LoadedModel,
     texts: TextSet,
     *,
     grid: Grid | None = None,
     modes: Sequence[Mode] = ("protect-one",),
+    granularity: Granularity = "layer",
+    combine: int = 1,
+    max_plans: int = MOST_COMBINATIONS,
     reference: str | None = "en",
     top: int = 3,
     draws: int = 2000,
     seed: int = 0,
     progress: Progress | None = None,
+    work: Path | None = None,
+    executor: Executor | None = None,
 ) -> SweepReport:
-    """Damage of every plan, language by language, and the layers ranked by each objective.
+    """Damage of every plan, language by language, and the units ranked by each objective.
 
     The model is left bit-identical. Languages that the 16-bit model does not support are named in the report and not
-    swept: they have nothing to lose. Plans are evaluated with round-to-nearest weights: they rank layers, they do not
+    swept: they have nothing to lose. Plans are evaluated with round-to-nearest weights: they rank units, they do not
     predict the damage of a GPTQ checkpoint.
 
     Args:
         loaded: the 16-bit model.
         texts: the sentences to choose on (the `search` part).
-        grid: integer grid of the quantized layers; INT4, groups of 128, symmetric by default.
-        modes: `protect-one` (all other layers quantized) and/or `quantize-one` (all other layers 16 bit).
+        grid: integer grid of the quantized units; INT4, groups of 128, symmetric by default.
+        modes: `protect-one` (all others quantized) and/or `quantize-one` (all others 16 bit).
+        granularity: whether whole layers or their fusion groups are singled out. Groups that the grid does not fit are
+            in 16 bit in every plan.
+        combine: 2 for all pairs besides the single units, 3 for all triples too.
+        max_plans: most sets of one size. Where there are more, those of the units that count most by themselves.
         reference: language of excess and disparity, or None.
-        top: how many layers the stability figures are about.
+        top: how many units the stability figures are about.
         draws: bootstrap resamples of the sentences.
         seed: seed of the resamples.
-        progress: called with (batches done, batches in all).
+        progress: called with (block passes done, in all), from the start again where a second walk is needed.
+        work: a folder that keeps every finished trial, so that a sweep that was interrupted goes on from there.
+        executor: where the trials run; None is this process. With `work` or `executor` a trial has one thread.
 
     Raises:
-        ConfigError: the grid's group fits no weight of the model.
+        ConfigError: the grid is not a grid, or fits no weight of the model; or `combine` is not fewer than the units.
+        QualityGateError: the 16-bit model supports none of the languages.
     """
     grid = grid or Grid()
-    statuses = _support(loaded, texts)
+    check_grid(grid)
+    units = map_units(loaded)
+    bank = RtnBank(loaded, units, grid)
+    everything = swept_units(units, bank, granularity, precision_of_bits(grid.bits))
+    check_plans(modes, everything, combine, max_plans)
+    score = partial(score_plans, loaded, units=units, bank=bank)
+    if work is not None or executor is not None:
+        score = partial(score_plans_resumably, loaded, units=units, bank=bank, work=work, executor=executor)
+    statuses = _support(loaded, texts, score)
     # An unsupported reference stays in, so that excess and disparity say why they are undefined.
     texts = texts.choose([name for name, status in statuses.items() if status == "supported" or name == reference])
-    trials = plan_trials(loaded.layers, modes)
-    scores = _score_trials(loaded, texts, trials, grid, progress)
-    damage = {t.plan: _damage(scores, t.plan, texts, loaded, reference, draws, seed) for t in trials}
+    planned = PlanSet(everything, tuple(modes), combine, max_plans, precision_of_bits(grid.bits))
+    plans, scores = planned.evaluate(lambda wanted: score(wanted, texts, progress=progress))
+    judge = _Judge(scores, texts, loaded.model.config.vocab_size, reference, draws, seed)
+    rows = tuple(map(judge.row, plans))
     layer_bytes, other_bytes = count_bytes(loaded, grid)
-    arguments = {"grid": str(grid), "modes": list(modes), "reference": reference, "top": top, "draws": draws}
+    arguments = {
+        "grid": str(grid), "bank": bank.description, "modes": list(modes), "granularity": granularity,
+        "combine": combine, "max_plans": max_plans, "reference": reference, "top": top, "draws": draws,
+    }  # fmt: skip
     return SweepReport(
         provenance=provenance(loaded.files, texts, seed=seed, arguments=arguments),
         layers=loaded.layers,
+        granularity=granularity,
+        combine=combine,
+        combinations=planned.combinations,
         grid=grid,
         reference=reference,
         languages=statuses,
-        rows=tuple(_row(trial, damage, scores, reference, draws, seed) for trial in trials),
-        rankings={
-            f"{mode} {objective}": rank_layers(
-                scores,
-                damage,
-                layers=loaded.layers,
-                mode=mode,
-                objective=objective,
-                reference=reference,
-                top=top,
-                draws=draws,
-                seed=seed,
-            )
-            for mode in modes
-            for objective in get_args(Objective)
-        },
+        rows=rows,
+        rankings=judge.rankings(rows, everything, modes, top),
         scores=scores,
         layer_bytes=layer_bytes,
         other_bytes=other_bytes,
     )
 
 
-def _support(loaded: LoadedModel, texts: TextSet) -> dict[str, Status]:
+def swept_units(units: UnitMap, bank: Bank, granularity: Granularity, precision: Precision) -> tuple[str, ...]:
+    """The units to single out: every layer, or every fusion group that the bank quantizes, in forward order.
+
+    Raises:
+        ConfigError: the bank quantizes nothing.
+    """
+    check_bank_fits(bank, units, precision)
+    if granularity == "layer":
+        return tuple(f"layers.{layer}" for layer in range(units.layers))
+    # All blocks are equal, so that what fits in the first one fits in all.
+    fitting = [group for group in units.groups if bank.weights(f"layers.0.{group}", precision)]
+    return tuple(f"layers.{layer}.{group}" for layer in range(units.layers) for group in fitting)
+
+
+@dataclass(frozen=True, slots=True)
+class _Judge:
+    """What scores say, all on the same resamples."""
+
+    scores: Mapping[str, StateScores]
+    texts: TextSet
+    vocabulary: int
+    reference: str | None
+    draws: int
+    seed: int
+
+    def row(self, plan: SweptPlan) -> SweepRow:
+        """A plan's damage and objectives."""
+        baseline, state = self.scores[BASELINE], self.scores[plan.name]
+        damage = measure_damage(
+            baseline,
+            state,
+            self.texts,
+            reference=self.reference,
+            vocabulary=self.vocabulary,
+            draws=self.draws,
+            seed=self.seed,
+        )
+        objectives = objective_values(
+            baseline, state, damage, reference=self.reference, draws=self.draws, seed=self.seed
+        )
+        return SweepRow(plan=plan.name, mode=plan.mode, units=plan.units, damage=damage, objectives=objectives)
+
+    def rankings(
+        self, rows: Sequence[SweepRow], units: Sequence[str], modes: Sequence[Mode], top: int
+    ) -> dict[str, Ranking | Undefined]:
+        """The units by every mode and objective."""
+        damage: dict[str, tuple[LanguageDamage, ...]] = {row.plan: row.damage for row in rows}
+        return {
+            f"{mode} {objective}": rank_units(
+                self.scores,
+                damage,
+                units=units,
+                mode=mode,
+                objective=objective,
+                reference=self.reference,
+                top=top,
+                draws=self.draws,
+                seed=self.seed,
+            )
+            for mode in modes
+            for objective in get_args(Objective)
+        }
+
+
+def _support(loaded: LoadedModel, texts: TextSet, score: Callable[..., dict[str, StateScores]]) -> dict[str, Status]:
     """Which languages the 16-bit model knows at all.
 
     Raises:
         QualityGateError: none of them.
     """
-    baseline = score_states([fixed_state(BASELINE, loaded.model)], loaded.tokenizer, texts)[BASELINE]
+    baseline = score({}, texts)[BASELINE]
     vocabulary = loaded.model.config.vocab_size
     rows = measure_damage(baseline, baseline, texts, reference=None, vocabulary=vocabulary, draws=MINIMUM_DRAWS)
     if not supported_languages(rows):
@@ -141,83 +211,23 @@ def _support(loaded: LoadedModel, texts: TextSet) -> dict[str, Status]:
 def count_bytes(loaded: LoadedModel, grid: Grid) -> tuple[dict[str, tuple[int, ...]], int]:
     """Bytes of each layer's linear weights, whole and by unit (see `sizes`), and the bytes of everything else."""
     wide = replace(grid, bits=8)
-    costs: dict[str, Callable[[int, int], int]] = {
+    costs: dict[str, Callable[[Sequence[Shape]], int]] = {
         "fp16": dense_bytes,
-        "quantized": lambda rows, cols: quantized_bytes(rows, cols, grid),
-        "int8": lambda rows, cols: quantized_bytes(rows, cols, wide),
+        "quantized": lambda shapes: quantized_bytes(shapes, grid),
+        "int8": lambda shapes: quantized_bytes(shapes, wide),
     }
-    units = {unit.name: unit.modules for unit in loaded.family.units}
-    shapes = [_shapes(loaded, layer) for layer in range(loaded.layers)]
-    sizes = {
-        f"{kind}{unit and '.'}{unit}": tuple(sum(cost(*layer[name]) for name in names) for layer in shapes)
-        for unit, names in ({"": loaded.family.modules()} | units).items()
-        for kind, cost in costs.items()
+    sizes: dict[str, tuple[int, ...]] = {}
+    by_unit = {
+        unit.name: [_shapes(loaded, i, unit.modules) for i in range(loaded.layers)] for unit in loaded.family.units
     }
+    for kind, cost in costs.items():
+        own = {f"{kind}.{name}": tuple(map(cost, layers)) for name, layers in by_unit.items()}
+        sizes |= {kind: tuple(map(sum, zip(*own.values(), strict=True)))} | own
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     return sizes, 2 * parameters - sum(sizes["fp16"])
 
 
-def _shapes(loaded: LoadedModel, layer: int) -> dict[str, tuple[int, int]]:
-    """Rows and columns of a layer's linear modules, by their name within the block."""
+def _shapes(loaded: LoadedModel, layer: int, modules: Sequence[str]) -> list[Shape]:
     block = loaded.block(layer)
-    weights = {name: linear_weight(block.get_submodule(name)) for name in loaded.family.modules()}
-    return {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
-
-
-def _score_trials(
-    loaded: LoadedModel, texts: TextSet, trials: Sequence[Trial], grid: Grid, progress: Progress | None
-) -> dict[str, StateScores]:
-    bank = quantize_bank(loaded, grid)
-
-    def state(trial: Trial) -> ModelState:
-        return ModelState(trial.plan, lambda: _applied(loaded, bank, trial))
-
-    return score_states(
-        [fixed_state(BASELINE, loaded.model), *map(state, trials)], loaded.tokenizer, texts, progress=progress
-    )
-
-
-def _applied(
-    loaded: LoadedModel, bank: dict[int, dict[str, Tensor]], trial: Trial
-) -> AbstractContextManager[PreTrainedModel]:
-    weights = {
-        name: weight
-        for layer, modules in bank.items()
-        if layer not in trial.protected
-        for name, weight in modules.items()
-    }
-    return swapped(loaded, weights)
-
-
-def _damage(
-    scores: dict[str, StateScores],
-    plan: str,
-    texts: TextSet,
-    loaded: LoadedModel,
-    reference: str | None,
-    draws: int,
-    seed: int,
-) -> tuple[LanguageDamage, ...]:
-    return measure_damage(
-        scores[BASELINE],
-        scores[plan],
-        texts,
-        reference=reference,
-        vocabulary=loaded.model.config.vocab_size,
-        draws=draws,
-        seed=seed,
-    )
-
-
-def _row(
-    trial: Trial,
-    damage: dict[str, tuple[LanguageDamage, ...]],
-    scores: dict[str, StateScores],
-    reference: str | None,
-    draws: int,
-    seed: int,
-) -> SweepRow:
-    objectives = objective_values(
-        scores[BASELINE], scores[trial.plan], damage[trial.plan], reference=reference, draws=draws, seed=seed
-    )
-    return SweepRow(plan=trial.plan, protected=trial.protected, damage=damage[trial.plan], objectives=objectives)
+    weights = [linear_weight(block.get_submodule(name)) for name in modules]
+    return [(weight.shape[0], weight.shape[1]) for weight in weights]

@@ -1,43 +1,41 @@
-"""Orders layers by what protecting them is worth, and says how far the order can be trusted. Needs no model.
+"""Orders units by what protecting them is worth, and says how far the order can be trusted. Needs no model.
 
-Takes per-sentence scores; returns a `Ranking`. The first layer is the one most worth protecting: under `protect-one`
+Takes per-sentence scores; returns a `Ranking`. The first unit is the one most worth protecting: under `protect-one`
 the plan that protects it has the lowest objective, under `quantize-one` the plan that quantizes it the highest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from quant_fairness_plugin.artifacts import LanguageDamage, Objective, Ranking, StateScores, Undefined
+from quant_fairness_plugin.artifacts import LanguageDamage, Mode, Objective, Ranking, StateScores, Undefined
 from quant_fairness_plugin.measure.damage import RELATIVE_OBJECTIVES, objective_draws, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
 
-Mode = Literal["protect-one", "quantize-one"]
 BASELINE = "16 bit"
 NONE = "none"
-# A layer counts as reliably chosen where more than half of the resamples choose it, too.
+# A unit counts as reliably chosen where more than half of the resamples choose it, too.
 TOP_PROBABILITY = 0.5
 # Then either the two halves of the sentences must agree on the whole order better than chance (one-sided test of
-# Kendall's τ), or nearly all resamples must choose the same layers, however the others are ordered.
+# Kendall's τ), or nearly all resamples must choose the same units, however the others are ordered.
 HALVES_ALPHA = 0.05
 RESOLVED_PROBABILITY = 0.95
 
 
-def layer_plan(mode: Mode, layer: int) -> str:
-    """The name of the plan that tells a layer's part: `protect 3` or `quantize 3`."""
-    return f"{mode.removesuffix('-one')} {layer}"
+def plan_name(mode: Mode, units: Sequence[str]) -> str:
+    """The name of the plan that singles units out: `protect 3`, `protect 0+3.down` or `quantize 3`."""
+    return f"{mode.removesuffix('-one')} {'+'.join(unit.removeprefix('layers.') for unit in units)}"
 
 
-def rank_layers(
+def rank_units(
     scores: Mapping[str, StateScores],
     damage: Mapping[str, Sequence[LanguageDamage]],
     *,
-    layers: int,
+    units: Sequence[str],
     mode: Mode,
     objective: Objective,
     reference: str | None,
@@ -45,16 +43,16 @@ def rank_layers(
     draws: int,
     seed: int,
 ) -> Ranking | Undefined:
-    """The layers from most to least worth protecting.
+    """The units from most to least worth protecting.
 
     Args:
-        scores: per-sentence scores of the 16-bit state and of every plan of the mode.
+        scores: per-sentence scores of the 16-bit state and of the plan of every unit.
         damage: each plan's damage, for the statuses of its languages.
-        layers: how many layers the model has.
+        units: what to rank, by full name.
         mode: which plans to rank by.
         objective: what to rank by.
         reference: needed by `excess` and `disparity`.
-        top: the stability figures are about the first `top` layers.
+        top: the stability figures are about the first `top` units.
         draws: bootstrap resamples.
         seed: of the resamples.
 
@@ -62,13 +60,13 @@ def rank_layers(
         The ranking, or `Undefined` where a plan's objective is: no language is supported, one collapsed, or a
         denominator is not above 0.
     """
-    plans = [layer_plan(mode, layer) for layer in range(layers)]
+    plans = [plan_name(mode, [unit]) for unit in units]
     languages = supported_languages(damage[plans[0]])
     if problem := _problem(damage, plans, languages, objective, reference):
         return Undefined(problem)
     resamples = Resamples(_sentences(scores), draws, seed)
     weights = np.vstack([resamples.weights, _halves(resamples.sentences)])
-    # [1 + draws + 2, layers], turned so that low is always "most worth protecting"
+    # [1 + draws + 2, units], turned so that low is always "most worth protecting"
     values = np.column_stack(
         [
             objective_draws(
@@ -79,10 +77,12 @@ def rank_layers(
     ) * (1.0 if mode == "protect-one" else -1.0)
     if np.isnan(values).any():
         return Undefined(f"{objective} is undefined for some resamples: the reference language did not clearly lose")
-    return _ranking(objective, values[0], values[1:-2], values[-2:], min(top, layers - 1))
+    return _ranking(objective, units, values, min(top, len(units) - 1))
 
 
-def _ranking(objective: Objective, estimates: Array, drawn: Array, halves: Array, top: int) -> Ranking:
+def _ranking(objective: Objective, units: Sequence[str], values: Array, top: int) -> Ranking:
+    """The ranking by `values` `[1 + draws + 2, units]`: the estimate, each resample, and the two halves."""
+    estimates, drawn, halves = values[0], values[1:-2], values[-2:]
     order = np.argsort(estimates, kind="stable")
     chosen = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable") < top
     probability = chosen.mean(axis=0)
@@ -92,14 +92,14 @@ def _ranking(objective: Objective, estimates: Array, drawn: Array, halves: Array
     agreeing = tau is not None and bool(agreement.pvalue < HALVES_ALPHA)
     return Ranking(
         objective=objective,
-        layers=tuple(int(i) for i in order),
+        units=tuple(units[i] for i in order),
         top_probability=tuple(round(float(probability[i]), 4) for i in order),
         top=top,
         kendall_tau_halves=tau,
         stable=weakest > TOP_PROBABILITY and tau is not None and (agreeing or weakest >= RESOLVED_PROBABILITY),
         reason=(
             f"the first {top} come first in at least {weakest:.0%} of resamples; "
-            + ("all layers tie" if tau is None else f"two halves of the sentences agree with τ = {tau:.2f}")
+            + ("all units tie" if tau is None else f"two halves of the sentences agree with τ = {tau:.2f}")
         ),
     )
 

@@ -6,7 +6,7 @@ A table of bytes has one row per layer under `fp16`, `quantized` (the grid) and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision
@@ -16,23 +16,29 @@ from quant_fairness_plugin.quantize.grid_rules import group_count, misfit
 SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
 NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
 LayerBytes = dict[str, tuple[int, ...]]
+Shape = tuple[int, int]
+"""Rows and columns of a weight."""
 
 
-def quantized_bytes(rows: int, cols: int, grid: Grid) -> int:
-    """Bytes of one packed weight `[rows, cols]` with its scales, and zero points where the grid has them.
+def quantized_bytes(shapes: Sequence[Shape], grid: Grid) -> int:
+    """Bytes of the packed weights of a fusion group with their scales, and zero points where the grid has them.
 
-    A weight that the grid does not fit keeps 16 bit, as it does in the checkpoint.
+    A group that the grid does not fit in one of its weights keeps 16 bit as a whole, as it does in the checkpoint.
     """
-    if misfit(grid, rows, cols) is not None:
-        return dense_bytes(rows, cols)
+    if any(misfit(grid, *shape) is not None for shape in shapes):
+        return dense_bytes(shapes)
+    return sum(_packed_bytes(rows, cols, grid) for rows, cols in shapes)
+
+
+def _packed_bytes(rows: int, cols: int, grid: Grid) -> int:
     groups = group_count(grid, cols)
     zero_points = 0 if grid.symmetric else rows * groups * grid.bits // 8
     return rows * cols * grid.bits // 8 + rows * groups * SCALE_BYTES + zero_points
 
 
-def dense_bytes(rows: int, cols: int) -> int:
-    """Bytes of one weight `[rows, cols]` in 16 bit."""
-    return 2 * rows * cols
+def dense_bytes(shapes: Iterable[Shape]) -> int:
+    """Bytes of weights in 16 bit."""
+    return sum(2 * rows * cols for rows, cols in shapes)
 
 
 def plan_bytes(

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.load import LoadedModel
 
-Granularity = Literal["layer", "unit"]
 EMBEDDINGS, POSITIONS, FINAL_NORM, HEAD = "embeddings", "positions", "final_norm", "head"
 BIASES, NORMS = "biases", "norms"
 """Of one layer: `layers.3.biases`. Real checkpoints keep both in 16 bit; a sweep can simulate what that is worth."""

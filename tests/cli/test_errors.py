@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from quant_fairness_plugin.artifacts import save
+from tests.planted import planted_report
+
 ENTRY = {
     "quant-fairness": "quant_fairness_plugin.cli.main",
     "gptq-quantize": "quant_fairness_plugin.cli.gptq_quantize",
@@ -111,6 +114,11 @@ def test_a_bad_model_folder_is_one_line(model: str, tmp_path: Path, how: str, st
     ("arguments", "message"),
     [
         (["sweep"], "--model demo"),
+        (["sweep", "--model", "demo", "--combine", "4"], "--combine '4' is not allowed"),
+        (["sweep", "--model", "demo", "--granularity", "head"], "--granularity 'head' is unknown"),
+        (["sweep", "--model", "demo", "--executor", "cloud"], "--executor 'cloud' is unknown"),
+        (["sweep", "--model", "demo", "--workers", "2"], "--workers 2 is for --executor processes or ray"),
+        (["sweep", "--model", "demo", "--executor", "local", "--workers", "2"], "--workers 2 is for --executor"),
         (["recommend", "--top", "1", "--max-overhead", "0.2"], "exclude each other"),
         (["recommend", "none.json"], "none.json: cannot be read"),
         (["measure"], "--model demo"),
@@ -125,6 +133,38 @@ def test_bad_commands_are_one_line(tmp_path: Path, arguments: list[str], message
     assert done.stdout == ""
     assert len(lines) == 1, done.stderr
     assert message in lines[0]
+    assert torch == "torch False"
+
+
+def test_a_set_of_all_layers_is_one_line(model: str, tmp_path: Path) -> None:
+    done = run("quant-fairness", "sweep", "--model", model, "--combine", "3", "--top", "1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    message, torch = done.stderr.strip().splitlines()
+    assert "combine 3 would single out all 3 units" in message
+    assert torch == "torch False"
+
+
+@pytest.mark.parametrize(
+    ("groups", "budget", "printed", "said"),
+    [
+        ((), "0.6", "2,4\n", []),
+        ((), "0.1", "", ["warning: one layer costs more than the budget of 10.00%"]),
+        (("o", "down"), "0.4", "1.o,2.o\n", []),
+        (("o", "down"), "0.1", "", ["warning: one unit costs more than the budget of 10.00%"]),
+    ],
+)
+def test_another_budget_is_solved_without_torch(
+    tmp_path: Path, groups: tuple[str, ...], budget: str, printed: str, said: list[str]
+) -> None:
+    report = planted_report([0.1, 0.4, 2.5, 0.2, 1.6, 0.3, 0.9, 0.05], noise=0.001, groups=groups)
+    save(report, tmp_path / "sweep.json")
+    done = run("quant-fairness", "recommend", "sweep.json", "--max-overhead", budget, cwd=tmp_path)
+    *lines, torch = done.stderr.strip().splitlines()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+    assert len(lines) == len(said)
+    assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
     assert torch == "torch False"
 
 

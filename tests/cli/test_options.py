@@ -8,6 +8,9 @@ from quant_fairness_plugin.cli.options import (
     check_protect_biases,
     default_output,
     parse_calibrations,
+    parse_combine,
+    parse_executor,
+    parse_granularity,
     parse_int8_layers,
     parse_integer,
     parse_languages,
@@ -75,6 +78,22 @@ def test_modes() -> None:
     assert parse_modes("quantize-one") == ("quantize-one",)
     with pytest.raises(ConfigError, match="use protect-one, quantize-one or both"):
         parse_modes("protect")
+
+
+def test_what_is_singled_out_and_how_many() -> None:
+    assert [parse_granularity(word) for word in ("layer", "unit")] == ["layer", "unit"]
+    assert [parse_combine(word) for word in ("1", "2", "3")] == [1, 2, 3]
+    with pytest.raises(ConfigError, match="'units' is unknown; use layer or unit"):
+        parse_granularity("units")
+    for text in ("0", "4", "two", "2.0"):
+        with pytest.raises(ConfigError, match=f"--combine '{text}' is not allowed; use 1"):
+            parse_combine(text)
+
+
+def test_executors() -> None:
+    assert [parse_executor(word) for word in (None, "local", "processes", "ray")] == [None, "local", "processes", "ray"]
+    with pytest.raises(ConfigError, match="'dask' is unknown; use local, processes or ray"):
+        parse_executor("dask")
 
 
 def test_part() -> None:

@@ -4,37 +4,38 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.bank import quantize_bank, stored_form, swapped
+from quant_fairness_plugin.quantize.bank import stored_form, swapped
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 
 Load = Callable[..., LoadedModel]
 GRID = Grid(group_size=32)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_bank_holds_the_rounded_weights_in_the_modules_own_form(load: Load, family: str) -> None:
-    loaded = load(family)
-    bank = quantize_bank(loaded, GRID)
-    assert list(bank) == [0, 1]
-    for layer, weights in bank.items():
-        assert tuple(weights) == loaded.family.full_names(layer)
-        for name, weight in weights.items():
-            stored = loaded.model.get_parameter(f"{name}.weight")
-            assert weight.shape == stored.shape
-            plain = stored.t() if family == "gpt2" else stored  # Conv1D stores [in, out]
-            rounded = quantize_rtn(plain, GRID, scale_dtype=torch.float16).dequantize()
-            assert torch.equal(weight.t() if family == "gpt2" else weight, rounded)
-
-
-def test_modules_that_the_grid_does_not_fit_are_not_in_the_bank(load: Load) -> None:
-    bank = quantize_bank(load(width=48), GRID)
-    assert {layer: list(weights) for layer, weights in bank.items()} == {
-        layer: [f"model.layers.{layer}.mlp.down_proj"] for layer in (0, 1)
+def rounded(loaded: LoadedModel, layer: int) -> dict[str, Tensor]:
+    """A layer's weights rounded to nearest, as its modules store them."""
+    grids = {
+        name: quantize_rtn(linear_weight(module), GRID, scale_dtype=loaded.storage_dtype)
+        for name, module in loaded.linears(layer).items()
     }
+    return {name: stored_form(loaded.linears(layer)[name], grid.dequantize()) for name, grid in grids.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_weight_takes_the_modules_own_form(load: Load, family: str) -> None:
+    loaded = load(family)
+    for name, weight in rounded(loaded, 1).items():
+        stored = loaded.model.get_parameter(f"{name}.weight")
+        assert weight.shape == stored.shape
+        assert weight.is_contiguous()
+        plain = stored.t() if family == "gpt2" else stored  # Conv1D stores [in, out]
+        expected = quantize_rtn(plain, GRID, scale_dtype=torch.float16).dequantize()
+        assert torch.equal(weight.t() if family == "gpt2" else weight, expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
@@ -44,7 +45,7 @@ def test_swapping_changes_the_output_and_is_undone_bit_for_bit(load: Load, famil
     before = {name: (p.data_ptr(), p.detach().clone()) for name, p in loaded.model.named_parameters()}
     with torch.no_grad():
         original = loaded.model(ids).logits
-        bank = quantize_bank(loaded, GRID)
+        bank = [rounded(loaded, layer) for layer in range(2)]
         with swapped(loaded, bank[1]) as model:
             assert model is loaded.model
             changed = model(ids).logits
@@ -64,7 +65,7 @@ def test_an_error_inside_undoes_the_swap(load: Load, error: type[BaseException])
     loaded = load()
     weight = loaded.model.get_parameter("model.layers.0.mlp.up_proj.weight")
     before = weight.detach().clone()
-    bank = quantize_bank(loaded, GRID)
+    bank = [rounded(loaded, layer) for layer in range(2)]
     with pytest.raises(error, match="midway"), swapped(loaded, bank[0]):  # noqa: PT012 # the state inside is the point
         assert not torch.equal(weight, before)
         raise error("midway")
@@ -89,7 +90,7 @@ def test_any_parameter_can_be_swapped_by_its_full_name(load: Load) -> None:
     ids, name = torch.arange(20).unsqueeze(0), "model.layers.0.input_layernorm.weight"
     norm = loaded.model.get_parameter(name)
     before, pointer = norm.detach().clone(), norm.data_ptr()
-    bank = quantize_bank(loaded, GRID)[0]
+    bank = rounded(loaded, 0)
     with torch.no_grad():
         original = loaded.model(ids).logits
         with swapped(loaded, {name: 2 * before}):

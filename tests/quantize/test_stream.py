@@ -13,7 +13,7 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLaye
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize import stream
-from quant_fairness_plugin.quantize.bank import quantize_bank, swapped
+from quant_fairness_plugin.quantize.bank import stored_form, swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import solve_gptq
 from quant_fairness_plugin.quantize.grid import quantize_rtn
@@ -133,9 +133,10 @@ def test_rtn_rounds_every_unprotected_module(load: Load, family: str) -> None:
         expected = quantize_rtn(linear_weight(module), GRID, scale_dtype=torch.float16)
         assert torch.equal(quantized.tensors[name].integers, expected.integers)
     assert quantized.losses == {}
-    bank = quantize_bank(loaded, GRID)[0]
-    assert quantized.dense_weights().keys() == bank.keys()
-    assert all(torch.equal(weight, bank[name]) for name, weight in quantized.dense_weights().items())
+    dense = quantized.dense_weights()
+    assert tuple(dense) == loaded.family.full_names(0)
+    for name, module in loaded.linears(0).items():
+        assert torch.equal(dense[name], stored_form(module, quantized.tensors[name].dequantize()))
 
 
 def test_the_same_calibration_gives_the_same_integers(load: Load, rows: CalibrationSet) -> None:

@@ -1,23 +1,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from quant_fairness_plugin.artifacts import Grid, Ranking, SweepReport, to_json
-from quant_fairness_plugin.errors import QualityGateError
+from quant_fairness_plugin.artifacts import Combinations, Grid, Ranking, SweepReport, SweepRow, to_json
+from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.quantize.grid import quantize_rtn
-from quant_fairness_plugin.sweep.engine import count_bytes, plan_trials, sweep_layers
+from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units, swept_units
+from quant_fairness_plugin.sweep.units import map_units
 from tests.planted_model import IDLE_LAYER, LAYERS, PLANTED_LAYER, planted_texts
 
 GRID = Grid(group_size=32)
 BOTH = ("protect-one", "quantize-one")
+TOLERANCE = 1e-5
+"""Nats per token: the difference that float32 additions in another order can make over four blocks."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,13 @@ def loaded(planted_model: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def report(loaded: LoadedModel) -> SweepReport:
-    return sweep_layers(loaded, planted_texts().part("search"), grid=GRID, modes=BOTH, top=1, draws=200)
+    return sweep_units(loaded, planted_texts().part("search"), grid=GRID, modes=BOTH, combine=3, top=1, draws=200)
+
+
+@pytest.fixture(scope="module")
+def by_unit(loaded: LoadedModel) -> SweepReport:
+    texts = planted_texts().part("search")
+    return sweep_units(loaded, texts, grid=GRID, granularity="unit", combine=2, max_plans=12, top=1, draws=200)
 
 
 def kl(report: SweepReport, plan: str, language: str) -> float:
@@ -40,6 +52,7 @@ def test_the_planted_layer_is_found_by_both_modes(report: SweepReport) -> None:
         ranking = report.rankings[f"{mode} worst"]
         assert isinstance(ranking, Ranking)
         assert ranking.layers[0] == PLANTED_LAYER
+        assert ranking.units[0] == f"layers.{PLANTED_LAYER}"
         assert ranking.top_probability[0] == 1.0
 
 
@@ -50,25 +63,133 @@ def test_the_planted_language_is_hurt_most_by_the_planted_layer(report: SweepRep
     assert kl(report, plan, "he") > 3 * max(others)
 
 
-def test_an_idle_layer_costs_exactly_nothing(report: SweepReport) -> None:
+def test_an_idle_layer_costs_almost_nothing(report: SweepReport) -> None:
+    """Its block adds exact zeros; only the head's products, summed in stacks of another size, can round otherwise."""
     scores = report.scores[f"quantize {IDLE_LAYER}"].languages
-    assert all(set(row.kl_nats) == {0.0} and set(row.flips) == {0} for row in scores.values())
+    for row in scores.values():
+        assert set(row.flips) == {0}
+        assert all(kl <= TOLERANCE * tokens for kl, tokens in zip(row.kl_nats, row.tokens, strict=True))
+
+
+def assert_equal_to_naive(loaded: LoadedModel, report: SweepReport, rows: Sequence[SweepRow]) -> None:
+    """Every plan on a model of its own, in whole forward passes."""
+    texts = planted_texts().part("search")
+    for row in rows:
+        model = copy.deepcopy(loaded.model)
+        for layer in range(LAYERS):
+            for unit in loaded.family.units:
+                singled_out = f"layers.{layer}" in row.units or f"layers.{layer}.{unit.name}" in row.units
+                if singled_out != (row.mode == "quantize-one"):
+                    continue
+                for name in unit.modules:
+                    module = model.get_submodule(f"{loaded.family.blocks}.{layer}.{name}")
+                    rounded = quantize_rtn(linear_weight(module), GRID, scale_dtype=loaded.storage_dtype)
+                    set_linear_weight(module, rounded.dequantize())
+        states = [fixed_state("base", loaded.model), fixed_state("naive", model)]
+        naive = score_states(states, loaded.tokenizer, texts, batch_tokens=64)["naive"]
+        for language, own in naive.languages.items():
+            mine = report.scores[row.plan].languages[language]
+            pairs = zip(mine.nll_nats + mine.kl_nats, own.nll_nats + own.kl_nats, own.tokens * 2, strict=True)
+            assert all(abs(a - b) <= TOLERANCE * tokens for a, b, tokens in pairs), (row.plan, language)
 
 
 def test_every_plan_equals_its_naive_evaluation(loaded: LoadedModel, report: SweepReport) -> None:
+    assert_equal_to_naive(loaded, report, report.rows)
+
+
+def test_plans_of_units_equal_their_naive_evaluation(loaded: LoadedModel, by_unit: SweepReport) -> None:
+    assert_equal_to_naive(loaded, by_unit, by_unit.rows[::2])
+
+
+def test_all_pairs_and_triples_are_evaluated_where_they_fit(report: SweepReport) -> None:
+    assert report.combinations == {
+        size: Combinations(evaluated=count, possible=count) for size, count in {1: 4, 2: 6, 3: 4}.items()
+    }
+    assert [row.plan for row in report.rows if row.mode == "protect-one"] == [
+        "protect 0", "protect 1", "protect 2", "protect 3",
+        "protect 0+1", "protect 0+2", "protect 0+3", "protect 1+2", "protect 1+3", "protect 2+3",
+        "protect 0+1+2", "protect 0+1+3", "protect 0+2+3", "protect 1+2+3",
+    ]  # fmt: skip
+    assert len(report.rows) == len({row.plan for row in report.rows}) == 1 + 2 * (4 + 6 + 4)
+    pair = next(row for row in report.rows if row.plan == "quantize 0+3")
+    assert (pair.mode, pair.units) == ("quantize-one", ("layers.0", "layers.3"))
+    assert (report.rows[0].plan, report.rows[0].mode, report.rows[0].units) == ("none", None, ())
+    assert set(report.scores) == {"16 bit", *(row.plan for row in report.rows)}
+    assert report.units == tuple(f"layers.{i}" for i in range(LAYERS))
+
+
+def test_pairs_that_do_not_fit_are_those_of_the_leading_units(by_unit: SweepReport) -> None:
+    assert by_unit.combinations[2] == Combinations(evaluated=10, possible=120)
+    pairs = [row.units for row in by_unit.rows if len(row.units) == 2]
+    assert len(pairs) == 10
+    ranking = by_unit.rankings["protect-one worst"]
+    assert isinstance(ranking, Ranking)
+    assert {unit for pair in pairs for unit in pair} == set(ranking.units[:5])
+    assert all(by_unit.units.index(first) < by_unit.units.index(second) for first, second in pairs)
+
+
+def test_the_planted_unit_is_found(loaded: LoadedModel, by_unit: SweepReport) -> None:
+    groups = [unit.name for unit in loaded.family.units]
+    assert by_unit.units == tuple(f"layers.{layer}.{group}" for layer in range(LAYERS) for group in groups)
+    ranking = by_unit.rankings["protect-one worst"]
+    assert isinstance(ranking, Ranking)
+    assert ranking.units[0] == f"layers.{PLANTED_LAYER}.down"
+    with pytest.raises(ConfigError, match="of fusion groups, not of whole layers"):
+        _ = ranking.layers
+
+
+def test_groups_that_the_grid_does_not_fit_are_not_swept(tiny_model: Callable[..., Path]) -> None:
+    narrow = load_model(str(tiny_model("llama", width=48)))
+    units = map_units(narrow)
+    bank = RtnBank(narrow, units, GRID)
+    assert swept_units(units, bank, "unit", "int4") == ("layers.0.down", "layers.1.down")
+    assert swept_units(units, bank, "layer", "int4") == ("layers.0", "layers.1")
+    with pytest.raises(ConfigError, match="fits no module"):
+        swept_units(units, RtnBank(narrow, units, Grid(group_size=128)), "unit", "int4")
+
+
+def test_a_group_with_one_misfit_stays_whole_in_16_bit(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_16_rows(grid: Grid, rows: int, columns: int) -> str | None:
+        return "16 rows" if rows == 16 else misfit(grid, rows, columns)
+
+    monkeypatch.setattr("quant_fairness_plugin.sweep.bank.misfit", no_16_rows)
+    units = map_units(loaded)
+    bank = RtnBank(loaded, units, GRID)
+    assert len(units.parameters["layers.0.qkv"]) == 3
+    assert bank.weights("layers.0.qkv", "int4") == {}
+    assert len(bank.weights("layers.0.gate_up", "int4")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combine": 4}, "combine 4 is not allowed; use 1"),
+        ({"combine": 0}, "combine 0 is not allowed; use 1"),
+        ({"max_plans": 0}, "max_plans 0 allows no pair"),
+        ({"modes": ()}, "no mode to sweep in"),
+        ({"grid": Grid(group_size=100)}, "group size 100"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(loaded: LoadedModel, options: dict[str, object], message: str) -> None:
+    arguments = {"grid": GRID, "draws": 200} | options
+    with pytest.raises(ConfigError, match=message):
+        sweep_units(loaded, planted_texts().part("search"), **arguments)  # type: ignore[arg-type]
+
+
+def test_no_set_holds_all_units(tiny_model: Callable[..., Path]) -> None:
+    two = load_model(str(tiny_model("llama")))
+    with pytest.raises(ConfigError, match="combine 2 would single out all 2 units"):
+        sweep_units(two, planted_texts().part("search"), grid=GRID, combine=2)
+
+
+def test_a_kept_sweep_is_the_same_document(loaded: LoadedModel, tmp_path: Path) -> None:
     texts = planted_texts().part("search")
-    for trial in plan_trials(LAYERS, BOTH):
-        model = copy.deepcopy(loaded.model)
-        for layer in set(range(LAYERS)) - set(trial.protected):
-            for name in loaded.linears(layer):
-                module = model.get_submodule(name)
-                rounded = quantize_rtn(linear_weight(module), GRID, scale_dtype=loaded.storage_dtype)
-                set_linear_weight(module, rounded.dequantize())
-        states = [fixed_state("base", loaded.model), fixed_state("naive", model)]
-        naive = score_states(states, loaded.tokenizer, texts, batch_tokens=64)["naive"]
-        for language, row in naive.languages.items():
-            mine = report.scores[trial.plan].languages[language]
-            assert mine.nll_nats == pytest.approx(row.nll_nats, abs=1e-4), (trial.plan, language)
+    plain = to_json(sweep_units(loaded, texts, grid=GRID, draws=200))
+    assert to_json(sweep_units(loaded, texts, grid=GRID, draws=200, work=tmp_path / "work")) == plain
+    kept = list((tmp_path / "work").iterdir())
+    assert kept
+    kept[0].unlink()
+    assert to_json(sweep_units(loaded, texts, grid=GRID, draws=200, work=tmp_path / "work")) == plain
 
 
 def test_the_model_is_left_bit_identical_even_after_an_error(loaded: LoadedModel) -> None:
@@ -81,14 +202,14 @@ def test_the_model_is_left_bit_identical_even_after_an_error(loaded: LoadedModel
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sweep_layers(loaded, planted_texts().part("search"), grid=GRID, draws=200, progress=fail)
+        sweep_units(loaded, planted_texts().part("search"), grid=GRID, draws=200, progress=fail)
     for name, parameter in loaded.model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.data_ptr() == pointers[name]
 
 
 def test_the_same_sweep_gives_the_same_bytes(loaded: LoadedModel, report: SweepReport) -> None:
-    again = sweep_layers(loaded, planted_texts().part("search"), grid=GRID, modes=BOTH, top=1, draws=200)
+    again = sweep_units(loaded, planted_texts().part("search"), grid=GRID, modes=BOTH, combine=3, top=1, draws=200)
     assert to_json(again) == to_json(report)
 
 
@@ -96,11 +217,11 @@ def test_an_unsupported_language_is_named_and_not_swept(loaded: LoadedModel) -> 
     texts = planted_texts().part("search")
     strange = tuple(f"ξ{chr(945 + i % 24)}" * 12 for i in range(len(texts)))
     texts = replace(texts, sentences=texts.sentences | {"el": strange})
-    report = sweep_layers(loaded, texts, grid=GRID, draws=200)
+    report = sweep_units(loaded, texts, grid=GRID, draws=200)
     assert report.languages["el"] == "unsupported"
     assert "el" not in report.scores["none"].languages
     with pytest.raises(QualityGateError, match="supports none of el"):
-        sweep_layers(loaded, texts.choose(["el"]), grid=GRID, reference=None, draws=200)
+        sweep_units(loaded, texts.choose(["el"]), grid=GRID, reference=None, draws=200)
 
 
 def test_bytes_are_those_of_the_weights(loaded: LoadedModel) -> None:

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 
 from quant_fairness_plugin.artifacts import Objective, Ranking, SweepReport, Undefined
-from quant_fairness_plugin.sweep.ranking import rank_layers
+from quant_fairness_plugin.sweep.ranking import rank_units
 from tests.planted import planted_report
 
 BENEFIT = [0.1, 0.4, 2.5, 0.2, 1.6, 0.3, 0.9, 0.05]
@@ -14,10 +14,10 @@ ORDER = (2, 4, 6, 1, 5, 3, 0, 7)
 
 def rank(report: SweepReport, objective: Objective = "worst", top: int = 3) -> Ranking | Undefined:
     damage = {row.plan: row.damage for row in report.rows}
-    return rank_layers(
+    return rank_units(
         report.scores,
         damage,
-        layers=report.layers,
+        units=report.units,
         mode="protect-one",
         objective=objective,
         reference=report.reference,
@@ -48,8 +48,16 @@ def test_identical_plans_tie_and_are_unstable() -> None:
     same = report.scores["protect 0"]
     scores = {name: (same if name.startswith("protect") else value) for name, value in report.scores.items()}
     damage = {row.plan: row.damage for row in report.rows}
-    ranking = rank_layers(
-        scores, damage, layers=6, mode="protect-one", objective="worst", reference="en", top=2, draws=200, seed=0
+    ranking = rank_units(
+        scores,
+        damage,
+        units=report.units,
+        mode="protect-one",
+        objective="worst",
+        reference="en",
+        top=2,
+        draws=200,
+        seed=0,
     )
     assert isinstance(ranking, Ranking)
     assert ranking.kendall_tau_halves is None
@@ -65,10 +73,10 @@ def test_every_objective_is_ranked_or_undefined_with_a_reason() -> None:
 def test_excess_without_a_reference_is_undefined() -> None:
     report = planted_report(BENEFIT)
     damage = {row.plan: row.damage for row in report.rows}
-    ranking = rank_layers(
+    ranking = rank_units(
         report.scores,
         damage,
-        layers=8,
+        units=report.units,
         mode="protect-one",
         objective="excess",
         reference=None,

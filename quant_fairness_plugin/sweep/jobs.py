@@ -1,0 +1,191 @@
+"""What the trials of a sweep have in common, here and in worker processes. Step 4 (sweep).
+
+A trial is one batch of rows in every state: a pure function of the rows and of the job. A worker makes its own copy of
+the job from a `Recipe` (the model is loaded from its files), and refuses to start if its numbers would be others.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from quant_fairness_plugin.artifacts import TextSet, digest, package_versions
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.rows import Array, Row, pad_rows
+from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.model.resolve import model_sha256
+from quant_fairness_plugin.model.storage import parameters_sha256
+from quant_fairness_plugin.model.weights import read_json
+from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.score import score_batch
+from quant_fairness_plugin.sweep.tree import StateTree
+from quant_fairness_plugin.sweep.units import UnitMap, map_units
+
+RESULT_VERSION = 1
+"""Goes up whenever the same trial would give another number, or its file another form."""
+
+BankRecipe = Callable[[LoadedModel, UnitMap], Bank]
+"""Makes a bank for a model. Pickled, so a class or function of a module, or a `functools.partial` of one."""
+Found = dict[str, Array]
+"""State → NLL, KL and flips of each row, `[rows, 3]`."""
+
+
+@runtime_checkable
+class Portable(Protocol):
+    """A bank that can be made again in another process."""
+
+    def recipe(self) -> BankRecipe:
+        """What makes it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What all trials of a sweep share."""
+
+    loaded: LoadedModel
+    tree: StateTree
+    bank: Bank
+    texts: TextSet
+    """For the names of sentences in errors."""
+    threads: int
+    """Threads of every trial, wherever it runs: float32 sums depend on how they are split."""
+
+    def run(self, rows: Sequence[Row]) -> Found:
+        """Run one trial. The process has as many threads as before when it returns."""
+        with fixed_threads(self.threads):
+            return score_batch(
+                self.loaded, self.tree, self.bank, pad_rows(rows), self.texts, counted=lambda passes: None
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that a worker needs to make its own copy of a job. Holds no weights; can be pickled."""
+
+    folder: Path
+    dtype: torch.dtype
+    device: str
+    trust_remote_code: bool
+    allow_pickle: bool
+    bank: BankRecipe
+    tree: StateTree
+    texts: TextSet
+    threads: int
+    identity: dict[str, Any]
+    """That of the original, which the copy must have too."""
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """All that the numbers of a trial depend on besides its rows. Plain JSON data."""
+    model = job.loaded.model
+    versions = package_versions()
+    return {
+        "result_version": RESULT_VERSION,
+        "versions": {name: versions[name] for name in ("quant-fairness", "torch", "transformers")},
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": _device(model.device),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "threads": job.threads,
+        "model": _model_identity(job.loaded),
+        "attention": str(model.config._attn_implementation),
+        "storage_dtype": str(job.loaded.storage_dtype),
+        "compute_dtype": str(model.dtype),
+        "bank": job.bank.description,
+        "plans": digest(asdict(job.tree)),
+    }
+
+
+def pack(job: Job) -> Recipe:
+    """The recipe of a job.
+
+    Raises:
+        ConfigError: the model is in memory only, or the bank cannot be made again elsewhere.
+    """
+    files = job.loaded.files
+    if not files.weights:
+        raise ConfigError(
+            f"the model {files.name} is in memory only, and a worker loads it from files; allowed are models loaded "
+            "from a folder or the Hub. Save it and load that folder, or use the local executor."
+        )
+    if not isinstance(job.bank, Portable):
+        raise ConfigError(
+            f"bank {job.bank.description!r} cannot be made again in a worker; allowed are banks with a recipe(). Use "
+            "the local executor."
+        )
+    return Recipe(
+        folder=files.folder.resolve(),
+        dtype=job.loaded.model.dtype,
+        device=str(job.loaded.model.device),
+        trust_remote_code=_brings_code(files.folder),
+        allow_pickle=files.weights[0].suffix != ".safetensors",
+        bank=job.bank.recipe(),
+        tree=job.tree,
+        texts=job.texts,
+        threads=job.threads,
+        identity=identity(job),
+    )
+
+
+def unpack(recipe: Recipe) -> Job:
+    """A copy of the job that the recipe is of, with a model of its own.
+
+    Raises:
+        QuantFairnessError: the model does not load.
+        ConfigError: the copy would give other numbers; names what differs.
+    """
+    with fixed_threads(recipe.threads):
+        loaded = load_model(
+            str(recipe.folder),
+            dtype=recipe.dtype,
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+            allow_pickle=recipe.allow_pickle,
+        )
+        bank = recipe.bank(loaded, map_units(loaded))
+    job = Job(loaded, recipe.tree, bank, recipe.texts, recipe.threads)
+    _check_same(recipe.identity, identity(job))
+    return job
+
+
+@contextmanager
+def fixed_threads(count: int) -> Iterator[None]:
+    """So many threads for torch, for the time of a `with` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_same(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    for field, value in expected.items():
+        if found[field] != value:
+            raise ConfigError(
+                f"a worker would give other numbers: its {field} is {found[field]}, here it is {value}; every worker "
+                "needs the same model files and versions. Make them equal, or use the local executor."
+            )
+
+
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _model_identity(loaded: LoadedModel) -> dict[str, str]:
+    files = loaded.files
+    if files.weights:
+        return {"sha256": model_sha256(files)}
+    # A model in memory can have changed since it was wrapped, and its config is in no file.
+    return {"sha256": parameters_sha256(loaded.model), "config": loaded.model.config.to_json_string()}
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether the model's code is its own; it was then trusted by whoever loaded it first."""
+    paths = (folder / "config.json", folder / "tokenizer_config.json")
+    return any({"auto_map", "model_file"} & read_json(path).keys() for path in paths if path.is_file())

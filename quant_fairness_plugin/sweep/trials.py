@@ -1,0 +1,207 @@
+"""A sweep that can be interrupted: every trial's result is a file, named by all that it depends on. Step 4 (sweep).
+
+A trial is one batch of rows in every state. A sweep that was killed finds the files of its finished trials and runs the
+rest; sums are made in the order of the batches, so the scores are the same bits as without the interruption.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet, digest, write_atomically
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
+from quant_fairness_plugin.measure.rows import Batch, Row, position_limit, tokenize
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor
+from quant_fairness_plugin.sweep.jobs import RESULT_VERSION, Found, Job, identity
+from quant_fairness_plugin.sweep.score import BATCH_TOKENS, CONTEXT, add_batch, finish, plan_tree
+from quant_fairness_plugin.sweep.units import UnitMap
+
+logger = logging.getLogger(__name__)
+
+_LEFTOVER = re.compile(r"\.[0-9a-f]{64}\.json\..+")
+STALE_SECONDS = 3600.0
+"""A half-written file of this age has no writer any more: writing takes seconds."""
+
+
+def score_plans_resumably(
+    loaded: LoadedModel,
+    plans: Mapping[str, Mapping[str, Precision]],
+    texts: TextSet,
+    *,
+    units: UnitMap,
+    bank: Bank,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Callable[[int, int], None] | None = None,
+    work: Path | None = None,
+    executor: Executor | None = None,
+    threads: int = 1,
+) -> dict[str, StateScores]:
+    """The same as `score_plans`, trial by trial: what is finished is kept in `work`, and trials can run elsewhere.
+
+    The result is the same bits whether or not the sweep was interrupted, and whichever executor ran it: a trial has
+    `threads` threads everywhere, also in this process, whose own number of threads is put back afterwards.
+
+    Args:
+        loaded: the model; bit-identical afterwards.
+        plans: name → unit → precision; what is not listed is in 16 bit.
+        texts: the sentences.
+        units: the model's units.
+        bank: their weights.
+        batch_tokens: tokens of a batch.
+        progress: called with (block passes done, in all).
+        work: the folder of finished trials, made if it is missing; None keeps nothing. Sweeps can share one.
+        executor: runs the trials; None is one after another in this process.
+        threads: threads of a trial.
+
+    Returns:
+        `16 bit` and every plan → its scores.
+
+    Raises:
+        ConfigError: a unit that does not exist, a `work` that is no folder, or an executor that cannot run this.
+        ArtifactError: a plan predicts NaN or infinity.
+        ResourceError: `work` cannot be written, or workers are lost again and again.
+    """
+    if threads < 1:
+        raise ConfigError(f"threads is {threads}; allowed are whole numbers from 1. Use 1 or more.")
+    job = Job(loaded, plan_tree(plans, units), bank, texts, threads)
+    tokenized = tokenize(loaded.tokenizer, texts, context=min(CONTEXT, position_limit(loaded.model)))
+    batches = tokenized.batches(batch_tokens)
+    store = None if work is None else _open_store(work, job, batch_tokens)
+    found = _run_all(job, batches, store, executor or LocalExecutor(), progress or (lambda done, total: None))
+    totals = {name: tokenized.empty_totals() for name in job.tree.leaves}
+    for number, batch in enumerate(batches):
+        add_batch(totals, batch, found[number])
+    return finish(tokenized, totals)
+
+
+def _run_all(
+    job: Job,
+    batches: Sequence[Batch],
+    store: Store | None,
+    executor: Executor,
+    report: Callable[[int, int], None],
+) -> dict[int, Found]:
+    kept = {} if store is None else {number: store.read(batch.rows) for number, batch in enumerate(batches)}
+    found = {number: result for number, result in kept.items() if result is not None}
+    missing = {number: batch.rows for number, batch in enumerate(batches) if number not in found}
+    passes = job.tree.block_passes
+    if found:
+        logger.info("%d of %d trials were finished before", len(found), len(batches))
+        report(len(found) * passes, len(batches) * passes)
+    if not missing:
+        return found
+    with closing(executor.run(job, missing)) as results:  # an executor that is left in the middle ends its workers
+        for number, result in results:
+            if store is not None:
+                store.write(missing[number], result)
+            found[number] = result
+            report(len(found) * passes, len(batches) * passes)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Results of one job on disk. Only whole files are ever seen, and any of them is checked when it is read."""
+
+    folder: Path
+    states: tuple[str, ...]
+    job: Mapping[str, Any]
+    """All that results depend on besides their rows."""
+
+    def path(self, rows: Sequence[Row]) -> Path:
+        """Where the result of a trial is."""
+        return self.folder / f"{self._key(rows)}.json"
+
+    def read(self, rows: Sequence[Row]) -> Found | None:
+        """The result of a trial, or None where it must be computed (again, where its file is torn or altered)."""
+        path = self.path(rows)
+        try:
+            return _decode(path.read_bytes(), self._key(rows), self.states, len(rows))
+        except FileNotFoundError:
+            return None
+        except (OSError, ArtifactError) as err:
+            logger.warning("%s: not a whole result (%s); its trial is computed again", path, err)
+            return None
+
+    def write(self, rows: Sequence[Row], found: Found) -> None:
+        """Keep the result of a trial. Whoever else writes it writes the same bytes.
+
+        Raises:
+            ResourceError: the disk is full or read-only.
+        """
+        try:
+            write_atomically(self.path(rows), _encode(self._key(rows), found))
+        except OSError as err:
+            raise ResourceError(
+                f"{self.folder}: a result cannot be written ({err.strerror}); finished trials are kept there. Make "
+                "room, or use another folder."
+            ) from err
+
+    def _key(self, rows: Sequence[Row]) -> str:
+        return trial_key(self.job, rows)
+
+
+def trial_key(job: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The name of a trial's result: sha256 of all that it depends on.
+
+    Which sentences the rows belong to is no part of it: the numbers depend on token ids alone.
+    """
+    return digest({"job": dict(job), "rows": [[list(row.ids), row.first] for row in rows]})
+
+
+def _open_store(work: Path, job: Job, batch_tokens: int) -> Store:
+    if work.exists() and not work.is_dir():
+        raise ConfigError(f"{work}: not a folder; allowed is a folder, or a name that is free. Use another.")
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(work)
+    except OSError as err:
+        raise ResourceError(f"{work}: cannot be used ({err.strerror}); use a folder that can be written.") from err
+    return Store(work, tuple(job.tree.leaves), identity(job) | {"batch_tokens": batch_tokens})
+
+
+def _remove_leftovers(work: Path) -> None:
+    """Remove what a killed process was writing; not what another one is writing now."""
+    for path in work.iterdir():
+        with suppress(FileNotFoundError):  # another process has finished it meanwhile
+            if _LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
+                path.unlink()
+
+
+def _encode(key: str, found: Found) -> bytes:
+    """Floats are written with as many digits as it takes to read the same bits."""
+    scores = {state: rows.tolist() for state, rows in found.items()}
+    document = {"schema_version": RESULT_VERSION, "key": key, "sha256": digest(scores), "scores": scores}
+    return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _decode(content: bytes, key: str, states: Collection[str], rows: int) -> Found:
+    """The scores of a result file.
+
+    Raises:
+        ArtifactError: not exactly what was written for this key.
+    """
+    try:
+        document = json.loads(content)
+        scores = document["scores"]
+        written = document["schema_version"], document["key"], document["sha256"]
+        if written != (RESULT_VERSION, key, digest(scores)):
+            raise ArtifactError("its key or checksum is another")
+        found = {state: np.array(scores[state], dtype=np.float64) for state in states}
+    except (ValueError, TypeError, KeyError) as err:
+        raise ArtifactError(f"{type(err).__name__}: {err}") from err
+    if len(scores) != len(states) or any(values.shape != (rows, 3) for values in found.values()):
+        raise ArtifactError("it holds other states or rows")
+    return found
