@@ -13,7 +13,7 @@ import typer
 
 from quant_fairness_plugin.errors import QuantFairnessError
 
-COMMANDS = ("run", "sweep", "recommend", "measure", "quantize", "compare", "verify", "repair", "doctor")
+COMMANDS = ("run", "sweep", "recommend", "measure", "quantize", "compare", "verify", "repair", "generate", "doctor")
 
 app = typer.Typer(
     name="quant-fairness",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.export.check_files import check_headers, packed_modules, read_quantization, weight_files
-from quant_fairness_plugin.export.dense_modules import dense_weight, tensor_layout
+from quant_fairness_plugin.export.dense_modules import Layout, dense_weight, tensor_layout
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
@@ -39,31 +40,83 @@ def read_dense_state(folder: Path) -> dict[str, Tensor]:
 
 def iterate_dense(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """As `read_dense_state`, one tensor at a time."""
+    checkpoint = open_checkpoint(folder)
+    for name in checkpoint.plain:
+        tensor = checkpoint.tensor(name)
+        yield name, tensor.float() if tensor.is_floating_point() else tensor
+    for module in checkpoint.packed:
+        weight = checkpoint.dense(module)
+        is_transposed = is_conv1d(checkpoint.bare.get_submodule(module))
+        yield f"{module}.weight", weight.t().contiguous() if is_transposed else weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """The tensors of a checkpoint, opened but not read: which of them stand for which module."""
+
+    bare: PreTrainedModel
+    """The unquantized architecture, on the meta device."""
+    layout: Layout
+    plain: tuple[str, ...]
+    """Tensors that are stored as the model holds them, biases included."""
+    packed: Mapping[str, tuple[str, ...]]
+    """Quantized module → suffixes of its tensors."""
+    input_scales: Mapping[str, Tensor]
+    """Quantized module → what its inputs are divided by besides (AutoAWQ)."""
+    files: Mapping[str, Any]
+    """Tensor name → the open file that holds it."""
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
+        found: Tensor = self.files[name].get_tensor(name)
+        return found
+
+    def parts(self, module: str) -> dict[str, Tensor]:
+        """The tensors that stand for one quantized module's weight, by suffix."""
+        return {suffix: self.tensor(f"{module}.{suffix}") for suffix in self.packed[module]}
+
+    def dense(self, module: str) -> Tensor:
+        """One quantized module's weight `[rows, cols]` in float32.
+
+        Raises:
+            ArtifactError: tensors that are missing or do not fit together.
+        """
+        weight = dense_weight(module, self.parts(module), self.layout)
+        return weight / self.input_scales[module] if module in self.input_scales else weight
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Sort the tensors of a folder by what they stand for, from its headers and metadata.
+
+    Raises:
+        ArtifactError: files that are missing or malformed.
+        UnsupportedModelError: another quantization method or layout.
+    """
     folder = Path(folder)
     shapes = check_headers(folder)
     quantization, _ = read_quantization(folder)
     layout = tensor_layout(quantization) if quantization else "compressed-tensors"
     bare = bare_model(folder)
-    transposed = {name for name, module in bare.named_modules() if is_conv1d(module)}
-    where: dict[str, Any] = {}
+    files: dict[str, Any] = {}
     for path in weight_files(folder):
-        where |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
-    packed: dict[str, list[str]] = {name: [] for name in packed_modules(shapes, quantization)}
+        files |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
+    packed: dict[str, tuple[str, ...]] = {name: () for name in packed_modules(shapes, quantization)}
     extra = extra_tensors(shapes, packed, bare)
-    input_scales = _input_scales({name: where[name].get_tensor(name) for name in extra}, bare)
+    plain = []
     for name in shapes:
         module, _, suffix = name.rpartition(".")
         if module in packed and suffix != "bias":
-            packed[module].append(suffix)
+            packed[module] += (suffix,)
         elif name not in extra:
-            tensor = where[name].get_tensor(name)
-            yield name, tensor.float() if tensor.is_floating_point() else tensor
-    for module, suffixes in packed.items():
-        parts = {suffix: where[f"{module}.{suffix}"].get_tensor(f"{module}.{suffix}") for suffix in suffixes}
-        weight = dense_weight(module, parts, layout)
-        if module in input_scales:
-            weight = weight / input_scales[module]
-        yield f"{module}.weight", weight.t().contiguous() if module in transposed else weight
+            plain.append(name)
+    return Checkpoint(
+        bare=bare,
+        layout=layout,
+        plain=tuple(plain),
+        packed=packed,
+        input_scales=_input_scales({name: files[name].get_tensor(name) for name in extra}, bare),
+        files=files,
+    )
 
 
 def load_dense_model(folder: Path) -> PreTrainedModel:
@@ -76,10 +129,26 @@ def load_dense_model(folder: Path) -> PreTrainedModel:
         ArtifactError: tensors that are missing, unexpected or of another shape.
     """
     folder = Path(folder)
-    bare = bare_model(folder)
+    return model_from_state(folder, bare_model(folder), read_dense_state(folder), dtype=torch.float32)
+
+
+def model_from_state(
+    folder: Path, bare: PreTrainedModel, state: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model in evaluation mode on the CPU, with exactly these tensors and the folder's generation settings.
+
+    Args:
+        folder: where the tensors come from.
+        bare: the unquantized architecture.
+        state: its tensors by the names of checkpoints.
+        dtype: what the model computes in; floating-point tensors are converted.
+
+    Raises:
+        ArtifactError: tensors that are missing, unexpected or of another shape.
+    """
     with quiet_transformers():
         loaded: Any = type(bare).from_pretrained(
-            None, config=bare.config, state_dict=read_dense_state(folder), dtype=torch.float32, output_loading_info=True
+            None, config=bare.config, state_dict=dict(state), dtype=dtype, output_loading_info=True
         )
         model: PreTrainedModel = loaded[0]
         if (folder / "generation_config.json").is_file():

@@ -72,7 +72,10 @@ class MatrixSession:
     def _models_of(self, made: Checkpoint) -> Models:
         """The original and our reading of a checkpoint; the last ones are kept, because cells come in this order."""
         if self._models is None or self._models[0] is not made:
-            self._models = made, Models(load_original(made, self.root), load_quantized(self.folder(made)))
+            self._models = (
+                made,
+                Models(load_original(made, self.root), load_quantized(self.folder(made), kernel="reference")),
+            )
         return self._models[1]
 
     def judged(self, cell: Cell) -> Judged | str:

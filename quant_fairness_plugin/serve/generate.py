@@ -1,0 +1,139 @@
+"""Step 8, text out of a model, piece by piece, and how fast it came."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from quant_fairness_plugin.errors import ArtifactError, ConfigError
+from quant_fairness_plugin.model.load import quiet_transformers
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """What a model wrote, and when."""
+
+    text: str
+    """The continuation, without the prompt and without special tokens."""
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    """Until the first new token."""
+    decode_seconds: float
+    """From the first new token to the last."""
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Rate of the tokens after the first, which the prompt's length does not enter; None if there are none."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.new_tokens > 1 else None
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder; runs no code from it.
+
+    Raises:
+        ArtifactError: the folder has none that loads.
+    """
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise ArtifactError(f"{folder}: the tokenizer does not load ({reason}). Put its files there.") from err
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
+
+
+@torch.no_grad()
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    write: Callable[[str], object] | None = None,
+) -> Generated:
+    """Continue a prompt greedily, which is deterministic. The prompt is taken as it is, without a chat template.
+
+    On a GPU the cache is static, for which Transformers compiles the decoding step and captures it in CUDA graphs.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        prompt: at least one token.
+        max_new_tokens: where to stop, unless the model ends the text before.
+        write: gets each piece of text as soon as later tokens cannot change it.
+
+    Raises:
+        ConfigError: nothing to continue, no tokens wanted, or more of both than the model has positions for.
+    """
+    encoded = tokenizer(prompt, return_tensors="pt")
+    tokens: Any = encoded["input_ids"]
+    _check_lengths(model, int(tokens.shape[-1]), max_new_tokens)
+    clock = _Clock(tokenizer, write)
+    with quiet_transformers():
+        generate: Any = model.generate
+        out = generate(
+            input_ids=tokens.to(model.device),
+            attention_mask=torch.ones_like(tokens, device=model.device),
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=_padding(model, tokenizer),
+            streamer=clock,
+            **({} if model.device.type == "cpu" else {"cache_implementation": "static"}),
+        )
+    new = out[0, tokens.shape[-1] :]
+    times = clock.times
+    return Generated(
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        prompt_tokens=int(tokens.shape[-1]),
+        new_tokens=len(new),
+        prefill_seconds=times[1] - times[0],
+        decode_seconds=times[-1] - times[1],
+    )
+
+
+class _Clock(TextStreamer):
+    """Hands text on, and notes when the prompt and each token came."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)  # type: ignore[no-untyped-call]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self._write is not None and text:
+            self._write(text)
+
+
+def _check_lengths(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ConfigError(f"{max_new_tokens} new tokens cannot be generated; ask for at least 1.")
+    if prompt_tokens < 1:
+        raise ConfigError("the prompt is empty; give at least one character to continue.")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt_tokens + max_new_tokens > positions:
+        raise ConfigError(
+            f"{prompt_tokens} tokens of the prompt and {max_new_tokens} new ones are more than the model's {positions} "
+            "positions. Ask for fewer, or shorten the prompt."
+        )
+
+
+def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Some token: one row is never padded, but Transformers warns where there is none."""
+    settings: Any = model.generation_config
+    for token in (tokenizer.pad_token_id, settings.pad_token_id, settings.eos_token_id):
+        if token is not None:
+            return int(token[0] if isinstance(token, list) else token)
+    return None
