@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from quant_fairness_plugin import artifacts
 from quant_fairness_plugin.artifacts import (
     Grid,
     Interval,
@@ -18,6 +17,7 @@ from quant_fairness_plugin.artifacts import (
     SweepReport,
     Undefined,
     bits_of_precision,
+    files,
     from_json,
     load,
     precision_of_bits,
@@ -122,7 +122,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     def fail(handle: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(artifacts.os, "fsync", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         save(plan(), path)
     assert path.read_bytes() == before

@@ -1,0 +1,120 @@
+"""Artifacts as JSON, and files that are complete or not there. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan, SweepReport
+from quant_fairness_plugin.errors import ArtifactError
+
+A = TypeVar("A", Measurement, SweepReport, ProtectionPlan, ExportRecord)
+
+
+def _adapter(kind: type[A]) -> TypeAdapter[A]:
+    return TypeAdapter(kind)
+
+
+def to_json(artifact: A) -> str:
+    """The JSON document of an artifact, `schema_version` first.
+
+    Raises:
+        ValueError: a number is NaN or infinite; a stage should have returned `Undefined` with a reason.
+    """
+    plain = _adapter(type(artifact)).dump_python(artifact, mode="python")
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+
+
+def from_json(kind: type[A], text: str, source: str) -> A:
+    """Read an artifact of the given kind.
+
+    Raises:
+        ArtifactError: not JSON, another kind or schema version, or a field that does not fit. Names the field.
+    """
+    try:
+        return _adapter(kind).validate_json(text)
+    except ValidationError as err:
+        first = err.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "document"
+        raise ArtifactError(
+            f"{source}: {where}: {first['msg']}; expected a {kind.__name__} written by this version. Make it again."
+        ) from err
+
+
+def save(artifact: A, path: Path) -> None:
+    """Write an artifact beside its final name, flush it to disk, then rename."""
+    write_atomically(path, to_json(artifact).encode())
+
+
+def load(kind: type[A], path: Path) -> A:
+    """Read an artifact file.
+
+    Raises:
+        ArtifactError: the file is missing, unreadable or of another kind.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ArtifactError(f"{path}: cannot be read ({err}); expected a {kind.__name__} file") from err
+    return from_json(kind, text, str(path))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, or leave it untouched if anything fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+def save_run_record(path: Path, *, seconds: float, device: str, argv: list[str]) -> None:
+    """Write `<artifact>.run.json`: what differs from run to run, so that the artifact itself does not."""
+    record = {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "host": socket.gethostname(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "argv": argv,
+    }
+    write_atomically(path.with_suffix(".run.json"), (json.dumps(record, indent=1) + "\n").encode())
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of this package, Python and the libraries that numbers depend on."""
+    names = ("quant-fairness", "torch", "transformers", "safetensors", "compressed-tensors", "numpy", "scipy")
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    return versions | {name: metadata.version(name) for name in names}
+
+
+def digest(parts: Mapping[str, Any] | list[Any]) -> str:
+    """sha256 of the canonical JSON of plain data."""
+    canonical = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
