@@ -120,6 +120,8 @@ def die_at_replace(number: int, fault: signal.Signals) -> None:
 
 
 def main() -> None:
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("work", type=Path)
