@@ -7,7 +7,7 @@ arguments (masks, rotary embeddings, ALiBi, …) that the model itself hands it,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.rehearsal import BlockCall, rehearse
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import working_dtype
 
@@ -30,15 +31,12 @@ class Batch:
     language: str
     hidden: Tensor
     """`[rows, tokens, width]`, the input of the next block."""
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    calls: tuple[BlockCall, ...]
     """Per layer, what the block takes besides the hidden state."""
 
     def run(self, block: nn.Module, layer: int) -> Tensor:
         """The output of a block, `[rows, tokens, width]`."""
-        positional, named = self.arguments[layer]
-        output = block(self.hidden, *positional, **named)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        return self.calls[layer].run(block, self.hidden)
 
 
 @torch.no_grad()
@@ -75,28 +73,8 @@ def _batches(calibration: CalibrationSet, batch_tokens: int) -> Iterator[tuple[s
 
 
 def _enter(loaded: LoadedModel, language: str, rows: list[tuple[int, ...]]) -> Batch:
-    """Run the model up to its last block and note what each block is called with."""
-    batch = Batch(language, torch.empty(0))
-
-    def note(_: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-        named = dict(named)
-        hidden, *rest = positional or (named.pop("hidden_states"),)
-        if not batch.arguments:
-            batch.hidden = hidden
-        batch.arguments.append((tuple(rest), named))
-        if len(batch.arguments) == loaded.layers:
-            raise _EnoughError
-
-    blocks = (loaded.block(layer) for layer in range(loaded.layers))
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-    try:
-        loaded.model(torch.tensor(rows, device=loaded.model.device), use_cache=False)
-    except _EnoughError:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return batch
+    rehearsal = rehearse(loaded, torch.tensor(rows))
+    return Batch(language, rehearsal.hidden, rehearsal.calls)
 
 
 @dataclass(frozen=True, slots=True)
