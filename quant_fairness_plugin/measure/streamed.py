@@ -1,8 +1,9 @@
 """Step 3, scores of many states at once from what their heads are given, streamed over the vocabulary.
 
 Per-token NLL, KL to the 16-bit model and top-1 flips of S states need S + 1 distributions over the whole vocabulary.
-Here they are never held: the head is applied to all states together, a slice of the vocabulary at a time, and running
-sums are kept (the online softmax of Milakov and Gimelshein, arXiv 1805.02867, extended by the cross term of the KL).
+Here they are never held: the head is applied to all states together, a slice of the vocabulary and some tokens at a
+time, and running sums are kept (the online softmax of Milakov and Gimelshein, arXiv 1805.02867, extended by the cross
+term of the KL). Logits are read five times; pieces are so small that a CPU's cache holds them meanwhile.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = 1 << 23
-"""Logits that are held at once, all states together (32 MiB in float32)."""
+PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+"""Logits that are held at once, all states together: 2 MiB in float32 on a CPU; on a GPU, launches cost more."""
+SLICE_COLUMNS = {"cpu": 1 << 11, "cuda": 1 << 14}
+"""Tokens of the vocabulary in a slice: the head's rows for them are used again for every piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,44 +29,61 @@ class Head:
     bias: Tensor | None
 
     def logits(self, hidden: Tensor, part: slice) -> Tensor:
-        """Logits of a slice of the vocabulary, float32 `[…, slice]`."""
-        bias = None if self.bias is None else self.bias[part]
-        return torch.nn.functional.linear(hidden, self.weight[part], bias).float()
+        """Logits of a slice of the vocabulary, float32 `[…, slice]`. A head in another type is converted slice-wise."""
+        bias = None if self.bias is None else self.bias[part].to(hidden.dtype)
+        return torch.nn.functional.linear(hidden, self.weight[part].to(hidden.dtype), bias).float()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Running:
-    """Log-sum-exp and best token so far, `[rows]` each."""
+    """Sums over the vocabulary so far, `[tokens, 1 + states]` each; the first column is the 16-bit model's."""
 
     peak: Tensor
     total: Tensor
     best: Tensor
     best_value: Tensor
+    chosen: Tensor
+    """Logits of the targets."""
+    cross: Tensor
+    """Σ exp(l16 - peak16) (l16 - l); 0 in the first column."""
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device) -> _Running:
-        return cls(
-            torch.full((rows,), -torch.inf, device=device),
-            torch.zeros(rows, dtype=torch.float64, device=device),
-            torch.zeros(rows, dtype=torch.long, device=device),
-            torch.full((rows,), -torch.inf, device=device),
-        )
+    def empty(cls, tokens: int, states: int, device: torch.device) -> _Running:
+        shape = (tokens, 1 + states)
+        sums = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)]
+        lowest = [torch.full(shape, -torch.inf, device=device) for _ in range(2)]
+        best = torch.zeros(shape, dtype=torch.long, device=device)
+        return cls(lowest[0], sums[0], best, lowest[1], sums[1], sums[2])
 
-    def add(self, logits: Tensor, start: int) -> Tensor:
-        """Take in `[rows, slice]`; returns by how much sums against the old peak shrink, `[rows]` in float64."""
-        value, index = logits.max(dim=1)
-        peak = torch.maximum(self.peak, value)
-        shrink = torch.exp((self.peak - peak).double())
-        part = torch.exp(logits - peak[:, None]).sum(dim=1, dtype=torch.float64)
-        self.total = self.total * shrink + part
-        better = value > self.best_value
-        self.best = torch.where(better, index + start, self.best)
-        self.best_value = torch.where(better, value, self.best_value)
-        self.peak = peak
-        return shrink
+    def add(self, tokens: slice, logits: Tensor, targets: Tensor, start: int) -> None:
+        """Take in a piece: logits `[tokens, 1 + states, slice]`, which are overwritten, from token `start` on."""
+        self._choose(tokens, logits, targets - start)
+        value, index = logits.max(dim=2)
+        better = value > self.best_value[tokens]
+        self.best[tokens] = torch.where(better, index + start, self.best[tokens])
+        self.best_value[tokens] = torch.where(better, value, self.best_value[tokens])
+        peak = torch.maximum(self.peak[tokens], value)
+        shrink = torch.exp((self.peak[tokens] - peak).double())
+        self.peak[tokens] = peak
+        difference = logits[:, :1] - logits[:, 1:]
+        weights = logits.sub_(peak[:, :, None]).exp_()
+        # A sum of few thousand float32 is exact to 1e-7; what is added up over slices is float64.
+        self.total[tokens] = self.total[tokens] * shrink + weights.sum(dim=2).double()
+        cross = (difference @ weights[:, 0, :, None])[:, :, 0].double()
+        self.cross[tokens, 1:] = self.cross[tokens, 1:] * shrink[:, :1] + cross
+
+    def _choose(self, tokens: slice, logits: Tensor, columns: Tensor) -> None:
+        inside = ((columns >= 0) & (columns < logits.shape[2])).nonzero()[:, 0]
+        self.chosen[tokens.start + inside] = logits[inside, :, columns[inside]].double()
+
+    @property
+    def nll(self) -> Tensor:
+        """Negative log-likelihood of the targets, `[tokens, 1 + states]`."""
+        return self.log_normalizer - self.chosen
 
     @property
     def log_normalizer(self) -> Tensor:
+        """Log-sum-exp of all logits, `[tokens, 1 + states]`."""
         return self.peak.double() + self.total.log()
 
 
@@ -85,35 +105,30 @@ def score_hidden(
     Returns:
         NLL of the 16-bit model `[tokens]`, and `[states, tokens, 3]`: NLL, KL and flip (0 or 1) of each state.
     """
-    count, tokens, width = states.shape
-    flat = states.reshape(count * tokens, width)
-    own, others = _Running.empty(tokens, flat.device), _Running.empty(count * tokens, flat.device)
-    cross = torch.zeros(count, tokens, dtype=torch.float64, device=flat.device)
-    chosen = torch.zeros(count + 1, tokens, dtype=torch.float64, device=flat.device)
-    for part in _slices(head.weight.shape[0], (count + 1) * tokens):
-        expected = head.logits(reference, part)
-        found = (state_head or head).logits(flat, part)
-        shrink = own.add(expected, part.start)
-        others.add(found, part.start)
-        weights = torch.exp(expected - own.peak[:, None])
-        found = found.view(count, tokens, -1)
-        _pick(chosen, expected, found, targets, part)
-        difference = torch.sub(expected, found)
-        cross = cross * shrink + torch.einsum("tv,stv->st", weights, difference).double()
-    log_z, log_zs = own.log_normalizer, others.log_normalizer.view(count, tokens)
-    kl = cross / own.total - log_z + log_zs
-    flips = (others.best.view(count, tokens) != own.best).double()
-    return log_z - chosen[0], torch.stack([log_zs - chosen[1:], kl.clamp_min(0), flips], dim=2)
+    count, tokens, _ = states.shape
+    hidden = torch.cat([reference[None], states]).transpose(0, 1).contiguous()
+    running = _Running.empty(tokens, count, hidden.device)
+    for part, some in _pieces(head.weight.shape[0], tokens, 1 + count, hidden.device):
+        running.add(some, _logits(hidden[some], part, head, state_head), targets[some], part.start)
+    log_z, nll = running.log_normalizer, running.nll
+    kl = running.cross[:, 1:] / running.total[:, :1] - log_z[:, :1] + log_z[:, 1:]
+    flips = (running.best[:, 1:] != running.best[:, :1]).double()
+    return nll[:, 0], torch.stack([nll[:, 1:], kl.clamp_min(0), flips], dim=2).transpose(0, 1)
 
 
-def _slices(vocabulary: int, rows: int) -> Iterator[slice]:
-    size = max(1, SLICE_ELEMENTS // rows)
-    return (slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size))
+def _logits(hidden: Tensor, part: slice, head: Head, state_head: Head | None) -> Tensor:
+    """`[tokens, 1 + states, slice]`, as one product where all have the same head."""
+    if state_head is None:
+        return head.logits(hidden.flatten(0, 1), part).view(*hidden.shape[:2], -1)
+    own, others = head.logits(hidden[:, 0], part), state_head.logits(hidden[:, 1:].flatten(0, 1), part)
+    return torch.cat([own[:, None], others.view(hidden.shape[0], hidden.shape[1] - 1, -1)], dim=1)
 
 
-def _pick(chosen: Tensor, expected: Tensor, found: Tensor, targets: Tensor, part: slice) -> None:
-    """Note the logits of the targets that lie in this slice."""
-    inside = ((targets >= part.start) & (targets < part.stop)).nonzero()[:, 0]
-    column = targets[inside] - part.start
-    chosen[0, inside] = expected[inside, column].double()
-    chosen[1:, inside] = found[:, inside, column].double()
+def _pieces(vocabulary: int, tokens: int, states: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Slices of the vocabulary, and for each all pieces of the tokens."""
+    elements, columns = PIECE_ELEMENTS[device.type], SLICE_COLUMNS[device.type]
+    columns = min(columns, vocabulary, max(1, elements // states))
+    some = max(1, elements // (states * columns))
+    for start in range(0, vocabulary, columns):
+        for first in range(0, tokens, some):
+            yield slice(start, min(start + columns, vocabulary)), slice(first, min(first + some, tokens))

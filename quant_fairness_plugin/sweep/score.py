@@ -17,14 +17,11 @@ from quant_fairness_plugin.measure.rows import Array, Batch, TokenRows, position
 from quant_fairness_plugin.measure.streamed import Head, score_hidden
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.limits import BATCH_TOKENS, CONTEXT
 from quant_fairness_plugin.sweep.ranking import BASELINE
 from quant_fairness_plugin.sweep.tree import State, StateTree, Variant, build_tree
 from quant_fairness_plugin.sweep.units import UnitMap
 from quant_fairness_plugin.sweep.walk import enter
-
-BATCH_TOKENS = 512
-"""Tokens of a batch, padding included. Its hidden states are held for every prefix at once."""
-CONTEXT = 2048
 
 
 def score_plans(
@@ -57,14 +54,25 @@ def score_plans(
         ConfigError: a plan named like the 16-bit state, or a unit that the model does not have.
         ArtifactError: a plan predicts NaN or infinity.
     """
-    tree = plan_tree(plans, units)
     tokenized = tokenize(loaded.tokenizer, texts, context=min(CONTEXT, position_limit(loaded.model)))
+    return score_rows(loaded, plan_tree(plans, units), tokenized, bank=bank, batch_tokens=batch_tokens, report=progress)
+
+
+def score_rows(
+    loaded: LoadedModel,
+    tree: StateTree,
+    tokenized: TokenRows,
+    *,
+    bank: Bank,
+    batch_tokens: int = BATCH_TOKENS,
+    report: Callable[[int, int], None] | None = None,
+) -> dict[str, StateScores]:
+    """`score_plans` for a tree and sentences that are tokens already."""
     batches = tokenized.batches(batch_tokens)
     totals = {name: tokenized.empty_totals() for name in tree.leaves}
-    report = progress or (lambda done, total: None)
     for number, batch in enumerate(batches):
-        found = score_batch(loaded, tree, bank, batch, texts, _Counter(report, number, len(batches), tree))
-        add_batch(totals, batch, found)
+        counted = _Counter(report or (lambda done, total: None), number, len(batches), tree)
+        add_batch(totals, batch, score_batch(loaded, tree, bank, batch, tokenized.texts, counted))
     return finish(tokenized, totals)
 
 
@@ -136,7 +144,9 @@ def _score_leaves(
     for variant in dict.fromkeys(heads.values()):
         leaves = [leaf for leaf in given if heads[leaf] == variant]
         hidden = torch.stack([given[leaf] for leaf in leaves])
-        nll, scores = score_hidden(reference, hidden, targets, own, state_head=_head(loaded, bank, variant))
+        nll, scores = score_hidden(
+            reference, hidden, targets, own, state_head=_head(loaded, bank, variant) if variant else None
+        )
         baseline[:, 0] = nll.cpu()
         per_leaf |= dict(zip(leaves, scores.cpu(), strict=True))
     # A state that is the 16-bit model itself has no KL; rounding would give it one of about 1e-7.

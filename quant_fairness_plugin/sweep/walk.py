@@ -20,8 +20,9 @@ from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.tree import StateTree, Variant
 from quant_fairness_plugin.sweep.units import HEAD
 
-STACK_TOKENS = 4096
-"""Most tokens that a block is given at once, all stacked states together."""
+STACK_TOKENS = {"cpu": 1024, "cuda": 1 << 15}
+"""Most tokens that a block is given at once, all stacked states together. On a CPU, so few that the widest activations
+still fit its cache."""
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class Walk:
                         yield node, head, part
 
     def _pieces(self, nodes: Sequence[int]) -> Iterator[Sequence[int]]:
-        size = max(1, STACK_TOKENS // self.ids.numel())
+        size = max(1, STACK_TOKENS[self.ids.device.type] // self.ids.numel())
         return (nodes[start : start + size] for start in range(0, len(nodes), size))
 
 

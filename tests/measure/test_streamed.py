@@ -32,12 +32,13 @@ def naive(reference: Tensor, states: Tensor, targets: Tensor, own: Head, others:
     return -expected[torch.arange(TOKENS), targets], torch.stack(rows)
 
 
-@pytest.mark.parametrize("elements", [1, 700, 1 << 23])
+@pytest.mark.parametrize(("elements", "columns"), [(1, 1), (700, 100), (700, 9999), (1 << 23, 1 << 11)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_scores_are_those_of_whole_distributions(
-    draw: torch.Generator, monkeypatch: pytest.MonkeyPatch, elements: int, biased: bool
+    draw: torch.Generator, monkeypatch: pytest.MonkeyPatch, elements: int, columns: int, biased: bool
 ) -> None:
-    monkeypatch.setattr(streamed, "SLICE_ELEMENTS", elements)
+    monkeypatch.setitem(streamed.PIECE_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(streamed.SLICE_COLUMNS, "cpu", columns)
     head = Head(
         torch.randn(VOCABULARY, WIDTH, generator=draw), torch.randn(VOCABULARY, generator=draw) if biased else None
     )
