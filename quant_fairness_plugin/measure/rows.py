@@ -10,17 +10,19 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import LanguageScores, StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure.metrics import significant
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-__all__ = ["KNOWN_FAMILIES", "Family", "Unit", "detect_family"]
+__all__ = ["KNOWN_FAMILIES", "Block", "Family", "Unit", "detect_family"]
 
 MIXTURE_WORDS = frozenset({"expert", "experts", "moe", "router"})
 """Parts of module names, between dots and underscores, such as `block_sparse_moe` or `shared_expert_gate`."""
@@ -62,7 +62,7 @@ class Family:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
+class Block:
     """The structure of one block, names relative to it."""
 
     linears: tuple[str, ...]
@@ -71,6 +71,7 @@ class _Block:
     biased: frozenset[str]
 
     def fits(self, layout: Layout) -> bool:
+        """Whether this is a block of one of the layout's families."""
         modules = [module for unit in layout.units for module in unit.modules]
         return (
             set(self.linears) == set(modules)
@@ -175,11 +176,11 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
     return stacked or several or named or isinstance(module, nn.Embedding)
 
 
-def _structure(block: nn.Module) -> _Block:
+def _structure(block: nn.Module) -> Block:
     from quant_fairness_plugin.model.linear import is_conv1d
 
     linears = list(_linears(block))
-    return _Block(
+    return Block(
         linears=tuple(name for name, _ in linears),
         conv1d=frozenset(name for name, module in linears if is_conv1d(module)),
         norms=frozenset(_norms(block)),
@@ -217,7 +218,7 @@ def _known(model: PreTrainedModel, layout: Layout) -> Family:
     )
 
 
-def _generic(model: PreTrainedModel, path: str, blocks: list[_Block]) -> Family:
+def _generic(model: PreTrainedModel, path: str, blocks: list[Block]) -> Family:
     if len(blocks) < 2:
         raise UnsupportedModelError(
             f"{_kind(model)}: an unknown architecture with a single block; looked for two or more equal blocks, or for "

@@ -26,12 +26,17 @@ from quant_fairness_plugin.model.storage import (
 
 __all__ = [
     "LoadedModel",
+    "check_device",
+    "check_keys",
+    "check_layer_count",
+    "compute_dtype",
     "empty_model",
     "from_loaded",
     "is_conv1d",
     "is_linear",
     "linear_weight",
     "load_model",
+    "load_tokenizer",
     "quiet_transformers",
     "set_linear_weight",
 ]
@@ -108,19 +113,17 @@ def load_model(
         ArtifactError: missing, malformed, surplus or non-finite tensors.
         ExternalServiceError: the Hub failed.
     """
-    compute = torch.float32 if dtype is None else dtype
-    if compute not in _COMPUTE:
-        raise ConfigError(f"dtype {dtype} cannot be computed in; allowed are float32, float16 and bfloat16. Use those.")
-    _check_device(device)
+    compute = compute_dtype(dtype)
+    check_device(device)
     files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     storage = storage_dtype(files)
     model = _load_weights(files, trust_remote_code)
     family = detect_family(model)
-    _check_layer_count(files, model, family)
+    check_layer_count(files, model, family)
     round_parameters(model, files, storage=storage, compute=compute)
     model.requires_grad_(False)
     model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
-    return LoadedModel(files, model, _load_tokenizer(files, trust_remote_code), family, storage)
+    return LoadedModel(files, model, load_tokenizer(files, trust_remote_code=trust_remote_code), family, storage)
 
 
 def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
@@ -158,8 +161,15 @@ def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> L
     return LoadedModel(files, model, tokenizer, family, sixteen_bit(weight.dtype))
 
 
-def empty_model(files: ModelFiles, *, trust_remote_code: bool = False) -> PreTrainedModel:
+def empty_model(
+    files: ModelFiles, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model's modules on the meta device: its structure without reading or allocating a weight.
+
+    Args:
+        files: the model.
+        trust_remote_code: run the model code that the checkpoint brings along.
+        dtype: of the parameters; None is the config's.
 
     Raises:
         ArtifactError: a config that Transformers cannot read.
@@ -173,7 +183,7 @@ def empty_model(files: ModelFiles, *, trust_remote_code: bool = False) -> PreTra
     try:
         with quiet_transformers(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=trust_remote_code
+                config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
             )
     except _LOAD_ERRORS as err:
         raise UnsupportedModelError(
@@ -196,7 +206,23 @@ def quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _check_device(device: str) -> None:
+def compute_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype to compute in; None is float32.
+
+    Raises:
+        ConfigError: a dtype that is not computed in.
+    """
+    if dtype is not None and dtype not in _COMPUTE:
+        raise ConfigError(f"dtype {dtype} cannot be computed in; allowed are float32, float16 and bfloat16. Use those.")
+    return torch.float32 if dtype is None else dtype
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        ConfigError: torch cannot use it.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:  # torch asserts that it was built for the device
@@ -226,12 +252,20 @@ def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel
         ) from err
     model: PreTrainedModel
     model, info = loaded
-    _check_keys(files, info)
+    check_keys(files, info)
     return model
 
 
-def _check_keys(files: ModelFiles, info: dict[str, Any]) -> None:
-    """Refuse a checkpoint that does not hold exactly the model's tensors; Transformers would fill gaps at random."""
+def check_keys(files: ModelFiles, info: dict[str, Any]) -> None:
+    """Refuse a checkpoint that does not hold exactly the model's tensors; Transformers would fill gaps at random.
+
+    Args:
+        files: the model.
+        info: names under `missing_keys` and `unexpected_keys`, and tuples that begin with one under `mismatched_keys`.
+
+    Raises:
+        ArtifactError: says how many tensors are missing, unexpected or of another shape, and names the first.
+    """
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(info["unexpected_keys"]),
@@ -244,7 +278,12 @@ def _check_keys(files: ModelFiles, info: dict[str, Any]) -> None:
         )
 
 
-def _check_layer_count(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+def check_layer_count(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+    """Refuse a config that counts its layers wrongly.
+
+    Raises:
+        ArtifactError: the model that is built from it has another number of blocks.
+    """
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
     if len(blocks) != files.layers:
@@ -253,7 +292,12 @@ def _check_layer_count(files: ModelFiles, model: PreTrainedModel, family: Family
         )
 
 
-def _load_tokenizer(files: ModelFiles, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ArtifactError: it does not load.
+    """
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(

@@ -257,7 +257,7 @@ def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: 
 
 def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
     for name, (dtype, _) in shapes.items():
-        if name.endswith(_QUANTIZED_ENDINGS) or dtype.startswith(("F4", "F6", "F8")):
+        if name.endswith(_QUANTIZED_ENDINGS) or dtype.startswith(("F4", "F6_", "F8_")):
             raise UnsupportedModelError(
                 f"{folder}: the model is already quantized ({name}, {dtype}); allowed are 16- or 32-bit models. "
                 "Use the original."

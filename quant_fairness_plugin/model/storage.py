@@ -54,15 +54,31 @@ def round_parameters(model: nn.Module, files: ModelFiles, *, storage: torch.dtyp
         UnsupportedModelError: a value is too large for the storage dtype.
     """
     for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ArtifactError(f"{files.folder}: {name} holds NaN or infinite values. Get the files again.")
-        rounded = parameter.detach().to(storage)
-        if not torch.isfinite(rounded).all():
-            raise UnsupportedModelError(
-                f"{files.name}: {name} holds {parameter.abs().max().item():.3g}, and {storage} ends at "
-                f"{torch.finfo(storage).max:.3g}. Convert the checkpoint to bfloat16 first."
-            )
-        parameter.data = rounded.to(compute)
+        parameter.data = rounded(parameter.detach(), name, files, storage=storage).to(compute)
+
+
+def rounded(value: Tensor, name: str, files: ModelFiles, *, storage: torch.dtype) -> Tensor:
+    """A value in the storage dtype.
+
+    Args:
+        value: of any shape.
+        name: what it is called in errors.
+        files: the model that it is from.
+        storage: float16 or bfloat16.
+
+    Raises:
+        ArtifactError: it holds NaN or infinite values.
+        UnsupportedModelError: it holds one that is too large for the storage dtype.
+    """
+    if not torch.isfinite(value).all():
+        raise ArtifactError(f"{files.folder}: {name} holds NaN or infinite values. Get the files again.")
+    result = value.to(storage)
+    if result.dtype != value.dtype and not torch.isfinite(result).all():
+        raise UnsupportedModelError(
+            f"{files.name}: {name} holds {value.abs().max().item():.3g}, and {storage} ends at "
+            f"{torch.finfo(storage).max:.3g}. Convert the checkpoint to bfloat16 first."
+        )
+    return result
 
 
 def parameters_sha256(model: nn.Module) -> str:

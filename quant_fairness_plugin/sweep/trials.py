@@ -25,7 +25,8 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor
 from quant_fairness_plugin.sweep.jobs import RESULT_VERSION, Found, Job, identity
-from quant_fairness_plugin.sweep.score import BATCH_TOKENS, CONTEXT, add_batch, finish, plan_tree
+from quant_fairness_plugin.sweep.limits import BATCH_TOKENS, CONTEXT
+from quant_fairness_plugin.sweep.score import add_batch, finish, plan_tree
 from quant_fairness_plugin.sweep.units import UnitMap
 
 logger = logging.getLogger(__name__)

@@ -17,12 +17,9 @@ from torch import Tensor
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, head_input, rehearse
 from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.limits import STACK_TOKENS
 from quant_fairness_plugin.sweep.tree import StateTree, Variant
 from quant_fairness_plugin.sweep.units import HEAD
-
-STACK_TOKENS = {"cpu": 1024, "cuda": 1 << 15}
-"""Most tokens that a block is given at once, all stacked states together. On a CPU, so few that the widest activations
-still fit its cache."""
 
 
 @dataclass(slots=True)

@@ -1,0 +1,158 @@
+"""Step 1, an empty model made ready for tensors that are read one at a time.
+
+Finds which tensor of the files is which parameter, and gives buffers their real values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+
+from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.load import check_keys
+from quant_fairness_plugin.model.reading import Place, read_parts, read_tensor
+from quant_fairness_plugin.model.resolve import ModelFiles
+
+_OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Buffers that old checkpoints hold and that models now make themselves."""
+_COMPARED_VALUES = 1 << 22
+
+
+def match_tensors(model: PreTrainedModel, files: ModelFiles, stored: Mapping[str, Place]) -> dict[str, Place]:
+    """Parameter or persistent buffer → where it is; a tied parameter has all its names.
+
+    Names are changed as Transformers changes them while loading. Where a checkpoint holds two different tensors for
+    parameters that the config ties, they are untied in the model.
+
+    Args:
+        model: on the meta device.
+        files: for errors.
+        stored: what the files hold.
+
+    Raises:
+        ArtifactError: tensors are missing, unexpected or of another shape.
+    """
+    wanted = model.state_dict(keep_vars=True)
+    names = {_renamed(model, name, wanted): name for name in stored}
+    found = {name: stored[source] for name, source in names.items() if name in wanted}
+    _join_tied(model, found)
+    ignored = [*_OBSOLETE, *(model._keys_to_ignore_on_load_unexpected or ())]
+    unexpected = {name for name in names if name not in wanted and not any(re.search(p, name) for p in ignored)}
+    mismatched = [(name,) for name, place in found.items() if place.shape != tuple(wanted[name].shape)]
+    missing = wanted.keys() - found.keys()
+    check_keys(files, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched})
+    return found
+
+
+def place_buffers(model: PreTrainedModel, files: ModelFiles, places: Mapping[str, Place], device: str) -> None:
+    """Give every buffer its value: what the files hold, else what the model computes.
+
+    A buffer that no code computes would be left with whatever the memory held. So they are computed twice, starting
+    from other values: what is then not the same was left.
+
+    Raises:
+        UnsupportedModelError: a buffer that no code computes.
+    """
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    for name in buffers & places.keys():
+        value = read_tensor(places[name])
+        _set_buffer(model, name, value.float() if value.is_floating_point() else value)
+    computed = sorted(buffers - places.keys())
+    first, second = ({name: value.clone() for name, value in _compute(model, computed, fill)} for fill in (0, 1))
+    left = [name for name in computed if not torch.equal(first[name], second[name])]
+    left += [f"{name} (no buffer)" for name in _loose_tensors(model)]
+    if left:
+        raise UnsupportedModelError(
+            f"{files.name}: nothing says what {', '.join(left[:5])} should hold; allowed are models whose "
+            "_init_weights computes all that is not in the checkpoint. Load the whole model (without a memory budget)."
+        )
+    for name in buffers:
+        _set_buffer(model, name, model.get_buffer(name).to(device))
+
+
+def put(model: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter of a name, and of all names that it is tied to."""
+    old, new = model.get_parameter(name), nn.Parameter(value, requires_grad=False)
+    for module in _owners(model, name, old):
+        for leaf, parameter in module._parameters.items():
+            if parameter is old:
+                module._parameters[leaf] = new
+
+
+def _owners(model: nn.Module, name: str, parameter: nn.Parameter) -> list[nn.Module]:
+    own = model.get_submodule(name.rpartition(".")[0])
+    if not isinstance(model, PreTrainedModel):
+        return [own]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    return [own, *(end for end in ends if end is not None and end is not own and end.weight is parameter)]
+
+
+def _renamed(model: PreTrainedModel, name: str, wanted: Mapping[str, Tensor]) -> str:
+    """The name in the model of a tensor of the files."""
+    for transform in get_model_conversion_mapping(model):
+        if isinstance(transform, WeightRenaming):  # others merge or split tensors, which is not done here
+            name, _ = transform.rename_source_key(name)
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, prefix + name, name.removeprefix(prefix)):
+        if candidate in wanted:
+            return candidate
+    return name
+
+
+def _join_tied(model: PreTrainedModel, found: dict[str, Place]) -> None:
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target in found and source in found:
+            if _same(found[target], found[source]):
+                found[target] = found[source]
+            else:
+                _untie(model, target)
+        elif target in found or source in found:
+            found[target] = found[source] = found.get(target) or found[source]
+
+
+def _same(one: Place, other: Place) -> bool:
+    if one.shape != other.shape:
+        return False
+    rows = one.shape[0]
+    size = max(1, _COMPARED_VALUES // max(1, one.shape[-1]))
+    parts = [(start, min(start + size, rows)) for start in range(0, rows, size)]
+    pairs = zip(read_parts(one, parts), read_parts(other, parts), strict=True)
+    return all(torch.equal(a.float(), b.float()) for a, b in pairs)
+
+
+def _untie(model: PreTrainedModel, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    module._parameters[leaf] = nn.Parameter(torch.empty_like(model.get_parameter(name)), requires_grad=False)
+    model.all_tied_weights_keys.pop(name)
+
+
+def _compute(model: PreTrainedModel, names: list[str], fill: int) -> Iterator[tuple[str, Tensor]]:
+    """These buffers as the model's own code computes them in memory that held `fill`."""
+    for name in names:
+        _set_buffer(model, name, torch.full_like(model.get_buffer(name), fill, device="cpu"))
+    for module in model.modules():
+        module.__dict__.pop("_is_hf_initialized", None)
+    model.initialize_weights()  # type: ignore[no-untyped-call] # parameters are on the meta device: nothing happens
+    return ((name, model.get_buffer(name)) for name in names)
+
+
+def _loose_tensors(model: nn.Module) -> list[str]:
+    """Tensors that are plain attributes of modules and have no values."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and value.is_meta
+    ]
+
+
+def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._buffers[leaf] = value

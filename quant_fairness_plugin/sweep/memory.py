@@ -1,0 +1,136 @@
+"""How much memory a layer-by-layer sweep needs, from the shapes of a model's parameters alone. Step 4. No torch.
+
+Counted is what the sweep itself holds; the interpreter and its libraries (about 0.4 GB with torch) come on top.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from quant_fairness_plugin.errors import ConfigError, ResourceError
+from quant_fairness_plugin.model.outline import Outline
+
+PIECE_TOKENS = 1024
+"""Tokens that a block is given at once on a CPU, all stacked states together; a single state can have more."""
+HEAD_TOKENS = 4096
+"""The same for the head. It is no function of the budget: what is computed together decides the last bits."""
+_ROUNDING_COPIES = 4
+"""What rounding a matrix takes at its peak, in float32 copies of it (measured: 3.5 with every clipping rule)."""
+_HEAD_COPIES = 3
+_STORED_BYTES, _FLOAT32_BYTES = 2, 4
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("B", 1000), ("iB", 1024))
+}
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes that are needed at once, besides the hidden states that are kept between two layers."""
+
+    blocks: int
+    """One block in every precision, and the next one in 16 bit."""
+    work: int
+    """The most that rounding a matrix, running a block, the head, or units around the blocks takes beside them."""
+
+    @property
+    def least(self) -> int:
+        """The smallest budget."""
+        return self.blocks + self.work
+
+    def left_for_states(self, budget: int) -> int:
+        """What a budget leaves for the hidden states that are kept between two layers.
+
+        Raises:
+            ResourceError: the budget does not hold one block in every precision.
+        """
+        if budget < self.least:
+            raise ResourceError(
+                f"memory budget {shown(budget)}: one block in every precision and what it takes to run it need "
+                f"{shown(self.least)}; allowed is that or more. Raise the budget, or use a machine with more memory."
+            )
+        return budget - self.least
+
+
+def count_needs(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    blocks: str,
+    precisions: int,
+    value_bytes: int = _FLOAT32_BYTES,
+    tokens: int = PIECE_TOKENS,
+    widened: int = 0,
+) -> Needs:
+    """What a sweep of this model needs.
+
+    Args:
+        shapes: parameter → shape.
+        blocks: full name of the list of blocks.
+        precisions: how many precisions but 16 bit a block is held in.
+        value_bytes: of one value as it is computed with.
+        tokens: of the largest batch, or that a block is given at once where that is more.
+        widened: values of the tables around the blocks that plans quantize.
+    """
+    layers: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if name.startswith(f"{blocks}."):
+            layers.setdefault(name.removeprefix(f"{blocks}.").partition(".")[0], []).append(shape)
+    values = max(sum(map(prod, own)) for own in layers.values())
+    largest = max(prod(shape) for own in layers.values() for shape in own)
+    # The larger side of a matrix is at least its outputs, whichever way round it is stored.
+    outputs = max(sum(max(shape) for shape in own if len(shape) == 2) for own in layers.values())
+    width = max(min(shape) for own in layers.values() for shape in own if len(shape) == 2)
+    work = [
+        _ROUNDING_COPIES * _FLOAT32_BYTES * largest,
+        value_bytes * max(tokens, PIECE_TOKENS) * outputs,
+        _HEAD_COPIES * value_bytes * max(tokens, HEAD_TOKENS) * width,
+        (_ROUNDING_COPIES * _FLOAT32_BYTES + value_bytes) * widened,
+    ]
+    return Needs(values * (value_bytes * (1 + precisions) + _STORED_BYTES), max(work))
+
+
+def check_budget(outline: Outline, budget: int, *, precisions: int) -> None:
+    """Refuse a budget that is too small for a model that is not loaded yet.
+
+    Args:
+        outline: the model.
+        budget: bytes.
+        precisions: how many precisions but 16 bit a block is held in.
+
+    Raises:
+        ResourceError: says how much is needed.
+    """
+    count_needs(outline.shapes, blocks=outline.family.blocks, precisions=precisions).left_for_states(budget)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as `1GB`, `1.5 GiB`, `800MB` or `123456`.
+
+    Raises:
+        ConfigError: not a size, or none of at least one byte.
+
+    >>> parse_size("1.5 GiB")
+    1610612736
+    """
+    found = _SIZE.fullmatch(text.strip())
+    names = {unit.upper(): factor for unit, factor in _UNITS.items()}
+    if found is None or found[2].upper() not in names or (size := int(float(found[1]) * names[found[2].upper()])) < 1:
+        raise ConfigError(
+            f"size {text!r} is none; allowed are a number of bytes and KB, MB, GB, TB (thousands) or KiB, MiB, GiB, "
+            "TiB. Write for example 1GB."
+        )
+    return size
+
+
+def shown(size: int) -> str:
+    """A size for people: rounded up, so that what is asked for is enough."""
+    for unit in ("GB", "MB", "KB"):
+        if size >= _UNITS[unit]:
+            return f"{-(-size * 100 // _UNITS[unit]) / 100:.2f} {unit}"
+    return f"{size} bytes"
