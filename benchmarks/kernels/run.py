@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def check(size: str, environment: dict[str, str]) -> int:
     """Run the grid in a process of its own (triton decides at import whether it interprets) and print it."""
     command = [sys.executable, "-m", "quant_fairness_kernels.verify", "--grid", size]
     failed = total = 0
+    print("      error      tolerance  two runs    case: tokens x features x channels, and what is in it")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment) as process:
         assert process.stdout is not None  # asked for
         for line in process.stdout:
@@ -84,22 +86,25 @@ def check(size: str, environment: dict[str, str]) -> int:
 
 def read_machine_code(size: str) -> int:
     """Compile the default configurations and print what their main loops cost; 1 if one is over its bound or spills."""
-    print(
-        "instructions per weight (bound), registers, spilled bytes, shared KB, tensor-core instructions, waited loads"
-    )
-    failed = 0
-    for case in sass.cases("full" if size == "full" else "small"):
+    print(f"{'':48s} {'per weight (bound)':18s} {'registers':>9s} {'spilled':>7s} {'shared':>6s} {'tensor':>6s} waited")
+    failed, chosen = 0, sass.cases("full" if size == "full" else "small")
+    for case in chosen:
         report, bound = sass.inspect(case), sass.most_instructions(case)
         bad = report.instructions_per_weight > bound or report.spilled_bytes > 0 or report.waited_loads > 0
         bad = bad or not report.tensor_core or report.int_to_float > 0 or not report.wide_copies
         failed += bad
         print(
-            f"{'BAD' if bad else 'ok':3s} {case.name:44s} {report.instructions_per_weight:5.2f} ({bound:.1f})  "
-            f"{report.registers:3d}  {report.spilled_bytes}  {report.shared_bytes // 1024:3d}  "
-            f"{report.tensor_core:3d}  {report.waited_loads}",
+            f"{'BAD' if bad else 'ok':3s} {case.name:44s} {report.instructions_per_weight:10.2f} ({bound:.1f})  "
+            f"{report.registers:9d} {report.spilled_bytes:7d} {report.shared_bytes // 1024:3d} KB "
+            f"{report.tensor_core:6d} {report.waited_loads:6d}",
             flush=True,
         )
+    print(f"{len(chosen) - failed} of {len(chosen)} kernels within their bounds, on {triton_versions()}")
     return int(failed > 0)
+
+
+def triton_versions() -> str:
+    return f"triton {package_version('triton')}, torch {package_version('torch')}"
 
 
 def time_shapes() -> Iterator[dict[str, Any]]:

@@ -77,12 +77,16 @@ def prepare_cpu(
         rows: most tokens for torch's operator; None takes the measured threshold for this shape and CPU.
 
     Raises:
-        ValueError: another type, or a weight that is not on the CPU.
+        ValueError: another type, a weight that is not on the CPU, or columns or dense features that do not fit it.
     """
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"activations in {dtype} are not supported; allowed: bfloat16, float16, float32")
     if planes.words.device.type != "cpu":
         raise ValueError(f"the weight is on {planes.words.device}; move it to the CPU first")
+    if columns is not None:
+        columns = columns.checked(N=planes.N, K=planes.K)
+    if dense is not None and (dense.dim() != 2 or dense.shape[1] != planes.K):
+        raise ValueError(f"dense is {list(dense.shape)}; it must be [D, {planes.K}]")
     group = _operator_group(planes)
     if dtype != torch.bfloat16 or group is None:
         rows = 0
@@ -112,13 +116,19 @@ def cpu_matmul(x: Tensor, weight: CpuWeight, *, bias: Tensor | None = None, silu
     to it). Above, `linear` with the dequantized weight.
 
     Raises:
-        ValueError: `x` has another type, device or last dimension than the weight was prepared for.
+        ValueError: `x` has another type, device or last dimension than the weight was prepared for, or the bias another
+            length than the result, or `silu_mul` an odd number of features.
     """
-    if x.dtype != weight.dtype or x.device.type != "cpu" or x.shape[-1] != weight.K:
+    if x.dtype != weight.dtype or x.device.type != "cpu" or x.shape[-1:] != (weight.K,):
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} on {x.device}; "
             f"this weight takes {weight.dtype} [..., {weight.K}] on the CPU"
         )
+    features = weight.N + (0 if weight.extra is None else len(weight.extra))
+    if bias is not None and bias.shape != (features,):
+        raise ValueError(f"bias is {list(bias.shape)}; it must be [{features}]")
+    if silu_mul and features % 2:
+        raise ValueError(f"silu_mul needs an even number of features, gates and their partners; this has {features}")
     rows = x.reshape(-1, weight.K)
     if 0 < rows.shape[0] <= weight.rows:
         out = _by_operator(rows, weight)

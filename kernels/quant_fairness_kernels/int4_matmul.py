@@ -37,6 +37,25 @@ class Columns:
     weights: Tensor
     """16-bit `[C, N]`."""
 
+    def checked(self, *, N: int, K: int) -> Columns:
+        """Itself, after looking at the channels once: a launch does not, which would make it wait for the GPU.
+
+        Raises:
+            ValueError: a shape or type that `int4_matmul` would not take, or a channel outside 0..K - 1 or named twice.
+        """
+        index = self.index
+        if index.dtype != torch.int32 or index.dim() != 1 or self.weights.shape != (len(index), N):
+            raise ValueError(
+                f"columns are {index.dtype} {list(index.shape)} with weights {list(self.weights.shape)}; they must be "
+                f"torch.int32 [C] and [C, {N}]"
+            )
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < K:
+            raise ValueError(f"columns name channels {int(index.min())}..{int(index.max())}; allowed are 0..{K - 1}")
+        repeated = len(index) - int(index.bincount().count_nonzero()) if len(index) else 0
+        if repeated:
+            raise ValueError(f"columns name {repeated} channels more than once")
+        return self
+
 
 def int4_matmul(
     x: Tensor,

@@ -119,13 +119,15 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format | None) -> Iter
         elif layout is not None:
             yield from layout.tensors(module, quantized.tensors[module]).items()
         else:
-            dense = stored_form(model.get_submodule(module), quantized.tensors[module].dequantize())
+            dense = stored_form(model.get_submodule(module), quantized.dense_weight(module))
             yield name, dense.to("cpu", dtype).contiguous()
     for name, length in activation_scales(model, layout.name if layout is not None else "").items():
         yield name, torch.ones(length, dtype=dtype)
 
 
-def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def write_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = SHARD_BYTES, indexed: bool = False
+) -> None:
     """Write `model.safetensors`, or numbered shards and their index where one file would be too large.
 
     Holds one shard in memory. A single tensor above the limit gets a shard of its own.
@@ -134,6 +136,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_b
         tensors: names and tensors, in the order in which they are stored.
         folder: an existing folder.
         shard_bytes: the largest size of the tensors of one file.
+        indexed: write an index for a single file too.
 
     Raises:
         ResourceError: the disk is full or cannot be written.
@@ -149,7 +152,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, *, shard_b
         size += tensor.nbytes
         total += tensor.nbytes
     parts.append(_write_part(shard, folder, len(parts)))
-    _name_parts(parts, folder, total)
+    _name_parts(parts, folder, total, indexed)
 
 
 def _write_part(shard: dict[str, Tensor], folder: Path, number: int) -> tuple[Path, list[str]]:
@@ -166,14 +169,14 @@ def _write_part(shard: dict[str, Tensor], folder: Path, number: int) -> tuple[Pa
     return path, list(shard)
 
 
-def _name_parts(parts: list[tuple[Path, list[str]]], folder: Path, total: int) -> None:
-    if len(parts) == 1:
-        os.rename(parts[0][0], folder / "model.safetensors")
-        return
+def _name_parts(parts: list[tuple[Path, list[str]]], folder: Path, total: int, indexed: bool) -> None:
+    single = len(parts) == 1
     weight_map: dict[str, str] = {}
     for number, (path, names) in enumerate(parts, start=1):
-        final = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        final = "model.safetensors" if single else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         os.rename(path, folder / final)
         weight_map |= dict.fromkeys(names, final)
+    if single and not indexed:
+        return
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")

@@ -121,6 +121,7 @@ def _check_recorded(folder: Path) -> tuple[list[CheckResult], Case]:
     shapes = check_headers(folder)
     config, quantization = read_config(folder)
 
+    from quant_fairness_plugin.export.check_columns import check_columns
     from quant_fairness_plugin.export.check_tensors import check_tensor_list, check_values, modules_by_tensors
     from quant_fairness_plugin.export.dequantize import bare_model
     from quant_fairness_plugin.model.families import detect_family
@@ -138,6 +139,8 @@ def _check_recorded(folder: Path) -> tuple[list[CheckResult], Case]:
         CheckResult("tensors", "passed", listed),
         CheckResult("values", "passed", check_values(folder, record)),
     ]
+    if columns := check_columns(folder, record, model, str(config.get("dtype"))):
+        checks.append(CheckResult("columns", "passed", columns))
     return checks, Case(modules=modules, family=family, quantization=quantization or {}, facts=_checked_facts(record))
 
 

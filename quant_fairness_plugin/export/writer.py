@@ -25,12 +25,13 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.check_files import RECORD, check_recorded_files, file_record, list_files
+from quant_fairness_plugin.export.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.export.contents import checkpoint_tensors, module_map, own_widths, stored_name, write_shards
 from quant_fairness_plugin.export.dequantize import iterate_dense
 from quant_fairness_plugin.export.formats import check_exportable, checkpoint_format
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import verify
-from quant_fairness_plugin.model.linear import is_conv1d
+from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.weights import check_inside
@@ -97,6 +98,7 @@ def export(
         kept_modules=quantized.kept,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
+        protected_columns={} if format == "fp16-twin" else {n: len(c.index) for n, c in quantized.columns.items()},
     )
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
@@ -119,6 +121,7 @@ def _check_plan(quantized: QuantizedModel, plan: ProtectionPlan, out: Path) -> N
         tuple(plan.protected_layers) != tuple(sorted(quantized.protected))
         or plan.grid != quantized.grid
         or (plan.overrides != dict(quantized.overrides))
+        or (plan.protect_columns > 0) != bool(quantized.columns)
     ):
         raise ConfigError(
             f"the plan protects layers {plan.protected_layers} with {plan.grid} and {plan.overrides}, quantized was "
@@ -146,7 +149,9 @@ def _write_model(quantized: QuantizedModel, folder: Path, format_name: str) -> N
     """Weights, `config.json`, and the format's side files."""
     loaded = quantized.loaded
     layout = None if format_name == "fp16-twin" else checkpoint_format(format_name)
-    write_shards(checkpoint_tensors(quantized, layout), folder)
+    columns = quantized.columns if layout is not None else {}
+    write_shards(checkpoint_tensors(quantized, layout), folder, indexed=bool(columns))
+    write_columns(columns, folder)
     dtype = str(loaded.storage_dtype).removeprefix("torch.")
     old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
     config = loaded.files.config | old_key | {"dtype": dtype}
@@ -201,16 +206,30 @@ def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: s
         raise ArtifactError(
             f"{folder}: {len(expected)} tensors were not written, first {min(expected)}. Report this as a bug."
         )
+    if format_name != "fp16-twin":
+        _compare_columns(quantized, folder)
+
+
+def _compare_columns(quantized: QuantizedModel, folder: Path) -> None:
+    """The side file must hold what the integers lack; AWQ, which scales the weights, is compared with memory alone."""
+    found = read_columns(folder)
+    for name in sorted(found.keys() | quantized.columns.keys()):
+        kept, written = quantized.columns.get(name), found.get(name)
+        if kept is None or written is None or not torch.equal(kept.delta.cpu(), written.delta):
+            raise ArtifactError(f"{folder}: the columns of {name} are not what was kept. Report this as a bug.")
+        if quantized.method != "awq":
+            weight = linear_weight(quantized.loaded.model.get_submodule(name)).cpu()
+            check_difference(name, written, weight, quantized.tensors[name].dequantize().cpu())
 
 
 def _expected_values(quantized: QuantizedModel, format_name: str) -> dict[str, partial[Tensor]]:
     """Tensor name on disk → how to compute its float32 value, one at a time."""
-    loaded = quantized.loaded
+    loaded, twin = quantized.loaded, format_name == "fp16-twin"
 
     def weight(module: str) -> Tensor:
-        dense = quantized.tensors[module].dequantize().cpu()
+        dense = (quantized.dense_weight(module) if twin else quantized.tensors[module].dequantize()).cpu()
         dense = dense.t() if is_conv1d(loaded.model.get_submodule(module)) else dense
-        return dense.to(loaded.storage_dtype).float() if format_name == "fp16-twin" else dense
+        return dense.to(loaded.storage_dtype).float() if twin else dense
 
     def folded(name: str) -> Tensor:
         return quantized.folded[name].to("cpu", loaded.storage_dtype).float()

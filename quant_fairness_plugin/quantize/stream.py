@@ -5,6 +5,7 @@ quantized blocks before it and, within its block, of the modules before it (*tru
 calibrated with quantized q, k, v). Modules of one fusion group share their inputs, so they share a Hessian.
 AWQ goes the same way, and folds each group's input scale into the module in front of it, which may be quantized by
 then: its integers stay and its scales are divided.
+Which input channels keep 16 bit (`columns`) is chosen when a group is solved; GPTQ then solves it again without them.
 Protected layers run in 16 bit and are left alone. At any time at most one block differs from the model passed in.
 """
 
@@ -19,18 +20,27 @@ import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import Grid, Method, Precision
-from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
+from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.awq import FairMagnitude, solve_awq
+from quant_fairness_plugin.quantize.awq import FairMagnitude
 from quant_fairness_plugin.quantize.bank import stored_form
 from quant_fairness_plugin.quantize.blocks import Batch, fair_moments, first_inputs, language_moments
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
-from quant_fairness_plugin.quantize.folding import Fold, fold_source, model_folds
-from quant_fairness_plugin.quantize.gptq import DEFAULT_DAMP, solve_gptq
+from quant_fairness_plugin.quantize.columns import KeptColumns
+from quant_fairness_plugin.quantize.folding import model_folds
+from quant_fairness_plugin.quantize.gptq import DEFAULT_DAMP
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.group_moments import MomentWatch
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES, Selection, select_modules
+from quant_fairness_plugin.quantize.solving import (
+    Settings,
+    Solved,
+    dense_values,
+    naming,
+    solve_awq_unit,
+    solve_gptq_unit,
+)
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +73,12 @@ class QuantizedModel:
     """Who made the integers: our own core, or the name of a backend."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Versions of the backend's packages; empty for our own core."""
+    columns: Mapping[str, KeptColumns] = field(default_factory=dict)
+    """Full module name → the input channels that keep 16 bit beside its integers."""
+
+    def dense_weight(self, name: str) -> Tensor:
+        """What a quantized module computes with, kept channels included: float32 `[rows, cols]`."""
+        return dense_values(self.tensors[name], self.columns.get(name))
 
     def dense_weights(self) -> dict[str, Tensor]:
         """Everything that `bank.swapped` needs to compute the quantized model.
@@ -73,31 +89,8 @@ class QuantizedModel:
         modules = {
             name: module for layer in range(self.loaded.layers) for name, module in self.loaded.linears(layer).items()
         }
-        dense = {name: stored_form(modules[name], tensor.dequantize()) for name, tensor in self.tensors.items()}
+        dense = {name: stored_form(modules[name], self.dense_weight(name)) for name in self.tensors}
         return dense | {name: value.to(self.loaded.model.get_parameter(name)) for name, value in self.folded.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What every module of a run is solved with."""
-
-    method: Method
-    folds: Mapping[str, Fold]
-    """AWQ: fusion group → where its input scale goes."""
-    grids: Mapping[str, Grid]
-    scale_dtype: torch.dtype
-    damp: float
-    act_order: bool
-
-
-@dataclass(slots=True)
-class _Solved:
-    """What a run has found so far; the fields are those of `QuantizedModel`."""
-
-    tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    damping: dict[str, float] = field(default_factory=dict)
-    folded: dict[str, Tensor] = field(default_factory=dict)
 
 
 def quantize_model(
@@ -108,6 +101,7 @@ def quantize_model(
     grid: Grid,
     calibration: CalibrationSet | None = None,
     overrides: Mapping[str, Precision] = NO_OVERRIDES,
+    columns: float = 0.0,
     damp: float = DEFAULT_DAMP,
     act_order: bool = True,
     batch_tokens: int = BATCH_TOKENS,
@@ -124,23 +118,30 @@ def quantize_model(
         grid: the integer grid; modules that it does not fit stay in 16 bit and are listed in `kept`.
         calibration: token rows and language weights for `gptq` and `awq`; must be None for `rtn`.
         overrides: units with another precision than the grid's, as in `ProtectionPlan.overrides`.
+        columns: share of the input channels of each module that keeps 16 bit; `rtn` cannot tell which they should be.
         damp: GPTQ's damping, as a share of the mean Hessian diagonal.
         act_order: GPTQ's column order by Hessian diagonal (static; nothing of it shows in the result's layout).
         batch_tokens: most calibration tokens that are run at once.
         progress: called with (layers done, layers) after each layer.
 
     Raises:
-        ConfigError: an unknown method, a calibration that is missing or not needed, or a grid that fits no module.
+        ConfigError: an unknown method, a calibration that is missing or not needed, columns without a calibration, or a
+            grid that fits no module.
         InvalidLayerError: a protected layer that the model lacks, or all of them.
         ArtifactError: a weight holds NaN or infinity (names the module).
         UnsupportedModelError: a module cannot be solved (names it), or AWQ does not know the architecture.
     """
     selection = select_modules(loaded, grid, protected=protected, overrides=overrides)
     _check_method(method, calibration, grid)
+    if columns and calibration is None:
+        raise ConfigError(
+            f"columns {columns} cannot be used with method 'rtn': which channels matter only calibration tells; use "
+            "'gptq' or 'awq'"
+        )
     report = progress or (lambda done, total: None)
-    settings = _Settings(
+    settings = Settings(
         method=method, folds=model_folds(loaded) if method == "awq" else {}, grids=selection.grids,
-        scale_dtype=loaded.storage_dtype, damp=damp, act_order=act_order,
+        scale_dtype=loaded.storage_dtype, damp=damp, act_order=act_order, columns=columns,
     )  # fmt: skip
     empty = QuantizedModel(
         loaded=loaded, method=method, grid=grid, protected=selection.protected, tensors={}, kept=selection.kept,
@@ -149,7 +150,10 @@ def quantize_model(
     if calibration is None:
         return replace(empty, tensors=_round_all(loaded, selection, settings, report))
     solved = _solve_all(loaded, selection, settings, calibration, batch_tokens=batch_tokens, report=report)
-    return replace(empty, tensors=solved.tensors, losses=solved.losses, damping=solved.damping, folded=solved.folded)
+    return replace(
+        empty, tensors=solved.tensors, losses=solved.losses, damping=solved.damping, folded=solved.folded,
+        columns=solved.columns,
+    )  # fmt: skip
 
 
 def _check_method(method: Method, calibration: CalibrationSet | None, grid: Grid) -> None:
@@ -169,13 +173,13 @@ def _check_method(method: Method, calibration: CalibrationSet | None, grid: Grid
 
 
 def _round_all(
-    loaded: LoadedModel, selection: Selection, settings: _Settings, report: Callable[[int, int], None]
+    loaded: LoadedModel, selection: Selection, settings: Settings, report: Callable[[int, int], None]
 ) -> dict[str, QuantizedTensor]:
     tensors: dict[str, QuantizedTensor] = {}
     for layer in range(loaded.layers):
         modules = loaded.linears(layer)
         for name in (name for unit in selection.units.get(layer, ()) for name in unit):
-            with _naming(name):
+            with naming(name):
                 weight = linear_weight(modules[name])
                 tensors[name] = quantize_rtn(weight, settings.grids[name], scale_dtype=settings.scale_dtype)
         report(layer + 1, loaded.layers)
@@ -185,19 +189,20 @@ def _round_all(
 def _solve_all(
     loaded: LoadedModel,
     selection: Selection,
-    settings: _Settings,
+    settings: Settings,
     calibration: CalibrationSet,
     *,
     batch_tokens: int,
     report: Callable[[int, int], None],
-) -> _Solved:
-    solved = _Solved()
+) -> Solved:
+    solved = Solved()
     last = max(selection.units)
     with _evaluating(loaded.model):
         batches = first_inputs(loaded, calibration, batch_tokens=batch_tokens)
         for layer in range(loaded.layers):
             units = selection.units.get(layer, ())
             with _restored(loaded, layer):
+                solved.targets.clear()
                 for names in units:
                     _solve_unit(loaded, layer, names, settings, batches, calibration, solved)
                 if layer < last:  # what follows the last quantized layer needs no inputs
@@ -211,81 +216,24 @@ def _solve_unit(
     loaded: LoadedModel,
     layer: int,
     names: tuple[str, ...],
-    settings: _Settings,
+    settings: Settings,
     batches: list[Batch],
     calibration: CalibrationSet,
-    solved: _Solved,
+    solved: Solved,
 ) -> None:
     """Solve the modules of one fusion group and leave their dequantized weights in the block."""
     modules = loaded.linears(layer)
     weights = {name: linear_weight(modules[name]) for name in names}
     magnitude, groups = FairMagnitude(calibration.shares), MomentWatch(weights, settings.grids)
-    with _naming(names[0]):
+    with naming(names[0]):
         moments = language_moments(loaded.block(layer), modules[names[0]], layer, batches, calibration)
         hessians = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
     if settings.method == "awq":
-        _solve_awq_unit(loaded, layer, weights, hessians, magnitude.value, settings, solved)
+        solve_awq_unit(loaded, layer, weights, hessians, magnitude.value, settings, solved)
     else:
-        _solve_gptq_unit(weights, hessians, groups, settings, solved)
+        solve_gptq_unit(weights, hessians, groups, settings, solved)
     for name in names:
-        set_linear_weight(modules[name], solved.tensors[name].dequantize())
-
-
-def _solve_gptq_unit(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    groups: MomentWatch,
-    settings: _Settings,
-    solved: _Solved,
-) -> None:
-    for name, hessian in hessians.items():
-        with _naming(name):
-            result = solve_gptq(
-                weights[name].float(),
-                hessian,
-                settings.grids[name],
-                scale_dtype=settings.scale_dtype,
-                damp=settings.damp,
-                act_order=settings.act_order,
-                inputs=groups.inputs(name),
-            )
-        if result.damp_used > settings.damp:
-            log.warning("%s: damping raised from %g to %g", name, settings.damp, result.damp_used)
-        solved.tensors[name], solved.damping[name] = result.tensor, result.damp_used
-        solved.losses[name] = result.loss_relative_to_output_energy
-
-
-def _solve_awq_unit(
-    loaded: LoadedModel,
-    layer: int,
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    magnitude: Tensor,
-    settings: _Settings,
-    solved: _Solved,
-) -> None:
-    """Solve a fusion group with AWQ and fold its scale; a source that is quantized already gets other scales."""
-    names = tuple(weights)
-    unit = next(unit for unit in loaded.family.units if names[0].endswith(f".{layer}.{unit.modules[0]}"))
-    fold = settings.folds.get(unit.name)
-    source = None if fold is None else fold_source(loaded, layer, fold, solved.tensors)
-    with _naming(names[0]):
-        results, scale = solve_awq(
-            weights,
-            hessians,
-            magnitude,
-            settings.grids,
-            scale_dtype=settings.scale_dtype,
-            effective=None if source is None else source.effective,
-            clipped=names if unit.name != "qkv" else names[2:],
-        )
-    for name, result in results.items():
-        solved.tensors[name], solved.losses[name] = result.tensor, result.loss_relative_to_output_energy
-    if source is not None:
-        folded = source.fold(scale)
-        solved.folded |= folded.parameters
-        if folded.tensor is not None:
-            solved.tensors[source.name] = folded.tensor
+        set_linear_weight(modules[name], solved.dense(name))
 
 
 @torch.no_grad()
@@ -315,12 +263,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the module's name in front of an error's message."""
-    try:
-        yield
-    except QuantFairnessError as err:
-        raise type(err)(f"{name}: {err}") from err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
 from quant_fairness_plugin.model.load import quiet_transformers
+from quant_fairness_plugin.serve.decode import greedy_tokens
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ def generate_text(
 ) -> Generated:
     """Continue a prompt greedily, which is deterministic. The prompt is taken as it is, without a chat template.
 
-    On a GPU the cache is static, for which Transformers compiles the decoding step and captures it in CUDA graphs.
+    The likeliest token is taken as it is: penalties of the generation config are not applied, and the log says so.
 
     Args:
         model: in evaluation mode.
@@ -76,21 +80,16 @@ def generate_text(
     encoded = tokenizer(prompt, return_tensors="pt")
     tokens: Any = encoded["input_ids"]
     _check_lengths(model, int(tokens.shape[-1]), max_new_tokens)
-    clock = _Clock(tokenizer, write)
+    _warn_of_penalties(model)
+    prompt_ids = tokens.to(model.device)
+    streamer = _Writer(tokenizer, write)
+    times, new = [time.perf_counter()], list[int]()
     with quiet_transformers():
-        generate: Any = model.generate
-        out = generate(
-            input_ids=tokens.to(model.device),
-            attention_mask=torch.ones_like(tokens, device=model.device),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=_padding(model, tokenizer),
-            streamer=clock,
-            **({} if model.device.type == "cpu" else {"cache_implementation": "static"}),
-        )
-    new = out[0, tokens.shape[-1] :]
-    times = clock.times
+        for token in greedy_tokens(model, prompt_ids, max_new_tokens=max_new_tokens, stops=_stops(model)):
+            times.append(time.perf_counter())
+            new.append(token)
+            streamer.put(torch.tensor([token]))  # type: ignore[no-untyped-call] # Transformers has no types here
+    streamer.end()  # type: ignore[no-untyped-call]
     return Generated(
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
         prompt_tokens=int(tokens.shape[-1]),
@@ -100,21 +99,31 @@ def generate_text(
     )
 
 
-class _Clock(TextStreamer):
-    """Hands text on, and notes when the prompt and each token came."""
+class _Writer(TextStreamer):
+    """Hands text on as soon as later tokens cannot change it."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], object] | None) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        super().__init__(tokenizer, skip_special_tokens=True)
         self._write = write
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-        super().put(value)  # type: ignore[no-untyped-call]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if self._write is not None and text:
             self._write(text)
+
+
+def _stops(model: PreTrainedModel) -> frozenset[int]:
+    """The tokens that end a text: one, several, or none."""
+    ends: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return frozenset(ends if isinstance(ends, list) else () if ends is None else (ends,))
+
+
+def _warn_of_penalties(model: PreTrainedModel) -> None:
+    settings: Any = model.generation_config
+    penalty = getattr(settings, "repetition_penalty", None)
+    if penalty not in (None, 1.0):
+        _logger.warning(
+            "the generation config's repetition_penalty %s is not applied: decoding is plain greedy", penalty
+        )
 
 
 def _check_lengths(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -128,12 +137,3 @@ def _check_lengths(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: i
             f"{prompt_tokens} tokens of the prompt and {max_new_tokens} new ones are more than the model's {positions} "
             "positions. Ask for fewer, or shorten the prompt."
         )
-
-
-def _padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Some token: one row is never padded, but Transformers warns where there is none."""
-    settings: Any = model.generation_config
-    for token in (tokenizer.pad_token_id, settings.pad_token_id, settings.eos_token_id):
-        if token is not None:
-            return int(token[0] if isinstance(token, list) else token)
-    return None

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from quant_fairness_kernels.cpu_matmul import CpuWeight, cpu_matmul, prepare_cpu
-from quant_fairness_kernels.int4_matmul import int4_matmul
+from quant_fairness_kernels.int4_matmul import Columns, int4_matmul
 from quant_fairness_kernels.nibble_planes import NibblePlanes
 from torch import Tensor, nn
 
@@ -42,9 +42,19 @@ class QuantizedLinear(nn.Module):
     scales: Tensor
     permutation: Tensor | None
     counters: Tensor
+    column_index: Tensor | None
+    column_weights: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, planes: NibblePlanes, *, bias: Tensor | None, dtype: torch.dtype, on_cpu: bool) -> None:
+    def __init__(
+        self,
+        planes: NibblePlanes,
+        *,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        on_cpu: bool,
+        columns: Columns | None = None,
+    ) -> None:
         """Prepare one module.
 
         Args:
@@ -52,15 +62,19 @@ class QuantizedLinear(nn.Module):
             bias: `[out_features]`, or None.
             dtype: of the activations.
             on_cpu: the CPU path, else the Triton kernels once the module has been moved to a GPU.
+            columns: input channels that keep 16 bit, as what is added to the weight there; in the same launch.
         """
         super().__init__()
         self.in_features, self.out_features = planes.K, planes.N
         self.dtype = dtype
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype), persistent=False)
-        self._cpu: CpuWeight | None = prepare_cpu(planes, dtype=dtype) if on_cpu else None
+        self._cpu: CpuWeight | None = prepare_cpu(planes, dtype=dtype, columns=columns) if on_cpu else None
         self._sizes = _PlaneSizes(planes.N, planes.K, planes.groups, planes.symmetric, planes.dtype)
         for name in ("words", "scales", "permutation", "counters"):
             self.register_buffer(name, None if on_cpu else getattr(planes, name), persistent=False)
+        kept = None if on_cpu or columns is None else columns.checked(N=planes.N, K=planes.K)
+        self.register_buffer("column_index", None if kept is None else kept.index, persistent=False)
+        self.register_buffer("column_weights", None if kept is None else kept.weights.to(dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, both in `dtype`.
@@ -71,7 +85,10 @@ class QuantizedLinear(nn.Module):
         if self._cpu is not None:
             return cpu_matmul(x, self._cpu, bias=self.bias)
         rows = x if x.stride(-1) == 1 else x.contiguous()
-        return int4_matmul(rows, self._planes(), bias=self.bias, kernel="triton")
+        columns = None
+        if self.column_index is not None and self.column_weights is not None:
+            columns = Columns(self.column_index, self.column_weights)
+        return int4_matmul(rows, self._planes(), columns=columns, bias=self.bias, kernel="triton")
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

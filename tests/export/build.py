@@ -10,6 +10,7 @@ from quant_fairness_plugin.artifacts import (
     Interval,
     LanguageDamage,
     Measurement,
+    Method,
     Precision,
     ProtectionPlan,
     Provenance,
@@ -19,8 +20,10 @@ from quant_fairness_plugin.artifacts import (
 )
 from quant_fairness_plugin.export.formats import ModuleMap
 from quant_fairness_plugin.model.load import load_model
+from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from tests.tiny import byte_tokenizer
 
 TEXTS = TextSet(
     name="three words",
@@ -45,6 +48,29 @@ def quantize_tiny(
     return quantize_model(loaded, tuple(protected), method="rtn", grid=grid, overrides=overrides)
 
 
+def quantize_with_columns(
+    folder: Path,
+    *,
+    method: Method = "gptq",
+    share: float = 0.1,
+    protected: Collection[int] = (1,),
+    grid: Grid | None = None,
+    overrides: Mapping[str, Precision] = NO_OVERRIDES,
+) -> QuantizedModel:
+    loaded = load_model(str(folder))
+    grid = grid or Grid(group_size=32, symmetric=method == "gptq")
+    calibration = build_calibration(byte_tokenizer(), TEXTS, row_tokens=8)
+    return quantize_model(
+        loaded,
+        tuple(protected),
+        method=method,
+        grid=grid,
+        overrides=overrides,
+        calibration=calibration,
+        columns=share,
+    )
+
+
 def plan_of(quantized: QuantizedModel) -> ProtectionPlan:
     on_the_grid = precision_of_bits(quantized.grid.bits)
     whole: dict[str, Precision] = {
@@ -60,6 +86,7 @@ def plan_of(quantized: QuantizedModel) -> ProtectionPlan:
         predicted=False,
         extra_bytes=1024,
         overhead=0.125,
+        protect_columns=0.1 if quantized.columns else 0.0,
     )
 
 

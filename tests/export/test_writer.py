@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -508,9 +509,7 @@ def test_shards_hold_every_tensor_once_in_order_within_the_limit(
 def test_a_sharded_export_loads_everywhere(
     small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format_name: Any
 ) -> None:
-    monkeypatch.setattr(
-        writer, "write_shards", lambda tensors, folder: write_shards(tensors, folder, shard_bytes=20_000)
-    )
+    monkeypatch.setattr(writer, "write_shards", partial(write_shards, shard_bytes=20_000))
     record = write(small, tmp_path / "out", format=format_name)
     assert INDEX in record.files
     assert len([name for name in record.files if name.endswith(".safetensors")]) > 2

@@ -116,3 +116,42 @@ def test_bad_input_is_refused_with_its_value() -> None:
         prepare_cpu(planes.to("meta"))
     with pytest.raises(ValueError, match=r"x is torch.float32 \[2, 64\] on cpu; this weight takes torch.bfloat16"):
         cpu_matmul(torch.randn(2, 64), prepare_cpu(planes))
+    with pytest.raises(ValueError, match=r"x is torch.bfloat16 \[\] on cpu; this weight takes"):
+        cpu_matmul(torch.tensor(1.0).bfloat16(), prepare_cpu(planes))
+    with pytest.raises(ValueError, match=r"x is torch.bfloat16 \[2, 64\] on meta"):
+        cpu_matmul(torch.empty(2, 64, dtype=torch.bfloat16, device="meta"), prepare_cpu(planes))
+    with pytest.raises(ValueError, match=r"bias is \[1\]; it must be \[16\]"):
+        cpu_matmul(torch.zeros(2, 64).bfloat16(), prepare_cpu(planes), bias=torch.ones(1))
+    with pytest.raises(ValueError, match=r"dense is \[2, 63\]; it must be \[D, 64\]"):
+        prepare_cpu(planes, dense=torch.zeros(2, 63))
+    odd = prepare_cpu(pack_planes(*plain_weight(17, 64, 2, dtype=torch.bfloat16)))
+    with pytest.raises(
+        ValueError, match="silu_mul needs an even number of features, gates and their partners; this has 17"
+    ):
+        cpu_matmul(torch.zeros(2, 64).bfloat16(), odd, silu_mul=True)
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        ([64], (1, 16), r"columns name channels 64..64; allowed are 0..63"),
+        ([3, -1], (2, 16), r"columns name channels -1..3; allowed are 0..63"),
+        ([3, 5, 3], (3, 16), "columns name 1 channels more than once"),
+        ([3], (2, 16), r"columns are torch.int32 \[1\] with weights \[2, 16\]; they must be .* \[C, 16\]"),
+        ([3], (1, 15), r"with weights \[1, 15\]"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(index: list[int], shape: tuple[int, ...], message: str) -> None:
+    planes = pack_planes(*plain_weight(16, 64, 2, dtype=torch.bfloat16))
+    columns = Columns(torch.tensor(index, dtype=torch.int32), torch.zeros(shape).bfloat16())
+    with pytest.raises(ValueError, match=message):
+        prepare_cpu(planes, columns=columns)
+
+
+def test_no_columns_and_no_rows_are_nothing_special() -> None:
+    planes = pack_planes(*plain_weight(16, 64, 2, dtype=torch.bfloat16))
+    none = Columns(torch.empty(0, dtype=torch.int32), torch.empty(0, 16).bfloat16())
+    x = activations(3, 64, dtype=torch.bfloat16)
+    assert torch.equal(cpu_matmul(x, prepare_cpu(planes, columns=none)), cpu_matmul(x, prepare_cpu(planes)))
+    assert cpu_matmul(x[:0], prepare_cpu(planes), silu_mul=True).shape == (0, 8)
+    assert torch.equal(cpu_matmul(x.t().contiguous().t(), prepare_cpu(planes)), cpu_matmul(x, prepare_cpu(planes)))

@@ -12,7 +12,7 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize import stream
+from quant_fairness_plugin.quantize import solving, stream
 from quant_fairness_plugin.quantize.bank import stored_form, swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import solve_gptq
@@ -175,7 +175,7 @@ def test_an_error_midway_leaves_the_model_as_it_was(
             raise error("planted")
         return solve_gptq(*arguments, **named)
 
-    monkeypatch.setattr(stream, "solve_gptq", fail_after)
+    monkeypatch.setattr(solving, "solve_gptq", fail_after)
     with pytest.raises(error, match="planted"):
         quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
     assert_untouched(loaded, before)

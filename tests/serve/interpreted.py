@@ -2,7 +2,8 @@
 
     TRITON_INTERPRET=1 python tests/serve/interpreted.py DIR
 
-Writes the largest difference of logits over the largest logit, by the Triton kernels against the reference, as JSON.
+Writes as JSON the largest difference of logits over the largest logit: the Triton kernels against the reference, and
+with launches of their own for modules that otherwise share one.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ def main(folder: Path) -> None:
     model: Any = load_quantized(folder, kernel="triton")
     reference: Any = load_quantized(folder, kernel="reference")
     expected, found = reference(input_ids=row).logits, model(input_ids=row).logits.float()
+    apart: Any = load_quantized(folder, kernel="triton", fuse=False)
     modules = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     result = {
         "difference": float((found - expected).abs().max() / expected.abs().max()),
         "dtype": str(model.dtype),
         "modules": len(modules),
+        "apart": float((found - apart(input_ids=row).logits.float()).abs().max() / expected.abs().max()),
         "kernels": sorted({module.extra_repr().rpartition("=")[2] for module in modules}),
     }
     sys.stdout.write(json.dumps(result))

@@ -2,9 +2,10 @@
 
     PYTHON vllm_reader.py CHECKPOINT REQUEST.json RESULT.json
 
-REQUEST holds `prompts` (lists of token ids). RESULT holds each prompt with vLLM's greedy continuation, the
-log-probabilities that vLLM gave after each token (of the token that follows in the prompt; of the five likeliest in the
-continuation), and, for each linear module under vLLM's own fused name, what computes it.
+REQUEST holds `prompts` (lists of token ids), and may hold the `quantization` method that vLLM is told to use. RESULT
+holds each prompt with vLLM's greedy continuation, the log-probabilities that vLLM gave after each token (of the token
+that follows in the prompt; of the five likeliest in the continuation), and, for each linear module under vLLM's own
+fused name, what computes it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def read(checkpoint: str, request: dict[str, Any]) -> dict[str, Any]:
     longest = max(map(len, request["prompts"])) + NEW_TOKENS
     llm = vllm.LLM(
         checkpoint,
+        quantization=request.get("quantization"),
         enforce_eager=True,
         dtype="float16",
         max_model_len=longest,
