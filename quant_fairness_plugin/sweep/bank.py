@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.sweep.around import check_table
 from quant_fairness_plugin.sweep.units import UnitMap
 
 
@@ -32,13 +33,15 @@ class Bank(Protocol):
 class RtnBank:
     """Rounds to nearest when a unit is first asked for, and keeps the result.
 
-    A unit that the grid does not fit in one of its matrices stays in 16 bit as a whole, as in a checkpoint. Vectors
-    (biases, norms), which no checkpoint format quantizes, get one scale for all their values.
+    A fusion group that the grid does not fit in one of its matrices stays in 16 bit as a whole, as in a checkpoint.
+    What no checkpoint format quantizes is simulation only: vectors (biases, norms) get one scale for all their values,
+    and tables (embeddings, positions, head) are rounded in groups along their rows, whatever their number of rows.
     """
 
     def __init__(self, loaded: LoadedModel, units: UnitMap, grid: Grid, *, keep: bool = True) -> None:
         self._loaded, self._units, self._grid, self._keep = loaded, units, grid, keep
         self._made: dict[tuple[str, Precision], dict[str, Tensor]] = {}
+        self._packed = {name for unit in _groups(units) for name in units.parameters[unit]}
         self._transposed = {f"{name}.weight" for name, module in loaded.model.named_modules() if is_conv1d(module)}
 
     @property
@@ -69,10 +72,112 @@ class RtnBank:
         transposed = name in self._transposed
         matrix = value.t() if transposed else value if value.dim() == 2 else value[None]
         own = grid if value.dim() == 2 else replace(grid, group_size=-1)
-        if value.dim() == 2 and misfit(own, *matrix.shape) is not None:
-            return None
+        if value.dim() == 2:
+            if name not in self._packed:
+                check_table(name, matrix.shape, own, what=self.description)
+            elif misfit(own, *matrix.shape) is not None:
+                return None
         rounded = quantize_rtn(matrix, own, scale_dtype=self._loaded.storage_dtype).dequantize().to(value)
         return (rounded.t().contiguous() if transposed else rounded).view(value.shape)
+
+
+class CheckpointBank:
+    """The weights of a quantized checkpoint, dequantized when a unit is first asked for and then kept.
+
+    What the checkpoint holds in 16 bit stays in 16 bit in every plan. It was quantized as a whole, so its blocks saw
+    quantized inputs: exchanged one by one they are an approximation of what quantizing one by one would give.
+    """
+
+    def __init__(
+        self,
+        units: UnitMap,
+        *,
+        precision: Precision,
+        quantized: Mapping[str, Callable[[], Tensor]],
+        folded: Mapping[str, Callable[[], Tensor]],
+        description: str,
+        recipe: Callable[..., Any],
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            units: the model's units.
+            precision: what all of its quantized weights have.
+            quantized: parameter → reads its dequantized value as the model stores it.
+            folded: 16-bit parameter of a block that has another value in the checkpoint (AWQ) → reads that.
+            description: which checkpoint, with its checksum.
+            recipe: makes the same bank in another process.
+        """
+        self._units, self._quantized, self._folded = units, quantized, folded
+        self._precision, self._description, self._recipe = precision, description, recipe
+        self._made: dict[str, dict[str, Tensor]] = {}
+        self._carried = self._carriers()
+
+    @property
+    def description(self) -> str:
+        """The checkpoint's kind and checksum, and what it holds in 16 bit."""
+        return self._description
+
+    @property
+    def folds(self) -> bool:
+        """Whether scales were moved between modules, so that a layer can only be exchanged as a whole."""
+        return bool(self._folded)
+
+    def recipe(self) -> Callable[..., Any]:
+        """Makes the same bank for a copy of the model, in another process."""
+        return self._recipe
+
+    def quantizes(self, unit: str) -> bool:
+        """Whether any weight of a unit is quantized in the checkpoint."""
+        return any(name in self._quantized for name in self._units.parameters[unit])
+
+    def weights(self, unit: str, precision: Precision) -> dict[str, Tensor]:
+        """Parameter → value from the checkpoint.
+
+        Raises:
+            ConfigError: a precision that it does not hold.
+        """
+        if precision != self._precision:
+            raise ConfigError(
+                f"the bank ({self._description}) holds {self._precision} weights, and {unit} was asked for in "
+                f"{precision}; allowed is {self._precision}. Sweep at that precision, or without --bank."
+            )
+        if unit not in self._made:
+            own = {name: self._quantized[name] for name in self._units.parameters[unit] if name in self._quantized}
+            self._made[unit] = {name: read() for name, read in (own | self._carried.get(unit, {})).items()}
+        return self._made[unit]
+
+    def _carriers(self) -> dict[str, dict[str, Callable[[], Tensor]]]:
+        """The first quantized unit of each layer carries all that is folded there; its units go together."""
+        carried: dict[str, dict[str, Callable[[], Tensor]]] = {}
+        for layer in range(self._units.layers):
+            names = {name for unit in self._units.stages[layer + 1] for name in self._units.parameters[unit]}
+            first = next((u for g in self._units.groups if self.quantizes(u := f"layers.{layer}.{g}")), None)
+            if first is not None:
+                carried[first] = {name: read for name, read in self._folded.items() if name in names}
+        return carried
+
+
+def fitting_units(bank: Bank, units: UnitMap, precision: Precision) -> tuple[str, ...]:
+    """The fusion groups of all layers that a bank quantizes, in forward order.
+
+    Raises:
+        ConfigError: its scales are folded across units, so that these cannot be exchanged one by one.
+    """
+    if isinstance(bank, CheckpointBank):
+        if bank.folds:
+            raise ConfigError(
+                f"the bank ({bank.description}) holds scales that were folded from one unit of a layer into another "
+                "(AWQ), so that only whole layers can be exchanged; allowed is granularity 'layer'. Use that."
+            )
+        return tuple(name for name in _groups(units) if bank.quantizes(name))
+    # All blocks are equal, so that what fits in the first one fits in all.
+    fitting = {group for group in units.groups if bank.weights(f"layers.0.{group}", precision)}
+    return tuple(name for name in _groups(units) if name.split(".", 2)[2] in fitting)
+
+
+def _groups(units: UnitMap) -> list[str]:
+    return [f"layers.{layer}.{group}" for layer in range(units.layers) for group in units.groups]
 
 
 def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
@@ -81,5 +186,7 @@ def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
     Raises:
         ConfigError: every weight would stay in 16 bit.
     """
+    if isinstance(bank, CheckpointBank):
+        return  # a checkpoint without a quantized module is no bank
     if not any(bank.weights(f"layers.0.{group}", precision) for group in units.groups):
         raise ConfigError(f"{bank.description} fits no module of the model; use another group size, or -1")

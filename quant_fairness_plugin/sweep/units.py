@@ -5,13 +5,16 @@ Step 4 (sweep). Maps unit names to the parameters of a model; nothing is read or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
-from quant_fairness_plugin.model.load import LoadedModel
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
 
 EMBEDDINGS, POSITIONS, FINAL_NORM, HEAD = "embeddings", "positions", "final_norm", "head"
 BIASES, NORMS = "biases", "norms"
@@ -56,37 +59,50 @@ class UnitMap:
 
 def map_units(loaded: LoadedModel) -> UnitMap:
     """Find the parameters of every unit of a model."""
-    family = loaded.family
-    around = _around(loaded, family)
+    return name_units(loaded.family, loaded.layers, [name for name, _ in loaded.model.named_parameters()])
+
+
+def name_units(family: Family, layers: int, parameters: Iterable[str]) -> UnitMap:
+    """The units of a model of which only the names are known.
+
+    Args:
+        family: its family map.
+        layers: how many layers it has.
+        parameters: full names of all its parameters; that of a tied head may be missing.
+    """
+    inside: dict[str, list[str]] = {f"{family.blocks}.{layer}.": [] for layer in range(layers)}
+    outside: list[str] = []
+    depth = family.blocks.count(".") + 2
+    for name in parameters:
+        prefix = ".".join(name.split(".")[:depth]) + "."
+        inside.get(prefix, outside).append(name)
+    around = _around(family, outside)
     entry = tuple(unit for unit in (EMBEDDINGS, POSITIONS) if unit in around)
     leave = tuple(unit for unit in (FINAL_NORM, HEAD) if unit in around)
-    parameters, blocks = dict(around), []
-    for layer in range(loaded.layers):
-        own = _of_layer(loaded, layer)
-        parameters |= own
+    found, blocks = dict(around), []
+    for layer, (prefix, names) in enumerate(inside.items()):
+        own = _of_layer(family, layer, prefix, names)
+        found |= own
         blocks.append(tuple(own))
-    return UnitMap(parameters, (entry, *blocks, leave), tuple(unit.name for unit in family.units))
+    return UnitMap(found, (entry, *blocks, leave), tuple(unit.name for unit in family.units))
 
 
-def _around(loaded: LoadedModel, family: Family) -> dict[str, tuple[str, ...]]:
+def _around(family: Family, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     embeddings = [f"{name}.weight" for name in family.embeddings]
     found = {EMBEDDINGS: tuple(embeddings[:1]), HEAD: (f"{family.head}.weight",)}
     if embeddings[1:]:
         found[POSITIONS] = tuple(embeddings[1:])
     if family.final_norm is not None:
-        norm = loaded.model.get_submodule(family.final_norm)
-        found[FINAL_NORM] = tuple(f"{family.final_norm}.{name}" for name, _ in norm.named_parameters())
+        found[FINAL_NORM] = tuple(name for name in names if name.startswith(f"{family.final_norm}."))
     return found
 
 
-def _of_layer(loaded: LoadedModel, layer: int) -> dict[str, tuple[str, ...]]:
-    prefix = f"{loaded.family.blocks}.{layer}"
+def _of_layer(family: Family, layer: int, prefix: str, others: Sequence[str]) -> dict[str, tuple[str, ...]]:
     found = {
-        f"layers.{layer}.{unit.name}": tuple(f"{prefix}.{module}.weight" for module in unit.modules)
-        for unit in loaded.family.units
+        f"layers.{layer}.{unit.name}": tuple(f"{prefix}{module}.weight" for module in unit.modules)
+        for unit in family.units
     }
     weights = {name for names in found.values() for name in names}
-    others = [f"{prefix}.{name}" for name, _ in loaded.block(layer).named_parameters()]
     biases = tuple(name for name in others if name.endswith(".bias"))
     norms = tuple(name for name in others if name not in weights and name not in biases)
     return found | {f"layers.{layer}.{kind}": names for kind, names in ((BIASES, biases), (NORMS, norms)) if names}

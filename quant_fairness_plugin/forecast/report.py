@@ -1,0 +1,71 @@
+"""A forecast in words, for people: one line for each thing that it says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quant_fairness_plugin.forecast import Forecast, Memory, Range, Reading
+from quant_fairness_plugin.sweep.memory import shown
+
+_STEPS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
+
+
+def forecast_lines(found: Forecast) -> Iterator[str]:
+    """The lines, in the order of the work."""
+    yield (
+        f"model       {found.model}: {found.family}, {found.layers} layers, {found.parameters:,} parameters; from "
+        "config.json and file headers alone, nothing was loaded"
+    )
+    if found.kept_groups:
+        yield f"            {', '.join(found.kept_groups)}: not fitted by the grid, 16 bit in every plan"
+    yield from _sweep_lines(found)
+    yield from _time_lines(found)
+    yield f"memory      at least {_memory(found.memory)}; Python, its libraries and freed memory come on top"
+    yield f"            layer by layer (--memory-budget): at least {_memory(found.streamed)}"
+    yield (
+        f"disk        {shown(found.disk.plan)} of tensors under the plan; all layers quantized "
+        f"{shown(found.disk.quantized)}, all in 16 bit {shown(found.disk.sixteen_bit)}"
+    )
+    for reading in found.readers:
+        yield _reading(reading)
+
+
+def _sweep_lines(found: Forecast) -> Iterator[str]:
+    text, most = found.text, found.most
+    exact = found.least.block_passes == most.block_passes
+    passes = f"{most.block_passes:,}" if exact else f"{found.least.block_passes:,} to {most.block_passes:,}"
+    alone = len(text.batches) * found.layers * (found.plans + 1)
+    yield f"sweep       {found.plans} plans; {passes} block passes, {alone:,} if every plan were run by itself"
+    yield (
+        f"text        {text.sentences} sentences in {text.languages} languages: {text.scored:,} tokens, "
+        f"{text.padded:,} with padding, in {len(text.batches)} batches"
+    )
+
+
+def _time_lines(found: Forecast) -> Iterator[str]:
+    speed = found.speed
+    yield f"arithmetic  {found.most.flops / 1e9:,.1f} GFLOP in blocks and head"
+    yield (
+        f"time        {_duration(found.seconds)} on this CPU: an estimate, from matmuls, attention, scoring and "
+        f"rounding in the model's shapes, timed just now for {speed.seconds:.1f} s with {speed.threads} thread(s) "
+        f"({speed.flops.low / 1e9:.0f} to {speed.flops.high / 1e9:.0f} GFLOP/s in matmuls)"
+    )
+    yield "            without loading the model and without the statistics; other work on the machine makes it longer"
+
+
+def _memory(memory: Memory) -> str:
+    parts = [f"weights {shown(memory.weights)}"]
+    parts += [f"rounded weights {shown(memory.rounded)}"] if memory.rounded else []
+    parts += [f"hidden states {shown(memory.states)}", f"work {shown(memory.work)}"]
+    spilled = f", and {shown(memory.spilled)} of hidden states on disk" if memory.spilled else ""
+    return f"{shown(memory.peak)} ({', '.join(parts)}){spilled}"
+
+
+def _duration(seconds: Range) -> str:
+    factor, unit = next((step for step in _STEPS if seconds.high >= 2 * step[0]), _STEPS[-1])
+    return f"{seconds.low / factor:.1f} to {seconds.high / factor:.1f} {unit}"
+
+
+def _reading(reading: Reading) -> str:
+    verdict = f"no: {reading.reason}" if reading.reason else "loads it"
+    return f"readers     {reading.format:<18} {reading.reader:<12} {verdict}"
