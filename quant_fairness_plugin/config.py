@@ -24,6 +24,8 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128, -1)
+MOST_COLUMNS = 0.5
+"""At three quarters, 4 bits and the channels in 16 are as large as the module in 16."""
 _UNIT = re.compile(r"[0-9]{1,9}\.[A-Za-z_][\w.]*", re.ASCII)
 
 
@@ -45,6 +47,9 @@ class FairConfig:
     """Fusion groups that stay in 16 bit besides, such as `3.down`."""
     int8_layers: tuple[int, ...] = ()
     """Layers that get 8 bits instead of `bits`."""
+    protect_columns: float = 0.0
+    """Share of the input channels of each quantized module that keeps 16 bit beside its integers, in a side file that
+    only our own loader reads; those that matter most on the calibration text."""
     top: int | None = None
     """Protect exactly this many layers by the sweep's ranking, instead of `auto`'s budget."""
     max_overhead: float = 0.2
@@ -76,6 +81,7 @@ class FairConfig:
                 f"max_overhead {self.max_overhead} is no share of the all-quantized size; use 0.2 for 20 % extra bytes"
             )
         check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
+        check_columns(self.protect_columns, method=self.method, backend=self.backend)
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
         if self.method == "rtn" and self.calibration != "uniform":
@@ -113,6 +119,7 @@ class FairOptions(TypedDict, total=False):
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
     protect_units: tuple[str, ...] | list[str]
     int8_layers: tuple[int, ...] | list[int]
+    protect_columns: float
     top: int | None
     max_overhead: float
     objective: Objective
@@ -181,6 +188,24 @@ def check_overrides(
                 f"{place} is in protect_layers {','.join(map(str, whole))} too, whose layers keep 16 bit as a whole; "
                 f"leave {place} out of one of the two"
             )
+
+
+def check_columns(share: float, *, method: Method, backend: str) -> None:
+    """Refuse a share of 16-bit input channels that cannot be chosen, or that costs more than 16 bit for the module.
+
+    Raises:
+        ConfigError: outside 0..`MOST_COLUMNS`, or with a method or backend that does not know which channels matter.
+    """
+    if not 0 <= share <= MOST_COLUMNS:
+        raise ConfigError(
+            f"protect_columns {share} is no share of the input channels up to {MOST_COLUMNS:g}; use 0.01 for 1 %, or "
+            "protect whole units with protect_units"
+        )
+    if share and (method == "rtn" or backend != "native"):
+        raise ConfigError(
+            f"protect_columns {share:g} cannot be used with method {method!r} and backend {backend!r}: which input "
+            "channels matter only our own calibration tells; use method 'gptq' or 'awq' with backend 'native'"
+        )
 
 
 def make_config(**chosen: Any) -> FairConfig:

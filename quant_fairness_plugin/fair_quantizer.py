@@ -8,14 +8,16 @@ Each step is a package or module of that name, takes plain data and returns plai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from typing_extensions import Unpack
 
 from quant_fairness_plugin.artifacts import (
+    Evidence,
     ExportRecord,
     Granularity,
     Measurement,
@@ -27,6 +29,8 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
 )
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.export.bank import bank_recipe
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.formats import check_exportable
 from quant_fairness_plugin.export.writer import export
@@ -35,6 +39,7 @@ from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.streamed import open_streamed
 from quant_fairness_plugin.preflight import ModelSource, check_units, preflight
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.bank import swapped
@@ -44,10 +49,13 @@ from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.sweep.columns import layers_budget, with_columns
 from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units
+from quant_fairness_plugin.sweep.evidence import gather_evidence
 from quant_fairness_plugin.sweep.executors import Executor
 from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS
 from quant_fairness_plugin.sweep.ranking import BASELINE, NONE
+from quant_fairness_plugin.sweep.search import Search
 from quant_fairness_plugin.sweep.sizes import NO_OVERRIDES
 
 EXPORTED = "exported"
@@ -70,7 +78,9 @@ class FairQuantizer:
     ) -> None:
         self.loaded, self.texts, self.config = loaded, texts, config
         self._progress = progress or (lambda step, done, total: None)
+        self._memory_budget: int | None = None
         self._report: SweepReport | None = None
+        self._bank: Path | None = None
         self._plan: ProtectionPlan | None = None
         self._quantized: QuantizedModel | None = None
 
@@ -104,11 +114,34 @@ class FairQuantizer:
         return cls.from_source(source, config or make_config(**options), progress=progress)
 
     @classmethod
-    def from_source(cls, source: ModelSource, config: FairConfig, *, progress: Progress | None = None) -> FairQuantizer:
-        """Steps 1 and 2 from a complete source and configuration; see `from_pretrained`."""
+    def from_source(
+        cls,
+        source: ModelSource,
+        config: FairConfig,
+        *,
+        progress: Progress | None = None,
+        memory_budget: int | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+    ) -> FairQuantizer:
+        """Steps 1 and 2 from a complete source and configuration; see `from_pretrained`.
+
+        With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else. In
+        bfloat16 a sweep is faster where the processor computes in it, and ranks almost alike; measure in float32.
+        """
         _, texts = preflight(source, config)
+        if memory_budget is not None:
+            streamed = open_streamed(
+                source.name,
+                dtype=getattr(torch, dtype),
+                revision=source.revision,
+                trust_remote_code=source.trust_remote_code,
+            )
+            found = cls(streamed, texts, config, progress=progress)
+            found._memory_budget = memory_budget
+            return found
         loaded = load_model(
             source.name,
+            dtype=getattr(torch, dtype),
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             allow_pickle=source.allow_pickle,
@@ -121,7 +154,22 @@ class FairQuantizer:
         other = FairQuantizer(
             self.loaded, self.texts, replace(self.config, protect_layers=chosen), progress=self._progress
         )
-        other._report = self._report
+        other._report, other._bank = self._report, self._bank
+        return other
+
+    def following(self, plan: ProtectionPlan) -> FairQuantizer:
+        """The same model and texts with a plan that was made before, instead of choosing one.
+
+        Raises:
+            ConfigError: a plan for another number of layers, or for another grid than the configuration's.
+        """
+        if (plan.layers, plan.grid) != (self.loaded.layers, self.config.grid):
+            raise ConfigError(
+                f"the plan is for {plan.layers} layers of {plan.model} and {plan.grid}; here are {self.loaded.layers} "
+                f"layers and {self.config.grid}. Name the plan's model and grid, or make another plan"
+            )
+        other = FairQuantizer(self.loaded, self.texts, self.config, progress=self._progress)
+        other._plan = plan
         return other
 
     def measure(self, *states: ModelState, part: Part = "confirm") -> Measured:
@@ -129,6 +177,7 @@ class FairQuantizer:
 
         Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
         """
+        self._check_whole("measured")
         baseline = fixed_state(BASELINE, self.loaded.model)
         states = states or (baseline,)
         return measure_states(
@@ -154,9 +203,13 @@ class FairQuantizer:
         modes: Sequence[Mode] = ("protect-one",),
         *,
         granularity: Granularity = "layer",
+        precisions: Sequence[Precision] = ("fp16",),
         combine: int = 1,
+        search: Search | None = None,
         max_plans: int = MOST_COMBINATIONS,
         top: int | None = None,
+        also: Sequence[str] = (),
+        bank: Path | None = None,
         work: Path | None = None,
         executor: Executor | None = None,
     ) -> SweepReport:
@@ -165,22 +218,38 @@ class FairQuantizer:
         Args:
             modes: keep one in 16 bit, and/or quantize nothing but one.
             granularity: single out whole layers, or the fusion groups in them.
+            precisions: what each is singled out at; `fp16`, and others for a plan of several precisions.
             combine: 2 for pairs besides, 3 for triples too.
+            search: how to look for sets of layers or units to protect besides.
             max_plans: most pairs, and most triples.
             top: how many the stability figures are about; None = the configuration's `top`, or 3.
+            also: what around the layers, or which vectors in them, further plans quantize besides; simulation only.
+            bank: a quantized checkpoint of this model, whose weights are the quantized side; None rounds to nearest.
             work: a folder of finished trials, from which an interrupted sweep goes on.
             executor: where the trials run; None is this process.
         """
         top = top or self.config.top or 3
-        if self._report is None or not _answers(self._report, modes, granularity, combine, max_plans, top):
+        asked: dict[str, Any] = {
+            "granularity": granularity, "top": top, "search": None if search is None else asdict(search),
+        }  # fmt: skip
+        if combine > 1:
+            asked["max_plans"] = max_plans
+        if also:
+            asked["also"] = list(also)
+        same = self._report is not None and bank == self._bank
+        if self._report is None or not same or not _answers(self._report, modes, precisions, combine, asked):
             self._report = sweep_units(
                 self.loaded,
                 self.texts.part("search"),
                 grid=self.config.grid,
+                bank_recipe=None if bank is None else bank_recipe(bank, self.config.grid),
                 modes=modes,
                 granularity=granularity,
+                precisions=precisions,
                 combine=combine,
+                search=search,
                 max_plans=max_plans,
+                also=also,
                 reference=self.config.reference,
                 top=top,
                 draws=self.config.draws,
@@ -188,7 +257,9 @@ class FairQuantizer:
                 progress=partial(self._progress, "sweep"),
                 work=work,
                 executor=executor,
+                memory_budget=self._memory_budget,
             )
+            self._bank = bank
         return self._report
 
     def recommend(self) -> ProtectionPlan:
@@ -197,19 +268,42 @@ class FairQuantizer:
         The last sweep is used, whatever it singled out; without one the layers are swept.
         """
         if self._plan is None:
-            chosen = self.config.protect_layers
+            chosen, columns = self.config.protect_layers, self.config.protect_columns
             if chosen == "auto":
-                self._plan = recommend_plan(
+                plan = recommend_plan(
                     self._report or self.sweep(),
                     objective=self.config.objective,
                     top=self.config.top,
-                    max_overhead=self.config.max_overhead,
+                    max_overhead=layers_budget(self.loaded, self.config.grid, columns, self.config.max_overhead),
                     strict=self.config.strict,
                     overrides=self.config.overrides,
                 )
             else:
-                self._plan = self._explicit(() if chosen == "none" else chosen, self.config.overrides)
+                plan = self._explicit(() if chosen == "none" else chosen, self.config.overrides)
+            self._plan = with_columns(plan, self.loaded, columns)
         return self._plan
+
+    def evidence(self, plan: ProtectionPlan | None = None, *, work: Path | None = None) -> Evidence:
+        """Step 5, checked: the plan against random and other plans of equal bytes, on the confirm part.
+
+        Args:
+            plan: what to judge; None is the recommended one.
+            work: a folder of finished trials, from which an interrupted evaluation goes on.
+
+        Raises:
+            ConfigError: the plan protects nothing.
+        """
+        self._check_whole("compared with controls")
+        return gather_evidence(
+            self.loaded,
+            plan or self.recommend(),
+            self.texts.part("confirm"),
+            objective="mean" if self.config.objective == "mean" else "worst",
+            draws=self.config.draws,
+            seed=self.config.seed,
+            progress=partial(self._progress, "verify"),
+            work=work,
+        )
 
     def _explicit(self, layers: tuple[int, ...], overrides: Mapping[str, Precision] = NO_OVERRIDES) -> ProtectionPlan:
         layer_bytes, other_bytes = count_bytes(self.loaded, self.config.grid)
@@ -231,6 +325,7 @@ class FairQuantizer:
         return self._quantized
 
     def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
+        self._check_whole("quantized")
         calibration = None
         if self.config.method != "rtn":
             calibration = build_calibration(
@@ -250,6 +345,7 @@ class FairQuantizer:
             method=self.config.method,
             grid=self.config.grid,
             overrides=plan.overrides,
+            columns=plan.protect_columns,
             progress=partial(self._progress, "quantize"),
         )
         if calibration is None:
@@ -290,6 +386,13 @@ class FairQuantizer:
             measure=self.measure_folder if measure == "exported" else measure,
         )
 
+    def _check_whole(self, what: str) -> None:
+        if self._memory_budget is not None:
+            raise ConfigError(
+                f"{self.loaded.files.name} was opened with a memory budget, so its blocks are in their files: it can "
+                f"be swept, and not {what}. Open it without one"
+            )
+
     def _check_exportable(self, overrides: Mapping[str, Precision]) -> None:
         config = self.config
         check_units(config, units=tuple(unit.name for unit in self.loaded.family.units), layers=self.loaded.layers)
@@ -310,7 +413,8 @@ class FairQuantizer:
         self._check_exportable(self.config.overrides)
         plan = self.recommend()
         self._check_exportable(plan.overrides)
-        bare = self.quantize(self._explicit(())) if plan.protected_layers or plan.overrides else self.quantize()
+        protects = plan.protected_layers or plan.overrides or plan.protect_columns
+        bare = self.quantize(self._explicit(())) if protects else self.quantize()
         unprotected = ModelState(NONE, lambda: swapped(self.loaded, bare.dense_weights()))
         measured: list[Measured] = []
 
@@ -329,17 +433,17 @@ class FairQuantizer:
 
 
 def _answers(
-    report: SweepReport, modes: Sequence[Mode], granularity: Granularity, combine: int, max_plans: int, top: int
+    report: SweepReport,
+    modes: Sequence[Mode],
+    precisions: Sequence[Precision],
+    combine: int,
+    asked: Mapping[str, Any],
 ) -> bool:
     """Whether a report holds all that is asked for. Another one would silently lack plans."""
-    asked = report.provenance.arguments
-    return (
-        set(modes) <= set(report.modes)
-        and granularity == report.granularity
-        and combine <= report.combine
-        and (combine == 1 or max_plans == asked["max_plans"])
-        and top == asked["top"]
-    )
+    given = report.provenance.arguments
+    enough = set(modes) <= set(report.modes) and set(precisions) <= set(report.precisions) and combine <= report.combine
+    wanted = {name: value for name, value in asked.items() if name != "search" or value is not None}
+    return enough and all(given[name] == value for name, value in wanted.items())
 
 
 def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from math import comb
+
 import numpy as np
 
 from quant_fairness_plugin.artifacts import (
@@ -9,6 +13,8 @@ from quant_fairness_plugin.artifacts import (
     Grid,
     LanguageDamage,
     LanguageScores,
+    Mode,
+    Precision,
     Provenance,
     StateScores,
     SweepReport,
@@ -68,30 +74,70 @@ def planted_report(benefit: list[float], *, noise: float = 0.1, groups: tuple[st
     units = [f"layers.{i}" for i in range(len(benefit))]
     if groups:
         units = [f"layers.{i // len(groups)}.{groups[i % len(groups)]}" for i in range(len(benefit))]
-    layers = len({unit.split(".")[1] for unit in units})
-    texts, base = planted_texts(), dict.fromkeys(LANGUAGES, 0.0)
-    total = {"en": 4.0, "he": 8.0, "zh": 6.0}
-    scores = {BASELINE: state(BASELINE, base), NONE: state(NONE, total, noise=noise)}
-    for index, gain in enumerate(benefit):
-        harm = {language: value - gain for language, value in total.items()}
-        plan = plan_name("protect-one", units[index : index + 1])
-        scores[plan] = state(plan, harm, noise=noise, seed=index + 2)
-    rows = tuple(_row(plan, scores, texts) for plan in scores if plan != BASELINE)
-    sizes = {"fp16": (1000,) * layers, "quantized": (260,) * layers}
+    gains: dict[tuple[str, ...], dict[str, float]] = {
+        (unit,): dict.fromkeys(LANGUAGES, gain) for unit, gain in zip(units, benefit, strict=True)
+    }
+    return _report(gains, {}, noise=noise, groups=groups)
+
+
+def planted_sets(
+    gains: Mapping[tuple[str, ...], float | Mapping[str, float]],
+    *,
+    others: Mapping[Precision, Mapping[str, float | Mapping[str, float]]] | None = None,
+    noise: float = 0.1,
+) -> SweepReport:
+    """As `planted_report`, of layers, with sets of them and other precisions.
+
+    Args:
+        gains: set of units in 16 bit → nats a sentence that it takes off the harm of every language, or of each.
+        others: precision → unit → the same for this unit in this precision.
+        noise: by how much sentences differ.
+    """
+    alone = {(unit, kind): _by_language(gain) for kind, units in (others or {}).items() for unit, gain in units.items()}
+    return _report({units: _by_language(gain) for units, gain in gains.items()}, alone, noise=noise)
+
+
+def _by_language(gain: float | Mapping[str, float]) -> Mapping[str, float]:
+    return dict.fromkeys(LANGUAGES, gain) if isinstance(gain, float) else gain
+
+
+def _report(
+    gains: Mapping[tuple[str, ...], Mapping[str, float]],
+    alone: Mapping[tuple[str, Precision], Mapping[str, float]],
+    *,
+    noise: float,
+    groups: tuple[str, ...] = (),
+) -> SweepReport:
+    swept: list[tuple[tuple[str, ...], Precision | None]] = [((), None), *((units, "fp16") for units in gains)]
+    swept += [((unit,), kind) for unit, kind in alone]
+    layers = 1 + max(int(unit.split(".")[1]) for units in gains for unit in units)
+    texts, scores = planted_texts(), {BASELINE: state(BASELINE, dict.fromkeys(LANGUAGES, 0.0))}
+    total, rows = {"en": 4.0, "he": 8.0, "zh": 6.0}, []
+    for index, (units, kind) in enumerate(swept):
+        gain = (
+            dict.fromkeys(LANGUAGES, 0.0) if kind is None else gains[units] if kind == "fp16" else alone[units[0], kind]
+        )
+        plan = NONE if kind is None else plan_name("protect-one", units, kind)
+        harm = {language: value - gain[language] for language, value in total.items()}
+        scores[plan] = state(plan, harm, noise=noise, seed=index + 1)
+        rows.append(_row(plan, units, kind, scores, texts))
+    sizes = {"fp16": (1000,) * layers, "quantized": (260,) * layers, "int8": (510,) * layers, "int5": (320,) * layers}
     for group in groups:
         sizes |= {f"fp16.{group}": (400,) * layers, f"quantized.{group}": (110,) * layers}
+    counts = Counter(map(len, gains))
     return SweepReport(
         provenance=Provenance(
             versions={}, model="planted", model_sha256="", text_set="planted", text_sha256="", arguments={}, seed=0
         ),
         layers=layers,
         granularity="unit" if groups else "layer",
-        combine=1,
-        combinations={1: Combinations(evaluated=len(benefit), possible=len(benefit))},
+        precisions=("fp16", *dict.fromkeys(kind for _, kind in alone)),
+        combine=max(counts),
+        combinations={size: Combinations(evaluated=n, possible=comb(counts[1], size)) for size, n in counts.items()},
         grid=Grid(),
         reference="en",
         languages={row.language: row.status for row in rows[0].damage},
-        rows=rows,
+        rows=tuple(rows),
         rankings={},
         scores=scores,
         layer_bytes=sizes,
@@ -99,11 +145,16 @@ def planted_report(benefit: list[float], *, noise: float = 0.1, groups: tuple[st
     )
 
 
-def _row(plan: str, scores: dict[str, StateScores], texts: TextSet) -> SweepRow:
+def _row(
+    plan: str,
+    units: tuple[str, ...],
+    precision: Precision | None,
+    scores: dict[str, StateScores],
+    texts: TextSet,
+) -> SweepRow:
     damage: tuple[LanguageDamage, ...] = measure_damage(
         scores[BASELINE], scores[plan], texts, reference="en", vocabulary=VOCABULARY, draws=200
     )
     objectives = objective_values(scores[BASELINE], scores[plan], damage, reference="en", draws=200)
-    units = () if plan == NONE else (f"layers.{plan.split()[1]}",)
-    mode = "protect-one" if units else None
-    return SweepRow(plan=plan, mode=mode, units=units, damage=damage, objectives=objectives)
+    mode: Mode | None = "protect-one" if units else None
+    return SweepRow(plan=plan, mode=mode, units=units, precision=precision, damage=damage, objectives=objectives)

@@ -165,3 +165,11 @@ def test_bit_widths_and_precisions_are_names_of_each_other() -> None:
     assert [bits_of_precision(precision_of_bits(bits)) for bits in (2, 3, 4, 5, 6, 8, 16)] == [2, 3, 4, 5, 6, 8, 16]
     with pytest.raises(ConfigError, match="7 bits have no name in a plan"):
         precision_of_bits(7)
+
+
+def test_a_sweep_of_an_older_version_must_be_made_again(tmp_path: Path) -> None:
+    document = json.loads(to_json(planted_report([0.1, 0.2, 0.3])))
+    old = {name: value for name, value in document.items() if name not in ("precisions", "interactions", "necessity")}
+    (tmp_path / "old.json").write_text(json.dumps(old | {"schema_version": 2}), encoding="utf-8")
+    with pytest.raises(ArtifactError, match="schema_version: Input should be 3; expected a SweepReport.*Make it again"):
+        load(SweepReport, tmp_path / "old.json")

@@ -75,3 +75,26 @@ def test_precisions_that_contradict_each_other_are_refused(chosen: dict[str, Any
 def test_each_method_has_its_own_grid_unless_told(method: str, symmetric: bool) -> None:
     assert make_config(method=method).grid.symmetric is symmetric
     assert make_config(method=method, symmetric=not symmetric).grid.symmetric is not symmetric
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"protect_columns": 0.51}, "protect_columns 0.51 is no share of the input channels up to 0.5"),
+        ({"protect_columns": -0.01}, "protect_columns -0.01 is no share"),
+        ({"protect_columns": float("nan")}, "protect_columns nan is no share"),
+        ({"protect_columns": 0.01, "method": "rtn"}, "cannot be used with method 'rtn' and backend 'native'"),
+        (
+            {"protect_columns": 0.01, "backend": "gptqmodel"},
+            "cannot be used with method 'gptq' and backend 'gptqmodel'",
+        ),
+    ],
+)
+def test_columns_that_cannot_be_chosen_are_refused(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**chosen)
+
+
+def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
+    assert make_config(protect_columns=0.01, method="awq").protect_columns == 0.01
+    assert make_config(protect_columns=0.5).protect_columns == 0.5

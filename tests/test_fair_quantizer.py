@@ -11,11 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quant_fairness_plugin.artifacts import ExportRecord, Interval, load
+from quant_fairness_plugin.artifacts import ExportRecord, Interval, Ranking, load
+from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
+from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.sweep.search import Search
 from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS, planted_texts
 
 
@@ -126,6 +129,30 @@ def test_a_sweep_with_fewer_plans_is_not_the_answer(quantizer: FairQuantizer) ->
     assert other.sweep(combine=2, top=2).rankings["protect-one worst"].top == 2  # type: ignore[union-attr] # is ranked
 
 
+def test_a_sweep_without_the_search_or_precision_is_not_the_answer(quantizer: FairQuantizer) -> None:
+    other = quantizer.protecting("auto")
+    plain = other.sweep()
+    mixed = other.sweep(precisions=("fp16", "int8"))
+    assert mixed is not plain
+    assert other.sweep() is mixed
+    searched = other.sweep(precisions=("fp16", "int8"), search=Search(method="greedy", size=2))
+    assert searched.search is not None
+    assert other.sweep(search=Search(method="greedy", size=3)) is not searched
+
+
+def test_a_sweep_of_two_precisions_ends_in_a_checkpoint_with_8_bit_layers(
+    quantizer: FairQuantizer, tmp_path: Path
+) -> None:
+    config = replace(quantizer.config, method="rtn", max_overhead=0.1)
+    other = FairQuantizer(quantizer.loaded, quantizer.texts, config)
+    other.sweep(precisions=("fp16", "int8"))
+    plan = other.recommend()
+    assert "int8" in plan.overrides.values()
+    record = other.save_pretrained(tmp_path / "checkpoint", measure=None)
+    assert 8 in record.quantized_modules.values()
+    assert record.plan == plan
+
+
 def test_a_sweep_of_units_ends_in_a_checkpoint_with_units_of_its_own(quantizer: FairQuantizer, tmp_path: Path) -> None:
     config = replace(quantizer.config, method="rtn", top=2)
     other = FairQuantizer(quantizer.loaded, quantizer.texts, config)
@@ -139,6 +166,36 @@ def test_a_sweep_of_units_ends_in_a_checkpoint_with_units_of_its_own(quantizer: 
     groups = {unit.name: unit.modules for unit in other.loaded.family.units}
     places = [name.split(".") for name in plan.overrides]
     assert kept == {f"model.layers.{layer}.{module}" for _, layer, group in places for module in groups[group]}
+
+
+def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: Path, texts_file: Path) -> None:
+    config = make_config(group_size=32, texts=str(texts_file), draws=200)
+    quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config, dtype="bfloat16")
+    report = quantizer.sweep(top=1)
+    assert quantizer.loaded.model.dtype == torch.bfloat16
+    assert report.provenance.arguments["dtype"] == "bfloat16"
+    ranking = report.rankings["protect-one worst"]
+    assert isinstance(ranking, Ranking)
+    assert ranking.layers[0] == PLANTED_LAYER
+
+
+def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, texts_file: Path) -> None:
+    config = make_config(group_size=32, texts=str(texts_file), draws=200)
+    streamed = FairQuantizer.from_source(ModelSource(str(planted_model)), config, memory_budget=10**9)
+    assert streamed.sweep(top=1).layers == LAYERS
+    plan = streamed.recommend()
+    for step in (streamed.measure, lambda: streamed.quantize(plan), lambda: streamed.evidence(plan)):
+        with pytest.raises(ConfigError, match="opened with a memory budget.*Open it without one"):
+            step()
+
+
+def test_evidence_is_of_the_confirm_part_and_of_the_plan(quantizer: FairQuantizer, result: RunResult) -> None:
+    evidence = quantizer.evidence()
+    assert evidence.plan == quantizer.recommend()
+    assert set(evidence.languages) == set(WORDS)
+    worst = evidence.row("the plan").worst
+    assert isinstance(worst, Interval)
+    assert evidence.provenance.text_sha256 == result.record.provenance.text_sha256
 
 
 def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,3 +218,15 @@ def test_what_no_reader_loads_is_refused_before_anything_is_quantized(
         other.save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(UnsupportedModelError, match=message):
         other.run(tmp_path / "checkpoint")
+
+
+def test_columns_are_paid_measured_and_not_in_the_model_to_compare_with(
+    quantizer: FairQuantizer, result: RunResult, tmp_path: Path
+) -> None:
+    config = replace(quantizer.config, protect_layers="none", protect_columns=0.1)
+    ran = FairQuantizer(quantizer.loaded, quantizer.texts, config).run(tmp_path / "out")
+    assert ran.plan.protect_columns == 0.1
+    assert ran.plan.overhead > 0
+    assert ran.record.protected_columns.keys() == ran.record.quantized_modules.keys()
+    assert ran.unprotected.languages == result.unprotected.languages
+    assert ran.protected.worst_kl != ran.unprotected.worst_kl

@@ -93,7 +93,7 @@ def allocate(
     Raises:
         ConfigError: not exactly one of the three limits, or numbers that do not fit together.
     """
-    limit = _byte_limit(max_bytes, max_overhead, target, floor_bytes)
+    limit = byte_limit(max_bytes, max_overhead, target, floor_bytes)
     problem = _problem(bytes_, damage, base, objective, weights)
     if limit is not None:
         found = _least_damage(problem, limit - other_bytes)
@@ -116,6 +116,24 @@ def allocate(
         found = _fewest_bytes(problem, target, best)
         reason = f"fewest bytes with {objective} damage of at most {target:.4g}"
     return _allocation(problem, found, other_bytes, floor_bytes, reason)
+
+
+def weigh(damage: Mapping[str, float], objective: Goal, weights: Mapping[str, float] | None = None) -> float:
+    """The objective of a damage per language, as `allocate` counts it.
+
+    Args:
+        damage: of each language that counts.
+        objective: the largest damage of a language, or the mean.
+        weights: as in `allocate`.
+
+    Raises:
+        ConfigError: weights that are not one number for each language.
+    """
+    importance = _importance(tuple(damage), weights)
+    values = np.array(list(damage.values()))
+    if objective == "mean":
+        return float(importance @ values / importance.sum())
+    return float((importance * values)[importance > 0].max())
 
 
 def _least_damage(problem: Problem, max_bytes: int) -> Found | None:
@@ -168,10 +186,14 @@ def _doubt(found: Found) -> str:
     return f" (the search ended with a gap of {found.gap:.2%})" if found.gap else ""
 
 
-def _byte_limit(
+def byte_limit(
     max_bytes: int | None, max_overhead: float | None, target: float | None, floor_bytes: int | None
 ) -> int | None:
-    """The budget in bytes; None where there is a target instead."""
+    """The budget in bytes; None where there is a target instead. Arguments as of `allocate`.
+
+    Raises:
+        ConfigError: not exactly one of the three limits, or one that is no limit.
+    """
     given = [name for name, value in _limits(max_bytes, max_overhead, target).items() if value is not None]
     if len(given) != 1:
         raise ConfigError(

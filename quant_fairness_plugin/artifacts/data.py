@@ -23,6 +23,8 @@ Mode = Literal["protect-one", "quantize-one"]
 """What a sweep singles units out for: to keep them in 16 bit, or to quantize nothing but them."""
 Granularity = Literal["layer", "unit"]
 """What a sweep singles out: whole layers, or the fusion groups in them."""
+SearchMethod = Literal["greedy", "backward", "beam"]
+"""How sets of units are looked for: one more at a time, one fewer from all, or as `greedy` with the best few kept."""
 Method = Literal["rtn", "gptq", "awq"]
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
@@ -108,7 +110,10 @@ class TextSet:
 
     def part(self, part: Part) -> TextSet:
         """The sentences of one part; a set that was too small to be split has one part, `all`, which serves as each."""
-        keep = [i for i, p in enumerate(self.parts) if p in (part, "all") or part == "all"]
+        return self.take([i for i, p in enumerate(self.parts) if p in (part, "all") or part == "all"])
+
+    def take(self, keep: Sequence[int]) -> TextSet:
+        """Some of the sentences, by position; the checksum stays that of the set they came from."""
         return replace(
             self,
             sentences={lang: tuple(rows[i] for i in keep) for lang, rows in self.sentences.items()},
@@ -195,98 +200,6 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SweepRow:
-    """One evaluated plan of a sweep, without its per-sentence scores."""
-
-    plan: str
-    """`none` (everything quantized), `protect 3`, `protect 0+3`, `protect 3.down` or `quantize 3`."""
-    mode: Mode | None
-    """What the units are singled out for; None where there are none."""
-    units: tuple[str, ...]
-    """The singled-out units by full name, in forward order: `layers.3` or `layers.3.down`."""
-    damage: tuple[LanguageDamage, ...]
-    objectives: dict[str, Number]
-    """Objective name → value on the search part; lower is better."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ranking:
-    """Units by one objective, best first, with how much the order can be trusted."""
-
-    objective: str
-    units: tuple[str, ...]
-    """Full names: `layers.3`, or `layers.3.down`."""
-    top_probability: tuple[float, ...]
-    """Bootstrap probability of each unit (in the order of `units`) to be among the first `top`."""
-    top: int
-    kendall_tau_halves: float | None
-    """Kendall τ between the rankings on two halves of the sentences; None where all values tie."""
-    stable: bool
-    reason: str
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The order as layer indices, where the units are whole layers.
-
-        Raises:
-            ConfigError: they are fusion groups.
-        """
-        places = [name.removeprefix("layers.") for name in self.units]
-        if not all(place.isdigit() for place in places):
-            raise ConfigError("the ranking is of fusion groups, not of whole layers; read its units instead")
-        return tuple(map(int, places))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Combinations:
-    """How many sets of one size a sweep singled out, in each of its modes."""
-
-    evaluated: int
-    possible: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepReport:
-    """Everything a sweep measured: budgets and objectives can be changed later without a model."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES
-
-    schema_version: Literal[2] = 2
-    kind: Literal["sweep"] = "sweep"
-    provenance: Provenance
-    layers: int
-    granularity: Granularity
-    combine: int
-    """The most units that a plan singles out."""
-    combinations: dict[int, Combinations]
-    """Units in a set → how many such sets were evaluated, of how many."""
-    grid: Grid
-    reference: str | None
-    languages: dict[str, Status]
-    rows: tuple[SweepRow, ...]
-    rankings: dict[str, Ranking | Undefined]
-    """`protect-one worst` and so on, one per mode and objective."""
-    scores: dict[str, StateScores]
-    """Per-sentence scores of the 16-bit state and of every plan, on the search part."""
-    layer_bytes: dict[str, tuple[int, ...]]
-    """Bytes of each layer's linear weights as `fp16`, `quantized` (scales included) and `int8`, and of each of its
-    fusion groups as `fp16.down` and so on."""
-    other_bytes: int
-    """Bytes of everything that is never quantized."""
-
-    @property
-    def modes(self) -> tuple[Mode, ...]:
-        """The modes of its plans."""
-        return tuple(dict.fromkeys(row.mode for row in self.rows if row.mode is not None))
-
-    @property
-    def units(self) -> tuple[str, ...]:
-        """Every unit that was singled out by itself, in forward order; in the plan `none` all are quantized."""
-        first = self.modes[0]
-        return tuple(row.units[0] for row in self.rows if row.mode == first and len(row.units) == 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectionPlan:
     """Which units keep 16 bit, and which get 8 instead of 4.
 
@@ -310,6 +223,8 @@ class ProtectionPlan:
     extra_bytes: int
     overhead: float
     """`extra_bytes` over the bytes of the all-quantized checkpoint."""
+    protect_columns: float = 0.0
+    """Share of the input channels of each quantized module that keeps 16 bit beside the integers; in `extra_bytes`."""
 
     @property
     def protected_layers(self) -> tuple[int, ...]:
@@ -361,6 +276,8 @@ class ExportRecord:
     """Module in 16 bit although its layer is quantized → reason (for example a width that no group divides)."""
     calibration: dict[str, Any]
     measurement: Measurement | None
+    protected_columns: dict[str, int] = field(default_factory=dict)
+    """Module → how many of its input channels are in `quant_fairness_columns.safetensors` too, in 16 bit."""
     files: dict[str, FileRecord] = field(default_factory=dict)
 
 

@@ -17,10 +17,12 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan, SweepReport
+from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan
+from quant_fairness_plugin.artifacts.evidence import Evidence
+from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.errors import ArtifactError
 
-A = TypeVar("A", Measurement, SweepReport, ProtectionPlan, ExportRecord)
+A = TypeVar("A", Measurement, SweepReport, ProtectionPlan, ExportRecord, Evidence)
 
 
 def _adapter(kind: type[A]) -> TypeAdapter[A]:

@@ -13,7 +13,19 @@ import typer
 
 from quant_fairness_plugin.errors import QuantFairnessError
 
-COMMANDS = ("run", "sweep", "recommend", "measure", "quantize", "compare", "verify", "repair", "generate", "doctor")
+COMMANDS = (
+    "run",
+    "plan",
+    "sweep",
+    "recommend",
+    "measure",
+    "quantize",
+    "compare",
+    "verify",
+    "repair",
+    "generate",
+    "doctor",
+)
 
 app = typer.Typer(
     name="quant-fairness",

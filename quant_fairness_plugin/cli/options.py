@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import typer
 
-from quant_fairness_plugin.artifacts import Granularity, Part, Weighting
+from quant_fairness_plugin.artifacts import Granularity, Part, Precision, SearchMethod, Weighting
 from quant_fairness_plugin.config import FairConfig, check_bits, check_group_size
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.sweep.search import Search, SearchObjective
 
 DEFAULTS = FairConfig()
 
@@ -45,7 +46,35 @@ GranularityOption = Annotated[
 Combine = Annotated[
     str, typer.Option(metavar="1|2|3", help="Single out one at a time, all pairs besides, or all triples too.")
 ]
+Precisions = Annotated[
+    str, typer.Option("--precisions", help="What each is singled out at, such as fp16,int8 for plans of both.")
+]
+SearchOption = Annotated[
+    str | None,
+    typer.Option(
+        "--search", help="Look for a set to protect by evaluating sets: greedy, backward (from all), or beam."
+    ),
+]
+SetSize = Annotated[int, typer.Option("--size", help="Layers or units in the set of --search.")]
+BeamWidth = Annotated[int, typer.Option("--width", help="Sets that --search beam keeps.")]
 MaxPlans = Annotated[int, typer.Option(min=1, help="Most pairs, and most triples; else those of the leading units.")]
+Also = Annotated[
+    str | None,
+    typer.Option(
+        "--also",
+        help="Simulation only, no checkpoint stores these quantized: further plans that quantize embeddings, "
+        "positions, biases, norms, final_norm or head (a list with commas), alone or with all else.",
+    ),
+]
+BankOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--bank",
+        metavar="DIR",
+        help="Take the quantized weights from this checkpoint of the model (GPTQ, AWQ or compressed-tensors), instead "
+        "of rounding to nearest.",
+    ),
+]
 Work = Annotated[
     Path | None, typer.Option("--work", help="Keep finished trials in this folder: an interrupted sweep goes on there.")
 ]
@@ -54,6 +83,14 @@ ExecutorOption = Annotated[
     typer.Option(
         "--executor",
         help="local, processes or ray: trials of one thread each, the same bits everywhere. Default: all threads here.",
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--memory-budget",
+        metavar="SIZE",
+        help="Read the model layer by layer, with at most this beside Python's own 0.4 GB: 1.5GB or 800MiB.",
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes of --executor. Default: as many as fit.")]
@@ -78,6 +115,9 @@ OutputFolder = Annotated[Path | None, typer.Option("--output", "-o", help="Folde
 MaxOverhead = Annotated[float, typer.Option(help="Budget of 'auto': extra bytes over the all-INT4 checkpoint.")]
 Format = Annotated[str, typer.Option("--format", help="Checkpoint format: compressed-tensors, gptq, awq or fp16-twin.")]
 Reader = Annotated[str, typer.Option(help="Reader that must load it: transformers, vllm or gptqmodel.")]
+Dtype = Annotated[
+    str, typer.Option(help="What the sweep computes in: float32, or bfloat16, faster where the processor has it.")
+]
 ProtectLayers = Annotated[
     str, typer.Option(help="'auto' (sweep and choose), 'none', or layer indices from 0, such as 0,9,11.")
 ]
@@ -85,6 +125,13 @@ ProtectUnits = Annotated[
     str | None, typer.Option(help="Fusion groups that keep 16 bit besides, as LAYER.UNIT: 3.down,5.qkv.")
 ]
 Int8Layers = Annotated[str | None, typer.Option(help="Layers that get 8 bits instead of --bits, such as 3,5.")]
+ProtectColumns = Annotated[
+    str,
+    typer.Option(
+        metavar="SHARE",
+        help="Input channels of each quantized module in 16 bit, such as 1%; only our loader reads them.",
+    ),
+]
 ProtectBiases = Annotated[
     bool, typer.Option("--protect-biases/--no-protect-biases", help="Biases are always 16 bit; recorded.")
 ]
@@ -148,6 +195,20 @@ def parse_int8_layers(text: str | None) -> tuple[int, ...]:
         raise InvalidLayerError(
             f"--int8-layers {text!r} is not a list of layer indices; use indices such as 3,5"
         ) from err
+
+
+def parse_share(text: str) -> float:
+    """`"1%"` or `"0.01"` → 0.01. The range is checked later.
+
+    Raises:
+        ConfigError: no number.
+    """
+    number = text.strip().removesuffix("%")
+    try:
+        value = float(number)
+    except ValueError as err:
+        raise ConfigError(f"--protect-columns {text!r} is no share; use a percentage such as 1%, or 0.01") from err
+    return value / 100 if text.strip().endswith("%") else value
 
 
 def parse_integer(name: str, text: str) -> int:
@@ -230,6 +291,18 @@ def parse_granularity(text: str) -> Granularity:
     raise ConfigError(f"--granularity {text!r} is unknown; use {' or '.join(get_args(Granularity))}")
 
 
+def parse_dtype(text: str) -> Literal["float32", "bfloat16"]:
+    """What to compute in.
+
+    Raises:
+        ConfigError: neither of the two.
+    """
+    match text:
+        case "float32" | "bfloat16":
+            return text
+    raise ConfigError(f"--dtype {text!r} is not swept in; use float32, or bfloat16")
+
+
 def parse_combine(text: str) -> int:
     """How many units a plan singles out at most.
 
@@ -239,6 +312,57 @@ def parse_combine(text: str) -> int:
     if text not in ("1", "2", "3"):
         raise ConfigError(f"--combine {text!r} is not allowed; use 1 (single), 2 (and pairs) or 3 (and triples)")
     return int(text)
+
+
+def parse_precisions(text: str) -> tuple[Precision, ...]:
+    """`"fp16, int8"` → `("fp16", "int8")`. What fits together is checked later.
+
+    Raises:
+        ConfigError: a word that is no precision.
+    """
+    names, known = tuple(name.strip().lower() for name in text.split(",")), get_args(Precision)
+    if not set(names) <= set(known):
+        raise ConfigError(f"--precisions {text!r}: write some of {', '.join(known)} with commas between")
+    return cast(tuple[Precision, ...], names)
+
+
+def parse_search(method: str | None, *, size: int, width: int, objective: str) -> Search | None:
+    """How to look for sets; None where nothing is to be looked for.
+
+    Raises:
+        ConfigError: no such method, an objective that sets are not compared by, or a size or width that is none.
+    """
+    if method is None:
+        return None
+    return Search(method=cast(SearchMethod, method), size=size, width=width, objective=cast(SearchObjective, objective))
+
+
+def parse_weights(text: str | None) -> dict[str, float] | None:
+    """`"en=1, fi=2"` → `{"en": 1.0, "fi": 2.0}`; None stays None. Languages are checked later, against the report.
+
+    Raises:
+        ConfigError: not LANGUAGE=NUMBER with commas between, or a language twice.
+    """
+    if text is None:
+        return None
+    found: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = (part.strip() for part in item.partition("="))
+        try:
+            number = float(value)
+        except ValueError as err:
+            raise ConfigError(
+                f"--weights {text!r}: write LANGUAGE=NUMBER with commas between, such as en=1,fi=2"
+            ) from err
+        if not name or name in found:
+            raise ConfigError(f"--weights {text!r}: name each language once, such as en=1,fi=2")
+        found[name] = number
+    return found
+
+
+def parse_also(text: str | None) -> tuple[str, ...]:
+    """`"embeddings, biases"` → `("embeddings", "biases")`; None → none. Checked later, against the model."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def parse_executor(text: str | None) -> Literal["local", "processes", "ray"] | None:

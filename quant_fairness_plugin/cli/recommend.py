@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from quant_fairness_plugin.artifacts import ProtectionPlan, SweepReport, load, save, to_json
+from quant_fairness_plugin.cli.evidence import verified
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
@@ -24,16 +25,19 @@ from quant_fairness_plugin.cli.options import (
     TrustRemoteCode,
     parse_languages,
     parse_reference,
+    parse_weights,
     require_model,
 )
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.tables import layer_list, unit_list
+from quant_fairness_plugin.cli.sweep_tables import frontier_table
+from quant_fairness_plugin.cli.tables import plan_list, show
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.export.plan_formats import Tool, check_tool, plan_for_tool
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.recommend import recommend_plan
+from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 
 SEED_TOP = 3  # the seeds' default: `recommend` alone prints three indices
 
@@ -45,8 +49,22 @@ def recommend(
         int | None, typer.Option(help="Exactly this many layers (or units). Default: 3, or the budget's choice.")
     ] = None,
     max_overhead: Annotated[
-        float | None, typer.Option(help="As many as this budget allows: extra bytes over all-INT4, 0.2 = 20 %.")
+        float | None, typer.Option(help="The best for this budget: extra bytes over all-INT4, 0.2 = 20 %.")
     ] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="The best for this budget: bytes of the checkpoint.")] = None,
+    target: Annotated[
+        float | None, typer.Option(help="The fewest bytes for this damage: KL in bits per byte, by --objective.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="How much each language counts for a budget or target, such as en=1,fi=2.")
+    ] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Print which evaluated plans are worth their bytes, and nothing else.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Evaluate the plan and its controls on other sentences; says if it helps.")
+    ] = False,
+    evidence: Annotated[Path | None, typer.Option(help="With --verify: save all its figures as JSON.")] = None,
     langs: Languages = None,
     reference: Reference = DEFAULTS.reference or "none",
     texts: Texts = DEFAULTS.texts,
@@ -66,15 +84,19 @@ def recommend(
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Print the layers to keep in 16 bit, as indices with commas between; for a sweep of units, as 3.down,5.qkv."""
-    if top is not None and max_overhead is not None:
-        raise ConfigError("--top and --max-overhead exclude each other; give the number of layers or the budget")
+    """Print the layers to keep in 16 bit, as indices with commas between; for a sweep of units, as 3.down,5.qkv.
+
+    What gets another precision is printed with it: 0,3:int8.
+    """
+    limited = _check_limits(top, max_overhead, max_bytes, target, weights)
     if as_ is not None and as_json:
         raise ConfigError("--as and --json exclude each other; give one, and --output to save the plan besides")
+    if evidence is not None and not verify:
+        raise ConfigError(f"--evidence {evidence} is what --verify finds; add --verify")
     tool = None if as_ is None else check_tool(as_)
     config = make_config(
         objective=objective,
-        top=SEED_TOP if top is None and max_overhead is None else top,
+        top=top if limited else SEED_TOP,
         max_overhead=DEFAULTS.max_overhead if max_overhead is None else max_overhead,
         languages=parse_languages(langs),
         reference=parse_reference(reference),
@@ -86,24 +108,64 @@ def recommend(
         swept = load(SweepReport, report)
     else:
         swept = _sweep(ModelSource(require_model(model), revision, trust_remote_code, allow_pickle), config)
+    if frontier:
+        _print_frontier(swept, as_json=as_json)
+        return
     plan = recommend_plan(
-        swept, objective=config.objective, top=config.top, max_overhead=config.max_overhead, strict=config.strict
+        swept,
+        objective=config.objective,
+        top=config.top,
+        max_overhead=config.max_overhead,
+        max_bytes=max_bytes,
+        target=target,
+        weights=parse_weights(weights),
+        strict=config.strict,
     )
+    if verify and plan_list(plan):
+        source = ModelSource(model or swept.provenance.model, revision, trust_remote_code, allow_pickle)
+        plan = verified(plan, swept, source, config, evidence=evidence)
     if output is not None:
         save(plan, output)
     if as_json:
         typer.echo(to_json(plan), nl=False)
         return
-    units = [name for name, precision in plan.overrides.items() if precision == "fp16"]
-    chosen = layer_list(plan.protected_layers) or unit_list(units)
-    if not plan.stable or not chosen:
-        sys.stderr.write(f"warning: {'; '.join(plan.reasons)}\n")
+    _say_why(plan, asked=config.top is not None)
     if tool is not None:
         source = ModelSource(model or plan.model, revision, trust_remote_code, allow_pickle)
         typer.echo(_for_tool(tool, plan, source, given=model is not None), nl=False)
         return
-    if chosen:
+    if chosen := plan_list(plan):
         typer.echo(chosen)
+
+
+def _check_limits(
+    top: int | None, max_overhead: float | None, max_bytes: int | None, target: float | None, weights: str | None
+) -> bool:
+    """Whether a number of layers, a budget or a target was given."""
+    given = {"--top": top, "--max-overhead": max_overhead, "--max-bytes": max_bytes, "--target": target}
+    limits = [name for name, value in given.items() if value is not None]
+    if len(limits) > 1:
+        raise ConfigError(f"{' and '.join(limits)} exclude each other; give the number of layers, a budget or a target")
+    if weights is not None and (top is not None or not limits):
+        raise ConfigError(f"--weights {weights} count for a budget or a target; give --max-overhead, say")
+    return bool(limits)
+
+
+def _say_why(plan: ProtectionPlan, *, asked: bool) -> None:
+    """The reasons on stderr: as a warning where the plan is shaky or empty, and where a program chose it."""
+    if not plan.stable or not plan_list(plan):
+        sys.stderr.write(f"warning: {'; '.join(plan.reasons)}\n")
+    elif not asked:
+        doubt = " (predicted until the plan itself is evaluated on the confirm part)" if plan.predicted else ""
+        sys.stderr.write(f"note: {'; '.join(plan.reasons)}{doubt}\n")
+
+
+def _print_frontier(swept: SweepReport, *, as_json: bool) -> None:
+    found = frontier_of(swept)
+    if as_json:
+        typer.echo(frontier_json(found, swept), nl=False)
+        return
+    show(frontier_table(found))
 
 
 def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: bool) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Measurement, Number, SweepReport, SweepRow
+from quant_fairness_plugin.artifacts import Interval, Measurement, Number, Precision, ProtectionPlan
 
 WIDTH_WITHOUT_TERMINAL = 180
-SIZES = {1: "single", 2: "pairs", 3: "triples"}
 
 
 def show(table: Table) -> None:
@@ -66,44 +65,6 @@ def comparison_table(unprotected: Measurement, protected: Measurement, *, title:
     return table
 
 
-def sweep_table(report: SweepReport, objective: str) -> Table:
-    """One row a plan, in the order of the sweep: the objective and each language's KL per byte."""
-    languages = [name for name, status in report.languages.items() if status == "supported"]
-    table = Table("plan", objective, *languages, title=f"{report.grid}: KL bits per byte by language")
-    for row in report.rows:
-        by_language = {damage.language: damage for damage in row.damage}
-        cells = [_kl(by_language[name]) for name in languages]
-        table.add_row(row.plan, number(row.objectives[objective]), *cells)
-    return table
-
-
-def _kl(damage: LanguageDamage) -> str:
-    return f"{damage.kl_bits_per_byte.estimate:.4f}" if damage.status == "supported" else damage.status
-
-
-def combination_lines(report: SweepReport, objective: str) -> list[str]:
-    """How many plans of each size were evaluated, and the best set to protect of each size above one."""
-    lines = []
-    for size, count in report.combinations.items():
-        chosen = "" if count.evaluated == count.possible else ", of the units that count most by themselves"
-        best = _best_to_protect(report, size, objective) if size > 1 else None
-        found = (
-            "" if best is None else f"; best to protect: {unit_list(best.units)}, {number(best.objectives[objective])}"
-        )
-        lines.append(f"{SIZES[size]}: {count.evaluated} of {count.possible} evaluated{chosen}{found}")
-    return lines
-
-
-def _best_to_protect(report: SweepReport, size: int, objective: str) -> SweepRow | None:
-    """The plan with the lowest objective among those that protect `size` units; None where none is defined."""
-    found: list[tuple[float, SweepRow]] = []
-    for row in report.rows:
-        value = row.objectives[objective]
-        if row.mode == "protect-one" and len(row.units) == size and isinstance(value, Interval):
-            found.append((value.estimate, row))
-    return min(found, key=lambda pair: pair[0])[1] if found else None
-
-
 def unit_list(units: Sequence[str]) -> str:
     """`0,9,11` or `3.down,5.qkv`: the forms that `--protect-layers` and `--protect-units` take."""
     return ",".join(unit.removeprefix("layers.") for unit in units)
@@ -112,3 +73,18 @@ def unit_list(units: Sequence[str]) -> str:
 def layer_list(layers: Sequence[int]) -> str:
     """`0,9,11`: the form that `--protect-layers` takes."""
     return ",".join(map(str, layers))
+
+
+def describe_columns(plan: ProtectionPlan) -> str:
+    """`; 1% of input channels in 16 bit`, to follow what a plan keeps besides; empty if it keeps none."""
+    return f"; {100 * plan.protect_columns:.3g}% of input channels in 16 bit" if plan.protect_columns else ""
+
+
+def plan_list(plan: ProtectionPlan) -> str:
+    """`0,9,11`, `3.down,5.qkv` or `0,3:int8`: what a plan singles out, layers in forward order; empty if nothing."""
+    chosen: dict[str, Precision] = {f"layers.{layer}": "fp16" for layer in plan.protected_layers}
+    chosen |= plan.overrides
+    names = list(chosen)
+    if all(name.count(".") == 1 for name in names):
+        names.sort(key=list(plan.units).index)
+    return ",".join(unit_list([name]) + ("" if chosen[name] == "fp16" else f":{chosen[name]}") for name in names)

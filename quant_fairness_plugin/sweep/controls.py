@@ -213,7 +213,10 @@ def scored_control(name: str, scores: Sequence[float], costs: Costs, target: int
 
 
 def uniform_controls(costs: Costs, target: int) -> tuple[Control, ...]:
-    """More bits for all units (at their own bytes), and for as many, evenly spread, as the target's bytes pay."""
+    """More bits for all units (at their own bytes), and for as many, evenly spread, as the target's bytes pay.
+
+    Where they pay for all, the two are one.
+    """
     between = {kind for options in costs.bytes_.values() for kind in options} - {"fp16"}
     between = {kind for kind in between if all(kind in options for options in costs.bytes_.values())}
     grid, n = bits_of_precision(costs.quantized), len(costs.units)
@@ -221,7 +224,9 @@ def uniform_controls(costs: Costs, target: int) -> tuple[Control, ...]:
     for kind in sorted((kind for kind in between if bits_of_precision(kind) > grid), key=bits_of_precision):
         found.append(_control(f"uniform {kind}", range(n), kind, costs, target, f"all units in {kind}"))
         why = f"{kind} instead of {costs.quantized} for evenly spread units"
-        found.append(_nearest(f"spread {kind}", _spread(range(n)), n, kind, costs, target, why))
+        spread = _nearest(f"spread {kind}", _spread(range(n)), n, kind, costs, target, why)
+        if len(spread.precisions) < n:
+            found.append(spread)
     return tuple(found)
 
 

@@ -6,7 +6,7 @@ The model is never changed; weights are exchanged by reference and always put ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -25,20 +25,34 @@ from quant_fairness_plugin.artifacts import (
     SweepRow,
     TextSet,
     Undefined,
+    bits_of_precision,
     precision_of_bits,
 )
-from quant_fairness_plugin.errors import QualityGateError
+from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.quantize.grid_rules import check_grid
-from quant_fairness_plugin.sweep.bank import Bank, RtnBank, check_bank_fits
+from quant_fairness_plugin.sweep.around import AroundPlan, around_plans
+from quant_fairness_plugin.sweep.bank import Bank, RtnBank, check_bank_fits, fitting_units
 from quant_fairness_plugin.sweep.executors import Executor
-from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS, PlanSet, SweptPlan, check_plans
+from quant_fairness_plugin.sweep.jobs import BankRecipe
+from quant_fairness_plugin.sweep.layerwise import score_plans_layerwise
+from quant_fairness_plugin.sweep.plans import (
+    MOST_COMBINATIONS,
+    PlanSet,
+    Score,
+    SweptPlan,
+    check_plans,
+    check_precisions,
+)
 from quant_fairness_plugin.sweep.ranking import BASELINE, rank_units
+from quant_fairness_plugin.sweep.residence import block_in_memory, check_residence
 from quant_fairness_plugin.sweep.score import score_plans
+from quant_fairness_plugin.sweep.search import Search, search_sets
+from quant_fairness_plugin.sweep.sets import EvaluatedSets
 from quant_fairness_plugin.sweep.sizes import Shape, dense_bytes, quantized_bytes
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.units import UnitMap, map_units
@@ -51,10 +65,14 @@ def sweep_units(
     texts: TextSet,
     *,
     grid: Grid | None = None,
+    bank_recipe: BankRecipe | None = None,
     modes: Sequence[Mode] = ("protect-one",),
     granularity: Granularity = "layer",
+    precisions: Sequence[Precision] = ("fp16",),
     combine: int = 1,
+    search: Search | None = None,
     max_plans: int = MOST_COMBINATIONS,
+    also: Sequence[str] = (),
     reference: str | None = "en",
     top: int = 3,
     draws: int = 2000,
@@ -62,6 +80,7 @@ def sweep_units(
     progress: Progress | None = None,
     work: Path | None = None,
     executor: Executor | None = None,
+    memory_budget: int | None = None,
 ) -> SweepReport:
     """Damage of every plan, language by language, and the units ranked by each objective.
 
@@ -73,11 +92,17 @@ def sweep_units(
         loaded: the 16-bit model.
         texts: the sentences to choose on (the `search` part).
         grid: integer grid of the quantized units; INT4, groups of 128, symmetric by default.
+        bank_recipe: makes the bank of quantized weights on that grid, from a checkpoint; None rounds to nearest.
         modes: `protect-one` (all others quantized) and/or `quantize-one` (all others 16 bit).
         granularity: whether whole layers or their fusion groups are singled out. Groups that the grid does not fit are
             in 16 bit in every plan.
+        precisions: what each unit is singled out at under `protect-one`: `fp16` always, others for a plan of several
+            precisions.
         combine: 2 for all pairs besides the single units, 3 for all triples too.
+        search: how to look for sets of units to protect besides.
         max_plans: most sets of one size. Where there are more, those of the units that count most by themselves.
+        also: what else to quantize in further plans that are simulation only (see `sweep.around`): `embeddings`,
+            `positions`, `biases`, `norms`, `final_norm`, `head`.
         reference: language of excess and disparity, or None.
         top: how many units the stability figures are about.
         draws: bootstrap resamples of the sentences.
@@ -85,61 +110,110 @@ def sweep_units(
         progress: called with (block passes done, in all), from the start again where a second walk is needed.
         work: a folder that keeps every finished trial, so that a sweep that was interrupted goes on from there.
         executor: where the trials run; None is this process. With `work` or `executor` a trial has one thread.
+        memory_budget: bytes; the sweep then goes layer by layer, which a model from `open_streamed` needs. `work` keeps
+            what is between two layers.
 
     Raises:
-        ConfigError: the grid is not a grid, or fits no weight of the model; or `combine` is not fewer than the units.
+        ConfigError: the grid is not a grid, or fits no weight of the model; `combine` or the search's size is not fewer
+            than the units, or precisions that single nothing out; a memory budget together with an executor
+            or a bank.
+        ResourceError: the memory budget is too small.
         QualityGateError: the 16-bit model supports none of the languages.
     """
     grid = grid or Grid()
     check_grid(grid)
+    quantized = precision_of_bits(grid.bits)
+    check_precisions(precisions, modes, quantized)
     units = map_units(loaded)
-    bank = RtnBank(loaded, units, grid)
-    everything = swept_units(units, bank, granularity, precision_of_bits(grid.bits))
+    check_residence(loaded, memory_budget, executor)
+    bank = _make_bank(loaded, units, grid, bank_recipe, memory_budget)
+    with block_in_memory(loaded, 0):
+        everything = swept_units(units, bank, granularity, quantized)
     check_plans(modes, everything, combine, max_plans)
-    score = partial(score_plans, loaded, units=units, bank=bank)
-    if work is not None or executor is not None:
-        score = partial(score_plans_resumably, loaded, units=units, bank=bank, work=work, executor=executor)
-    statuses = _support(loaded, texts, score)
+    further = around_plans(also, units, everything, modes, quantized)
+    if search is not None:
+        search.check(len(everything))
+    score = here = partial(score_plans, loaded, units=units, bank=bank)
+    if memory_budget is not None:
+        budgeted = partial(score_plans_layerwise, loaded, units=units, bank=bank)
+        score = here = partial(budgeted, memory_budget=memory_budget, work=work)
+    elif work is not None or executor is not None:
+        # The 16-bit model alone is run in this process: to start workers for it would take longer.
+        here = partial(score_plans_resumably, loaded, units=units, bank=bank, work=work)
+        score = partial(here, executor=executor)
+    statuses = _support(loaded, texts, here)
     # An unsupported reference stays in, so that excess and disparity say why they are undefined.
     texts = texts.choose([name for name, status in statuses.items() if status == "supported" or name == reference])
-    planned = PlanSet(everything, tuple(modes), combine, max_plans, precision_of_bits(grid.bits))
-    plans, scores = planned.evaluate(lambda wanted: score(wanted, texts, progress=progress))
-    judge = _Judge(scores, texts, loaded.model.config.vocab_size, reference, draws, seed)
+    planned = PlanSet(everything, tuple(modes), combine, max_plans, quantized, tuple(precisions))
+    walk = partial(score, texts=texts, progress=progress)
+    plans, scores = planned.evaluate(walk)
+    supported = tuple(name for name, status in statuses.items() if status == "supported")
+    record = None
+    if search is not None:
+        known = {plan.units: scores[plan.name] for plan in plans if plan.keeps_16_bit}
+        found = search_sets(
+            search, everything, known, lambda more: walk(planned.spelled_out(more)), languages=supported, most=max_plans
+        )
+        plans, scores, record = [*plans, *found.plans], scores | found.scores, found.record
+    scores |= _score_around(further, walk)
+    judge = _Judge(scores, texts, loaded.model.config.vocab_size, reference, draws, seed, quantized)
     rows = tuple(map(judge.row, plans))
-    layer_bytes, other_bytes = count_bytes(loaded, grid)
+    sets = EvaluatedSets(rows=rows, scores=scores, languages=supported, draws=draws, seed=seed)
+    layer_bytes, other_bytes = count_bytes(loaded, grid, precisions)
     arguments = {
-        "grid": str(grid), "bank": bank.description, "modes": list(modes), "granularity": granularity,
-        "combine": combine, "max_plans": max_plans, "reference": reference, "top": top, "draws": draws,
+        "grid": str(grid), "dtype": str(loaded.model.dtype).removeprefix("torch."), "bank": bank.description,
+        "modes": list(modes), "granularity": granularity,
+        "precisions": list(precisions), "combine": combine, "search": None if search is None else asdict(search),
+        "max_plans": max_plans, "also": list(also), "reference": reference, "top": top, "draws": draws,
     }  # fmt: skip
     return SweepReport(
         provenance=provenance(loaded.files, texts, seed=seed, arguments=arguments),
         layers=loaded.layers,
         granularity=granularity,
+        precisions=tuple(precisions),
         combine=combine,
         combinations=planned.combinations,
         grid=grid,
         reference=reference,
         languages=statuses,
         rows=rows,
+        around=tuple(map(judge.row, further)),
         rankings=judge.rankings(rows, everything, modes, top),
+        search=record,
+        interactions=sets.interactions(modes),
+        necessity=sets.necessity_tests(sorted({*planned.counts, *([] if record is None else [record.size])})),
         scores=scores,
         layer_bytes=layer_bytes,
         other_bytes=other_bytes,
     )
 
 
+def _make_bank(
+    loaded: LoadedModel, units: UnitMap, grid: Grid, recipe: BankRecipe | None, memory_budget: int | None
+) -> Bank:
+    if recipe is None:
+        return RtnBank(loaded, units, grid, keep=memory_budget is None)
+    if memory_budget is not None:
+        raise ConfigError("a bank from a checkpoint and a memory budget do not go together; leave one of them out")
+    return recipe(loaded, units)
+
+
+def _score_around(plans: Sequence[AroundPlan], walk: Score) -> dict[str, StateScores]:
+    """The scores of plans that are simulation only, in a walk of their own; nothing where there are none."""
+    scores = walk({plan.name: plan.quantized for plan in plans}) if plans else {}
+    return {plan.name: scores[plan.name] for plan in plans}
+
+
 def swept_units(units: UnitMap, bank: Bank, granularity: Granularity, precision: Precision) -> tuple[str, ...]:
     """The units to single out: every layer, or every fusion group that the bank quantizes, in forward order.
 
     Raises:
-        ConfigError: the bank quantizes nothing.
+        ConfigError: the bank quantizes nothing, or cannot exchange fusion groups one by one.
     """
     check_bank_fits(bank, units, precision)
     if granularity == "layer":
         return tuple(f"layers.{layer}" for layer in range(units.layers))
-    # All blocks are equal, so that what fits in the first one fits in all.
-    fitting = [group for group in units.groups if bank.weights(f"layers.0.{group}", precision)]
-    return tuple(f"layers.{layer}.{group}" for layer in range(units.layers) for group in fitting)
+    return fitting_units(bank, units, precision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +226,9 @@ class _Judge:
     reference: str | None
     draws: int
     seed: int
+    quantized: Precision
 
-    def row(self, plan: SweptPlan) -> SweepRow:
+    def row(self, plan: SweptPlan | AroundPlan) -> SweepRow:
         """A plan's damage and objectives."""
         baseline, state = self.scores[BASELINE], self.scores[plan.name]
         damage = measure_damage(
@@ -168,7 +243,14 @@ class _Judge:
         objectives = objective_values(
             baseline, state, damage, reference=self.reference, draws=self.draws, seed=self.seed
         )
-        return SweepRow(plan=plan.name, mode=plan.mode, units=plan.units, damage=damage, objectives=objectives)
+        return SweepRow(
+            plan=plan.name,
+            mode=plan.mode,
+            units=plan.units,
+            precision=None if plan.mode is None else plan.precision if plan.mode == "protect-one" else self.quantized,
+            damage=damage,
+            objectives=objectives,
+        )
 
     def rankings(
         self, rows: Sequence[SweepRow], units: Sequence[str], modes: Sequence[Mode], top: int
@@ -208,13 +290,21 @@ def _support(loaded: LoadedModel, texts: TextSet, score: Callable[..., dict[str,
     return {row.language: row.status for row in rows}
 
 
-def count_bytes(loaded: LoadedModel, grid: Grid) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Bytes of each layer's linear weights, whole and by unit (see `sizes`), and the bytes of everything else."""
-    wide = replace(grid, bits=8)
+def count_bytes(
+    loaded: LoadedModel, grid: Grid, precisions: Sequence[Precision] = ()
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Bytes of each layer's linear weights, whole and by unit (see `sizes`), and the bytes of everything else.
+
+    Args:
+        loaded: the model.
+        grid: the grid of what is quantized.
+        precisions: what else to count, besides `fp16`, the grid and `int8`.
+    """
+    grids = {"quantized": grid, "int8": replace(grid, bits=8)}
+    grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
     costs: dict[str, Callable[[Sequence[Shape]], int]] = {
         "fp16": dense_bytes,
-        "quantized": lambda shapes: quantized_bytes(shapes, grid),
-        "int8": lambda shapes: quantized_bytes(shapes, wide),
+        **{kind: partial(quantized_bytes, grid=own) for kind, own in grids.items()},
     }
     sizes: dict[str, tuple[int, ...]] = {}
     by_unit = {

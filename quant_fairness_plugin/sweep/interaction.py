@@ -7,67 +7,14 @@ is the objective of the all-quantized model minus that of the plan that protects
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import Interval, Number, Undefined
+from quant_fairness_plugin.artifacts import Interval, Necessity, Number, Synergy, SynergyMatrix, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval, ratio_interval
 from quant_fairness_plugin.measure.metrics import Array
 from quant_fairness_plugin.sweep.series import ALPHA, Series, adjusted_p_values, check_lengths
 
 Pair = tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Synergy:
-    """What two units gain together, against what each gains alone."""
-
-    pair: Pair
-    gain: Number
-    """Of protecting both."""
-    gains_alone: tuple[Number, Number]
-    additive: Number
-    """gain(ij) - gain(i) - gain(j): above 0, together they bring more than the sum of each alone."""
-    multiplicative: Number
-    """D(ij)·D(none) / (D(i)·D(j)): below 1, together they shrink the damage by more than both factors alone would."""
-    adjusted_p: float | None
-    """Two-sided bootstrap p-value of `additive` = 0, Benjamini-Hochberg adjusted over the pairs; None if undefined."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SynergyMatrix:
-    """The synergies of all pairs that were evaluated."""
-
-    units: tuple[str, ...]
-    pairs: tuple[Synergy, ...]
-
-    @property
-    def possible(self) -> int:
-        """How many pairs of these units there are."""
-        return len(self.units) * (len(self.units) - 1) // 2
-
-    @property
-    def coverage(self) -> str:
-        """How many pairs were evaluated, of how many."""
-        return f"{len(self.pairs)} of {self.possible} pairs"
-
-    def between(self, first: str, second: str) -> Synergy | None:
-        """The synergy of two units in either order; None where their pair was not evaluated."""
-        return next((cell for cell in self.pairs if set(cell.pair) == {first, second}), None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Necessity:
-    """What one change of a chosen set does to the objective."""
-
-    change: str
-    """The member that is dropped, or the exchange of one for another unit."""
-    rise: Number
-    """Objective after the change minus before: above 0, the change hurts."""
-    adjusted_p: float | None
-    """Two-sided, adjusted over the changes; None where the rise is undefined."""
-    necessary: bool
-    """The change raises the objective, with an adjusted p-value below 0.05."""
 
 
 def synergy_matrix(none: Series, single: Mapping[str, Series], pairs: Mapping[Pair, Series]) -> SynergyMatrix:

@@ -7,48 +7,15 @@ Needs no model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from quant_fairness_plugin.artifacts import Number, Undefined
+from quant_fairness_plugin.artifacts import Frontier, FrontierRow, Number, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval
 from quant_fairness_plugin.measure.metrics import Array, significant
 from quant_fairness_plugin.sweep.series import Series, check_lengths
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrontierRow:
-    """One plan, and what is better than it."""
-
-    plan: str
-    bytes_: int
-    worst: Number
-    """Harm of the language that is hurt most; lower is better."""
-    mean: Number
-    dominated_by: tuple[str, ...]
-    """Plans that are nowhere worse and somewhere better, in bytes, worst and mean harm; smallest first."""
-    on_frontier_probability: float | None
-    """Share of the resamples in which nothing dominates the plan; None where a harm is undefined."""
-
-    @property
-    def on_frontier(self) -> bool:
-        """Whether the plan has figures and nothing dominates them."""
-        return self.on_frontier_probability is not None and not self.dominated_by
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frontier:
-    """All plans by bytes, then by worst harm."""
-
-    rows: tuple[FrontierRow, ...]
-
-    @property
-    def plans(self) -> tuple[str, ...]:
-        """The plans that nothing dominates, smallest first."""
-        return tuple(row.plan for row in self.rows if row.on_frontier)
 
 
 def pareto_frontier(bytes_: Mapping[str, int], worst: Mapping[str, Series], mean: Mapping[str, Series]) -> Frontier:

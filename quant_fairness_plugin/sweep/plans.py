@@ -31,11 +31,18 @@ class SweptPlan:
     mode: Mode | None
     """None where nothing is singled out: everything is quantized."""
     units: tuple[str, ...] = ()
+    precision: Precision = "fp16"
+    """What singled-out units get while all others are quantized; `quantize-one` quantizes them like all others."""
 
     @property
     def name(self) -> str:
-        """`none`, `protect 3`, `protect 0+3.down`, `quantize 3`."""
-        return NONE if self.mode is None else plan_name(self.mode, self.units)
+        """`none`, `protect 3`, `protect 0+3.down`, `int8 3`, `quantize 3`."""
+        return NONE if self.mode is None else plan_name(self.mode, self.units, self.precision)
+
+    @property
+    def keeps_16_bit(self) -> bool:
+        """Whether its units keep 16 bit while all others are quantized."""
+        return self.mode == "protect-one" and self.precision == "fp16"
 
     def precisions(self, everything: Iterable[str], quantized: Precision) -> dict[str, Precision]:
         """Unit → precision of what is quantized; all else is in 16 bit.
@@ -44,8 +51,10 @@ class SweptPlan:
             everything: all units of the sweep.
             quantized: what a quantized unit gets.
         """
-        chosen = (u for u in everything if (u in self.units) == (self.mode == "quantize-one"))
-        return dict.fromkeys(chosen, quantized)
+        if self.mode == "quantize-one":
+            return dict.fromkeys((unit for unit in everything if unit in self.units), quantized)
+        given = {unit: self.precision if unit in self.units else quantized for unit in everything}
+        return {unit: precision for unit, precision in given.items() if precision != "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,8 @@ class PlanSet:
     combine: int
     max_plans: int
     quantized: Precision
+    precisions: tuple[Precision, ...] = ("fp16",)
+    """What each unit is singled out at under `protect-one`; sets of units are all in 16 bit."""
 
     @property
     def counts(self) -> dict[int, int]:
@@ -75,13 +86,13 @@ class PlanSet:
     def evaluate(self, score: Score) -> tuple[list[SweptPlan], dict[str, StateScores]]:
         """The plans and the scores of all of them, in one walk where every set of every size is wanted."""
         whole = [size for size, count in self.counts.items() if count == len(self.units)]
-        plans = single_plans(self.units, self.modes)
+        plans = single_plans(self.units, self.modes, self.precisions)
         plans += [plan for size in whole for mode in self.modes for plan in combined_plans(self.units, size, mode)]
-        scores = score(self._precisions(plans))
+        scores = score(self.spelled_out(plans))
         more = list(self._leading(scores, [size for size in self.counts if size not in whole]))
         if more:
             # The 16-bit state of the first walk stays: every plan's KL was taken against that of its own walk.
-            scores = score(self._precisions(more)) | scores
+            scores = score(self.spelled_out(more)) | scores
         return plans + more, {name: scores[name] for name in (BASELINE, *(plan.name for plan in plans + more))}
 
     def _leading(self, scores: Mapping[str, StateScores], sizes: Sequence[int]) -> Iterator[SweptPlan]:
@@ -89,7 +100,8 @@ class PlanSet:
             for mode in self.modes:
                 yield from combined_plans(leading_units(scores, self.units, mode, self.counts[size]), size, mode)
 
-    def _precisions(self, plans: Sequence[SweptPlan]) -> dict[str, dict[str, Precision]]:
+    def spelled_out(self, plans: Sequence[SweptPlan]) -> dict[str, dict[str, Precision]]:
+        """Plan → unit → precision, as `Score` takes them."""
         return {plan.name: plan.precisions(self.units, self.quantized) for plan in plans}
 
 
@@ -112,9 +124,36 @@ def check_plans(modes: Sequence[Mode], units: Sequence[str], combine: int, max_p
         raise ConfigError(f"max_plans {max_plans} allows no pair; use 1 or more")
 
 
-def single_plans(units: Sequence[str], modes: Sequence[Mode]) -> list[SweptPlan]:
-    """Everything quantized, then per mode one plan a unit."""
-    return [SweptPlan(None), *(SweptPlan(mode, (unit,)) for mode in modes for unit in units)]
+def check_precisions(precisions: Sequence[Precision], modes: Sequence[Mode], quantized: Precision) -> None:
+    """Refuse precisions that single nothing out, or nothing to rank by.
+
+    Args:
+        precisions: what units are to be singled out at.
+        modes: the modes of the sweep.
+        quantized: the grid's own precision.
+
+    Raises:
+        ConfigError: no `fp16`, the grid's own, one twice, or others than `fp16` without `protect-one`.
+    """
+    given = ",".join(precisions)
+    if "fp16" not in precisions or len(set(precisions)) < len(precisions):
+        raise ConfigError(f"precisions {given or '(none)'}: name fp16, which units are ranked by, and each one once")
+    if quantized in precisions:
+        raise ConfigError(f"precisions {given}: {quantized} is what all other units get; leave it out")
+    if len(precisions) > 1 and "protect-one" not in modes:
+        raise ConfigError(f"precisions {given} single units out of quantized ones; add mode protect-one, or use fp16")
+
+
+def single_plans(
+    units: Sequence[str], modes: Sequence[Mode], precisions: Sequence[Precision] = ("fp16",)
+) -> list[SweptPlan]:
+    """Everything quantized, then per mode one plan a unit, and under `protect-one` one at each other precision."""
+    others = [kind for kind in precisions if kind != "fp16" and "protect-one" in modes]
+    return [
+        SweptPlan(None),
+        *(SweptPlan(mode, (unit,)) for mode in modes for unit in units),
+        *(SweptPlan("protect-one", (unit,), kind) for kind in others for unit in units),
+    ]
 
 
 def combined_plans(units: Sequence[str], size: int, mode: Mode) -> list[SweptPlan]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from scipy.stats import kendalltau
 
-from quant_fairness_plugin.artifacts import LanguageDamage, Mode, Objective, Ranking, StateScores, Undefined
+from quant_fairness_plugin.artifacts import LanguageDamage, Mode, Objective, Precision, Ranking, StateScores, Undefined
 from quant_fairness_plugin.measure.damage import RELATIVE_OBJECTIVES, objective_draws, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
@@ -26,9 +26,13 @@ HALVES_ALPHA = 0.05
 RESOLVED_PROBABILITY = 0.95
 
 
-def plan_name(mode: Mode, units: Sequence[str]) -> str:
-    """The name of the plan that singles units out: `protect 3`, `protect 0+3.down` or `quantize 3`."""
-    return f"{mode.removesuffix('-one')} {'+'.join(unit.removeprefix('layers.') for unit in units)}"
+def plan_name(mode: Mode, units: Sequence[str], precision: Precision = "fp16") -> str:
+    """The name of the plan that singles units out: `protect 3`, `protect 0+3.down` or `quantize 3`.
+
+    Units that do not keep 16 bit but get another precision than the rest are named by it: `int8 3`.
+    """
+    what = mode.removesuffix("-one") if mode == "quantize-one" or precision == "fp16" else precision
+    return f"{what} {'+'.join(unit.removeprefix('layers.') for unit in units)}"
 
 
 def rank_units(

@@ -1,7 +1,7 @@
 """Bytes that a plan costs on disk, from weight shapes alone.
 
-A table of bytes has one row per layer under `fp16`, `quantized` (the grid) and `int8` (the grid with 8 bits), and under
-`<one of these>.<unit>` for each fusion group of a layer.
+A table of bytes has one entry per layer under `fp16`, `quantized` (the grid), `int8` (the grid with 8 bits) and other
+precisions that were asked for, and under `<one of these>.<unit>` for each fusion group of a layer.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def plan_bytes(
     other: int,
     protected: Iterable[int],
     overrides: Mapping[str, Precision] = NO_OVERRIDES,
+    *,
+    quantized: Precision = "int4",
 ) -> int:
     """Bytes of the whole checkpoint's tensors under a plan.
 
@@ -54,38 +56,56 @@ def plan_bytes(
         other: bytes of everything that is never quantized.
         protected: layers that are 16 bit as a whole.
         overrides: other precisions of layers and units, as in `ProtectionPlan.overrides`; all else is on the grid.
+        quantized: the grid's own precision.
 
     Raises:
         ConfigError: the table has no row for an override (an older sweep, or no unit of the model).
     """
     keep = set(protected)
     costs = [
-        layer_bytes["fp16"][layer] if layer in keep else _layer_cost(layer_bytes, layer, overrides)
+        layer_bytes["fp16"][layer] if layer in keep else _layer_cost(layer_bytes, layer, overrides, quantized)
         for layer in range(len(layer_bytes["fp16"]))
     ]
     return other + sum(costs)
 
 
-def _layer_cost(layer_bytes: LayerBytes, layer: int, overrides: Mapping[str, Precision]) -> int:
-    whole = _row(overrides.get(f"layers.{layer}"))
+def placed(choice: Mapping[str, Precision]) -> tuple[tuple[int, ...], dict[str, Precision]]:
+    """A choice as `plan_bytes` takes it: layers that are wholly in 16 bit, and precisions of what is elsewhere.
+
+    Args:
+        choice: `layers.3` or `layers.3.down` → precision. A unit of a layer that is 16 bit as a whole does not count.
+    """
+    keep = sorted(int(name.split(".")[1]) for name, kind in choice.items() if name.count(".") == 1 and kind == "fp16")
+    return tuple(keep), {name: kind for name, kind in choice.items() if int(name.split(".")[1]) not in keep}
+
+
+def has_bytes(layer_bytes: LayerBytes, unit: str) -> bool:
+    """Whether a table can price a unit: a layer or a fusion group, nothing around the layers and no norm."""
+    _, _, rest = unit.partition(".")
+    _, _, group = rest.partition(".")
+    return unit.startswith("layers.") and (f"fp16.{group}" if group else "fp16") in layer_bytes
+
+
+def _layer_cost(layer_bytes: LayerBytes, layer: int, overrides: Mapping[str, Precision], quantized: Precision) -> int:
+    whole = _row(overrides.get(f"layers.{layer}", quantized), quantized)
     cost = _bytes(layer_bytes, whole, layer)
     prefix = f"layers.{layer}."
     for name, precision in overrides.items():
         if name.startswith(prefix):
             unit = name.removeprefix(prefix)
-            cost += _bytes(layer_bytes, f"{_row(precision)}.{unit}", layer)
+            cost += _bytes(layer_bytes, f"{_row(precision, quantized)}.{unit}", layer)
             cost -= _bytes(layer_bytes, f"{whole}.{unit}", layer)
     return cost
 
 
-def _row(precision: Precision | None) -> str:
-    return precision if precision in ("fp16", "int8") else "quantized"
+def _row(precision: Precision, quantized: Precision) -> str:
+    return "quantized" if precision == quantized else precision
 
 
 def _bytes(layer_bytes: LayerBytes, row: str, layer: int) -> int:
     if row not in layer_bytes:
         raise ConfigError(
             f"the bytes of {row!r} in layer {layer} are not known; known are {', '.join(layer_bytes)}. Name a unit of "
-            "the model, or sweep again with this version."
+            "the model, or sweep again with --precisions."
         )
     return layer_bytes[row][layer]

@@ -7,48 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from scipy.stats import beta
 
-from quant_fairness_plugin.artifacts import Interval, Number, Undefined
+from quant_fairness_plugin.artifacts import Comparison, Interval, Outcome, Standing, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval
 from quant_fairness_plugin.measure.metrics import Array, significant
 from quant_fairness_plugin.sweep.series import ALPHA, Series, adjusted_p_values, check_lengths
-
-Outcome = Literal["beaten", "not beaten", "better", "undefined"]
-"""Of a control, against the plan: `not beaten` means that the sentences cannot tell the two apart."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """Where a value stands among those of random plans."""
-
-    percentile: float
-    """Percent of the random plans that are worse; ties count half. 100: better than all of them."""
-    low: float
-    high: float
-    """95 % interval of the percentile, exact binomial: what another draw of so many random plans could have said."""
-    random_plans: int
-    p_value: float
-    """One-sided: the chance of a random plan at least as good, the plan itself counted as one of them."""
-    over_sentences: Interval | None
-    """The percentile again under resampled sentences, with the same random plans; None where only values were given."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """A plan against one control."""
-
-    control: str
-    difference: Number
-    """Objective of the control minus that of the plan: above 0, the plan is better."""
-    adjusted_p: float | None
-    """Two-sided, Benjamini-Hochberg adjusted over the controls."""
-    outcome: Outcome
 
 
 def percentile_of(value: float, random_values: Sequence[float], *, over_sentences: Interval | None = None) -> Standing:

@@ -43,7 +43,7 @@ def layer_statistics(weights: Iterable[Tensor]) -> LayerStatistics:
         weights: the layer's weight matrices `[rows, cols]`, one at a time; norms and biases do not belong here.
 
     Raises:
-        ConfigError: no matrix, a tensor that is none, or values that are all equal or not finite.
+        ConfigError: no matrix, a tensor that is none, or values that are not finite.
     """
     rows, counts = [], []
     for weight in weights:
@@ -144,8 +144,10 @@ def _moments(weight: Tensor) -> tuple[float, float, float, float]:
         squares = (piece.double() - mean).square()
         second += float(squares.sum()) / count
         fourth += float(squares.square().sum()) / count
-    if not 0.0 < second < float("inf"):
+    if not second < float("inf"):
         raise ConfigError(f"a weight of shape {tuple(weight.shape)} has variance {second}: it holds no finite spread")
+    if second == 0.0:  # all weights are equal (a pruned matrix): no spread, so no tails either
+        return 0.0, 0.0, magnitude, 0.0
     limit = OUTLIER_DEVIATIONS * second**0.5
     outliers = sum(int(((piece.double() - mean).abs() > limit).sum()) for piece in pieces)
     return second, fourth / second**2 - 3.0, magnitude, outliers / count

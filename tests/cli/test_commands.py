@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from quant_fairness_plugin.artifacts import Combinations, ProtectionPlan, SweepReport, load
+from quant_fairness_plugin.artifacts import Combinations, ProtectionPlan, SweepReport, load, save
 from quant_fairness_plugin.cli.main import app, run_guarded
-from tests.planted_model import LAYERS, planted_texts
+from tests.planted import planted_report, planted_sets
+from tests.planted_model import LAYERS, PLANTED_LAYER, planted_texts
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +86,74 @@ def test_a_sweep_in_words_says_how_many_pairs_there_were(
     assert "pairs: 6 of 6 evaluated; best to protect: " in printed
     assert "protect-one, most worth protecting first: 2," in printed
     assert "protect 0+2" in printed
+
+
+def test_a_search_of_several_precisions_ends_in_a_plan_with_both(
+    planted_model: Path, texts_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, out, plan = typer.main.get_command(app), tmp_path / "sweep.json", tmp_path / "plan.json"
+    arguments = ["sweep", "--model", str(planted_model), "--texts", texts_file, "--group-size", "32", "-o", str(out)]
+    options = ["--precisions", "fp16,int8", "--search", "beam", "--size", "2", "--width", "2", "--top", "1"]
+    assert run_guarded(command, [*arguments, *options], "quant-fairness") == 0
+    printed = capsys.readouterr().out
+    assert "int8 2" in printed
+    assert "beam search by worst for 2, width 2: 5 of 6 sets evaluated; best to protect: " in printed
+    assert "strongest of 5 of 6 pairs" in printed
+    assert "dropping a member clearly hurts for " in printed
+
+    report = load(SweepReport, out)
+    floor = report.other_bytes + sum(report.layer_bytes["quantized"])
+    budget = floor + 2 * (report.layer_bytes["int8"][0] - report.layer_bytes["quantized"][0])
+    given = ["recommend", str(out), "--max-bytes", str(budget), "-o", str(plan)]
+    assert run_guarded(command, given, "quant-fairness") == 0
+    chosen = capsys.readouterr()
+    assert f"{PLANTED_LAYER}:int8" in chosen.out.strip().split(",")
+    assert f"note: predicted from single units: least worst damage within {budget} bytes: worst " in chosen.err
+    assert "(predicted until the plan itself is evaluated on the confirm part)" in chosen.err
+    assert load(ProtectionPlan, plan).units[f"layers.{PLANTED_LAYER}"] == "int8"
+
+
+def test_the_frontier_is_printed_and_is_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command, path = typer.main.get_command(app), tmp_path / "sweep.json"
+    save(planted_report([0.1, 0.4, 1.5, 0.2], noise=0.001), path)
+    assert run_guarded(command, ["recommend", str(path), "--frontier"], "quant-fairness") == 0
+    printed = capsys.readouterr().out
+    assert "2 of 5 evaluated plans are worth their bytes" in printed
+    assert "protect 2" in printed
+    assert "protect 1" not in printed
+    assert run_guarded(command, ["recommend", str(path), "--frontier", "--json"], "quant-fairness") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["plan"] for row in document["rows"] if row["on_frontier"]] == ["none", "protect 2"]
+
+
+def test_a_plan_that_no_checkpoint_holds_is_said_to_be_simulated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, path = typer.main.get_command(app), tmp_path / "sweep.json"
+    gain = {f"layers.{i}": value for i, value in enumerate([0.1, 0.4, 1.5, 0.2])}
+    save(planted_sets({(unit,): value for unit, value in gain.items()}, others={"int5": gain}, noise=0.001), path)
+    assert run_guarded(command, ["recommend", str(path), "--max-overhead", "0.08"], "quant-fairness") == 0
+    printed = capsys.readouterr()
+    assert printed.out == "1:int5,2:int5\n"
+    assert "int5 is simulated" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top", "2", "--target", "0.1"], "--top and --target exclude each other"),
+        (["--max-bytes", "9", "--max-overhead", "0.1"], "--max-overhead and --max-bytes exclude each other"),
+        (["--weights", "en=1"], "--weights en=1 count for a budget or a target"),
+        (["--top", "2", "--weights", "en=1"], "--weights en=1 count for a budget or a target"),
+        (["--max-bytes", "9999", "--weights", "en=1"], "no weight for he, zh"),
+    ],
+)
+def test_limits_that_do_not_go_together_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep.json"
+    save(planted_report([0.1, 0.4, 1.5, 0.2], noise=0.001), path)
+    assert run_guarded(typer.main.get_command(app), ["recommend", str(path), *options], "quant-fairness") == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert message in printed.err

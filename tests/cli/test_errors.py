@@ -148,9 +148,14 @@ def test_a_set_of_all_layers_is_one_line(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("groups", "budget", "printed", "said"),
     [
-        ((), "0.6", "2,4\n", []),
+        ((), "0.6", "2,4\n", ["note: predicted from single units: least worst damage within 4128 bytes"]),
         ((), "0.1", "", ["warning: one layer costs more than the budget of 10.00%"]),
-        (("o", "down"), "0.4", "1.o,2.o\n", []),
+        (
+            ("o", "down"),
+            "0.4",
+            "1.o,2.o\n",
+            ["note: predicted from single units: least worst damage within 2156 bytes"],
+        ),
         (("o", "down"), "0.1", "", ["warning: one unit costs more than the budget of 10.00%"]),
     ],
 )

@@ -9,6 +9,7 @@ from quant_fairness_plugin.cli.options import (
     default_output,
     parse_calibrations,
     parse_combine,
+    parse_dtype,
     parse_executor,
     parse_granularity,
     parse_int8_layers,
@@ -16,9 +17,13 @@ from quant_fairness_plugin.cli.options import (
     parse_languages,
     parse_modes,
     parse_part,
+    parse_precisions,
     parse_protection,
     parse_reference,
+    parse_search,
+    parse_share,
     parse_units,
+    parse_weights,
     require_model,
 )
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
@@ -66,6 +71,17 @@ def test_reference() -> None:
 def test_an_integer_option_says_what_is_allowed(name: str, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_integer(name, text)
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 2.5 % ", 0.025), ("0.01", 0.01), ("0", 0.0)])
+def test_a_share_is_a_percentage_or_a_number(text: str, share: float) -> None:
+    assert parse_share(text) == share
+
+
+@pytest.mark.parametrize("text", ["", "%", "one", "1%%"])
+def test_a_share_that_is_no_number_is_an_error(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no share; use a percentage such as 1%, or 0.01"):
+        parse_share(text)
 
 
 def test_integers() -> None:
@@ -148,3 +164,39 @@ def test_units_and_8_bit_layers() -> None:
 def test_8_bit_layers_are_layer_indices(text: str) -> None:
     with pytest.raises(InvalidLayerError, match="--int8-layers .* is not a list of layer indices"):
         parse_int8_layers(text)
+
+
+def test_precisions_are_names() -> None:
+    assert parse_precisions("fp16") == ("fp16",)
+    assert parse_precisions(" fp16, INT8 ") == ("fp16", "int8")
+    for text in ("", "fp16,", "int7", "8"):
+        with pytest.raises(ConfigError, match="write some of fp16, int8, int6, int5, int4, int3, int2"):
+            parse_precisions(text)
+
+
+def test_a_search_is_one_of_three() -> None:
+    assert parse_search(None, size=0, width=0, objective="bpb") is None
+    found = parse_search("beam", size=4, width=2, objective="mean")
+    assert found is not None
+    assert (found.method, found.size, found.width, found.objective) == ("beam", 4, 2, "mean")
+    with pytest.raises(ConfigError, match="search 'best' is unknown; use greedy, backward, beam"):
+        parse_search("best", size=3, width=4, objective="worst")
+    with pytest.raises(ConfigError, match="cannot be searched by 'bpb'; use objective worst or mean"):
+        parse_search("beam", size=3, width=4, objective="bpb")
+
+
+def test_weights_are_numbers_by_language() -> None:
+    assert parse_weights(None) is None
+    assert parse_weights("en=1, fi = 2.5") == {"en": 1.0, "fi": 2.5}
+    for text in ("", "en", "en=", "en=x", "en=1,"):
+        with pytest.raises(ConfigError, match="write LANGUAGE=NUMBER with commas between"):
+            parse_weights(text)
+    for text in ("=1", "en=1,en=2"):
+        with pytest.raises(ConfigError, match="name each language once"):
+            parse_weights(text)
+
+
+def test_dtypes_to_sweep_in() -> None:
+    assert [parse_dtype(word) for word in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    with pytest.raises(ConfigError, match="'float16' is not swept in; use float32, or bfloat16"):
+        parse_dtype("float16")

@@ -154,7 +154,8 @@ def test_scores_choose_the_highest_and_the_earlier_of_equals() -> None:
 def test_more_bits_for_all_are_shown_at_their_own_bytes_and_spread_at_the_plans() -> None:
     costs = even_costs()
     found = named(uniform_controls(costs, costs.total(PLAN)))
-    assert list(found) == ["uniform int5", "spread int5", "uniform int8", "spread int8"]
+    # 12 layers in INT5 cost less than the plan: there is no other way to spread it.
+    assert list(found) == ["uniform int5", "uniform int8", "spread int8"]
     assert set(found["uniform int8"].precisions.values()) == {"int8"}
     assert len(found["uniform int8"].precisions) == 12
     assert found["uniform int8"].bytes_ == 500 + 12 * 50
@@ -162,7 +163,7 @@ def test_more_bits_for_all_are_shown_at_their_own_bytes_and_spread_at_the_plans(
     assert "more than the plan" in found["uniform int8"].why
     assert len(found["spread int8"].precisions) == 9
     assert found["spread int8"].difference == 0
-    assert found["uniform int5"].difference == found["spread int5"].difference == 12 * 6 - 3 * 75
+    assert found["uniform int5"].difference == 12 * 6 - 3 * 75
 
 
 def test_a_precision_that_some_layer_lacks_is_not_uniform() -> None:

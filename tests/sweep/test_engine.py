@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_fairness_plugin.artifacts import Combinations, Grid, Ranking, SweepReport, SweepRow, to_json
+from quant_fairness_plugin.artifacts import (
+    Combinations,
+    Grid,
+    Ranking,
+    SweepReport,
+    SweepRow,
+    bits_of_precision,
+    from_json,
+    to_json,
+)
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
@@ -17,6 +27,7 @@ from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import misfit
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units, swept_units
+from quant_fairness_plugin.sweep.search import Search
 from quant_fairness_plugin.sweep.units import map_units
 from tests.planted_model import IDLE_LAYER, LAYERS, PLANTED_LAYER, planted_texts
 
@@ -34,6 +45,13 @@ def loaded(planted_model: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def report(loaded: LoadedModel) -> SweepReport:
     return sweep_units(loaded, planted_texts().part("search"), grid=GRID, modes=BOTH, combine=3, top=1, draws=200)
+
+
+@pytest.fixture(scope="module")
+def mixed(loaded: LoadedModel) -> SweepReport:
+    texts = planted_texts().part("search")
+    search = Search(method="beam", size=3, width=2)
+    return sweep_units(loaded, texts, grid=GRID, precisions=("fp16", "int8"), search=search, top=1, draws=200)
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +97,14 @@ def assert_equal_to_naive(loaded: LoadedModel, report: SweepReport, rows: Sequen
         for layer in range(LAYERS):
             for unit in loaded.family.units:
                 singled_out = f"layers.{layer}" in row.units or f"layers.{layer}.{unit.name}" in row.units
-                if singled_out != (row.mode == "quantize-one"):
-                    continue
-                for name in unit.modules:
+                bits = 16 if row.mode == "quantize-one" else 4
+                if singled_out:
+                    assert row.precision is not None
+                    bits = bits_of_precision(row.precision)
+                for name in unit.modules if bits < 16 else ():
                     module = model.get_submodule(f"{loaded.family.blocks}.{layer}.{name}")
-                    rounded = quantize_rtn(linear_weight(module), GRID, scale_dtype=loaded.storage_dtype)
+                    grid = replace(GRID, bits=bits)
+                    rounded = quantize_rtn(linear_weight(module), grid, scale_dtype=loaded.storage_dtype)
                     set_linear_weight(module, rounded.dequantize())
         states = [fixed_state("base", loaded.model), fixed_state("naive", model)]
         naive = score_states(states, loaded.tokenizer, texts, batch_tokens=64)["naive"]
@@ -99,6 +120,50 @@ def test_every_plan_equals_its_naive_evaluation(loaded: LoadedModel, report: Swe
 
 def test_plans_of_units_equal_their_naive_evaluation(loaded: LoadedModel, by_unit: SweepReport) -> None:
     assert_equal_to_naive(loaded, by_unit, by_unit.rows[::2])
+
+
+def test_plans_of_a_search_and_of_other_precisions_equal_their_naive_evaluation(
+    loaded: LoadedModel, mixed: SweepReport
+) -> None:
+    assert_equal_to_naive(loaded, mixed, mixed.rows)
+
+
+def test_a_search_is_part_of_the_report(mixed: SweepReport) -> None:
+    record = mixed.search
+    assert record is not None
+    assert (record.method, record.width, record.size, record.objective) == ("beam", 2, 3, "worst")
+    assert PLANTED_LAYER in {int(unit.removeprefix("layers.")) for unit in record.best}
+    sets = Counter(len(row.units) for row in mixed.rows if row.precision == "fp16")
+    assert {size: count.evaluated for size, count in record.combinations.items()} == {2: sets[2], 3: sets[3]}
+    assert {size: count.possible for size, count in record.combinations.items()} == {2: 6, 3: 4}
+    assert set(mixed.scores) == {"16 bit", *(row.plan for row in mixed.rows)}
+    assert mixed.interactions["protect-one worst"].coverage == f"{sets[2]} of 6 pairs"
+    assert {test.units for test in mixed.necessity if test.objective == "worst"} == {record.best}
+
+
+def test_other_precisions_are_rows_with_bytes_and_are_not_ranked(mixed: SweepReport) -> None:
+    assert mixed.precisions == ("fp16", "int8")
+    assert mixed.units == tuple(f"layers.{i}" for i in range(LAYERS))
+    assert [(row.mode, row.units, row.precision) for row in mixed.rows if row.plan == "int8 2"] == [
+        ("protect-one", ("layers.2",), "int8")
+    ]
+    assert kl(mixed, "none", "he") > 2 * kl(mixed, f"int8 {PLANTED_LAYER}", "he")
+    ranking = mixed.rankings["protect-one worst"]
+    assert isinstance(ranking, Ranking)
+    assert len(ranking.units) == LAYERS
+    assert mixed.layer_bytes["int8"] == tuple(map(sum, zip(*[
+        sizes for name, sizes in mixed.layer_bytes.items() if name.startswith("int8.")
+    ], strict=True)))  # fmt: skip
+
+
+def test_all_pairs_have_a_synergy_and_the_best_sets_a_test(report: SweepReport) -> None:
+    assert list(report.interactions) == [f"{mode} {by}" for mode in BOTH for by in ("worst", "mean")]
+    assert all(matrix.coverage == "6 of 6 pairs" for matrix in report.interactions.values())
+    assert [(test.objective, len(test.units)) for test in report.necessity] == [
+        ("worst", 2), ("mean", 2), ("worst", 3), ("mean", 3),
+    ]  # fmt: skip
+    assert all(len(test.changes) == test.possible for test in report.necessity)
+    assert from_json(SweepReport, to_json(report), "here") == report
 
 
 def test_all_pairs_and_triples_are_evaluated_where_they_fit(report: SweepReport) -> None:
@@ -168,6 +233,8 @@ def test_a_group_with_one_misfit_stays_whole_in_16_bit(loaded: LoadedModel, monk
         ({"max_plans": 0}, "max_plans 0 allows no pair"),
         ({"modes": ()}, "no mode to sweep in"),
         ({"grid": Grid(group_size=100)}, "group size 100"),
+        ({"precisions": ("int8",)}, "name fp16"),
+        ({"search": Search(method="greedy", size=4)}, "a search for 4 of 4 units leaves none quantized"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(loaded: LoadedModel, options: dict[str, object], message: str) -> None:
@@ -183,13 +250,13 @@ def test_no_set_holds_all_units(tiny_model: Callable[..., Path]) -> None:
 
 
 def test_a_kept_sweep_is_the_same_document(loaded: LoadedModel, tmp_path: Path) -> None:
-    texts = planted_texts().part("search")
-    plain = to_json(sweep_units(loaded, texts, grid=GRID, draws=200))
-    assert to_json(sweep_units(loaded, texts, grid=GRID, draws=200, work=tmp_path / "work")) == plain
+    texts, greedy = planted_texts().part("search"), Search(method="greedy", size=3)
+    plain = to_json(sweep_units(loaded, texts, grid=GRID, draws=200, search=greedy))
+    assert to_json(sweep_units(loaded, texts, grid=GRID, draws=200, search=greedy, work=tmp_path / "work")) == plain
     kept = list((tmp_path / "work").iterdir())
     assert kept
     kept[0].unlink()
-    assert to_json(sweep_units(loaded, texts, grid=GRID, draws=200, work=tmp_path / "work")) == plain
+    assert to_json(sweep_units(loaded, texts, grid=GRID, draws=200, search=greedy, work=tmp_path / "work")) == plain
 
 
 def test_the_model_is_left_bit_identical_even_after_an_error(loaded: LoadedModel) -> None:

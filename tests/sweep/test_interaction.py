@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quant_fairness_plugin.artifacts import Interval, Number, Undefined
+from quant_fairness_plugin.artifacts import Interval, Number, SynergyMatrix, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval
 from quant_fairness_plugin.measure.metrics import Array
-from quant_fairness_plugin.sweep.interaction import SynergyMatrix, necessity, synergy_matrix
+from quant_fairness_plugin.sweep.interaction import necessity, synergy_matrix
 from quant_fairness_plugin.sweep.ranking import BASELINE
 from quant_fairness_plugin.sweep.series import plan_series
 from tests.planted import LANGUAGES, state

@@ -7,7 +7,14 @@ import pytest
 
 from quant_fairness_plugin.artifacts import Combinations, Mode, Precision, StateScores
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.sweep.plans import PlanSet, SweptPlan, check_plans, leading_units, most_units
+from quant_fairness_plugin.sweep.plans import (
+    PlanSet,
+    SweptPlan,
+    check_plans,
+    check_precisions,
+    leading_units,
+    most_units,
+)
 from tests.planted import LANGUAGES, state
 
 UNITS = tuple(f"layers.{i}" for i in range(6))
@@ -51,6 +58,43 @@ def test_a_plan_is_named_and_spelled_out(
 
 def test_units_are_named_without_what_all_share() -> None:
     assert SweptPlan("protect-one", ("layers.3.down", "layers.5.qkv")).name == "protect 3.down+5.qkv"
+
+
+def test_a_unit_at_another_precision_is_named_by_it() -> None:
+    plan = SweptPlan("protect-one", ("layers.1",), "int8")
+    assert plan.name == "int8 1"
+    assert not plan.keeps_16_bit
+    assert plan.precisions(UNITS[:3], "int4") == {"layers.0": "int4", "layers.1": "int8", "layers.2": "int4"}
+    assert SweptPlan("protect-one", ("layers.1",)).keeps_16_bit
+    assert not SweptPlan("quantize-one", ("layers.1",)).keeps_16_bit
+
+
+def test_every_unit_is_swept_at_every_precision_and_sets_in_16_bit_alone() -> None:
+    planned = PlanSet(UNITS, MODES, 2, 20, "int4", ("fp16", "int8", "int5"))
+    plans, _ = planned.evaluate(Walks())
+    names = [plan.name for plan in plans]
+    assert len(names) == len(set(names)) == 1 + 4 * 6 + 2 * 15
+    assert {f"{kind} {i}" for kind in ("protect", "int8", "int5", "quantize") for i in range(6)} <= set(names)
+    assert all(plan.precision == "fp16" for plan in plans if len(plan.units) > 1)
+
+
+@pytest.mark.parametrize(
+    ("precisions", "modes", "message"),
+    [
+        ((), MODES, "name fp16, which units are ranked by"),
+        (("int8",), MODES, "precisions int8: name fp16"),
+        (("fp16", "int8", "int8"), MODES, "and each one once"),
+        (("fp16", "int4"), MODES, "int4 is what all other units get; leave it out"),
+        (("fp16", "int8"), ("quantize-one",), "add mode protect-one, or use fp16"),
+    ],
+)
+def test_precisions_that_single_nothing_out_are_refused(
+    precisions: tuple[Precision, ...], modes: tuple[Mode, ...], message: str
+) -> None:
+    check_precisions(("fp16", "int8", "int3"), MODES, "int4")
+    check_precisions(("fp16",), ("quantize-one",), "int4")
+    with pytest.raises(ConfigError, match=message):
+        check_precisions(precisions, modes, "int4")
 
 
 def test_sets_that_all_fit_take_one_walk() -> None:
