@@ -1,15 +1,16 @@
 """How much faster the state tree sweeps than the loop it replaces, with equal losses, in one process on the same work.
 
-    python benchmarks/sweep.py speed      # random GPT-2 shapes: 12 x 768 and 32 x 512
+    python benchmarks/sweep.py speed      # random GPT-2 shapes: 12 x 768 and 32 x 512; --rounding mse: a dearer one
     python benchmarks/sweep.py pairs      # all 66 pairs of 12 layers: time of a block pass against protect-one's
     python benchmarks/sweep.py bfloat16   # does bfloat16 rank the layers of the bundled models as float32 does?
+    python benchmarks/sweep.py render     # the table of docs/sweep.md
 
 The loop is the seeds' `layer_sweep`: for every plan it restores the state dict, quantizes everything again and runs one
-sentence after another. Both use the seeds' rounding (one scale per tensor), which costs next to nothing: a dearer grid
-would only slow the loop down, which rounds 13 times instead of once. `float32 floor` is the time that the matrix
-products of the tree alone take on this machine, as measured in the same run: no exact sweep can be faster.
+sentence after another. Both use the same rounding: `tensor` is the seeds' (one scale per tensor), which costs next to
+nothing; `absmax` and `mse` are this package's grids of 128. `products` is the time that the matrix products of the tree
+alone take on this machine, as measured in the same run: no exact sweep of these plans can be faster.
 
-Rows go to `benchmarks/results/cpu/sweep.jsonl`; those of the same benchmark, shape and dtype are replaced.
+Rows go to `benchmarks/results/cpu/sweep.jsonl`; those of the same benchmark, shape, rounding and dtype are replaced.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import write_tables
 from scipy.stats import kendalltau
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
@@ -41,8 +43,10 @@ from quant_fairness_plugin.sweep.units import UnitMap, map_units
 from quant_fairness_plugin.texts.load import load_texts
 
 ROWS = Path(__file__).parent / "results" / "cpu" / "sweep.jsonl"
+PAGE = Path(__file__).parents[1] / "docs" / "sweep.md"
 SHAPES = {"12x768": (12, 768), "32x512": (32, 512)}
 VOCABULARY, SENTENCES, TOKENS = 50257, 16, 32
+ROUNDINGS = ("tensor", "absmax", "mse")
 LARGEST_DIFFERENCE = 1e-5
 """Nats a token, between the two: float32 sums in another order."""
 BOS = "<s>"
@@ -62,16 +66,22 @@ def round_tensor(weight: Tensor) -> Tensor:
     return (weight / scale).round().clamp(-7, 7) * scale
 
 
-def measure_speed(shape: str, repeats: int) -> list[dict[str, Any]]:
+def make_bank(loaded: LoadedModel, units: UnitMap, rounding: str) -> RtnBank:
+    if rounding == "tensor":
+        return TensorBank(loaded, units, Grid())
+    return RtnBank(loaded, units, Grid(clip="mse" if rounding == "mse" else "absmax"))
+
+
+def measure_speed(shape: str, rounding: str, repeats: int) -> list[dict[str, Any]]:
     """One row per dtype of the tree; the loop is always in float32."""
     loaded, texts = random_model(*SHAPES[shape])
     units = map_units(loaded)
     plans = plans_of(units, 1)
-    looped, expected = timed(lambda: loop(loaded, plans, units, texts), repeats)
+    looped, expected = timed(lambda: loop(loaded, plans, units, texts, rounding), repeats)
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         loaded.model.to(dtype)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
-        walked, scores = timed(lambda: walk(loaded, plans, units, texts), repeats)
+        walked, scores = timed(lambda: walk(loaded, plans, units, texts, rounding), repeats)
         found = {name: nats_per_token(scores[name]) for name in plans}
         difference = max(abs(a - b) for name in plans for a, b in zip(found[name], expected[name], strict=True))
         if dtype == torch.float32 and difference > LARGEST_DIFFERENCE:
@@ -85,6 +95,7 @@ def measure_speed(shape: str, repeats: int) -> list[dict[str, Any]]:
             row(
                 "speed",
                 shape=shape,
+                rounding=rounding,
                 dtype=name,
                 ratio=round(looped / walked, 2),
                 loop_seconds=round(looped, 2),
@@ -104,7 +115,7 @@ def measure_pairs(repeats: int) -> list[dict[str, Any]]:
     seconds, passes = {}, {}
     for size in (1, 2):
         plans = plans_of(units, size)
-        seconds[size], _ = timed(lambda plans=plans: walk(loaded, plans, units, texts), repeats)
+        seconds[size], _ = timed(lambda plans=plans: walk(loaded, plans, units, texts, "tensor"), repeats)
         passes[size] = plan_tree(plans, units).block_passes
     ratio = (seconds[2] / passes[2]) / (seconds[1] / passes[1])
     report(f"{ratio:.2f}x a block pass: {passes[2]} passes in {seconds[2]:.1f} s, {passes[1]} in {seconds[1]:.1f} s")
@@ -158,11 +169,11 @@ def plans_of(units: UnitMap, combine: int) -> Plans:
     return {plan.name: plan.precisions(names, "int4") for plan in plans}
 
 
-def walk(loaded: LoadedModel, plans: Plans, units: UnitMap, texts: TextSet) -> dict[str, StateScores]:
-    return score_plans(loaded, plans, texts, units=units, bank=TensorBank(loaded, units, Grid()))
+def walk(loaded: LoadedModel, plans: Plans, units: UnitMap, texts: TextSet, rounding: str) -> dict[str, StateScores]:
+    return score_plans(loaded, plans, texts, units=units, bank=make_bank(loaded, units, rounding))
 
 
-def loop(loaded: LoadedModel, plans: Plans, units: UnitMap, texts: TextSet) -> dict[str, list[float]]:
+def loop(loaded: LoadedModel, plans: Plans, units: UnitMap, texts: TextSet, rounding: str) -> dict[str, list[float]]:
     """The seeds' way: nats a token of every sentence under every plan."""
     model, tokenizer = loaded.model, loaded.tokenizer
     rows = [[tokenizer.bos_token_id, *ids] for ids in tokenizer(list(texts.sentences["xx"]))["input_ids"]]
@@ -170,10 +181,10 @@ def loop(loaded: LoadedModel, plans: Plans, units: UnitMap, texts: TextSet) -> d
     found: dict[str, list[float]] = {}
     for plan, precisions in plans.items():
         model.load_state_dict(original)
-        for unit in units.expanded(precisions):
-            for name in units.parameters[unit]:
-                parameter = model.get_parameter(name)
-                parameter.data = round_tensor(parameter.data)
+        bank = make_bank(loaded, units, rounding)
+        rounded = [bank.weights(unit, precision) for unit, precision in units.expanded(precisions).items()]
+        for name, value in ((name, value) for values in rounded for name, value in values.items()):
+            model.get_parameter(name).data = value
         with torch.no_grad():
             losses = [model(ids, labels=ids).loss for ids in torch.tensor(rows)[:, None]]
         found[plan] = [float(loss) for loss in losses]
@@ -235,7 +246,23 @@ def keep(rows: list[dict[str, Any]]) -> None:
 
 
 def identity(one: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(one.get(key) for key in ("benchmark", "shape", "dtype", "model", "objective", "threads"))
+    return tuple(one.get(key) for key in ("benchmark", "shape", "rounding", "dtype", "model", "objective", "threads"))
+
+
+def tables() -> dict[str, str]:
+    """The table of the page, from the rows."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+    lines = [
+        "| Layers x width | Rounding | Tree in | Loop | Tree | Faster | Its products alone |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {one['shape']} | {one['rounding']} | {one['dtype']} | {one['loop_seconds']:.1f} s | "
+        f"{one['tree_seconds']:.1f} s | {one['ratio']:.1f}x | {one['floor_seconds']:.1f} s |"
+        for one in rows
+        if one["benchmark"] == "sweep_speed"
+    ]
+    return {"speed": "\n".join(lines) + "\n"}
 
 
 def report(line: str) -> None:
@@ -245,16 +272,19 @@ def report(line: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "pairs", "bfloat16"))
+    parser.add_argument("what", choices=("speed", "pairs", "bfloat16", "render"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="measurements, of which the median counts")
     parser.add_argument("--shapes", default="12x768,32x512")
+    parser.add_argument("--rounding", default="tensor", choices=ROUNDINGS)
     parser.add_argument("--models", default="demo,demo-gpt2")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     if chosen.what == "speed":
         for shape in chosen.shapes.split(","):
-            keep(measure_speed(shape, chosen.repeats))
+            keep(measure_speed(shape, chosen.rounding, chosen.repeats))
+    elif chosen.what == "render":
+        write_tables(PAGE, tables())
     elif chosen.what == "pairs":
         keep(measure_pairs(chosen.repeats))
     else:

@@ -1,0 +1,275 @@
+"""A plan and plans that needed no search, at equal bytes, evaluated on sentences that nothing was chosen on.
+
+Step 4 (sweep). Takes the model and a `ProtectionPlan`; returns `Evidence`: every plan's worst and mean damage, where
+the plan stands among random ones, which controls it beats, and what of all this is worth its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from quant_fairness_plugin.artifacts import (
+    Comparison,
+    Evidence,
+    EvidenceRow,
+    Grid,
+    Number,
+    Precision,
+    ProtectionPlan,
+    Standing,
+    StateScores,
+    TextSet,
+    Undefined,
+    bits_of_precision,
+    precision_of_bits,
+)
+from quant_fairness_plugin.errors import ConfigError, QualityGateError
+from quant_fairness_plugin.measure.damage import measure_damage, supported_languages
+from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS, interval
+from quant_fairness_plugin.model.linear import linear_weight
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.sweep.bank import Bank, RtnBank
+from quant_fairness_plugin.sweep.controls import RANDOM_PLANS, Control, Costs, controls_for
+from quant_fairness_plugin.sweep.engine import count_bytes
+from quant_fairness_plugin.sweep.executors import Executor
+from quant_fairness_plugin.sweep.gradients import gradient_scores
+from quant_fairness_plugin.sweep.pareto import pareto_frontier
+from quant_fairness_plugin.sweep.ranking import BASELINE, NONE
+from quant_fairness_plugin.sweep.score import score_plans
+from quant_fairness_plugin.sweep.series import Series, plan_series
+from quant_fairness_plugin.sweep.sizes import plan_bytes
+from quant_fairness_plugin.sweep.standing import compare_with, standing_of, verdict
+from quant_fairness_plugin.sweep.trials import score_plans_resumably
+from quant_fairness_plugin.sweep.units import UnitMap, map_units
+from quant_fairness_plugin.sweep.weight_statistics import LayerStatistics, criticality, layer_statistics
+
+THE_PLAN = "the plan"
+WIDER: tuple[Precision, ...] = ("int3", "int4", "int5", "int8")
+"""More bits for everything: what the bytes of a protected layer could buy instead, where the grid has fewer."""
+RANDOM = "random "
+NO_RIVALS: Mapping[str, ProtectionPlan] = MappingProxyType({})
+Goal = Literal["worst", "mean"]
+
+
+def gather_evidence(
+    loaded: LoadedModel,
+    plan: ProtectionPlan,
+    texts: TextSet,
+    *,
+    objective: Goal = "worst",
+    rivals: Mapping[str, ProtectionPlan] = NO_RIVALS,
+    random_plans: int = RANDOM_PLANS,
+    draws: int = 2000,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    work: Path | None = None,
+    executor: Executor | None = None,
+) -> Evidence:
+    """Evaluate a plan, protecting nothing, and every control of equal bytes, all on the same sentences.
+
+    Args:
+        loaded: the 16-bit model; bit-identical afterwards.
+        plan: what to judge; it must protect something.
+        texts: sentences that the plan was not chosen on (the `confirm` part).
+        objective: what plans are compared by.
+        rivals: other plans on the same grid to compare with, by name.
+        random_plans: how many random sets.
+        draws: bootstrap resamples of the sentences.
+        seed: of the resamples and the random sets.
+        progress: called with (block passes done, in all).
+        work: a folder that keeps every finished trial.
+        executor: where the trials run; None is this process.
+
+    Raises:
+        ConfigError: the plan protects nothing, so that there is nothing to compare.
+        QualityGateError: the 16-bit model supports none of the languages.
+    """
+    chosen = _beyond_the_grid(plan)
+    units = map_units(loaded)
+    bank = RtnBank(loaded, units, plan.grid)
+    costs = layer_costs(loaded, plan.grid)
+    scores = layer_scores(loaded, texts, units=units, bank=bank, quantized=plan.quantized_precision)
+    target = _bytes(loaded, plan)
+    controls = [_rival(name, rival, _bytes(loaded, rival), target, costs) for name, rival in rivals.items()]
+    controls += controls_for(chosen, costs, plan_bytes=target, scores=scores, random_plans=random_plans, seed=seed)
+    wanted = {NONE: {}, THE_PLAN: chosen} | {control.name: control.precisions for control in controls}
+    score = partial(score_plans, loaded, units=units, bank=bank)
+    if work is not None or executor is not None:
+        score = partial(score_plans_resumably, loaded, units=units, bank=bank, work=work, executor=executor)
+    found = score(_whole(wanted, costs), texts, progress=progress)
+    return _judge(loaded, plan, controls, found, texts, costs, bank.description, objective, random_plans, draws, seed)
+
+
+def layer_costs(loaded: LoadedModel, grid: Grid) -> Costs:
+    """Bytes of every whole layer on the grid, with more bits, and in 16 bit."""
+    wider = tuple(kind for kind in WIDER if bits_of_precision(kind) > grid.bits)
+    sizes, other = count_bytes(loaded, grid, wider)
+    rows: dict[Precision, tuple[int, ...]] = {precision_of_bits(grid.bits): sizes["quantized"]}
+    rows |= {kind: sizes[kind] for kind in (*wider, "fp16")}
+    table = {f"layers.{layer}": {kind: row[layer] for kind, row in rows.items()} for layer in range(loaded.layers)}
+    return Costs(table, precision_of_bits(grid.bits), other)
+
+
+def _rival(name: str, plan: ProtectionPlan, bytes_: int, target: int, costs: Costs) -> Control:
+    return Control(
+        name=name,
+        precisions=_beyond_the_grid(plan),
+        bytes_=bytes_,
+        difference=bytes_ - target,
+        matched=abs(bytes_ - target) <= costs.tolerance,
+        why=plan.source,
+    )
+
+
+def layer_scores(
+    loaded: LoadedModel, texts: TextSet, *, units: UnitMap, bank: Bank, quantized: Precision
+) -> dict[str, tuple[float, ...]]:
+    """Scores that need no sweep, one per layer, high = protect first: of the weights, gradients, and the seeds'."""
+    statistics = [_statistics(loaded, layer) for layer in range(loaded.layers)]
+    scores = {
+        "variance": tuple(layer.variance for layer in statistics),
+        "kurtosis": tuple(layer.kurtosis for layer in statistics),
+        "magnitude": tuple(layer.magnitude for layer in statistics),
+    }
+    hand_made = criticality(statistics)
+    if not isinstance(hand_made, Undefined):
+        scores["criticality"] = hand_made
+    return scores | gradient_scores(loaded, texts, units=units, bank=bank, precision=quantized)
+
+
+def _statistics(loaded: LoadedModel, layer: int) -> LayerStatistics:
+    return layer_statistics(linear_weight(module) for module in loaded.linears(layer).values())
+
+
+def _beyond_the_grid(plan: ProtectionPlan) -> dict[str, Precision]:
+    chosen: dict[str, Precision] = {f"layers.{layer}": "fp16" for layer in plan.protected_layers}
+    chosen |= plan.overrides
+    if not chosen:
+        raise ConfigError("the plan protects nothing, so there is nothing to compare; use --top or a larger budget")
+    return chosen
+
+
+def _bytes(loaded: LoadedModel, plan: ProtectionPlan) -> int:
+    kinds = tuple(kind for kind in plan.overrides.values() if kind != plan.quantized_precision)
+    sizes, other = count_bytes(loaded, plan.grid, kinds)
+    return plan_bytes(sizes, other, plan.protected_layers, plan.overrides, quantized=plan.quantized_precision)
+
+
+def _whole(wanted: Mapping[str, Mapping[str, Precision]], costs: Costs) -> dict[str, dict[str, Precision]]:
+    """Plans with the grid's precision spelled out for everything that they do not name."""
+    return {name: dict.fromkeys(costs.units, costs.quantized) | dict(own) for name, own in wanted.items()}
+
+
+def _judge(
+    loaded: LoadedModel,
+    plan: ProtectionPlan,
+    controls: Sequence[Control],
+    scores: Mapping[str, StateScores],
+    texts: TextSet,
+    costs: Costs,
+    bank: str,
+    objective: Goal,
+    random_plans: int,
+    draws: int,
+    seed: int,
+) -> Evidence:
+    languages, collapsed = _statuses(loaded, scores, texts)
+    names = [name for name in scores if name != BASELINE]
+    series: dict[Goal, dict[str, Series]] = {
+        goal: plan_series(
+            scores, names, languages, objective=goal, reference=None, collapsed=collapsed, draws=draws, seed=seed
+        )
+        for goal in ("worst", "mean")
+    }
+    sizes = {control.name: control.bytes_ for control in controls} | {
+        NONE: costs.total({}),
+        THE_PLAN: _bytes(loaded, plan),
+    }
+    own = series[objective]
+    standing, comparisons = _compare(own, controls)
+    return Evidence(
+        provenance=provenance(
+            loaded.files,
+            texts,
+            seed=seed,
+            arguments={
+                "objective": objective,
+                "draws": draws,
+                "bank": bank,
+                "random_plans": random_plans,
+            },
+        ),
+        plan=plan,
+        objective=objective,
+        grid=plan.grid,
+        bank=bank,
+        languages=languages,
+        rows=tuple(_rows(plan, controls, sizes, series)),
+        standing=standing,
+        comparisons=comparisons,
+        frontier=pareto_frontier({name: sizes[name] for name in names}, series["worst"], series["mean"]),
+        verdict=verdict(THE_PLAN, standing, comparisons),
+    )
+
+
+def _compare(
+    series: Mapping[str, Series], controls: Sequence[Control]
+) -> tuple[Standing | Undefined, tuple[Comparison, ...]]:
+    own = series[THE_PLAN]
+    if isinstance(own, Undefined):
+        return own, ()
+    random = {row.name: series[row.name] for row in controls if row.matched and row.name.startswith(RANDOM)}
+    affordable = [row.name for row in controls if row.matched or row.difference < 0]
+    others = {name: series[name] for name in (NONE, *affordable) if not name.startswith(RANDOM)}
+    return standing_of(own, random), compare_with(own, others)
+
+
+def _statuses(
+    loaded: LoadedModel, scores: Mapping[str, StateScores], texts: TextSet
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Languages that the 16-bit model supports, and those of them that collapsed under a plan."""
+    vocabulary = loaded.model.config.vocab_size
+    measure = partial(measure_damage, scores[BASELINE], texts=texts, reference=None, vocabulary=vocabulary)
+    languages = supported_languages(measure(scores[BASELINE], draws=MINIMUM_DRAWS))
+    if not languages:
+        raise QualityGateError(f"the 16-bit model supports none of {', '.join(texts.languages)}; judge a trained model")
+    collapsed = {
+        name: tuple(row.language for row in measure(state, draws=MINIMUM_DRAWS) if row.status == "collapsed")
+        for name, state in scores.items()
+        if name != BASELINE
+    }
+    return languages, {name: lost for name, lost in collapsed.items() if lost}
+
+
+def _rows(
+    plan: ProtectionPlan,
+    controls: Sequence[Control],
+    sizes: Mapping[str, int],
+    series: Mapping[Goal, Mapping[str, Series]],
+) -> list[EvidenceRow]:
+    said: dict[str, tuple[dict[str, Precision], str, bool]] = {
+        NONE: ({}, "nothing protected", False),
+        THE_PLAN: (_beyond_the_grid(plan), plan.source, True),
+    }
+    said |= {control.name: (control.precisions, control.why, control.matched) for control in controls}
+    return [
+        EvidenceRow(
+            name=name,
+            precisions=precisions,
+            bytes_=sizes[name],
+            matched=matched,
+            worst=_number(series["worst"][name]),
+            mean=_number(series["mean"][name]),
+            why=why,
+        )
+        for name, (precisions, why, matched) in said.items()
+    ]
+
+
+def _number(series: Series) -> Number:
+    return series if isinstance(series, Undefined) else interval(series)
