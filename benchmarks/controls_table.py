@@ -14,6 +14,7 @@ import argparse
 import json
 import platform
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -101,7 +102,11 @@ def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
 
 def tables() -> dict[str, str]:
     """Name → lines of Markdown."""
-    return {"summary": summary_table() + "\n", "grids": "\n".join(grid_sections()) + "\n"}
+    return {
+        "summary": summary_table() + "\n",
+        "outcomes": outcome_table() + "\n",
+        "grids": "\n".join(grid_sections()) + "\n",
+    }
 
 
 def summary_table() -> str:
@@ -121,6 +126,25 @@ def summary_table() -> str:
             f"({', '.join(map(str, said['protects']))}) | {milli(random[len(random) // 2])} ({milli(random[0])}) | "
             f"{standing(said['standing'])} | {shown(named.get(ALLOCATED))} | {with_bytes(wider, plan)} |"
         )
+    return "\n".join(lines)
+
+
+def outcome_table() -> str:
+    """On how many grids the plan beats each control."""
+    counts: dict[str, Counter[str]] = {}
+    for rows in by_grid().values():
+        for row in rows:
+            if row["row"] != "summary" and row["plan_against_it"]:
+                counts.setdefault(row["row"], Counter())[row["plan_against_it"]] += 1
+    lines = [
+        "| Control | The plan beats it | Cannot be told apart | It beats the plan |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    order = sorted(counts, key=lambda name: -counts[name]["beaten"])
+    lines += [
+        f"| {name} | {counts[name]['beaten']} | {counts[name]['not beaten']} | {counts[name]['better']} |"
+        for name in order
+    ]
     return "\n".join(lines)
 
 

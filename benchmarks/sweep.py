@@ -88,9 +88,8 @@ def measure_speed(shape: str, rounding: str, repeats: int) -> list[dict[str, Any
             raise SystemExit(f"the losses differ by {difference:.2e} nats a token; nothing is kept")
         floor, _ = timed(lambda dtype=dtype: products(plan_tree(plans, units).block_passes, *SHAPES[shape], dtype), 1)
         name = str(dtype).removeprefix("torch.")
-        report(
-            f"{looped / walked:.1f}x  {shape}, {name}: loop {looped:.1f} s, tree {walked:.1f} s, products {floor:.1f} s"
-        )
+        times = f"loop {looped:.1f} s, tree {walked:.1f} s, products {floor:.1f} s"
+        report(f"{looped / walked:.1f}x  {shape}, {rounding}, {name}: {times}")
         rows.append(
             row(
                 "speed",

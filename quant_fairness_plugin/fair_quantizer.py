@@ -8,10 +8,10 @@ Each step is a package or module of that name, takes plain data and returns plai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from typing_extensions import Unpack
@@ -19,7 +19,6 @@ from typing_extensions import Unpack
 from quant_fairness_plugin.artifacts import (
     Evidence,
     ExportRecord,
-    Granularity,
     Measurement,
     Mode,
     Part,
@@ -49,13 +48,12 @@ from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.sweep.choices import SweepChoices, answers
 from quant_fairness_plugin.sweep.columns import layers_budget, with_columns
 from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units
 from quant_fairness_plugin.sweep.evidence import gather_evidence
 from quant_fairness_plugin.sweep.executors import Executor
-from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS
 from quant_fairness_plugin.sweep.ranking import BASELINE, NONE
-from quant_fairness_plugin.sweep.search import Search
 from quant_fairness_plugin.sweep.sizes import NO_OVERRIDES
 
 EXPORTED = "exported"
@@ -129,24 +127,17 @@ class FairQuantizer:
         bfloat16 a sweep is faster where the processor computes in it, and ranks almost alike; measure in float32.
         """
         _, texts = preflight(source, config)
-        if memory_budget is not None:
-            streamed = open_streamed(
-                source.name,
-                dtype=getattr(torch, dtype),
-                revision=source.revision,
-                trust_remote_code=source.trust_remote_code,
-            )
-            found = cls(streamed, texts, config, progress=progress)
-            found._memory_budget = memory_budget
-            return found
-        loaded = load_model(
+        open_model = load_model if memory_budget is None else open_streamed
+        loaded = open_model(
             source.name,
             dtype=getattr(torch, dtype),
             revision=source.revision,
             trust_remote_code=source.trust_remote_code,
             allow_pickle=source.allow_pickle,
         )
-        return cls(loaded, texts, config, progress=progress)
+        found = cls(loaded, texts, config, progress=progress)
+        found._memory_budget = memory_budget
+        return found
 
     def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> FairQuantizer:
         """The same model and texts with another protection; a sweep that was made already is kept."""
@@ -202,64 +193,38 @@ class FairQuantizer:
         self,
         modes: Sequence[Mode] = ("protect-one",),
         *,
-        granularity: Granularity = "layer",
-        precisions: Sequence[Precision] = ("fp16",),
-        combine: int = 1,
-        search: Search | None = None,
-        max_plans: int = MOST_COMBINATIONS,
-        top: int | None = None,
-        also: Sequence[str] = (),
         bank: Path | None = None,
         work: Path | None = None,
         executor: Executor | None = None,
+        **choices: Unpack[SweepChoices],
     ) -> SweepReport:
         """Step 4: damage of every plan on the search part, and the layers or units ranked by what they do alone.
 
         Args:
             modes: keep one in 16 bit, and/or quantize nothing but one.
-            granularity: single out whole layers, or the fusion groups in them.
-            precisions: what each is singled out at; `fp16`, and others for a plan of several precisions.
-            combine: 2 for pairs besides, 3 for triples too.
-            search: how to look for sets of layers or units to protect besides.
-            max_plans: most pairs, and most triples.
-            top: how many the stability figures are about; None = the configuration's `top`, or 3.
-            also: what around the layers, or which vectors in them, further plans quantize besides; simulation only.
             bank: a quantized checkpoint of this model, whose weights are the quantized side; None rounds to nearest.
             work: a folder of finished trials, from which an interrupted sweep goes on.
             executor: where the trials run; None is this process.
+            **choices: fields of `SweepChoices`; `top` is the configuration's, or 3, where it is not given.
         """
-        top = top or self.config.top or 3
-        asked: dict[str, Any] = {
-            "granularity": granularity, "top": top, "search": None if search is None else asdict(search),
-        }  # fmt: skip
-        if combine > 1:
-            asked["max_plans"] = max_plans
-        if also:
-            asked["also"] = list(also)
-        same = self._report is not None and bank == self._bank
-        if self._report is None or not same or not _answers(self._report, modes, precisions, combine, asked):
+        choices.setdefault("top", self.config.top or 3)
+        if self._report is None or bank != self._bank or not answers(self._report, modes, choices):
+            self._report, self._bank = None, bank
             self._report = sweep_units(
                 self.loaded,
                 self.texts.part("search"),
                 grid=self.config.grid,
                 bank_recipe=None if bank is None else bank_recipe(bank, self.config.grid),
                 modes=modes,
-                granularity=granularity,
-                precisions=precisions,
-                combine=combine,
-                search=search,
-                max_plans=max_plans,
-                also=also,
                 reference=self.config.reference,
-                top=top,
                 draws=self.config.draws,
                 seed=self.config.seed,
                 progress=partial(self._progress, "sweep"),
                 work=work,
                 executor=executor,
                 memory_budget=self._memory_budget,
+                **choices,
             )
-            self._bank = bank
         return self._report
 
     def recommend(self) -> ProtectionPlan:
@@ -430,20 +395,6 @@ class FairQuantizer:
             protected=measured[0].measurements[EXPORTED],
             gain=measured[0].gain(NONE, EXPORTED),
         )
-
-
-def _answers(
-    report: SweepReport,
-    modes: Sequence[Mode],
-    precisions: Sequence[Precision],
-    combine: int,
-    asked: Mapping[str, Any],
-) -> bool:
-    """Whether a report holds all that is asked for. Another one would silently lack plans."""
-    given = report.provenance.arguments
-    enough = set(modes) <= set(report.modes) and set(precisions) <= set(report.precisions) and combine <= report.combine
-    wanted = {name: value for name, value in asked.items() if name != "search" or value is not None}
-    return enough and all(given[name] == value for name, value in wanted.items())
 
 
 def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -43,3 +44,18 @@ def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("planted") / "planted"
     write_planted_model(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def planted_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The planted model's sentences as a text set on disk."""
+    from tests.planted_model import planted_texts
+
+    texts = planted_texts()
+    rows = [
+        {"id": texts.ids[i], "part": texts.parts[i]} | {lang: rows[i] for lang, rows in texts.sentences.items()}
+        for i in range(len(texts))
+    ]
+    path = tmp_path_factory.mktemp("texts") / "planted.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)

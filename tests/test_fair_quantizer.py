@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,13 @@ from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.search import Search
-from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS, planted_texts
+from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
 
 
 @pytest.fixture(scope="module")
-def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    texts = planted_texts()
-    path = tmp_path_factory.mktemp("texts") / "planted.jsonl"
-    rows = [
-        {"id": texts.ids[i], "part": texts.parts[i]} | {lang: rows[i] for lang, rows in texts.sentences.items()}
-        for i in range(len(texts))
-    ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def quantizer(planted_model: Path, texts_file: Path) -> FairQuantizer:
+def quantizer(planted_model: Path, planted_file: str) -> FairQuantizer:
     return FairQuantizer.from_pretrained(
-        str(planted_model), group_size=32, texts=str(texts_file), max_overhead=0.4, draws=200
+        str(planted_model), group_size=32, texts=planted_file, max_overhead=0.4, draws=200
     )
 
 
@@ -168,8 +155,8 @@ def test_a_sweep_of_units_ends_in_a_checkpoint_with_units_of_its_own(quantizer: 
     assert kept == {f"model.layers.{layer}.{module}" for _, layer, group in places for module in groups[group]}
 
 
-def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: Path, texts_file: Path) -> None:
-    config = make_config(group_size=32, texts=str(texts_file), draws=200)
+def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: Path, planted_file: str) -> None:
+    config = make_config(group_size=32, texts=planted_file, draws=200)
     quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config, dtype="bfloat16")
     report = quantizer.sweep(top=1)
     assert quantizer.loaded.model.dtype == torch.bfloat16
@@ -179,8 +166,8 @@ def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: 
     assert ranking.layers[0] == PLANTED_LAYER
 
 
-def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, texts_file: Path) -> None:
-    config = make_config(group_size=32, texts=str(texts_file), draws=200)
+def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, planted_file: str) -> None:
+    config = make_config(group_size=32, texts=planted_file, draws=200)
     streamed = FairQuantizer.from_source(ModelSource(str(planted_model)), config, memory_budget=10**9)
     assert streamed.sweep(top=1).layers == LAYERS
     plan = streamed.recommend()

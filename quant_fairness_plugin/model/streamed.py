@@ -149,11 +149,13 @@ def open_streamed(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    allow_pickle: bool = False,
     device: str = "cpu",
 ) -> StreamedModel:
     """Open a model to be run block by block. Arguments and errors are those of `load_model`.
 
-    Weights of a block are checked when it is read, all others now.
+    Weights of a block are checked when it is read, all others now. Pickled weights are refused even with
+    `allow_pickle`: they cannot be read one by one.
 
     Raises:
         ConfigError: no such model, a dtype that is not computed in, or a device that this machine does not have.
@@ -164,7 +166,7 @@ def open_streamed(
     """
     compute = compute_dtype(dtype)
     check_device(device)
-    files = resolve_model(name, revision=revision, trust_remote_code=trust_remote_code)
+    files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     storage = storage_dtype(files)
     # Buffers are made in float32, as in a model that is loaded; parameters are replaced below.
     model = empty_model(files, trust_remote_code=trust_remote_code, dtype=torch.float32)

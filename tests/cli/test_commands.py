@@ -12,26 +12,14 @@ import typer
 from quant_fairness_plugin.artifacts import Combinations, ProtectionPlan, SweepReport, load, save
 from quant_fairness_plugin.cli.main import app, run_guarded
 from tests.planted import planted_report, planted_sets
-from tests.planted_model import LAYERS, PLANTED_LAYER, planted_texts
-
-
-@pytest.fixture(scope="module")
-def texts_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    texts = planted_texts()
-    path = tmp_path_factory.mktemp("texts") / "planted.jsonl"
-    rows = [
-        {"id": texts.ids[i], "part": texts.parts[i]} | {lang: rows[i] for lang, rows in texts.sentences.items()}
-        for i in range(len(texts))
-    ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from tests.planted_model import LAYERS, PLANTED_LAYER
 
 
 def test_a_sweep_is_one_document_and_recommend_reads_it_without_a_model(
-    planted_model: Path, texts_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, out = typer.main.get_command(app), tmp_path / "sweep.json"
-    arguments = ["sweep", "--model", str(planted_model), "--texts", texts_file, "--group-size", "32"]
+    arguments = ["sweep", "--model", str(planted_model), "--texts", planted_file, "--group-size", "32"]
     assert run_guarded(command, [*arguments, "--top", "1", "--json", "-o", str(out)], "quant-fairness") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads(out.read_text(encoding="utf-8"))
@@ -50,10 +38,20 @@ def test_a_sweep_is_one_document_and_recommend_reads_it_without_a_model(
 
 
 def test_pairs_of_units_are_swept_and_recommended(
-    planted_model: Path, texts_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, out, plan = typer.main.get_command(app), tmp_path / "sweep.json", tmp_path / "plan.json"
-    arguments = ["sweep", "--model", str(planted_model), "--texts", texts_file, "--group-size", "32", "-o", str(out)]
+    arguments = [
+        "sweep",
+        "--model",
+        str(planted_model),
+        "--texts",
+        planted_file,
+        "--group-size",
+        "32",
+        "-o",
+        str(out),
+    ]
     options = ["--granularity", "unit", "--combine", "2", "--max-plans", "6", "--top", "5"]
     assert run_guarded(command, [*arguments, *options, "--json"], "quant-fairness") == 0
     printed = capsys.readouterr()
@@ -70,16 +68,26 @@ def test_pairs_of_units_are_swept_and_recommended(
     )
     assert len(units.split(",")) == 5
 
-    folder = ["quantize", str(planted_model), "-o", str(tmp_path / "checkpoint"), "--texts", texts_file]
+    folder = ["quantize", str(planted_model), "-o", str(tmp_path / "checkpoint"), "--texts", planted_file]
     options = ["--group-size", "32", "--method", "rtn", "--protect-layers", "none", "--protect-units", units]
     assert run_guarded(command, [*folder, *options], "quant-fairness") == 0
     assert "in 16 bit" in capsys.readouterr().out
 
 
 def test_a_sweep_in_words_says_how_many_pairs_there_were(
-    planted_model: Path, texts_file: str, capsys: pytest.CaptureFixture[str]
+    planted_model: Path, planted_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["sweep", "--model", str(planted_model), "--texts", texts_file, "--group-size", "32", "--combine", "2"]
+    arguments = [
+        "sweep",
+        "--model",
+        str(planted_model),
+        "--texts",
+        planted_file,
+        "--group-size",
+        "32",
+        "--combine",
+        "2",
+    ]
     assert run_guarded(typer.main.get_command(app), arguments, "quant-fairness") == 0
     printed = capsys.readouterr().out
     assert "single: 4 of 4 evaluated\n" in printed
@@ -89,10 +97,20 @@ def test_a_sweep_in_words_says_how_many_pairs_there_were(
 
 
 def test_a_search_of_several_precisions_ends_in_a_plan_with_both(
-    planted_model: Path, texts_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, out, plan = typer.main.get_command(app), tmp_path / "sweep.json", tmp_path / "plan.json"
-    arguments = ["sweep", "--model", str(planted_model), "--texts", texts_file, "--group-size", "32", "-o", str(out)]
+    arguments = [
+        "sweep",
+        "--model",
+        str(planted_model),
+        "--texts",
+        planted_file,
+        "--group-size",
+        "32",
+        "-o",
+        str(out),
+    ]
     options = ["--precisions", "fp16,int8", "--search", "beam", "--size", "2", "--width", "2", "--top", "1"]
     assert run_guarded(command, [*arguments, *options], "quant-fairness") == 0
     printed = capsys.readouterr().out

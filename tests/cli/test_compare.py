@@ -9,21 +9,14 @@ import pytest
 import typer
 
 from quant_fairness_plugin.cli.main import app, run_guarded
-from tests.planted_model import PLANTED_LAYER, planted_texts
+from tests.planted_model import PLANTED_LAYER
 
 COMMAND = typer.main.get_command(app)
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    texts = planted_texts()
-    path = tmp_path_factory.mktemp("texts") / "planted.jsonl"
-    rows = [
-        {"id": texts.ids[i], "part": texts.parts[i]} | {lang: rows[i] for lang, rows in texts.sentences.items()}
-        for i in range(len(texts))
-    ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return ["--texts", str(path), "--group-size", "32", "--protect-layers", str(PLANTED_LAYER)]
+def common(planted_file: str) -> list[str]:
+    return ["--texts", planted_file, "--group-size", "32", "--protect-layers", str(PLANTED_LAYER)]
 
 
 def test_compare_prints_tables_and_a_verdict_and_saves_the_document(

@@ -10,7 +10,7 @@ import typer
 
 from quant_fairness_plugin.artifacts import Evidence, ProtectionPlan, load
 from quant_fairness_plugin.cli.main import app, run_guarded
-from tests.planted_model import LAYERS, PLANTED_LAYER, planted_texts
+from tests.planted_model import LAYERS, PLANTED_LAYER
 
 
 def run(*arguments: str | Path) -> int:
@@ -18,27 +18,20 @@ def run(*arguments: str | Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The planted sentences as a folder of text files, a line each."""
-    planted = planted_texts()
-    folder = tmp_path_factory.mktemp("texts")
-    for language, sentences in planted.sentences.items():
-        (folder / f"{language}.txt").write_text("".join(f"{text}\n" for text in sentences), encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def swept(planted_model: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swept(planted_model: Path, planted_file: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     report = tmp_path_factory.mktemp("swept") / "sweep.json"
-    assert run("sweep", "--model", planted_model, "--texts", texts, "--group-size", "32", "-o", report, "--json") == 0
+    assert (
+        run("sweep", "--model", planted_model, "--texts", planted_file, "--group-size", "32", "-o", report, "--json")
+        == 0
+    )
     return report
 
 
 def test_a_verified_plan_is_judged_on_other_sentences_and_says_so(
-    swept: Path, planted_model: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    swept: Path, planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, evidence = tmp_path / "plan.json", tmp_path / "evidence.json"
-    given = ["recommend", swept, "--top", "1", "--model", planted_model, "--texts", texts]
+    given = ["recommend", swept, "--top", "1", "--model", planted_model, "--texts", planted_file]
     assert run(*given, "--verify", "--evidence", evidence, "-o", plan) == 0
     out, err = capsys.readouterr()
     assert out == f"{PLANTED_LAYER}\n"
@@ -60,7 +53,7 @@ def test_evidence_of_nothing_is_refused(swept: Path, tmp_path: Path, capsys: pyt
 
 
 def test_another_model_than_the_swept_one_is_refused(
-    swept: Path, texts: Path, tmp_path: Path, planted_model: Path, capsys: pytest.CaptureFixture[str]
+    swept: Path, planted_file: str, tmp_path: Path, planted_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import shutil
 
@@ -73,6 +66,6 @@ def test_another_model_than_the_swept_one_is_refused(
     name = next(name for name in tensors if name.endswith("norm.weight"))
     tensors[name] = tensors[name] * 1.001
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert run("recommend", swept, "--top", "1", "--model", other, "--texts", texts, "--verify") == 2
+    assert run("recommend", swept, "--top", "1", "--model", other, "--texts", planted_file, "--verify") == 2
     err = capsys.readouterr().err
     assert "is not the model that was swept" in err

@@ -16,27 +16,17 @@ from quant_fairness_plugin.artifacts import SweepReport, load
 from quant_fairness_plugin.cli.main import app, run_guarded
 from tests.export.build import quantize_tiny
 from tests.export.test_bank import write
-from tests.planted_model import LAYERS, planted_texts
-
-
-@pytest.fixture(scope="module")
-def texts_file(tmp_path_factory: pytest.TempPathFactory) -> str:
-    texts = planted_texts()
-    path = tmp_path_factory.mktemp("texts") / "planted.jsonl"
-    rows = [
-        {"id": texts.ids[i], "part": texts.parts[i]} | {lang: rows[i] for lang, rows in texts.sentences.items()}
-        for i in range(len(texts))
-    ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+from tests.planted_model import LAYERS
 
 
 def run(*arguments: str) -> int:
     return run_guarded(typer.main.get_command(app), list(arguments), "quant-fairness")
 
 
-def test_one_document_says_everything(planted_model: Path, texts_file: str, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--texts", texts_file, "--group-size", "32", "--mode", "both", "--also", "embeddings", "--json"]
+def test_one_document_says_everything(
+    planted_model: Path, planted_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--texts", planted_file, "--group-size", "32", "--mode", "both", "--also", "embeddings", "--json"]
     limits = ["--format", "gptq", "--reader", "vllm", "--memory-budget", "1MB"]
     assert run("plan", "--model", str(planted_model), *asked, *limits) == 0
     found = json.loads(capsys.readouterr().out)
@@ -47,9 +37,11 @@ def test_one_document_says_everything(planted_model: Path, texts_file: str, caps
     assert found["streamed"]["spilled"] > 0
 
 
-def test_words_for_people(tiny_model: Callable[..., Path], texts_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_for_people(
+    tiny_model: Callable[..., Path], planted_file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = ["--model", str(tiny_model("gpt2", layers=3))]
-    assert run("plan", *model, "--texts", texts_file, "--group-size", "32", "--protect-layers", "1") == 0
+    assert run("plan", *model, "--texts", planted_file, "--group-size", "32", "--protect-layers", "1") == 0
     out = capsys.readouterr().out
     assert "3 layers" in out
     assert "an estimate" in out
@@ -93,10 +85,20 @@ def test_a_plan_needs_no_transformers() -> None:
 
 
 def test_a_sweep_over_a_bank_says_where_its_weights_are_from(
-    planted_model: Path, texts_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bank, out = write(quantize_tiny(planted_model, protected=(1,)), tmp_path / "bank"), tmp_path / "sweep.json"
-    asked = ["sweep", "--model", str(planted_model), "--texts", texts_file, "--group-size", "32", "--bank", str(bank)]
+    asked = [
+        "sweep",
+        "--model",
+        str(planted_model),
+        "--texts",
+        planted_file,
+        "--group-size",
+        "32",
+        "--bank",
+        str(bank),
+    ]
     assert run(*asked, "-o", str(out)) == 0
     assert "quantized weights: checkpoint compressed-tensors sha256 " in capsys.readouterr().out
     report = load(SweepReport, out)
@@ -128,9 +130,9 @@ def test_a_sweep_refuses_before_anything_is_loaded(
 
 
 def test_what_is_simulated_is_shown_apart(
-    planted_model: Path, texts_file: str, capsys: pytest.CaptureFixture[str]
+    planted_model: Path, planted_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["--texts", texts_file, "--group-size", "32", "--mode", "quantize-one", "--also", "embeddings,norms"]
+    asked = ["--texts", planted_file, "--group-size", "32", "--mode", "quantize-one", "--also", "embeddings,norms"]
     assert run("sweep", "--model", str(planted_model), *asked) == 0
     first, _, second = capsys.readouterr().out.partition("simulation only")
     assert "quantize embeddings" in second

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,23 +13,10 @@ from quant_fairness_plugin.cli.main import app, run_guarded
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.recommend import explicit_plan
 from quant_fairness_plugin.sweep.engine import count_bytes
-from tests.planted_model import planted_texts
 
 
 def run(*arguments: str | Path) -> int:
     return run_guarded(typer.main.get_command(app), list(map(str, arguments)), "quant-fairness")
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    planted = planted_texts()
-    path = tmp_path_factory.mktemp("texts") / "planted.jsonl"
-    rows = [
-        {"id": planted.ids[i], "part": planted.parts[i]} | {lang: own[i] for lang, own in planted.sentences.items()}
-        for i in range(len(planted))
-    ]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +35,10 @@ def plan(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_checkpoint_follows_the_plan_and_keeps_its_reasons(
-    planted_model: Path, texts: Path, plan: Path, tmp_path: Path
+    planted_model: Path, planted_file: str, plan: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    given = ["--plan", plan, "--texts", texts, "--method", "rtn", "--format", "compressed-tensors"]
+    given = ["--plan", plan, "--texts", planted_file, "--method", "rtn", "--format", "compressed-tensors"]
     assert run("quantize", planted_model, "-o", out, *given) == 0
     record, wanted = load(ExportRecord, out / "quant_fairness.json"), load(ProtectionPlan, plan)
     # What was predicted was measured on the checkpoint.
@@ -81,11 +67,11 @@ def test_options_that_choose_too_are_refused(
 
 
 def test_a_plan_of_another_model_is_refused(
-    plan: Path, texts: Path, tmp_path: Path, planted_model: Path, capsys: pytest.CaptureFixture[str]
+    plan: Path, planted_file: str, tmp_path: Path, planted_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = load(ProtectionPlan, plan)
     short = tmp_path / "short.json"
     save(replace(made, units={"layers.0": "fp16", "layers.1": "int4"}), short)
-    assert run("quantize", planted_model, "--plan", short, "--texts", texts, "-o", tmp_path / "out") == 2
+    assert run("quantize", planted_model, "--plan", short, "--texts", planted_file, "-o", tmp_path / "out") == 2
     assert "the plan is for 2 layers of planted" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
