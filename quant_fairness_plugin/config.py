@@ -43,6 +43,8 @@ class FairConfig:
     clip: Clip = "absmax"
     protect_layers: Literal["auto", "none"] | tuple[int, ...] = "auto"
     """`auto`: as many layers as the sweep supports within `max_overhead`; `none`; or layer indices counted from 0."""
+    precisions: tuple[Precision, ...] = ("fp16",)
+    """What `auto` may give a layer instead of `bits`: `fp16`, and `int8`, which costs half as much."""
     protect_units: tuple[str, ...] = ()
     """Fusion groups that stay in 16 bit besides, such as `3.down`."""
     int8_layers: tuple[int, ...] = ()
@@ -81,6 +83,7 @@ class FairConfig:
                 f"max_overhead {self.max_overhead} is no share of the all-quantized size; use 0.2 for 20 % extra bytes"
             )
         check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
+        check_precisions(self.precisions, bits=self.bits, top=self.top)
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
@@ -117,6 +120,7 @@ class FairOptions(TypedDict, total=False):
     symmetric: bool | None
     clip: Clip
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
+    precisions: tuple[Precision, ...] | list[Precision]
     protect_units: tuple[str, ...] | list[str]
     int8_layers: tuple[int, ...] | list[int]
     protect_columns: float
@@ -188,6 +192,20 @@ def check_overrides(
                 f"{place} is in protect_layers {','.join(map(str, whole))} too, whose layers keep 16 bit as a whole; "
                 f"leave {place} out of one of the two"
             )
+
+
+def check_precisions(precisions: tuple[Precision, ...], *, bits: int, top: int | None) -> None:
+    """Refuse precisions that `auto` cannot choose from.
+
+    Raises:
+        ConfigError: not `fp16`, or `fp16` and `int8`; `int8` on an 8-bit grid, or with a number of layers to protect.
+    """
+    given = ",".join(precisions)
+    if sorted(precisions) not in (["fp16"], ["fp16", "int8"]):
+        raise ConfigError(f"precisions {given or '(none)'}: a checkpoint has fp16, or fp16,int8, besides; use those")
+    if "int8" in precisions and (bits == 8 or top is not None):
+        problem = "bits 8 is the same" if bits == 8 else f"top {top} is a number of layers in 16 bit"
+        raise ConfigError(f"precisions {given}: {problem}; leave int8 out, or give a budget with max_overhead")
 
 
 def check_columns(share: float, *, method: Method, backend: str) -> None:

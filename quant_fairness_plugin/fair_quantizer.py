@@ -236,7 +236,7 @@ class FairQuantizer:
             chosen, columns = self.config.protect_layers, self.config.protect_columns
             if chosen == "auto":
                 plan = recommend_plan(
-                    self._report or self.sweep(),
+                    self._report or self.sweep(precisions=self.config.precisions),
                     objective=self.config.objective,
                     top=self.config.top,
                     max_overhead=layers_budget(self.loaded, self.config.grid, columns, self.config.max_overhead),
@@ -360,6 +360,9 @@ class FairQuantizer:
 
     def _check_exportable(self, overrides: Mapping[str, Precision]) -> None:
         config = self.config
+        if config.protect_layers == "auto" and "int8" in config.precisions and self._plan is None:
+            # What a sweep may find must be exportable; it is checked before the sweep.
+            overrides = {"layers.0": "int8", **overrides}
         check_units(config, units=tuple(unit.name for unit in self.loaded.family.units), layers=self.loaded.layers)
         check_exportable(
             self.loaded.family,

@@ -98,3 +98,17 @@ def test_columns_that_cannot_be_chosen_are_refused(chosen: dict[str, Any], messa
 def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
     assert make_config(protect_columns=0.01, method="awq").protect_columns == 0.01
     assert make_config(protect_columns=0.5).protect_columns == 0.5
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"precisions": ("int8",)}, "a checkpoint has fp16, or fp16,int8"),
+        ({"precisions": ("fp16", "int5")}, "precisions fp16,int5"),
+        ({"precisions": ("fp16", "int8"), "top": 3}, "top 3 is a number of layers in 16 bit"),
+        ({"precisions": ("fp16", "int8"), "bits": 8}, "bits 8 is the same"),
+    ],
+)
+def test_precisions_that_auto_cannot_choose_from(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**chosen)

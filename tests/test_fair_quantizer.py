@@ -155,6 +155,27 @@ def test_a_sweep_of_units_ends_in_a_checkpoint_with_units_of_its_own(quantizer: 
     assert kept == {f"model.layers.{layer}.{module}" for _, layer, group in places for module in groups[group]}
 
 
+def test_auto_chooses_from_the_configured_precisions(planted_model: Path, planted_file: str) -> None:
+    quantizer = FairQuantizer.from_pretrained(
+        str(planted_model), group_size=32, texts=planted_file, precisions=("fp16", "int8"), max_overhead=0.25, draws=200
+    )
+    plan = quantizer.recommend()
+    assert quantizer.sweep().precisions == ("fp16", "int8")
+    assert plan.units[f"layers.{PLANTED_LAYER}"] == "int8"
+
+
+def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
+    planted_model: Path, planted_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "quant_fairness_plugin.fair_quantizer.sweep_units", lambda *_, **__: pytest.fail("it was swept")
+    )
+    given: dict[str, Any] = {"texts": planted_file, "group_size": 32, "format": "gptq"}
+    quantizer = FairQuantizer.from_pretrained(str(planted_model), precisions=("fp16", "int8"), **given)
+    with pytest.raises(UnsupportedModelError, match="8"):
+        quantizer.save_pretrained(tmp_path / "out")
+
+
 def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: Path, planted_file: str) -> None:
     config = make_config(group_size=32, texts=planted_file, draws=200)
     quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config, dtype="bfloat16")

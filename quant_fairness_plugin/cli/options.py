@@ -47,7 +47,7 @@ Combine = Annotated[
     str, typer.Option(metavar="1|2|3", help="Single out one at a time, all pairs besides, or all triples too.")
 ]
 Precisions = Annotated[
-    str, typer.Option("--precisions", help="What each is singled out at, such as fp16,int8 for plans of both.")
+    str, typer.Option("--precisions", help="What a layer may get instead of --bits: fp16, or fp16,int8 for both.")
 ]
 SearchOption = Annotated[
     str | None,
