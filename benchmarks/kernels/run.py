@@ -1,4 +1,4 @@
-"""Our INT4 matmul beside cuBLAS and torch's own 4-bit kernel: checked first, then timed.
+"""Our INT4 matmul beside cuBLAS, torch's own 4-bit kernel and the `peers` that are installed: checked, then timed.
 
     python benchmarks/kernels/run.py --out benchmarks/results/h200/int4_matmul.jsonl     on an NVIDIA GPU
     python benchmarks/kernels/run.py --interpret [--full]     correctness without a GPU, by triton's interpreter
@@ -7,7 +7,7 @@
 On a GPU the grid of `quant_fairness_kernels.verify` runs first, and nothing is timed if a case fails. Times are medians
 of CUDA graph replays over at least 240 MB of rotated weights. `roofline` is the least time that memory or tensor cores
 allow, from a copy and a matmul measured in the same run, over the time. Without a GPU there are no times: none is
-predicted here.
+predicted here. A call comes before every timing, so what a provider compiles or searches is not part of its time.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import PEERS, Provider, version_of, why_missing
 from quant_fairness_kernels import sass, verify
 from quant_fairness_kernels.launch import Mixed, gpu_of, missing_for_triton, triton_matmul
 from quant_fairness_kernels.nibble_planes import pack_planes
@@ -35,9 +37,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
 GROUP = 128
 INT4_BYTES = 0.5 + 2 / GROUP
 """Per weight: the integer and its share of a 16-bit scale."""
-
-Provider = Callable[[Tensor, Tensor, Tensor], list[Callable[[Tensor], Tensor]]]
-"""From integers `[N, K]`, scales `[N, G]` and the dequantized weight, one call per rotated copy."""
 
 
 def main() -> int:
@@ -60,10 +59,10 @@ def main() -> int:
         parser.error(f"the Triton kernels cannot run: {missing}")
     if check(size, {}):
         return 1
-    rows = list(time_shapes())
-    if arguments.out is not None:
-        with arguments.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    for row in time_shapes():  # written one by one: what a peer does to the GPU must not cost the rows before it
+        if arguments.out is not None:
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
     return 0
 
 
@@ -109,16 +108,17 @@ def triton_versions() -> str:
 
 def time_shapes() -> Iterator[dict[str, Any]]:
     """One row per shape, number of tokens and provider."""
-    bandwidth, flops = measured_bandwidth(), measured_flops()
+    providers, bandwidth, flops = available(), measured_bandwidth(), measured_flops()
     print(f"copy {bandwidth / 1e12:.2f} TB/s, matmul {flops / 1e12:.0f} TFLOP/s")
     for N, K in LLAMA_8B:
         generator = torch.Generator().manual_seed(0)
         integers = torch.randint(0, 16, (N, K), dtype=torch.uint8, generator=generator)
         scales = (torch.rand(N, K // GROUP, generator=generator) * 0.02 + 1e-3).half()
         weight = ((integers.float() - 8) * scales.float().repeat_interleave(GROUP, 1)).half().cuda()
+        calls = {name: calls_of(name, provider, integers, scales, weight) for name, provider in providers.items()}
         for M in TOKENS:
             ideal = max((INT4_BYTES * N * K + 2 * M * (N + K)) / bandwidth, 2 * M * N * K / flops) * 1e6
-            times = {name: time_provider(provider, integers, scales, weight, M) for name, provider in PROVIDERS.items()}
+            times = {name: time_provider(name, copies, weight, M) for name, copies in calls.items()}
             for name, time in times.items():
                 if time is None:
                     continue
@@ -131,30 +131,61 @@ def time_shapes() -> Iterator[dict[str, Any]]:
                 )
 
 
-def time_provider(provider: Provider, integers: Tensor, scales: Tensor, weight: Tensor, M: int) -> Microseconds | None:
-    """Times of one provider; None where it does not take the shape. Wrong results end the run."""
-    x = torch.randn(M, weight.shape[1], generator=torch.Generator().manual_seed(M)).half().cuda()
+def available() -> dict[str, Provider]:
+    """`PROVIDERS` without the peers that cannot be imported here; each of those is named on stderr."""
+    reasons = {name: why_missing(peer) for name, peer in PEERS.items()}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"       {name} is left out: {reason}", file=sys.stderr)
+    return {name: provider for name, provider in PROVIDERS.items() if reasons.get(name) is None}
+
+
+def refusals(name: str) -> tuple[type[Exception], ...]:
+    """Errors by which a provider says that it does not take a shape; a peer's may be of any kind."""
+    return (Exception,) if name in PEERS else (RuntimeError, AttributeError)
+
+
+def calls_of(
+    name: str, provider: Provider, integers: Tensor, scales: Tensor, weight: Tensor
+) -> list[Callable[[Tensor], Tensor]]:
+    """The calls of a provider; none where it does not take the weight."""
     try:
-        calls = provider(integers, scales, weight)
-        got = calls[0](x)
-    except (RuntimeError, AttributeError) as error:
-        print(f"       a provider cannot run at M = {M}: {error}", file=sys.stderr)
+        return provider(integers, scales, weight)
+    except refusals(name) as error:
+        print(f"       {name} cannot pack {tuple(weight.shape)}: {error!r}", file=sys.stderr)
+        return []
+
+
+def time_provider(
+    name: str, calls: Sequence[Callable[[Tensor], Tensor]], weight: Tensor, M: int
+) -> Microseconds | None:
+    """Times of one provider; None where it does not take the shape. Wrong results of ours, or of torch, end the run."""
+    if not calls:
         return None
-    error = verify.relative_error(got, x.double() @ weight.double().T)
-    if not error <= verify.TOLERANCE[torch.bfloat16]:  # tinygemm computes in bfloat16
-        raise SystemExit(f"wrong result: relative error {error:.1e} at M = {M}")
-    return time_calls([lambda call=call: call(x) for call in calls])
+    x = torch.randn(M, weight.shape[1], generator=torch.Generator().manual_seed(M)).half().to(weight.device)
+    try:
+        error = verify.relative_error(calls[0](x), x.double() @ weight.double().T)
+        if error <= verify.TOLERANCE[torch.bfloat16]:  # tinygemm computes in bfloat16
+            return time_calls([partial(call, x) for call in calls])
+    except refusals(name) as reason:
+        print(f"       {name} cannot run at M = {M}: {reason!r}", file=sys.stderr)
+        return None
+    wrong = f"{name} is wrong: relative error {error:.1e} at M = {M}"
+    if name not in PEERS:
+        raise SystemExit(wrong)
+    print(f"       {wrong}; not timed", file=sys.stderr)
+    return None
 
 
 def ours(integers: Tensor, scales: Tensor, weight: Tensor) -> list[Callable[[Tensor], Tensor]]:
     first = pack_planes(integers, scales, torch.full(scales.shape, 8, dtype=torch.uint8)).to("cuda")
     copies = [first, *(copy_of(first) for _ in range(copies_needed(weight.numel() // 2) - 1))]
-    return [lambda x, planes=planes: triton_matmul(x, planes, Mixed()) for planes in copies]
+    return [partial(triton_matmul, planes=planes, mixed=Mixed()) for planes in copies]
 
 
 def cublas(integers: Tensor, scales: Tensor, weight: Tensor) -> list[Callable[[Tensor], Tensor]]:
     copies = [weight, *(weight.clone() for _ in range(copies_needed(2 * weight.numel()) - 1))]
-    return [lambda x, copy=copy: torch.nn.functional.linear(x, copy) for copy in copies]
+    return [partial(torch.nn.functional.linear, weight=copy) for copy in copies]
 
 
 def tinygemm(integers: Tensor, scales: Tensor, weight: Tensor) -> list[Callable[[Tensor], Tensor]]:
@@ -163,13 +194,17 @@ def tinygemm(integers: Tensor, scales: Tensor, weight: Tensor) -> list[Callable[
     packed = torch.ops.aten._convert_weight_to_int4pack((values[:, ::2] << 4 | values[:, 1::2]).to(torch.uint8), 8)
     pairs = torch.stack([scales.T, torch.zeros_like(scales.T)], dim=-1).to("cuda", torch.bfloat16).contiguous()
     copies = [packed, *(packed.clone() for _ in range(copies_needed(weight.numel() // 2) - 1))]
-    return [
-        lambda x, copy=copy: torch.ops.aten._weight_int4pack_mm(x.to(torch.bfloat16), copy, GROUP, pairs)
-        for copy in copies
-    ]
+
+    def call(copy: Tensor, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.aten._weight_int4pack_mm(x.to(torch.bfloat16), copy, GROUP, pairs)
+        return result
+
+    return [partial(call, copy) for copy in copies]
 
 
-PROVIDERS: dict[str, Provider] = {"ours": ours, "cublas": cublas, "tinygemm": tinygemm}
+PROVIDERS: dict[str, Provider] = {"ours": ours, "cublas": cublas, "tinygemm": tinygemm} | {
+    name: peer.provider for name, peer in PEERS.items()
+}
 
 
 def measured_bandwidth() -> float:
@@ -189,9 +224,11 @@ def measured_flops() -> float:
 def timed_row(name: str, M: int, N: int, K: int, time: Microseconds, ideal: float, ratio: float) -> dict[str, Any]:
     import triton
 
+    version = version_of(PEERS[name]) if name in PEERS else None
     return {
         "benchmark": "int4_matmul",
         "provider": name,
+        **({} if version is None else {"provider_version": version}),
         "M": M,
         "N": N,
         "K": K,

@@ -86,6 +86,8 @@ def default_config(gpu: Gpu, *, M: int, N: int, K: int, group: int, D: int = 0) 
         shape = KernelConfig(16, 128, 1, 4, 4, transposed=False, scale_after=True)
     elif M <= 32:
         shape = KernelConfig(32, 128, 1, 4, 4, transposed=hopper, scale_after=True)
+    elif M <= 64 and not hopper and group in (32, 64):
+        shape = KernelConfig(64, 128, 1, 8, 3, transposed=True, scale_after=False)  # four warps spill
     elif M <= 64:
         shape = KernelConfig(64, 128, 1, 4, 3, transposed=hopper, scale_after=not hopper)
     elif hopper and wide:
