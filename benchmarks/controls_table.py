@@ -67,7 +67,10 @@ def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
     rival = recommend_plan(report, max_bytes=floor + plan.extra_bytes)
     rivals = {ALLOCATED: rival} if rival.extra_bytes else {}
     supported = [name for name, status in report.languages.items() if status == "supported"]
-    evidence = gather_evidence(loaded, plan, texts.part("confirm").choose(supported), rivals=rivals, seed=SEED)
+    known = texts.choose(supported)
+    evidence = gather_evidence(
+        loaded, plan, known.part("confirm"), chosen_on=known.part("search"), rivals=rivals, seed=SEED
+    )
     origin = {
         "model": model, "bits": bits, "group": group, "seed": SEED, "versions": package_versions(),
         "machine": platform.machine(), "command": " ".join(["python", *sys.argv]),

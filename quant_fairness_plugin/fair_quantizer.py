@@ -263,6 +263,7 @@ class FairQuantizer:
             self.loaded,
             plan or self.recommend(),
             self.texts.part("confirm"),
+            chosen_on=self.texts.part("search"),
             objective="mean" if self.config.objective == "mean" else "worst",
             draws=self.config.draws,
             seed=self.config.seed,

@@ -61,6 +61,7 @@ def gather_evidence(
     plan: ProtectionPlan,
     texts: TextSet,
     *,
+    chosen_on: TextSet,
     objective: Goal = "worst",
     rivals: Mapping[str, ProtectionPlan] = NO_RIVALS,
     random_plans: int = RANDOM_PLANS,
@@ -76,6 +77,7 @@ def gather_evidence(
         loaded: the 16-bit model; bit-identical afterwards.
         plan: what to judge; it must protect something.
         texts: sentences that the plan was not chosen on (the `confirm` part).
+        chosen_on: other sentences, for controls that need some to choose by (the `search` part, as the plan had).
         objective: what plans are compared by.
         rivals: other plans on the same grid to compare with, by name.
         random_plans: how many random sets.
@@ -93,7 +95,7 @@ def gather_evidence(
     units = map_units(loaded)
     bank = RtnBank(loaded, units, plan.grid)
     costs = layer_costs(loaded, plan.grid)
-    scores = layer_scores(loaded, texts, units=units, bank=bank, quantized=plan.quantized_precision)
+    scores = layer_scores(loaded, chosen_on, units=units, bank=bank, quantized=plan.quantized_precision)
     target = _bytes(loaded, plan)
     controls = [_rival(name, rival, _bytes(loaded, rival), target, costs) for name, rival in rivals.items()]
     controls += controls_for(chosen, costs, plan_bytes=target, scores=scores, random_plans=random_plans, seed=seed)

@@ -13,6 +13,7 @@ from quant_fairness_plugin.artifacts import (
     Precision,
     ProtectionPlan,
     Standing,
+    TextSet,
     Undefined,
     from_json,
     to_json,
@@ -46,8 +47,16 @@ def protecting(
 
 
 def gather(loaded: LoadedModel, plan: ProtectionPlan, rivals: dict[str, ProtectionPlan] | None = None) -> Evidence:
-    texts = planted_texts().part("confirm")
-    return gather_evidence(loaded, plan, texts, rivals=rivals or {}, random_plans=3, draws=200)
+    texts = planted_texts()
+    return gather_evidence(
+        loaded,
+        plan,
+        texts.part("confirm"),
+        chosen_on=texts.part("search"),
+        rivals=rivals or {},
+        random_plans=3,
+        draws=200,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +122,19 @@ def test_uniform_controls_have_more_bits_than_the_grid(loaded: LoadedModel, bits
     costs = layer_costs(loaded, replace(GRID, bits=bits))
     kinds = set(costs.bytes_["layers.0"])
     assert kinds == {f"int{b}" for b in (3, 4, 5, 8) if b > bits} | {f"int{bits}", "fp16"}
+
+
+def test_controls_are_chosen_on_other_sentences(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def noted(model: LoadedModel, texts: TextSet, **rest: object) -> dict[str, tuple[float, ...]]:
+        seen.append(texts.ids)
+        return {}
+
+    monkeypatch.setattr("quant_fairness_plugin.sweep.evidence.layer_scores", noted)
+    gather(loaded, protecting(loaded, PLANTED_LAYER))
+    assert seen == [planted_texts().part("search").ids]
+    assert not set(seen[0]) & set(planted_texts().part("confirm").ids)
 
 
 def test_evidence_is_the_same_after_a_file(good: Evidence) -> None:
