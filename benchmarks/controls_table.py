@@ -161,12 +161,12 @@ def grid_sections() -> Iterator[str]:
         yield "| --- | --- | ---: | ---: | ---: | --- | --- |"
         plan = next(row for row in rows if row["row"] == "the plan")
         yield random_line([row for row in rows if row["row"].startswith("random ")])
-        seen: list[Any] = []
+        uniform = [row["protects"] for row in rows if row["row"].startswith("uniform ")]
         for row in rows:
             # Where the bytes pay for all layers, a spread plan is the uniform one.
-            if row["row"] == "summary" or row["row"].startswith("random ") or row["protects"] in seen:
+            same = row["row"].startswith("spread ") and row["protects"] in uniform
+            if same or row["row"] == "summary" or row["row"].startswith("random "):
                 continue
-            seen.append(row["protects"])
             yield (
                 f"| {row['row']} | {protects(row)} | {row['bytes'] / plan['bytes'] - 1:+.1%} | {shown(row)} | "
                 f"{milli(row['mean_kl'].get('estimate'))} | {row['plan_against_it'] or ''} | "
