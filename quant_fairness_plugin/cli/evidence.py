@@ -55,14 +55,16 @@ def verified(
 
 
 def evidence_table(evidence: Evidence) -> Table:
-    """Every plan that was evaluated, the best first."""
+    """Every plan that was evaluated, the best first; of the random ones only the best and the worst."""
     table = Table(title=f"Equal bytes, {evidence.grid}, KL in bits per byte on sentences that nothing was chosen on")
     for name in ("plan", "protects", "bytes", "worst language", "mean", "the plan"):
         table.add_column(name)
     outcomes: Mapping[str, str] = {row.control: row.outcome for row in evidence.comparisons}
     words = {"beaten": "beats it", "not beaten": "does not beat it", "better": "is worse", "undefined": "undefined"}
     own = evidence.row("the plan").bytes_
-    for row in sorted(evidence.rows, key=lambda row: getattr(row.worst, "estimate", float("inf"))):
+    order = sorted(evidence.rows, key=lambda row: getattr(row.worst, "estimate", float("inf")))
+    random = [row.name for row in order if row.name.startswith("random ")]
+    for row in (row for row in order if row.name not in random[1:-1]):
         kinds = sorted({kind for kind in row.precisions.values()})
         places = ", ".join(name.removeprefix("layers.") for name in row.precisions)
         table.add_row(
