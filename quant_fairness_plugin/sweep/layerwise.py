@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet
-from quant_fairness_plugin.errors import ConfigError, ResourceError
 from quant_fairness_plugin.measure.rows import Batch, position_limit, sum_rows, tokenize
 from quant_fairness_plugin.measure.streamed import score_hidden
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
 from quant_fairness_plugin.sweep.bank import Bank
-from quant_fairness_plugin.sweep.jobs import Found, Job, identity
+from quant_fairness_plugin.sweep.jobs import Found, Job
 from quant_fairness_plugin.sweep.limits import BATCH_TOKENS, CONTEXT, STACK_TOKENS
 from quant_fairness_plugin.sweep.memory import HEAD_TOKENS
 from quant_fairness_plugin.sweep.ranking import BASELINE
@@ -32,7 +31,7 @@ from quant_fairness_plugin.sweep.residence import BlockBank, block_feed, find_he
 from quant_fairness_plugin.sweep.score import add_batch, finish, plan_tree
 from quant_fairness_plugin.sweep.stacks import Stacks, batches_in_memory
 from quant_fairness_plugin.sweep.tree import Variant
-from quant_fairness_plugin.sweep.trials import Store, trial_key
+from quant_fairness_plugin.sweep.trials import Store, open_store, trial_key
 from quant_fairness_plugin.sweep.units import HEAD, UnitMap
 from quant_fairness_plugin.sweep.walk import exchanged, repeated
 
@@ -86,7 +85,7 @@ def score_plans_layerwise(
     most = max(STACK_TOKENS[loaded.model.device.type], *(batch.ids.numel() for batch in batches))
     allowance = sweep_needs(loaded, tree, units, most).left_for_states(memory_budget)
     job = Job(loaded, tree, bank, texts, torch.get_num_threads())
-    store = None if work is None else _open_store(work, job, batch_tokens)
+    store = None if work is None else open_store(work, job, layerwise=LAYERWISE_VERSION, batch_tokens=batch_tokens)
     with ExitStack() as resources:
         spill = work or Path(resources.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
         stacks = _open_stacks(spill, store, job, batches, allowance)
@@ -210,18 +209,6 @@ class _Sweep:
 
 def _pieces(nodes: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (nodes[start : start + max(1, size)] for start in range(0, len(nodes), max(1, size)))
-
-
-def _open_store(work: Path, job: Job, batch_tokens: int) -> Store:
-    """The scores of finished batches in `work`."""
-    if work.exists() and not work.is_dir():
-        raise ConfigError(f"{work}: not a folder; allowed is a folder, or a name that is free. Use another.")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise ResourceError(f"{work}: cannot be used ({err.strerror}); use a folder that can be written.") from err
-    depends = identity(job) | {"layerwise": LAYERWISE_VERSION, "batch_tokens": batch_tokens}
-    return Store(work, tuple(job.tree.leaves), depends)
 
 
 def _open_stacks(folder: Path, store: Store | None, job: Job, batches: Sequence[Batch], allowance: int) -> Stacks:

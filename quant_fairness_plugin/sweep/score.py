@@ -14,11 +14,12 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import Array, Batch, TokenRows, position_limit, sum_rows, tokenize
-from quant_fairness_plugin.measure.streamed import Head, score_hidden
+from quant_fairness_plugin.measure.streamed import score_hidden
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.limits import BATCH_TOKENS, CONTEXT
 from quant_fairness_plugin.sweep.ranking import BASELINE
+from quant_fairness_plugin.sweep.residence import find_head
 from quant_fairness_plugin.sweep.tree import State, StateTree, Variant, build_tree
 from quant_fairness_plugin.sweep.units import UnitMap
 from quant_fairness_plugin.sweep.walk import enter
@@ -137,7 +138,7 @@ def _score_leaves(
     heads: dict[int, Variant],
 ) -> dict[str, Array]:
     reference = given[tree.leaves[BASELINE]]
-    own = _head(loaded, bank, ())
+    own = find_head(loaded, bank, ())
     targets = batch.targets.to(reference.device)
     per_leaf: dict[int, Tensor] = {}
     baseline = torch.zeros(len(targets), 3, dtype=torch.float64)
@@ -145,22 +146,13 @@ def _score_leaves(
         leaves = [leaf for leaf in given if heads[leaf] == variant]
         hidden = torch.stack([given[leaf] for leaf in leaves])
         nll, scores = score_hidden(
-            reference, hidden, targets, own, state_head=_head(loaded, bank, variant) if variant else None
+            reference, hidden, targets, own, state_head=find_head(loaded, bank, variant) if variant else None
         )
         baseline[:, 0] = nll.cpu()
         per_leaf |= dict(zip(leaves, scores.cpu(), strict=True))
     # A state that is the 16-bit model itself has no KL; rounding would give it one of about 1e-7.
     per_leaf[tree.leaves[BASELINE]] = baseline
     return {name: sum_rows(batch, per_leaf[leaf], name, texts) for name, leaf in tree.leaves.items()}
-
-
-def _head(loaded: LoadedModel, bank: Bank, variant: Variant) -> Head:
-    name = f"{loaded.family.head}.weight"
-    weight: Tensor = loaded.model.get_parameter(name)
-    for unit, precision in variant:
-        weight = bank.weights(unit, precision).get(name, weight)
-    bias = getattr(loaded.model.get_submodule(loaded.family.head), "bias", None)
-    return Head(weight, bias)
 
 
 class _Counter:

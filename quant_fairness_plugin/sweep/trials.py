@@ -79,7 +79,7 @@ def score_plans_resumably(
     job = Job(loaded, plan_tree(plans, units), bank, texts, threads)
     tokenized = tokenize(loaded.tokenizer, texts, context=min(CONTEXT, position_limit(loaded.model)))
     batches = tokenized.batches(batch_tokens)
-    store = None if work is None else _open_store(work, job, batch_tokens)
+    store = None if work is None else open_store(work, job, batch_tokens=batch_tokens)
     found = _run_all(job, batches, store, executor or LocalExecutor(), progress or (lambda done, total: None))
     totals = {name: tokenized.empty_totals() for name in job.tree.leaves}
     for number, batch in enumerate(batches):
@@ -162,7 +162,18 @@ def trial_key(job: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return digest({"job": dict(job), "rows": [[list(row.ids), row.first] for row in rows]})
 
 
-def _open_store(work: Path, job: Job, batch_tokens: int) -> Store:
+def open_store(work: Path, job: Job, **further: int) -> Store:
+    """The results of a job in `work`, which is made if it is missing.
+
+    Args:
+        work: the folder.
+        job: what its trials share.
+        **further: what else results depend on, by name.
+
+    Raises:
+        ConfigError: `work` is no folder.
+        ResourceError: it cannot be used.
+    """
     if work.exists() and not work.is_dir():
         raise ConfigError(f"{work}: not a folder; allowed is a folder, or a name that is free. Use another.")
     try:
@@ -170,7 +181,7 @@ def _open_store(work: Path, job: Job, batch_tokens: int) -> Store:
         _remove_leftovers(work)
     except OSError as err:
         raise ResourceError(f"{work}: cannot be used ({err.strerror}); use a folder that can be written.") from err
-    return Store(work, tuple(job.tree.leaves), identity(job) | {"batch_tokens": batch_tokens})
+    return Store(work, tuple(job.tree.leaves), identity(job) | further)
 
 
 def _remove_leftovers(work: Path) -> None:

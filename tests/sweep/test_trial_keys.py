@@ -73,7 +73,7 @@ def test_results_of_other_software_or_hardware_are_not_reused(
 def path_of(loaded: LoadedModel, work: Path, rows: Sequence[Row], *, batch_tokens: int = 64, threads: int = 1) -> Path:
     units = map_units(loaded)
     job = Job(loaded, plan_tree(PLANS, units), RtnBank(loaded, units, GRID), texts(), threads)
-    return trials._open_store(work, job, batch_tokens).path(rows)
+    return trials.open_store(work, job, batch_tokens=batch_tokens).path(rows)
 
 
 def run(

@@ -180,7 +180,7 @@ def test_a_result_under_the_name_of_another_is_not_taken_for_it(
 ) -> None:
     units = map_units(loaded)
     job = Job(loaded, plan_tree(PLANS, units), RtnBank(loaded, units, GRID), texts(), 1)
-    store = trials._open_store(tmp_path, job, 64)
+    store = trials.open_store(tmp_path, job, batch_tokens=64)
     rows, others = [Row("en", 0, (0, 5, 6), 1)], [Row("en", 0, (0, 5, 7), 1)]
     store.write(rows, job.run(rows))
     store.path(rows).rename(store.path(others))
@@ -208,7 +208,7 @@ def test_a_result_that_many_write_is_whole_whenever_it_is_read(loaded: LoadedMod
     units = map_units(loaded)
     job = Job(loaded, plan_tree(PLANS, units), RtnBank(loaded, units, GRID), texts(), 1)
     rows = [Row("en", 0, (0, 5, 6), 1)]
-    store, found = trials._open_store(tmp_path, job, 64), job.run(rows)
+    store, found = trials.open_store(tmp_path, job, batch_tokens=64), job.run(rows)
     store.write(rows, found)
 
     def write_often() -> None:
