@@ -51,10 +51,10 @@ from transformers import PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import Grid, TextSet
 from quant_fairness_plugin.measure.metrics import significant
+from quant_fairness_plugin.model.architectures import FOLDS
+from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.load import LoadedModel, load_model
-from quant_fairness_plugin.quantize.bank import stored_form
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
-from quant_fairness_plugin.quantize.folding import FOLDS
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.texts.load import load_texts
 

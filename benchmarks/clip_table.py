@@ -56,7 +56,7 @@ def time_rules() -> Iterator[dict[str, Any]]:
     import torch
 
     from quant_fairness_plugin.quantize.grid import fit_grid
-    from quant_fairness_plugin.quantize.group_moments import GroupMoments, diagonal_blocks
+    from quant_fairness_plugin.quantize.moments import GroupMoments, diagonal_blocks
 
     generator = torch.Generator().manual_seed(SEED)
     weight = torch.randn(TIMED, TIMED, generator=generator) * 0.02
@@ -81,7 +81,7 @@ def measure_width(bits: int) -> Iterator[dict[str, Any]]:
     """One row per rule and language, and one per rule for the summary."""
     from quant_fairness_plugin import FairQuantizer
     from quant_fairness_plugin.measure.scoring import ModelState
-    from quant_fairness_plugin.quantize.bank import swapped
+    from quant_fairness_plugin.model.exchange import swapped
     from quant_fairness_plugin.quantize.calibration import build_calibration
     from quant_fairness_plugin.quantize.stream import quantize_model
 

@@ -22,8 +22,8 @@ from pages import write_tables
 
 from quant_fairness_plugin.artifacts import Interval, package_versions, write_atomically
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
+from quant_fairness_plugin.plans.costs import with_columns
 from quant_fairness_plugin.quantize.minimax import quantized_state
-from quant_fairness_plugin.sweep.columns import with_columns
 
 ROWS = Path(__file__).parent / "results" / "cpu" / "columns.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"

@@ -53,10 +53,10 @@ def read_rows() -> list[dict[str, Any]]:
 def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
     """One row per plan, and one for what they say together."""
     from quant_fairness_plugin.artifacts import Grid
+    from quant_fairness_plugin.evidence import gather_evidence
     from quant_fairness_plugin.model.load import load_model
     from quant_fairness_plugin.recommend import recommend_plan
     from quant_fairness_plugin.sweep.engine import sweep_units
-    from quant_fairness_plugin.sweep.evidence import gather_evidence
     from quant_fairness_plugin.texts.load import load_texts
 
     loaded, texts = load_model(model), load_texts("bundled")

@@ -47,9 +47,9 @@ from quant_fairness_plugin.measure.damage import measure_damage, objective_draws
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.measure.scoring import ModelState, score_states
+from quant_fairness_plugin.model.exchange import stored_form, swapped
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
-from quant_fairness_plugin.quantize.bank import stored_form, swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.texts.load import load_texts

@@ -52,7 +52,7 @@ def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
     from quant_fairness_plugin import FairQuantizer
     from quant_fairness_plugin.fair_quantizer import exported_state
     from quant_fairness_plugin.measure.scoring import ModelState
-    from quant_fairness_plugin.quantize.bank import swapped
+    from quant_fairness_plugin.model.exchange import swapped
 
     # GPT-2 in compressed-tensors is read by vLLM only; Transformers would load it as silent garbage.
     reader = "transformers" if model == "demo" else "vllm"

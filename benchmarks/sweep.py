@@ -35,11 +35,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from quant_fairness_plugin.artifacts import Grid, Precision, StateScores, TextSet, package_versions, write_atomically
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_model
+from quant_fairness_plugin.plans.plan_set import combined_plans, single_plans
+from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.engine import sweep_units
-from quant_fairness_plugin.sweep.plans import combined_plans, single_plans
-from quant_fairness_plugin.sweep.score import plan_tree, score_plans
-from quant_fairness_plugin.sweep.units import UnitMap, map_units
+from quant_fairness_plugin.sweep.walk import plan_tree, score_plans
 from quant_fairness_plugin.texts.load import load_texts
 
 ROWS = Path(__file__).parent / "results" / "cpu" / "sweep.jsonl"

@@ -117,9 +117,9 @@ def sweep(options: argparse.Namespace) -> None:
 
     from quant_fairness_plugin.artifacts import Grid
     from quant_fairness_plugin.model.streamed import open_streamed
+    from quant_fairness_plugin.plans.units import map_units
     from quant_fairness_plugin.sweep.bank import RtnBank
-    from quant_fairness_plugin.sweep.layerwise import score_plans_layerwise
-    from quant_fairness_plugin.sweep.units import map_units
+    from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
     from quant_fairness_plugin.texts.load import load_texts
 
     torch.set_num_threads(1)

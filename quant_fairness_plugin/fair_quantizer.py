@@ -27,34 +27,33 @@ from quant_fairness_plugin.artifacts import (
     SweepReport,
     TextSet,
 )
+from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.export.bank import bank_recipe
+from quant_fairness_plugin.evidence import gather_evidence
 from quant_fairness_plugin.export.foreign import quantize_with
-from quant_fairness_plugin.export.formats import check_exportable
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
+from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel, load_model
-from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.resolve import provenance
 from quant_fairness_plugin.model.streamed import open_streamed
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import ModelSource, check_units, preflight
 from quant_fairness_plugin.quantize.backends import NATIVE
-from quant_fairness_plugin.quantize.bank import swapped
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
-from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
-from quant_fairness_plugin.sweep.choices import SweepChoices, answers
-from quant_fairness_plugin.sweep.columns import layers_budget, with_columns
-from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units
-from quant_fairness_plugin.sweep.evidence import gather_evidence
+from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
+from quant_fairness_plugin.sweep.config import SweepChoices, answers
+from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.executors import Executor
-from quant_fairness_plugin.sweep.ranking import BASELINE, NONE
-from quant_fairness_plugin.sweep.sizes import NO_OVERRIDES
 
 EXPORTED = "exported"
 Progress = Callable[[str, int, int], None]

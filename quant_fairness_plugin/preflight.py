@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from quant_fairness_plugin.artifacts import TextSet
+from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
-from quant_fairness_plugin.export.formats.support import check_exportable
 from quant_fairness_plugin.export.staging import check_output
+from quant_fairness_plugin.model.architectures import LAYOUTS
 from quant_fairness_plugin.model.layers import check_layers
-from quant_fairness_plugin.model.layouts import LAYOUTS
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.grid_rules import check_clip

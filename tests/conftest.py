@@ -6,8 +6,12 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,6 +36,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not folder.exists():
             write_tiny_model(folder, family, layers=layers, width=width, dtype=dtype)
         return folder
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def load(tiny_model: Callable[..., Path]) -> Callable[..., LoadedModel]:
+    """A tiny model of a family, loaded anew on each call."""
+    from quant_fairness_plugin.model.load import load_model
+
+    def build(family: str = "llama", **sizes: int) -> LoadedModel:
+        return load_model(str(tiny_model(family, **sizes)))
 
     return build
 

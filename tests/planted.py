@@ -22,7 +22,7 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
 )
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values
-from quant_fairness_plugin.sweep.ranking import BASELINE, NONE, plan_name
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE, plan_name
 
 SENTENCES = 60
 LANGUAGES = ("en", "he", "zh")

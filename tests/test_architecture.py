@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,15 @@ RANKS = [
     {"model", "texts"},
     {"measure"},
     {"quantize"},
+    {"plans"},
+    {"statistics"},
+    {"checkpoint"},
     {"sweep"},
-    {"allocation"},
     {"recommend"},
+    {"evidence"},
     {"export"},
     {"serve"},
-    {"analysis"},
-    {"report"},
-    {"preflight", "forecast"},
+    {"analysis", "forecast", "preflight"},
     {"fair_quantizer", "seeds"},
     {"__init__"},
     {"cli"},
@@ -74,6 +76,55 @@ def test_an_upward_import_would_be_seen() -> None:
     assert violations(ROOT / PACKAGE / "model" / "load.py", f"import {PACKAGE}.texts.load\n") != []
 
 
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(source: str, modules: set[str]) -> set[str]:
+    """The modules among `modules` that a source imports anywhere: at the top, in a function, for types only."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            whole = {f"{node.module}.{alias.name}" for alias in node.names}
+            names.update({name if name in modules else node.module for name in whole})
+    return names & modules
+
+
+def circles(sources: Mapping[str, str]) -> list[str]:
+    """Module name → source; every circle of imports, as `a → b → a`, once."""
+    imports = {name: imported_modules(source, set(sources)) - {name} for name, source in sources.items()}
+    done: set[str] = set()
+    found: list[str] = []
+
+    def visit(name: str, route: tuple[str, ...]) -> None:
+        if name in route:
+            found.append(" → ".join([*route[route.index(name) :], name]))
+        elif name not in done:
+            for other in sorted(imports[name]):
+                visit(other, (*route, name))
+            done.add(name)
+
+    for name in sorted(sources):
+        visit(name, ())
+    return found
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circles({module_name(path): path.read_text(encoding="utf-8") for path in sources()}) == []
+
+
+def test_a_circle_would_be_seen() -> None:
+    planted = {
+        "p.a": "def f() -> None:\n    from p.b import g\n",
+        "p.b": "import p.c\n",
+        "p.c": "from p import a\n",
+        "p": "",
+    }
+    assert circles(planted) == ["p.a → p.b → p.c → p.a"]
+
+
 @pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc"])
 def test_no_module_without_a_subject(name: str) -> None:
     assert [p for p in sources() if p.stem == name or name in p.parts] == []
@@ -86,10 +137,7 @@ def test_no_module_without_a_subject(name: str) -> None:
         (f"from {PACKAGE} import artifacts, config, errors", False),
         (f"import {PACKAGE}.model.resolve, {PACKAGE}.model.layers, {PACKAGE}.texts.load", False),
         (f"import {PACKAGE}.cli.main", False),
-        (f"import {PACKAGE}.sweep.ranking, {PACKAGE}.recommend, {PACKAGE}.allocation", False),
-        (f"import {PACKAGE}.sweep.controls, {PACKAGE}.sweep.interaction, {PACKAGE}.sweep.pareto", False),
-        (f"import {PACKAGE}.sweep.standing, {PACKAGE}.sweep.search, {PACKAGE}.sweep.sets", False),
-        (f"import {PACKAGE}.recommend.frontier", False),
+        (f"import {PACKAGE}.recommend, {PACKAGE}.recommend.allocation, {PACKAGE}.recommend.frontier", False),
         (f"from {PACKAGE} import FairQuantizer", True),
     ],
 )
@@ -97,3 +145,12 @@ def test_what_must_be_quick_does_not_import_torch(statement: str, loads_torch: b
     code = f"import sys; {statement}; print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == str(loads_torch)
+
+
+@pytest.mark.parametrize("package", ["plans", "statistics"])
+def test_packages_that_do_without_torch(package: str) -> None:
+    folder = ROOT / PACKAGE / Path(*package.split("."))
+    names = [f"{PACKAGE}.{package}.{path.stem}".removesuffix(".__init__") for path in sorted(folder.glob("*.py"))]
+    code = f"import sys, {', '.join(names)}; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, Ranking, load
+from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
+from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.preflight import ModelSource
-from quant_fairness_plugin.report import RunResult
 from quant_fairness_plugin.serve.load import load_quantized
-from quant_fairness_plugin.sweep.search import Search
 from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
 
 

@@ -10,6 +10,7 @@ a sibling `*.run.json` (`save_run_record`).
 from quant_fairness_plugin.artifacts.data import (
     NO_SURPRISES,
     RECORD_NAME,
+    Bootstrap,
     CheckpointFormat,
     Clip,
     ExportRecord,
@@ -68,8 +69,10 @@ from quant_fairness_plugin.artifacts.sweeps import (
     Synergy,
     SynergyMatrix,
 )
+from quant_fairness_plugin.artifacts.units import Unit
 
 __all__ = [
+    "Bootstrap",
     "CheckpointFormat",
     "Clip",
     "Combinations",
@@ -112,6 +115,7 @@ __all__ = [
     "SynergyMatrix",
     "TextSet",
     "Undefined",
+    "Unit",
     "Weighting",
     "bits_of_precision",
     "digest",

@@ -54,6 +54,17 @@ class Undefined:
 Number = Interval | Undefined
 
 
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """How intervals and tests are made: the same resamples of the sentences for every plan and language."""
+
+    reference: str | None = "en"
+    """Language of excess and disparity; None where there is none."""
+    draws: int = 2000
+    """Resamples of the sentences."""
+    seed: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """An integer grid: which values a quantized weight can take.

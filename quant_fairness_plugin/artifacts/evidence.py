@@ -1,4 +1,4 @@
-"""What a plan is worth against plans that needed no search: every plan's damage, and what it says."""
+"""What a plan is worth: against plans that needed no search, and with protection against without."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pydantic import ConfigDict
 
 from quant_fairness_plugin.artifacts.data import (
     NO_SURPRISES,
+    ExportRecord,
     Grid,
     Interval,
+    Measurement,
     Number,
     Precision,
     ProtectionPlan,
@@ -131,3 +133,29 @@ class Evidence:
             KeyError: there is none.
         """
         return next(row for row in self.rows if row.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What `run` made: the plan, the checkpoint's record, and the damage without and with protection."""
+
+    plan: ProtectionPlan
+    record: ExportRecord
+    unprotected: Measurement
+    protected: Measurement
+    gain: Number
+    """Worst language's KL without protection minus with it, in bits per byte: above 0, protection helped."""
+
+    @property
+    def verdict(self) -> str:
+        """What protection bought on sentences that no layer was chosen on, in one sentence."""
+        if not self.plan.protected_layers:
+            return "nothing was protected"
+        if isinstance(self.gain, Undefined):
+            return f"what protection bought is undefined: {self.gain.undefined}"
+        figures = f"{self.gain.estimate:.5f} [{self.gain.low:.5f}, {self.gain.high:.5f}] bits per byte"
+        if self.gain.low > 0:
+            return f"protection lowered the worst language's KL by {figures}"
+        if self.gain.high < 0:
+            return f"protection did not help: it changed the worst language's KL by {figures} for the worse"
+        return f"protection did not measurably help: it lowered the worst language's KL by {figures}, which includes 0"

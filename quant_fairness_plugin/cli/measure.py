@@ -30,8 +30,8 @@ from quant_fairness_plugin.cli.tables import damage_table, show
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.resolve import BUNDLED
+from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import ModelSource, preflight
-from quant_fairness_plugin.sweep.ranking import BASELINE
 
 
 def measure(

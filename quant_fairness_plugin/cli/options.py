@@ -10,7 +10,7 @@ import typer
 from quant_fairness_plugin.artifacts import Granularity, Part, Precision, SearchMethod, Weighting
 from quant_fairness_plugin.config import FairConfig, check_bits, check_group_size
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
-from quant_fairness_plugin.sweep.search import Search, SearchObjective
+from quant_fairness_plugin.plans.search import Search, SearchObjective
 
 DEFAULTS = FairConfig()
 

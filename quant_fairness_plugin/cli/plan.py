@@ -43,9 +43,9 @@ from quant_fairness_plugin.cli.options import (
 )
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.sweep.memory import parse_size
-from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS
 
 
 def plan(

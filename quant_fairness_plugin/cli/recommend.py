@@ -29,15 +29,14 @@ from quant_fairness_plugin.cli.options import (
     require_model,
 )
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.sweep_tables import frontier_table
-from quant_fairness_plugin.cli.tables import plan_list, show
+from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
-from quant_fairness_plugin.export.plan_formats import Tool, check_tool, plan_for_tool
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.recommend import recommend_plan
 from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
+from quant_fairness_plugin.recommend.tools import Tool, check_tool, plan_for_tool
 
 SEED_TOP = 3  # the seeds' default: `recommend` alone prints three indices
 

@@ -54,24 +54,24 @@ from quant_fairness_plugin.cli.options import (
     require_model,
 )
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.sweep_tables import (
+from quant_fairness_plugin.cli.tables import (
     around_table,
     combination_lines,
     necessity_lines,
+    show,
     sweep_table,
     synergy_tables,
+    unit_list,
 )
-from quant_fairness_plugin.cli.tables import show, unit_list
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.export.bank_rules import check_bank
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS, check_around, check_plans, check_precisions
+from quant_fairness_plugin.plans.units import name_units
 from quant_fairness_plugin.preflight import ModelSource, preflight
-from quant_fairness_plugin.sweep.around import check_around
+from quant_fairness_plugin.sweep.checkpoint_bank import check_bank
 from quant_fairness_plugin.sweep.memory import check_budget, parse_size
-from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS, check_plans, check_precisions
-from quant_fairness_plugin.sweep.units import name_units
 
 
 def sweep(
@@ -136,7 +136,7 @@ def sweep(
             looked.check(files.layers)
 
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.sweep.executors import make_executor
+    from quant_fairness_plugin.sweep.make_executor import make_executor
 
     runner = None if where is None else make_executor(where, workers=workers)
     started = time.monotonic()

@@ -1,8 +1,7 @@
-"""Step 7 of 8: write a quantized model as a checkpoint that other people's loaders read, and prove that they do.
+"""Write a quantized model as a checkpoint that other people's loaders read, and prove that they do.
 
-`formats.check_exportable` says at plan time what can be written for whom. `writer.export` builds the folder beside its
-final name (`staging`), with packed tensors (`contents`, `formats/`), the source's other files, a model card (`card`)
-and `quant_fairness.json`; `verify` then checks files (`check_files`), metadata (`check_metadata`), tensors
-(`check_tensors`) and the logits of a real loader (`check_reader`) against `dequantize`, which reads the files with code
-of its own. Only then does the folder get its name.
+`writer.export` builds the folder beside its final name (`staging`), with packed tensors (`contents` and
+`checkpoint.formats`), the source's other files, a model card (`card`) and `quant_fairness.json`; `verify` then checks
+files, metadata, tensors and the logits of a real loader against our own dequantizer. Only then does the folder get its
+name. `repair` writes new metadata for folders of other tools, `foreign` reads what a backend quantized.
 """

@@ -9,7 +9,7 @@ from importlib import resources
 import jinja2
 
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, LanguageDamage, Number
-from quant_fairness_plugin.export.formats.support import READERS, find_refusal
+from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal
 from quant_fairness_plugin.recommend import describe_overrides
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")

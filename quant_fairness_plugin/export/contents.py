@@ -4,90 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.checkpoint.formats.format import Format
+from quant_fairness_plugin.checkpoint.module_map import activation_scales, stored_name
 from quant_fairness_plugin.errors import ResourceError
-from quant_fairness_plugin.export.formats import Format, ModuleMap
-from quant_fairness_plugin.export.formats.awq import SCALED_ACTIVATIONS
-from quant_fairness_plugin.model.families import Family
-from quant_fairness_plugin.model.linear import is_linear, linear_weight
-from quant_fairness_plugin.quantize.bank import stored_form
+from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
-_HEAD_ON_DISK = {"gpt_neox": "embed_out"}
-"""Families whose head has another name in files and servers than in Transformers, which renames it while loading."""
-NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
-
-
-def stored_name(name: str, family: Family) -> str:
-    """The name that checkpoints of a family use for a module or tensor of the model in memory."""
-    head = _HEAD_ON_DISK.get(family.name, family.head)
-    return head + name.removeprefix(family.head) if name.split(".")[0] == family.head else name
-
-
-def module_map(
-    model: nn.Module, family: Family, quantized: Iterable[str], *, bits: Mapping[str, int] = NO_WIDTHS
-) -> ModuleMap:
-    """Sort a model's linear modules into quantized and kept ones. The model may live on the meta device.
-
-    Args:
-        model: the 16-bit model.
-        family: its family map.
-        quantized: full names of the quantized modules, in any order.
-        bits: those of them that have other bits than the grid, with their bits.
-    """
-    done = set(quantized)
-    linears = [name for name, module in model.named_modules() if is_linear(module)]
-    layers = len(model.get_submodule(family.blocks))  # type: ignore[arg-type] # a ModuleList, says the family
-    fused = {
-        f"{family.blocks}.{layer}.{unit.fused}": tuple(f"{family.blocks}.{layer}.{part}" for part in unit.modules)
-        for layer in range(layers)
-        for unit in family.units
-        if unit.fused is not None
-    }
-    return ModuleMap(
-        blocks=family.blocks,
-        quantized=tuple(name for name in linears if name in done),
-        kept=tuple(name for name in linears if name not in done),
-        fused=fused,
-        bits={name: bits[name] for name in linears if name in bits},
-        aliases=tuple({stored_name(family.head, family)} - {family.head}),
-    )
-
-
-def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
-    """The modules among `bits` (module → bits) that have other bits than the grid, as `module_map` takes them."""
-    return {name: width for name, width in bits.items() if width != grid.bits}
-
-
-def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
-    """Tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
-
-    Its AWQ integration divides some activations by scales, in every block, quantized or not. Ours are ones.
-
-    Args:
-        model: the unquantized model, on any device.
-        format_name: the checkpoint format.
-    """
-    names = SCALED_ACTIVATIONS.get(str(getattr(model.config, "model_type", "")))
-    if format_name != "awq" or names is None:
-        return {}
-    activation, before = names
-    return {
-        f"{name}.{activation}.scales": len(linear_weight(getattr(module, before)))
-        for name, module in model.named_modules()
-        if hasattr(module, activation) and hasattr(module, before)
-    }
 
 
 def checkpoint_tensors(quantized: QuantizedModel, layout: Format | None) -> Iterator[tuple[str, Tensor]]:

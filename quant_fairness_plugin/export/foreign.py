@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Method, ProtectionPlan
+from quant_fairness_plugin.checkpoint.dense_modules import tensor_layout
+from quant_fairness_plugin.checkpoint.folder import check_headers, read_config
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats.format import Format
+from quant_fairness_plugin.checkpoint.module_map import module_map, stored_name
 from quant_fairness_plugin.errors import ArtifactError
-from quant_fairness_plugin.export.check_files import check_headers, read_config
-from quant_fairness_plugin.export.contents import module_map, stored_name
-from quant_fairness_plugin.export.dense_modules import tensor_layout
-from quant_fairness_plugin.export.formats import Format, checkpoint_format
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel

@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quant_fairness_plugin.artifacts import ExportRecord, Reader
-from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
-from quant_fairness_plugin.export.check_files import (
+from quant_fairness_plugin.checkpoint.folder import (
     RECORD,
     check_headers,
     check_recorded_files,
     load_record,
     read_config,
 )
-from quant_fairness_plugin.export.check_metadata import check_metadata
-from quant_fairness_plugin.export.formats import READERS
-from quant_fairness_plugin.export.reader_rules import Case, TensorFacts, reader_problems
-from quant_fairness_plugin.export.readers import find_python
+from quant_fairness_plugin.checkpoint.readers import READERS
+from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts, reader_problems
+from quant_fairness_plugin.checkpoint.readers.running import find_python
+from quant_fairness_plugin.checkpoint.readers.sglang import check_metadata
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    from quant_fairness_plugin.export.inspection import Inspection
+    from quant_fairness_plugin.checkpoint.inspection import Inspection
 
 Outcome = Literal["passed", "not run"]
 _INSTALL = "pip install torch==2.13.0 gptqmodel==7.6.0 optimum==2.3.0"
@@ -121,9 +121,9 @@ def _check_recorded(folder: Path) -> tuple[list[CheckResult], Case]:
     shapes = check_headers(folder)
     config, quantization = read_config(folder)
 
-    from quant_fairness_plugin.export.check_columns import check_columns
-    from quant_fairness_plugin.export.check_tensors import check_tensor_list, check_values, modules_by_tensors
-    from quant_fairness_plugin.export.dequantize import bare_model
+    from quant_fairness_plugin.checkpoint.columns import check_columns
+    from quant_fairness_plugin.checkpoint.dequantize import bare_model
+    from quant_fairness_plugin.checkpoint.inspection import check_tensor_list, check_values, modules_by_tensors
     from quant_fairness_plugin.model.families import detect_family
 
     model = bare_model(folder)
@@ -151,7 +151,7 @@ def _checked_facts(record: ExportRecord) -> TensorFacts:
 
 def _check_foreign(folder: Path) -> tuple[list[CheckResult], Case]:
     """A folder that another tool wrote: its tensors say what is quantized, and each reader is judged on its own."""
-    from quant_fairness_plugin.export.inspection import inspect_checkpoint
+    from quant_fairness_plugin.checkpoint.inspection import inspect_checkpoint
 
     found = inspect_checkpoint(folder)
     if found.announced_dtype != found.dtype:
@@ -181,8 +181,11 @@ def _metadata_summary(found: Inspection) -> str:
 def _check_reader(
     folder: Path, case: Case, reader: Reader | None, python: Path | None, problems: dict[Reader, str]
 ) -> CheckResult:
-    from quant_fairness_plugin.export.check_reader import compare_with_transformers, missing_packages
-    from quant_fairness_plugin.export.readers.compare import compare_with_reader
+    from quant_fairness_plugin.checkpoint.readers.compare import (
+        compare_with_reader,
+        compare_with_transformers,
+        missing_packages,
+    )
 
     problem = problems[reader or "transformers"]
     if reader is not None and problem:

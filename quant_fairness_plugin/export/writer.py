@@ -22,18 +22,20 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
     save,
 )
+from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
+from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
+from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths, stored_name
+from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.export.card import render_card
-from quant_fairness_plugin.export.check_files import RECORD, check_recorded_files, file_record, list_files
-from quant_fairness_plugin.export.columns import check_difference, read_columns, write_columns
-from quant_fairness_plugin.export.contents import checkpoint_tensors, module_map, own_widths, stored_name, write_shards
-from quant_fairness_plugin.export.dequantize import iterate_dense
-from quant_fairness_plugin.export.formats import check_exportable, checkpoint_format
+from quant_fairness_plugin.export.contents import checkpoint_tensors, write_shards
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.resolve import provenance
 from quant_fairness_plugin.model.weights import check_inside
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 

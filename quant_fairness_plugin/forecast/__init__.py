@@ -20,8 +20,9 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
     precision_of_bits,
 )
+from quant_fairness_plugin.checkpoint.formats import FORMATS
+from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.export.formats.support import FORMATS, READERS, find_refusal
 from quant_fairness_plugin.forecast.memory import Memory, in_memory, streamed
 from quant_fairness_plugin.forecast.passes import (
     Range,
@@ -32,7 +33,6 @@ from quant_fairness_plugin.forecast.passes import (
     possible_walks,
     unit_map,
 )
-from quant_fairness_plugin.forecast.sizes import Disk, count_disk
 from quant_fairness_plugin.forecast.speed import Speed, measure_speed
 from quant_fairness_plugin.forecast.work import Work, count_work
 from quant_fairness_plugin.measure.rows import tokenize
@@ -40,9 +40,15 @@ from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.outline import Outline, outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.tokenizer import counting_tokenizer
-from quant_fairness_plugin.sweep.around import around_plans, check_around
-from quant_fairness_plugin.sweep.limits import BATCH_TOKENS, CONTEXT
-from quant_fairness_plugin.sweep.plans import MOST_COMBINATIONS, check_plans, check_precisions
+from quant_fairness_plugin.plans.costs import Disk, count_disk
+from quant_fairness_plugin.plans.plan_set import (
+    MOST_COMBINATIONS,
+    around_plans,
+    check_around,
+    check_plans,
+    check_precisions,
+)
+from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
 
 __all__ = ["Disk", "Forecast", "Memory", "Range", "Reading", "Speed", "Text", "Work", "forecast"]
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from quant_fairness_plugin.forecast.passes import Text
 from quant_fairness_plugin.model.outline import Outline
-from quant_fairness_plugin.sweep.limits import STACK_TOKENS
-from quant_fairness_plugin.sweep.memory import count_needs
-from quant_fairness_plugin.sweep.tree import StateTree
+from quant_fairness_plugin.plans.tree import StateTree
+from quant_fairness_plugin.sweep.memory import STACK_TOKENS, count_needs
 
 FLOAT = 4
 """Bytes of a value: a sweep on a CPU computes in float32."""

@@ -9,11 +9,10 @@ from quant_fairness_plugin.artifacts import Grid, LanguageScores, Mode, Precisio
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import TokenRows
 from quant_fairness_plugin.model.outline import Outline
+from quant_fairness_plugin.plans.plan_set import BASELINE, PlanSet
+from quant_fairness_plugin.plans.tree import State, StateTree, build_tree
+from quant_fairness_plugin.plans.units import UnitMap, name_units
 from quant_fairness_plugin.quantize.grid_rules import misfit
-from quant_fairness_plugin.sweep.plans import PlanSet
-from quant_fairness_plugin.sweep.ranking import BASELINE
-from quant_fairness_plugin.sweep.tree import State, StateTree, build_tree
-from quant_fairness_plugin.sweep.units import UnitMap, name_units
 
 Plans = Mapping[str, Mapping[str, Precision]]
 

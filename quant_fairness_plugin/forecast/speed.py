@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.forecast.passes import Range
 from quant_fairness_plugin.model.outline import Outline
-from quant_fairness_plugin.sweep.limits import STACK_TOKENS
+from quant_fairness_plugin.sweep.memory import STACK_TOKENS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from quant_fairness_plugin.forecast.memory import layer_weights
 from quant_fairness_plugin.forecast.passes import Range, Text
 from quant_fairness_plugin.forecast.speed import Speed
 from quant_fairness_plugin.model.outline import Outline
-from quant_fairness_plugin.sweep.tree import StateTree
+from quant_fairness_plugin.plans.tree import StateTree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

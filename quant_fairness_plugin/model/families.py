@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.model.layouts import KNOWN_FAMILIES, LAYOUTS, Layout, Unit
+from quant_fairness_plugin.model.architectures import KNOWN_FAMILIES, LAYOUTS, Layout, Unit
 from quant_fairness_plugin.model.resolve import MIXTURE_ADVICE
 
 if TYPE_CHECKING:

@@ -74,6 +74,16 @@ class LoadedModel:
             )
         return self.model.get_submodule(f"{self.family.blocks}.{layer}")
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def matrix(self, module: str) -> tuple[int, int]:
+        """Rows (outputs) and columns (inputs) of a linear module, by its full name."""
+        rows, cols = linear_weight(self.model.get_submodule(module)).shape
+        return rows, cols
+
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """The linear modules of a layer by full name, in forward order.
 

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from quant_fairness_plugin.model.architectures import LAYOUTS, Layout
 from quant_fairness_plugin.model.families import Block, Family, detect_family
 from quant_fairness_plugin.model.headers import TensorShapes
-from quant_fairness_plugin.model.layouts import LAYOUTS, Layout
 from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
 
 Sizes = tuple[int, ...]

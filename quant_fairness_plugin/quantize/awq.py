@@ -9,7 +9,7 @@ front is divided by it. A candidate is judged by the fair objective tr(ΔW H ΔW
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.quantize.blocks import LanguageMoment
 from quant_fairness_plugin.quantize.gptq import output_loss
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, quantize_rtn, to_integers
 
@@ -38,27 +37,6 @@ class AwqResult:
     """Of the weight times the scale."""
     loss_relative_to_output_energy: float
     """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) with ΔW = Q / scale - W."""
-
-
-class FairMagnitude:
-    """Σ w_λ a_λ / mean(a_λ): the input magnitude per channel, mixed over languages as their moments pass by."""
-
-    def __init__(self, shares: Mapping[str, float]) -> None:
-        self._shares = shares
-        self._total = torch.zeros(())
-
-    def watch(self, moments: Iterable[LanguageMoment]) -> Iterator[LanguageMoment]:
-        """The same moments; each language's magnitude is noted, so that its moment need not be kept."""
-        for found in moments:
-            mean = found.magnitude.mean()
-            share = self._shares[found.language] / mean if mean > 0 else 0.0
-            self._total = self._total.to(found.magnitude) + found.magnitude * share
-            yield found
-
-    @property
-    def value(self) -> Tensor:
-        """`[cols]`, mean 1."""
-        return self._total.float()
 
 
 @torch.no_grad()

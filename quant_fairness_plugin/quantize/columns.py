@@ -17,12 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
-
-MOST_BITS = 4
-"""Wider modules get none: what 8 bits lose in a channel is not worth the bytes."""
-INDEX_BYTES = 4
+from quant_fairness_plugin.quantize.grid_rules import column_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +53,6 @@ class Target:
         index = self.index.long()
         missing = self.weight[:, index] - tensor.dequantize()[:, index]
         return KeptColumns(self.index, missing.to(tensor.scales.dtype))
-
-
-def column_count(share: float, cols: int) -> int:
-    """How many of `cols` input channels a share of them is: the nearest number, and at least 1; 0 of nothing."""
-    return max(1, round(share * cols)) if share else 0
-
-
-def has_columns(grid: Grid, share: float) -> bool:
-    """Whether a module on this grid keeps channels."""
-    return share > 0 and grid.bits <= MOST_BITS
-
-
-def column_bytes(rows: int, cols: int, share: float) -> int:
-    """Bytes that the kept channels of one module take: 16 bit a weight, and an index a channel."""
-    return column_count(share, cols) * (2 * rows + INDEX_BYTES)
 
 
 def choose_columns(

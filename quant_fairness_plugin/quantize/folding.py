@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.architectures import FOLDS, Fold
 from quant_fairness_plugin.model.families import KNOWN_FAMILIES
 from quant_fairness_plugin.model.linear import is_linear, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
@@ -25,43 +26,6 @@ from quant_fairness_plugin.quantize.grid import SMALLEST_SCALE, QuantizedTensor
 
 HOMOGENEOUS = frozenset({"relu"})
 """Names of activations with f(c x) = c f(x) for every c > 0."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fold:
-    """The module of a block that the input scale of a fusion group is folded into."""
-
-    unit: str
-    """The fusion group whose weights are multiplied."""
-    source: str
-    """The norm or linear module that is divided, relative to the block."""
-    offset: float = 0.0
-    """What a norm adds to its weight before it multiplies."""
-
-
-_LLAMA = (
-    Fold("qkv", "input_layernorm"),
-    Fold("o", "self_attn.v_proj"),
-    Fold("gate_up", "post_attention_layernorm"),
-    Fold("down", "mlp.up_proj"),
-)
-_NEOX = (Fold("qkv", "input_layernorm"), Fold("fc_in", "post_attention_layernorm"))
-FOLDS: Mapping[str, tuple[Fold, ...]] = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "qwen2": _LLAMA,
-    "qwen3": _LLAMA,
-    "gemma": tuple(replace(fold, offset=1.0) if "norm" in fold.source else fold for fold in _LLAMA),
-    "opt": (
-        Fold("qkv", "self_attn_layer_norm"),
-        Fold("o", "self_attn.v_proj"),
-        Fold("fc_in", "final_layer_norm"),
-        Fold("fc_out", "fc1"),
-    ),
-    "gpt_neox": (*_NEOX, Fold("fc_out", "mlp.dense_h_to_4h")),
-    "gpt2": (Fold("qkv", "ln_1"), Fold("fc_in", "ln_2"), Fold("fc_out", "mlp.c_fc")),
-    "bloom": _NEOX,
-}
 
 
 def model_folds(loaded: LoadedModel) -> dict[str, Fold]:

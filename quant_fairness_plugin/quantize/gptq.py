@@ -19,7 +19,7 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
-from quant_fairness_plugin.quantize.group_moments import GroupMoments
+from quant_fairness_plugin.quantize.moments import GroupMoments, working_dtype
 
 DEFAULT_DAMP = 0.05
 MAX_DAMP = 100.0
@@ -83,11 +83,6 @@ def solve_gptq(
     integers[:, order] = solved
     tensor = QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), damp_used)
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of Hessians and solutions: float64 on a CPU, where it is cheap; GPUs may run it 64 times slower."""
-    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def output_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
-from quant_fairness_plugin.quantize.clip_exact import clip_exactly
-from quant_fairness_plugin.quantize.clip_search import (
+from quant_fairness_plugin.quantize.clipping.exact import clip_exactly
+from quant_fairness_plugin.quantize.clipping.rules import (
     DEAR_STRIDE,
     SMALLEST_SCALE,
     Fit,
@@ -27,7 +27,7 @@ from quant_fairness_plugin.quantize.clip_search import (
     squared_error,
 )
 from quant_fairness_plugin.quantize.grid_rules import check_grid, group_count
-from quant_fairness_plugin.quantize.group_moments import GroupMoments
+from quant_fairness_plugin.quantize.moments import GroupMoments
 
 __all__ = ["SMALLEST_SCALE", "QuantizedTensor", "fit_grid", "quantize_rtn", "to_integers"]
 

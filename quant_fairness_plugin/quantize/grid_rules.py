@@ -14,6 +14,9 @@ from quant_fairness_plugin.errors import ConfigError
 CLIPS: tuple[Clip, ...] = get_args(Clip)
 PACKED_MULTIPLE = 8
 """Packed checkpoints store eight 4-bit values a word, along either axis."""
+MOST_BITS = 4
+"""Wider modules get none: what 8 bits lose in a channel is not worth the bytes."""
+INDEX_BYTES = 4
 
 
 def check_grid(grid: Grid) -> None:
@@ -85,3 +88,18 @@ def misfit(grid: Grid, rows: int, columns: int) -> str | None:
         if count % PACKED_MULTIPLE:
             return f"{count} {what} channels are not a multiple of {PACKED_MULTIPLE}, which packing needs"
     return None
+
+
+def column_count(share: float, cols: int) -> int:
+    """How many of `cols` input channels a share of them is: the nearest number, and at least 1; 0 of nothing."""
+    return max(1, round(share * cols)) if share else 0
+
+
+def has_columns(grid: Grid, share: float) -> bool:
+    """Whether a module on this grid keeps channels."""
+    return share > 0 and grid.bits <= MOST_BITS
+
+
+def column_bytes(rows: int, cols: int, share: float) -> int:
+    """Bytes that the kept channels of one module take: 16 bit a weight, and an index a channel."""
+    return column_count(share, cols) * (2 * rows + INDEX_BYTES)

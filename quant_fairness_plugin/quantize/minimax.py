@@ -21,7 +21,7 @@ from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure import guards, metrics
 from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score_states
-from quant_fairness_plugin.quantize.bank import swapped
+from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, MinimaxRound
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 

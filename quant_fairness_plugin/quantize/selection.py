@@ -10,20 +10,17 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from torch import nn
-
 from quant_fairness_plugin.artifacts import Grid, Precision, bits_of_precision
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
-from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.quantize.grid_rules import check_grid, misfit
 
 NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
 
 
 class Modules(Protocol):
-    """What a selection needs to know of a model: a `LoadedModel`, or one without weights (meta device)."""
+    """What plans need to know of a model: a `LoadedModel`, or an `Outline`, which has no weights."""
 
     @property
     def layers(self) -> int:
@@ -33,8 +30,12 @@ class Modules(Protocol):
     def family(self) -> Family:
         """The family map."""
 
-    def linears(self, layer: int) -> dict[str, nn.Module]:
-        """The linear modules of a layer by full name, in forward order."""
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model holds; tied ones count once."""
+
+    def matrix(self, module: str) -> tuple[int, int]:
+        """Rows (outputs) and columns (inputs) of a linear module, by its full name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +123,13 @@ def _select_units(
     loaded: Modules, layer: int, grids: Mapping[str, Grid]
 ) -> tuple[list[tuple[tuple[str, ...], Grid]], dict[str, str]]:
     """The fusion groups of a layer that have a grid and fit it, and what does not fit."""
-    modules = loaded.linears(layer)
     fitting: list[tuple[tuple[str, ...], Grid]] = []
     kept: dict[str, str] = {}
     for unit in loaded.family.units:
         if unit.name not in grids:
             continue
         names = tuple(f"{loaded.family.blocks}.{layer}.{name}" for name in unit.modules)
-        reasons = {name: misfit(grids[unit.name], *linear_weight(modules[name]).shape) for name in names}
+        reasons = {name: misfit(grids[unit.name], *loaded.matrix(name)) for name in names}
         found = {name: reason for name, reason in reasons.items() if reason is not None}
         if not found:
             fitting.append((names, grids[unit.name]))

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid, Method
 from quant_fairness_plugin.errors import QuantFairnessError
+from quant_fairness_plugin.model.architectures import Fold
 from quant_fairness_plugin.model.linear import set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.awq import solve_awq
-from quant_fairness_plugin.quantize.columns import KeptColumns, Target, choose_columns, decoupled, has_columns
-from quant_fairness_plugin.quantize.folding import Fold, fold_source
+from quant_fairness_plugin.quantize.columns import KeptColumns, Target, choose_columns, decoupled
+from quant_fairness_plugin.quantize.folding import fold_source
 from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, solve_gptq
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
-from quant_fairness_plugin.quantize.group_moments import MomentWatch
+from quant_fairness_plugin.quantize.grid_rules import has_columns
+from quant_fairness_plugin.quantize.moments import MomentWatch
 
 log = logging.getLogger(__name__)
 

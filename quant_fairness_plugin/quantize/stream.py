@@ -21,17 +21,16 @@ from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import Grid, Method, Precision
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.awq import FairMagnitude
-from quant_fairness_plugin.quantize.bank import stored_form
-from quant_fairness_plugin.quantize.blocks import Batch, fair_moments, first_inputs, language_moments
+from quant_fairness_plugin.quantize.blocks import Batch, first_inputs
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.columns import KeptColumns
 from quant_fairness_plugin.quantize.folding import model_folds
 from quant_fairness_plugin.quantize.gptq import DEFAULT_DAMP
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
-from quant_fairness_plugin.quantize.group_moments import MomentWatch
+from quant_fairness_plugin.quantize.moments import FairMagnitude, MomentWatch, fair_moments, language_moments
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES, Selection, select_modules
 from quant_fairness_plugin.quantize.solving import (
     Settings,

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 
 from quant_fairness_plugin.artifacts import Objective, ProtectionPlan, SweepReport
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES
 from quant_fairness_plugin.recommend.allocated import Wish, plan_by_allocation
 from quant_fairness_plugin.recommend.assembly import Choice, describe_overrides, explicit_plan
 from quant_fairness_plugin.recommend.ranked import plan_of_prefix, plan_of_top
-from quant_fairness_plugin.sweep.sizes import NO_OVERRIDES
 
 __all__ = ["describe_overrides", "explicit_plan", "recommend_plan"]
 

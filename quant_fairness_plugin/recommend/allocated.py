@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from quant_fairness_plugin.allocation import Allocation, Infeasible, allocate, byte_limit, weigh
-from quant_fairness_plugin.allocation.program import Goal
 from quant_fairness_plugin.artifacts import (
+    Mode,
     Precision,
     ProtectionPlan,
     Ranking,
     SweepReport,
+    SweepRow,
     bits_of_precision,
     precision_of_bits,
 )
 from quant_fairness_plugin.errors import QualityGateError
-from quant_fairness_plugin.recommend.assembly import Choice, bytes_of, plan_of, priced_units
-from quant_fairness_plugin.recommend.evaluated import Evaluated, evaluated_plans
-from quant_fairness_plugin.recommend.options import Options, options_of
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE, plan_name
+from quant_fairness_plugin.recommend.allocation import (
+    Allocation,
+    Infeasible,
+    allocate,
+    byte_limit,
+    predict_damage,
+    weigh,
+)
+from quant_fairness_plugin.recommend.assembly import Choice, bytes_of, plan_of, priced_units, row_choice
+from quant_fairness_plugin.recommend.milp import Goal
 from quant_fairness_plugin.recommend.ranked import candidates, rank, too_dear, trusted, unstable
 
 IN_CHECKPOINTS: tuple[Precision, ...] = ("fp16", "int8", "int4")
@@ -191,3 +199,140 @@ def spelled(choice: Choice) -> str:
 
 def _said(wish: Wish, value: float) -> str:
     return f"{wish.objective} {value:.4g} bits per byte"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """A plan with its measured damage, on the search part."""
+
+    plan: str
+    choice: Choice
+    bytes_: int
+    value: float
+    """The objective; lower is better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedPlans:
+    """The plans of a sweep that protect some units, judged by one objective."""
+
+    plans: tuple[Evaluated, ...]
+
+    def best(self, limit: int | None, target: float | None) -> Evaluated | None:
+        """The least damage within so many bytes, or the fewest bytes that reach a target; None where none does."""
+        fitting = [
+            plan
+            for plan in self.plans
+            if (limit is None or plan.bytes_ <= limit) and (target is None or plan.value <= target)
+        ]
+        if target is None:
+            return min(fitting, key=lambda plan: (plan.value, plan.bytes_, plan.plan), default=None)
+        return min(fitting, key=lambda plan: (plan.bytes_, plan.value, plan.plan), default=None)
+
+    def error_of_prediction(
+        self, options: Options, objective: Goal, weights: Mapping[str, float] | None, size: int
+    ) -> float:
+        """By how much the sets of `size` units turned out worse than added up; 0 where none was evaluated."""
+        errors = [
+            plan.value - weigh(options.predicted(plan.choice), objective, weights)
+            for plan in self.plans
+            if len(plan.choice) == size
+        ]
+        return sum(errors) / len(errors) if errors else 0.0
+
+
+def evaluated_plans(report: SweepReport, objective: Goal, weights: Mapping[str, float] | None) -> EvaluatedPlans:
+    """Every evaluated plan that leaves some unit quantized and in which no language collapsed."""
+    return EvaluatedPlans(plans=tuple(_judged(report, objective, weights)))
+
+
+def _judged(report: SweepReport, objective: Goal, weights: Mapping[str, float] | None) -> Iterator[Evaluated]:
+    priced = set(priced_units(report))
+    for row in report.rows:
+        if row.mode != "protect-one" or not priced.issuperset(row.units) or len(row.units) == len(priced):
+            continue
+        damage = _damage(report, row)
+        if damage is not None:
+            choice = row_choice(report, row)
+            yield Evaluated(
+                plan=row.plan,
+                choice=choice,
+                bytes_=bytes_of(report, choice),
+                value=weigh(damage, objective, weights),
+            )
+
+
+def _damage(report: SweepReport, row: SweepRow) -> dict[str, float] | None:
+    """KL of each supported language; None where one collapsed."""
+    if any(damage.status == "collapsed" for damage in row.damage):
+        return None
+    return {d.language: d.kl_bits_per_byte.estimate for d in row.damage if report.languages[d.language] == "supported"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The tables that `allocate` takes."""
+
+    bytes_: dict[str, dict[Precision, int]]
+    damage: dict[str, dict[Precision, dict[str, float]]]
+    base: dict[str, float]
+    other_bytes: int
+    """Of everything without a choice, the units that the user gave a precision included."""
+    quantized: Precision
+
+    def predicted(self, choice: Choice) -> dict[str, float]:
+        """Damage per language, added up from what single units do; units that are not named are on the grid."""
+        found = dict(self.base)
+        for unit, options in self.damage.items():
+            for language, added in options[choice.get(unit, self.quantized)].items():
+                found[language] += added
+        return found
+
+    @property
+    def cheapest(self) -> int:
+        """The fewest extra bytes that raise the precision of one unit."""
+        dearer = (size - own[self.quantized] for own in self.bytes_.values() for size in own.values())
+        return min((extra for extra in dearer if extra > 0), default=0)
+
+
+def options_of(report: SweepReport, overrides: Choice) -> Options:
+    """Every unit that can be chosen, in the precisions that it was swept at and did not collapse in.
+
+    Under `protect-one` a choice takes from the damage of the all-quantized model, under `quantize-one` it adds to the
+    16-bit model's.
+
+    Args:
+        report: the sweep.
+        overrides: what the user gave; these units are no choice, and are paid for.
+    """
+    free, quantized = candidates(report, report.units, overrides), precision_of_bits(report.grid.bits)
+    mode: Mode = "protect-one" if "protect-one" in report.modes else "quantize-one"
+    states = {unit: _states(report, unit, mode, quantized) for unit in free}
+    languages = [name for name, status in report.languages.items() if status == "supported"]
+    over = NONE if mode == "protect-one" else BASELINE
+    damage, base = predict_damage(report.scores, states, languages, over=over)
+    bytes_ = {unit: _bytes(report, unit, tuple(states[unit]), overrides, quantized) for unit in free}
+    other = bytes_of(report, overrides) - sum(own[quantized] for own in bytes_.values())
+    return Options(bytes_=bytes_, damage=damage, base=base, other_bytes=other, quantized=quantized)
+
+
+def _states(report: SweepReport, unit: str, mode: Mode, quantized: Precision) -> dict[Precision, str]:
+    """Precision of a unit → the state in which it alone differs from the state that damage is counted over."""
+    if mode == "quantize-one":
+        return {"fp16": BASELINE, quantized: plan_name(mode, [unit])}
+    plans = {kind: plan_name(mode, [unit], kind) for kind in report.precisions}
+    lost = {row.plan for row in report.rows if any(damage.status == "collapsed" for damage in row.damage)}
+    return {quantized: NONE} | {kind: plan for kind, plan in plans.items() if plan not in lost}
+
+
+def _bytes(
+    report: SweepReport, unit: str, precisions: Sequence[Precision], overrides: Choice, quantized: Precision
+) -> dict[Precision, int]:
+    """What a unit costs in each precision. Units of its layer that the user gave a precision keep it, and its price."""
+    _, layer, *group = unit.split(".", 2)
+    own = report.layer_bytes[".".join(["quantized", *group])][int(layer)]
+    given = bytes_of(report, overrides)
+    return {
+        kind: own if kind == quantized else own + bytes_of(report, {**overrides, unit: kind}) - given
+        for kind in precisions
+    }

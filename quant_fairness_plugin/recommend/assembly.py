@@ -13,7 +13,7 @@ from quant_fairness_plugin.artifacts import (
     bits_of_precision,
     precision_of_bits,
 )
-from quant_fairness_plugin.sweep.sizes import NO_OVERRIDES, LayerBytes, has_bytes, placed, plan_bytes
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_bytes, placed, plan_bytes
 
 Choice = Mapping[str, Precision]
 """Layer (`layers.3`) or unit (`layers.3.down`) → what it gets instead of the grid's own precision."""

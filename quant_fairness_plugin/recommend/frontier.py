@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 from quant_fairness_plugin.artifacts import Frontier, SweepReport
 from quant_fairness_plugin.recommend.assembly import bytes_of, priced_units, row_choice
-from quant_fairness_plugin.sweep.pareto import pareto_frontier
-from quant_fairness_plugin.sweep.sets import EvaluatedSets
+from quant_fairness_plugin.statistics.pareto import pareto_frontier
+from quant_fairness_plugin.statistics.synergy import EvaluatedSets
 
 
 def frontier_of(report: SweepReport, *, draws: int = 2000) -> Frontier:

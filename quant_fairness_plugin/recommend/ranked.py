@@ -8,7 +8,7 @@ from itertools import takewhile
 from quant_fairness_plugin.artifacts import Objective, Precision, ProtectionPlan, Ranking, SweepReport, Undefined
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.recommend.assembly import Choice, bytes_of, plan_of, priced_units
-from quant_fairness_plugin.sweep.ranking import rank_units
+from quant_fairness_plugin.statistics.ranking import rank_units
 
 
 def rank(report: SweepReport, objective: Objective, top: int, draws: int) -> Ranking:

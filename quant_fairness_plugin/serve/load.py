@@ -11,10 +11,10 @@ from quant_fairness_kernels.int4_matmul import Columns
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE, check_fit, read_columns
+from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, load_dense_model, model_from_state, open_checkpoint
+from quant_fairness_plugin.checkpoint.folder import RECORD, load_record
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
-from quant_fairness_plugin.export.check_files import RECORD, load_record
-from quant_fairness_plugin.export.columns import COLUMNS_FILE, check_fit, read_columns
-from quant_fairness_plugin.export.dequantize import Checkpoint, load_dense_model, model_from_state, open_checkpoint
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.quantize.columns import KeptColumns
 from quant_fairness_plugin.serve.fusing import Prepared, launches, put_fused, reason_against_fusing

@@ -20,8 +20,8 @@ from quant_fairness_kernels.packing import (
 )
 from torch import Tensor
 
+from quant_fairness_plugin.checkpoint.dense_modules import Layout
 from quant_fairness_plugin.errors import ArtifactError
-from quant_fairness_plugin.export.dense_modules import Layout
 
 KERNEL_BITS = 4
 SMALLEST_GROUP = 32

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quant_fairness_plugin.checkpoint.dense_modules import Layout
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.export.dense_modules import Layout
 from quant_fairness_plugin.serve.kernels import Kernel, choose_kernel
 from quant_fairness_plugin.serve.linear import QuantizedLinear, check_protected, put_module
 from quant_fairness_plugin.serve.planes import reason_against, stored_planes

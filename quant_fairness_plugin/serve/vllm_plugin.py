@@ -6,15 +6,15 @@ option nothing changes: `compressed-tensors`, `gptq` and `awq` stay with vLLM's 
 
 from __future__ import annotations
 
-NAME = "quant_fairness"
+from quant_fairness_plugin.serve import VLLM_METHOD
 
 
 def register() -> None:
     """Make the method known to this process. May be called again, and imports vLLM only here."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
-    if NAME in QUANTIZATION_METHODS:
+    if VLLM_METHOD in QUANTIZATION_METHODS:
         return
     from quant_fairness_plugin.serve.vllm_quantization import QuantFairnessConfig
 
-    register_quantization_config(NAME)(QuantFairnessConfig)
+    register_quantization_config(VLLM_METHOD)(QuantFairnessConfig)

@@ -16,11 +16,11 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from quant_fairness_plugin.checkpoint.dense_modules import Layout, tensor_layout
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.export.dense_modules import Layout, tensor_layout
+from quant_fairness_plugin.serve import VLLM_METHOD
 from quant_fairness_plugin.serve.linear import QuantizedLinear
 from quant_fairness_plugin.serve.planes import reason_against, stored_planes
-from quant_fairness_plugin.serve.vllm_plugin import NAME
 
 SUFFIXES: dict[Layout, tuple[str, ...]] = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
@@ -52,7 +52,7 @@ class QuantFairnessConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is n
         if config.get("desc_act"):
             raise ConfigError(
                 "this checkpoint has act-order groups (desc_act), whose order vLLM does not keep; --quantization "
-                f"{NAME} reads those without. Serve it with load_quantized."
+                f"{VLLM_METHOD} reads those without. Serve it with load_quantized."
             )
         return cls(get_quantization_config(str(config["quant_method"])).from_config(config), tensor_layout(config))
 
@@ -61,7 +61,7 @@ class QuantFairnessConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is n
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
         """Take a checkpoint of another name only where the user says so."""
-        return NAME if user_quant == NAME else None
+        return VLLM_METHOD if user_quant == VLLM_METHOD else None
 
     @classmethod
     def get_min_capability(cls) -> int:
@@ -75,7 +75,7 @@ class QuantFairnessConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is n
 
     def get_name(self) -> str:
         """What the user asks for."""
-        return NAME
+        return VLLM_METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Types of the activations."""

@@ -1,7 +1,6 @@
-"""Step 4 of 8: evaluates model states that differ in which layers, or units of layers, are quantized.
+"""Run a sweep: evaluate model states that differ in which layers, or units of layers, are quantized.
 
-Takes a `LoadedModel` and a `TextSet`, returns a `SweepReport`. `engine` is the whole step: `plans` says which plans,
-`score` runs them (`tree` merges plans into prefixes, `walk` runs the prefixes, `bank` gives the weights of `units`),
-`search` looks for sets of units, `ranking` orders units and `sets` judges sets from the report alone, `sizes` counts
-the bytes that protection costs. `plans`, `search`, `tree`, `ranking`, `sets` and `sizes` do without torch.
+`engine` is the whole step: it takes a `LoadedModel` and a `TextSet` and returns a `SweepReport`. `plans` (the package)
+says which states there are, `walk` runs them batch after batch and `streaming` layer after layer, `bank` and
+`checkpoint_bank` give the quantized weights, `trials` and `executors` make a sweep resumable and parallel.
 """

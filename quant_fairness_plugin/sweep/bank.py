@@ -13,10 +13,11 @@ from quant_fairness_plugin.artifacts import Grid, Precision, bits_of_precision
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.plans.plan_set import check_table
+from quant_fairness_plugin.plans.tree import Variant
+from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import misfit
-from quant_fairness_plugin.sweep.around import check_table
-from quant_fairness_plugin.sweep.units import UnitMap
 
 
 class Bank(Protocol):
@@ -28,6 +29,11 @@ class Bank(Protocol):
 
     def weights(self, unit: str, precision: Precision) -> Mapping[str, Tensor]:
         """Parameter → value as the model stores it. Parameters that stay in 16 bit are left out."""
+
+
+def variant_weights(bank: Bank, variant: Variant) -> dict[str, Tensor]:
+    """Return the parameters of all units of a variant: full name → value as the model stores it."""
+    return {name: value for unit, precision in variant for name, value in bank.weights(unit, precision).items()}
 
 
 class RtnBank:

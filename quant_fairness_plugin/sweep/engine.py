@@ -6,7 +6,7 @@ The model is never changed; weights are exchanged by reference and always put ba
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -25,37 +25,36 @@ from quant_fairness_plugin.artifacts import (
     SweepRow,
     TextSet,
     Undefined,
-    bits_of_precision,
     precision_of_bits,
 )
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
-from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.provenance import provenance
-from quant_fairness_plugin.quantize.grid_rules import check_grid
-from quant_fairness_plugin.sweep.around import AroundPlan, around_plans
-from quant_fairness_plugin.sweep.bank import Bank, RtnBank, check_bank_fits, fitting_units
-from quant_fairness_plugin.sweep.executors import Executor
-from quant_fairness_plugin.sweep.jobs import BankRecipe
-from quant_fairness_plugin.sweep.layerwise import score_plans_layerwise
-from quant_fairness_plugin.sweep.plans import (
+from quant_fairness_plugin.model.resolve import provenance
+from quant_fairness_plugin.plans.costs import count_bytes
+from quant_fairness_plugin.plans.plan_set import (
+    BASELINE,
     MOST_COMBINATIONS,
+    AroundPlan,
     PlanSet,
     Score,
     SweptPlan,
+    around_plans,
     check_plans,
     check_precisions,
 )
-from quant_fairness_plugin.sweep.ranking import BASELINE, rank_units
-from quant_fairness_plugin.sweep.residence import block_in_memory, check_residence
-from quant_fairness_plugin.sweep.score import score_plans
-from quant_fairness_plugin.sweep.search import Search, search_sets
-from quant_fairness_plugin.sweep.sets import EvaluatedSets
-from quant_fairness_plugin.sweep.sizes import Shape, dense_bytes, quantized_bytes
+from quant_fairness_plugin.plans.search import Search, search_sets
+from quant_fairness_plugin.plans.units import UnitMap, map_units
+from quant_fairness_plugin.quantize.grid_rules import check_grid
+from quant_fairness_plugin.statistics.ranking import rank_units
+from quant_fairness_plugin.statistics.synergy import EvaluatedSets
+from quant_fairness_plugin.sweep.bank import Bank, RtnBank, check_bank_fits, fitting_units
+from quant_fairness_plugin.sweep.executors import Executor
+from quant_fairness_plugin.sweep.jobs import BankRecipe
+from quant_fairness_plugin.sweep.streaming import block_in_memory, check_residence, score_plans_layerwise
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
-from quant_fairness_plugin.sweep.units import UnitMap, map_units
+from quant_fairness_plugin.sweep.walk import score_plans
 
 Progress = Callable[[int, int], None]
 
@@ -288,36 +287,3 @@ def _support(loaded: LoadedModel, texts: TextSet, score: Callable[..., dict[str,
             f"the 16-bit model supports none of {', '.join(texts.languages)} ({rows[0].reason}); sweep a trained model"
         )
     return {row.language: row.status for row in rows}
-
-
-def count_bytes(
-    loaded: LoadedModel, grid: Grid, precisions: Sequence[Precision] = ()
-) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Bytes of each layer's linear weights, whole and by unit (see `sizes`), and the bytes of everything else.
-
-    Args:
-        loaded: the model.
-        grid: the grid of what is quantized.
-        precisions: what else to count, besides `fp16`, the grid and `int8`.
-    """
-    grids = {"quantized": grid, "int8": replace(grid, bits=8)}
-    grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
-    costs: dict[str, Callable[[Sequence[Shape]], int]] = {
-        "fp16": dense_bytes,
-        **{kind: partial(quantized_bytes, grid=own) for kind, own in grids.items()},
-    }
-    sizes: dict[str, tuple[int, ...]] = {}
-    by_unit = {
-        unit.name: [_shapes(loaded, i, unit.modules) for i in range(loaded.layers)] for unit in loaded.family.units
-    }
-    for kind, cost in costs.items():
-        own = {f"{kind}.{name}": tuple(map(cost, layers)) for name, layers in by_unit.items()}
-        sizes |= {kind: tuple(map(sum, zip(*own.values(), strict=True)))} | own
-    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    return sizes, 2 * parameters - sum(sizes["fp16"])
-
-
-def _shapes(loaded: LoadedModel, layer: int, modules: Sequence[str]) -> list[Shape]:
-    block = loaded.block(layer)
-    weights = [linear_weight(block.get_submodule(name)) for name in modules]
-    return [(weight.shape[0], weight.shape[1]) for weight in weights]

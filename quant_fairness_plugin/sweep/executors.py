@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, ResourceError
 from quant_fairness_plugin.measure.rows import Row
@@ -24,7 +24,6 @@ from quant_fairness_plugin.sweep.jobs import Found, Job, Recipe, pack, unpack
 
 logger = logging.getLogger(__name__)
 
-ExecutorName = Literal["local", "processes", "ray"]
 Trials = Mapping[int, Sequence[Row]]
 """Number → rows. The number says where the result belongs."""
 Results = Generator[tuple[int, Found], None, None]
@@ -79,33 +78,6 @@ class ProcessExecutor:
         logger.info("%d trials in %d processes", len(trials), min(count, len(trials)))
         crew = Crew(lambda: ProcessWorker(recipe), wait_for_processes, workers=count)
         yield from crew.work(trials)
-
-
-def make_executor(name: ExecutorName, *, workers: int | None = None) -> Executor:
-    """The executor of a name.
-
-    Args:
-        name: `local`, `processes` or `ray`.
-        workers: how many workers; None is as many as fit. `local` has none.
-
-    Raises:
-        ConfigError: no such executor, or workers for `local`.
-        MissingExtraError: Ray is not installed.
-    """
-    match name:
-        case "local":
-            if workers is not None:
-                raise ConfigError(
-                    f"workers is {workers}, and the local executor has none. Leave it out, or use processes."
-                )
-            return LocalExecutor()
-        case "processes":
-            return ProcessExecutor(workers)
-        case "ray":
-            from quant_fairness_plugin.sweep.ray_executor import RayExecutor
-
-            return RayExecutor(workers)
-    raise ConfigError(f"executor {name!r} is unknown; allowed are local, processes and ray. Use one of them.")
 
 
 class WorkerLostError(Exception):

@@ -22,10 +22,10 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
 from quant_fairness_plugin.model.storage import parameters_sha256
 from quant_fairness_plugin.model.weights import read_json
+from quant_fairness_plugin.plans.tree import StateTree
+from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import Bank
-from quant_fairness_plugin.sweep.score import score_batch
-from quant_fairness_plugin.sweep.tree import StateTree
-from quant_fairness_plugin.sweep.units import UnitMap, map_units
+from quant_fairness_plugin.sweep.walk import score_batch
 
 RESULT_VERSION = 1
 """Goes up whenever the same trial would give another number, or its file another form."""

@@ -22,12 +22,12 @@ from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet, dig
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.measure.rows import Batch, Row, position_limit, tokenize
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor
 from quant_fairness_plugin.sweep.jobs import RESULT_VERSION, Found, Job, identity
-from quant_fairness_plugin.sweep.limits import BATCH_TOKENS, CONTEXT
-from quant_fairness_plugin.sweep.score import add_batch, finish, plan_tree
-from quant_fairness_plugin.sweep.units import UnitMap
+from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
+from quant_fairness_plugin.sweep.walk import add_batch, finish, plan_tree
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
 from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.minimax import quantized_state
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.recommend import explicit_plan
-from quant_fairness_plugin.sweep.engine import count_bytes
 from tests.planted_model import PLANTED_LAYER, planted_texts
 
 GRID = Grid(bits=3, group_size=32)

@@ -15,8 +15,8 @@ import typer
 from quant_fairness_plugin.artifacts import SweepReport, load
 from quant_fairness_plugin.cli.main import app, run_guarded
 from tests.export.build import quantize_tiny
-from tests.export.test_bank import write
 from tests.planted_model import LAYERS
+from tests.sweep.test_checkpoint_bank import write
 
 
 def run(*arguments: str) -> int:

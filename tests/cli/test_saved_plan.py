@@ -11,8 +11,8 @@ import typer
 from quant_fairness_plugin.artifacts import ExportRecord, ProtectionPlan, load, save
 from quant_fairness_plugin.cli.main import app, run_guarded
 from quant_fairness_plugin.model.load import load_model
+from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.recommend import explicit_plan
-from quant_fairness_plugin.sweep.engine import count_bytes
 
 
 def run(*arguments: str | Path) -> int:

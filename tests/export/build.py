@@ -18,7 +18,7 @@ from quant_fairness_plugin.artifacts import (
     Undefined,
     precision_of_bits,
 )
-from quant_fairness_plugin.export.formats import ModuleMap
+from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quant_fairness_plugin.artifacts import Grid, Method
-from quant_fairness_plugin.export.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.quantize import backends
 from quant_fairness_plugin.quantize.backends import Job

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant_fairness_plugin.export.check_files import RECORD
+from quant_fairness_plugin.checkpoint.folder import RECORD
 from tests.export.conftest import rewrite_json
 
 Tensors = dict[str, torch.Tensor]

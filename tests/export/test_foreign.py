@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from quant_fairness_plugin.artifacts import Grid, Method, ProtectionPlan
+from quant_fairness_plugin.checkpoint.dequantize import read_dense_state
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
-from quant_fairness_plugin.export.dequantize import read_dense_state
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_model

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from quant_fairness_plugin.checkpoint.dequantize import read_dense_state
+from quant_fairness_plugin.checkpoint.folder import file_record, list_files
 from quant_fairness_plugin.cli.main import app, run_guarded
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, QuantFairnessError, UnsupportedModelError
-from quant_fairness_plugin.export.check_files import file_record, list_files
-from quant_fairness_plugin.export.dequantize import read_dense_state
 from quant_fairness_plugin.export.repair import default_repaired, repair
 from tests.export import foreign_folders as tools
 from tests.export.conftest import Exported, rewrite_json

@@ -15,12 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from quant_fairness_plugin.artifacts import ExportRecord, load, save
+from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
+from quant_fairness_plugin.checkpoint.folder import RECORD, file_record, list_files, load_record
+from quant_fairness_plugin.checkpoint.readers.compare import compare_with_transformers, fixed_prompts, missing_packages
+from quant_fairness_plugin.checkpoint.readers.running import read_with
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, MissingExtraError, UnsupportedModelError
-from quant_fairness_plugin.export.check_files import RECORD, file_record, list_files, load_record
-from quant_fairness_plugin.export.check_reader import compare_with_transformers, missing_packages
-from quant_fairness_plugin.export.dequantize import load_dense_model
-from quant_fairness_plugin.export.readers import read_with
-from quant_fairness_plugin.export.readers.compare import fixed_prompts
 from quant_fairness_plugin.export.verify import verify
 from tests.export import foreign_folders as tools
 from tests.export.conftest import Exported, rewrite_json
@@ -398,13 +397,13 @@ def test_a_loader_that_fills_gaps_at_random_is_caught_by_its_own_report_and_by_i
     folder = exported("gpt2", "compressed-tensors", "vllm")
     with pytest.raises(ArtifactError, match=r"missing keys: transformer\.h\.0\.attn\.c_attn\.weight"):
         compare_with_transformers(folder)
-    monkeypatch.setattr("quant_fairness_plugin.export.check_reader.check_loading_info", lambda *args: None)
+    monkeypatch.setattr("quant_fairness_plugin.checkpoint.readers.compare.check_loading_info", lambda *args: None)
     with pytest.raises(UnsupportedModelError, match="Transformers computes other logits than the files say"):
         compare_with_transformers(folder)
 
 
 def test_the_reader_check_catches_one_wrong_scale(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quant_fairness_plugin.export import dequantize
+    from quant_fairness_plugin.checkpoint import dequantize
 
     real = dequantize.read_dense_state
 

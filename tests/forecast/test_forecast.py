@@ -15,16 +15,16 @@ from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.forecast import Forecast, forecast, speed
 from quant_fairness_plugin.forecast.passes import Range, Text, unit_map
 from quant_fairness_plugin.forecast.report import forecast_lines
-from quant_fairness_plugin.forecast.sizes import byte_table
 from quant_fairness_plugin.forecast.work import count_work
 from quant_fairness_plugin.measure.rows import tokenize
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
-from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units
-from quant_fairness_plugin.sweep.limits import BATCH_TOKENS, CONTEXT
-from quant_fairness_plugin.sweep.tree import State, build_tree
-from quant_fairness_plugin.sweep.units import map_units
+from quant_fairness_plugin.plans.costs import count_bytes
+from quant_fairness_plugin.plans.tree import State, build_tree
+from quant_fairness_plugin.plans.units import map_units
+from quant_fairness_plugin.sweep.engine import sweep_units
+from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
 from tests.planted_model import LAYERS, planted_texts
 from tests.tiny import FAMILIES
 
@@ -91,7 +91,7 @@ def test_units_and_bytes_are_those_of_the_loaded_model(family: str, tiny_model: 
     folder = tiny_model(family, width=64)
     loaded, outline = load_model(str(folder)), outline_model(resolve_model(str(folder)))
     expected, other = count_bytes(loaded, GRID)
-    table, rest = byte_table(outline, GRID)
+    table, rest = count_bytes(outline, GRID)
     assert table == {kind: expected[kind] for kind in table}
     assert rest == other
     named, mapped = unit_map(outline), map_units(loaded)

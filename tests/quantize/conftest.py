@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from quant_fairness_plugin.artifacts import TextSet
-from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
 
 SENTENCES: dict[str, tuple[str, ...]] = {
@@ -30,16 +26,6 @@ def texts() -> TextSet:
         parallel=True,
         sha256="0" * 64,
     )
-
-
-@pytest.fixture(scope="session")
-def load(tiny_model: Callable[..., Path]) -> Callable[..., LoadedModel]:
-    """A tiny model of a family, loaded anew on each call."""
-
-    def build(family: str = "llama", **sizes: int) -> LoadedModel:
-        return load_model(str(tiny_model(family, **sizes)))
-
-    return build
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.quantize.awq import AwqResult, FairMagnitude, solve_awq
-from quant_fairness_plugin.quantize.blocks import LanguageMoment
+from quant_fairness_plugin.quantize.awq import AwqResult, solve_awq
 from quant_fairness_plugin.quantize.gptq import output_loss
 from quant_fairness_plugin.quantize.grid import quantize_rtn
+from quant_fairness_plugin.quantize.moments import FairMagnitude, LanguageMoment
 
 GRID = Grid(bits=4, group_size=32, symmetric=False)
 

@@ -8,14 +8,9 @@ from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.blocks import (
-    LanguageMoment,
-    fair_moments,
-    first_inputs,
-    language_moments,
-    output_energy,
-)
+from quant_fairness_plugin.quantize.blocks import first_inputs
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
+from quant_fairness_plugin.quantize.moments import LanguageMoment, fair_moments, language_moments, output_energy
 from tests.tiny import FAMILIES
 
 Load = Callable[..., LoadedModel]

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.bank import swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
-from quant_fairness_plugin.quantize.columns import choose_columns, column_bytes, column_count, decoupled
+from quant_fairness_plugin.quantize.columns import choose_columns, decoupled
+from quant_fairness_plugin.quantize.grid_rules import column_bytes, column_count
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from tests.quantize.test_stream import assert_untouched, state
 from tests.quantize.test_stream_awq import make_loud

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.architectures import FOLDS
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
-from quant_fairness_plugin.quantize.folding import FOLDS, fold_source, model_folds
+from quant_fairness_plugin.quantize.folding import fold_source, model_folds
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from tests.tiny import FAMILIES, byte_tokenizer, tiny_config
 

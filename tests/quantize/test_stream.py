@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.model.exchange import stored_form, swapped
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize import solving, stream
-from quant_fairness_plugin.quantize.bank import stored_form, swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import solve_gptq
 from quant_fairness_plugin.quantize.grid import quantize_rtn

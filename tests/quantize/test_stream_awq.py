@@ -12,12 +12,12 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.architectures import FOLDS
+from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.linear import is_linear, linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.awq import solve_awq
-from quant_fairness_plugin.quantize.bank import swapped
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
-from quant_fairness_plugin.quantize.folding import FOLDS
 from quant_fairness_plugin.quantize.stream import quantize_model
 from tests.quantize.test_stream import assert_untouched, fair_hessian, own_inputs, state
 from tests.tiny import FAMILIES

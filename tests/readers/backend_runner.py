@@ -26,15 +26,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid, ProtectionPlan
+from quant_fairness_plugin.checkpoint.dense_modules import dense_weight, tensor_layout
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.export import foreign
-from quant_fairness_plugin.export.dense_modules import dense_weight, tensor_layout
-from quant_fairness_plugin.export.plan_formats import check_tool, plan_for_tool
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.quantize.backends.running import running
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.recommend.tools import check_tool, plan_for_tool
 from quant_fairness_plugin.texts.load import load_texts
 
 GROUP = 32

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from quant_fairness_plugin.export.contents import module_map
-from quant_fairness_plugin.export.readers import Reading
-from quant_fairness_plugin.export.readers.compare import compare_reading
+from quant_fairness_plugin.checkpoint.module_map import module_map
+from quant_fairness_plugin.checkpoint.readers.compare import compare_reading
+from quant_fairness_plugin.checkpoint.readers.running import Reading
 from quant_fairness_plugin.model.families import detect_family
 from tests.readers.matrix import MISTAKABLE
 

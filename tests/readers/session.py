@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from quant_fairness_plugin.artifacts import Reader
-from quant_fairness_plugin.export.readers import Reading, reader_script
-from quant_fairness_plugin.export.readers.compare import TOLERANCE
+from quant_fairness_plugin.checkpoint.readers.compare import TOLERANCE
+from quant_fairness_plugin.checkpoint.readers.running import Reading, reader_script
 from quant_fairness_plugin.serve.load import load_quantized
 from tests.readers.checkpoints import ROOT, export, load_original, refusal, write_request
 from tests.readers.matrix import NO_KERNEL, READERS, Cell, Checkpoint

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from quant_fairness_plugin.export.readers.compare import TOLERANCE
+from quant_fairness_plugin.checkpoint.readers.compare import TOLERANCE
 from tests.readers.conftest import cell_of
 from tests.readers.matrix import Cell, all_cells
 from tests.readers.reading import Judged

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.config import make_config
-from quant_fairness_plugin.export.formats.support import find_refusal
 from quant_fairness_plugin.model.families import Family, detect_family
 from tests.readers.checkpoints import options
 from tests.readers.matrix import Cell, all_cells, family_of

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_fairness_plugin.export.check_files import file_record
+from quant_fairness_plugin.checkpoint.folder import file_record
 from quant_fairness_plugin.export.repair import RepairReport, repair
 from quant_fairness_plugin.export.verify import verify
 from tests.readers.session import ENVIRONMENT, python_of

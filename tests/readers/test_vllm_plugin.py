@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from quant_fairness_plugin.artifacts import CheckpointFormat, Grid
-from quant_fairness_plugin.export.dequantize import load_dense_model
-from quant_fairness_plugin.export.readers import Reading, reader_script
-from quant_fairness_plugin.export.readers.compare import compare_reading, fixed_prompts
+from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
+from quant_fairness_plugin.checkpoint.readers.compare import compare_reading, fixed_prompts
+from quant_fairness_plugin.checkpoint.readers.running import Reading, reader_script
 from quant_fairness_plugin.export.writer import export
 from tests.export.build import TEXTS, plan_of, quantize_tiny, quantize_with_columns
 from tests.readers.session import ENVIRONMENT

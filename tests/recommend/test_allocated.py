@@ -10,8 +10,8 @@ import pytest
 from quant_fairness_plugin.artifacts import Precision, SweepReport
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.recommend import recommend_plan
+from quant_fairness_plugin.recommend.allocated import options_of
 from quant_fairness_plugin.recommend.assembly import bytes_of, priced_units
-from quant_fairness_plugin.recommend.options import options_of
 from tests.planted import LANGUAGES, planted_report, planted_sets
 
 GAIN = [0.1, 0.4, 1.5, 0.2, 1.2, 0.3, 0.9, 0.05]

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import CheckpointFormat
+from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
+from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
 from quant_fairness_plugin.errors import ArtifactError
-from quant_fairness_plugin.export.columns import COLUMNS_FILE
-from quant_fairness_plugin.export.dequantize import load_dense_model
 from quant_fairness_plugin.export.writer import export
-from quant_fairness_plugin.quantize.bank import swapped
+from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.serve.load import load_quantized
 from tests.export.build import TEXTS, plan_of, quantize_with_columns

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quant_fairness_plugin.artifacts import CheckpointFormat, Grid
+from quant_fairness_plugin.checkpoint.dequantize import bare_model, model_from_state, read_dense_state
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
-from quant_fairness_plugin.export.dequantize import bare_model, model_from_state, read_dense_state
 from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.linear import is_linear, linear_weight
-from quant_fairness_plugin.quantize.bank import swapped
 from quant_fairness_plugin.serve.linear import QuantizedLinear
 from quant_fairness_plugin.serve.load import load_quantized
 from tests.export import foreign_folders as tools

@@ -8,8 +8,8 @@ from quant_fairness_kernels.dequantize import dequantize_planes
 from quant_fairness_kernels.packing import pack_awq, pack_compressed_tensors, pack_gptq
 from torch import Tensor
 
+from quant_fairness_plugin.checkpoint.dense_modules import Layout, dense_weight
 from quant_fairness_plugin.errors import ArtifactError
-from quant_fairness_plugin.export.dense_modules import Layout, dense_weight
 from quant_fairness_plugin.serve.planes import reason_against, stored_planes
 
 LAYOUTS: tuple[Layout, ...] = ("compressed-tensors", "gptq", "gptq_v2", "awq")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.checkpoint.dequantize import load_dense_model, open_checkpoint
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.export.dequantize import load_dense_model, open_checkpoint
 from quant_fairness_plugin.serve.linear import QuantizedLinear
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.serve.swap import use_kernels

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.export.dequantize import open_checkpoint
 from quant_fairness_plugin.serve import vllm_plugin
 from tests.serve.conftest import Served
 

@@ -23,12 +23,13 @@ from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.plans.costs import count_bytes
+from quant_fairness_plugin.plans.search import Search
+from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import misfit
 from quant_fairness_plugin.sweep.bank import RtnBank
-from quant_fairness_plugin.sweep.engine import count_bytes, sweep_units, swept_units
-from quant_fairness_plugin.sweep.search import Search
-from quant_fairness_plugin.sweep.units import map_units
+from quant_fairness_plugin.sweep.engine import sweep_units, swept_units
 from tests.planted_model import IDLE_LAYER, LAYERS, PLANTED_LAYER, planted_texts
 
 GRID = Grid(group_size=32)

@@ -23,6 +23,7 @@ from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, MissingExtraError, ResourceError
 from quant_fairness_plugin.measure.rows import Row
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_model
+from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep import executors
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.executors import (
@@ -32,11 +33,10 @@ from quant_fairness_plugin.sweep.executors import (
     ProcessExecutor,
     ProcessWorker,
     WorkerLostError,
-    make_executor,
 )
 from quant_fairness_plugin.sweep.jobs import Found, Job, pack, unpack
-from quant_fairness_plugin.sweep.score import plan_tree
-from quant_fairness_plugin.sweep.units import map_units
+from quant_fairness_plugin.sweep.make_executor import make_executor
+from quant_fairness_plugin.sweep.walk import plan_tree
 from tests.sweep.trial_cases import GRID, PLANS, FatalOnceBank, UnmakeableBank, sweep, texts
 
 Build = Callable[..., Path]

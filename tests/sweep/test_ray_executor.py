@@ -10,8 +10,9 @@ import pytest
 
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import from_loaded, load_model
-from quant_fairness_plugin.sweep.executors import LocalExecutor, make_executor
-from quant_fairness_plugin.sweep.units import map_units
+from quant_fairness_plugin.plans.units import map_units
+from quant_fairness_plugin.sweep.executors import LocalExecutor
+from quant_fairness_plugin.sweep.make_executor import make_executor
 from tests.sweep.trial_cases import FatalOnceBank, UnmakeableBank, sweep
 
 ray = pytest.importorskip("ray", reason='Ray is not installed; pip install "quant-fairness[ray]" runs these tests')

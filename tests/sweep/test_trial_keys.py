@@ -13,12 +13,12 @@ import torch
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.measure.rows import Row
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_model
+from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep import jobs, trials
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.jobs import Job
-from quant_fairness_plugin.sweep.score import plan_tree
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
-from quant_fairness_plugin.sweep.units import map_units
+from quant_fairness_plugin.sweep.walk import plan_tree
 from tests.sweep.trial_cases import BATCH_TOKENS, GRID, PLANS, Asked, texts
 from tests.tiny import write_tiny_model
 

@@ -20,13 +20,13 @@ from quant_fairness_plugin.artifacts import StateScores, digest
 from quant_fairness_plugin.errors import ConfigError, ResourceError
 from quant_fairness_plugin.measure.rows import Row
 from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep import jobs, trials
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.executors import LocalExecutor, Results, Trials
 from quant_fairness_plugin.sweep.jobs import Job
-from quant_fairness_plugin.sweep.score import plan_tree, score_plans
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
-from quant_fairness_plugin.sweep.units import map_units
+from quant_fairness_plugin.sweep.walk import plan_tree, score_plans
 from tests.sweep.trial_cases import BATCH_TOKENS, GRID, PLANS, Asked, sweep, texts
 
 Build = Callable[..., Path]

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid, Precision, StateScores, TextSet
 from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
 from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor, ProcessExecutor, Results, Trials
 from quant_fairness_plugin.sweep.jobs import BankRecipe, Job
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
-from quant_fairness_plugin.sweep.units import UnitMap, map_units
 from tests.planted_model import planted_texts
 
 GRID = Grid(group_size=32)

@@ -1,0 +1,126 @@
+"""Which linear modules of a model are quantized, and under which names files and readers know them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from torch import nn
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.model.architectures import SCALED_ACTIVATIONS
+from quant_fairness_plugin.model.families import Family
+from quant_fairness_plugin.model.linear import is_linear, linear_weight
+
+_HEAD_ON_DISK = {"gpt_neox": "embed_out"}
+"""Families whose head has another name in files and servers than in Transformers, which renames it while loading."""
+
+
+NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
+
+
+def stored_name(name: str, family: Family) -> str:
+    """The name that checkpoints of a family use for a module or tensor of the model in memory."""
+    head = _HEAD_ON_DISK.get(family.name, family.head)
+    return head + name.removeprefix(family.head) if name.split(".")[0] == family.head else name
+
+
+def module_map(
+    model: nn.Module, family: Family, quantized: Iterable[str], *, bits: Mapping[str, int] = NO_WIDTHS
+) -> ModuleMap:
+    """Sort a model's linear modules into quantized and kept ones. The model may live on the meta device.
+
+    Args:
+        model: the 16-bit model.
+        family: its family map.
+        quantized: full names of the quantized modules, in any order.
+        bits: those of them that have other bits than the grid, with their bits.
+    """
+    done = set(quantized)
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    layers = len(model.get_submodule(family.blocks))  # type: ignore[arg-type] # a ModuleList, says the family
+    fused = {
+        f"{family.blocks}.{layer}.{unit.fused}": tuple(f"{family.blocks}.{layer}.{part}" for part in unit.modules)
+        for layer in range(layers)
+        for unit in family.units
+        if unit.fused is not None
+    }
+    return ModuleMap(
+        blocks=family.blocks,
+        quantized=tuple(name for name in linears if name in done),
+        kept=tuple(name for name in linears if name not in done),
+        fused=fused,
+        bits={name: bits[name] for name in linears if name in bits},
+        aliases=tuple({stored_name(family.head, family)} - {family.head}),
+    )
+
+
+def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
+    """The modules among `bits` (module → bits) that have other bits than the grid, as `module_map` takes them."""
+    return {name: width for name, width in bits.items() if width != grid.bits}
+
+
+def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
+    """Tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
+
+    Its AWQ integration divides some activations by scales, in every block, quantized or not. Ours are ones.
+
+    Args:
+        model: the unquantized model, on any device.
+        format_name: the checkpoint format.
+    """
+    names = SCALED_ACTIVATIONS.get(str(getattr(model.config, "model_type", "")))
+    if format_name != "awq" or names is None:
+        return {}
+    activation, before = names
+    return {
+        f"{name}.{activation}.scales": len(linear_weight(getattr(module, before)))
+        for name, module in model.named_modules()
+        if hasattr(module, activation) and hasattr(module, before)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleMap:
+    """Which linear modules of a model are quantized, under every name that a loader may ask for. Full names only."""
+
+    blocks: str
+    """Full name of the list of decoder blocks."""
+    quantized: tuple[str, ...]
+    kept: tuple[str, ...]
+    """Every other linear module of the model, the head included."""
+    fused: Mapping[str, tuple[str, ...]]
+    """Name of a module that servers merge → the modules that it is merged from."""
+    bits: Mapping[str, int] = field(default_factory=dict)
+    """Quantized module → bits, where they are not the grid's own (INT8 units)."""
+    aliases: tuple[str, ...] = ()
+    """Further names under which servers know kept modules, such as GPT-NeoX's `embed_out`."""
+
+    @property
+    def kept_in_blocks(self) -> tuple[str, ...]:
+        """Kept modules of the decoder blocks, without the head."""
+        return tuple(name for name in self.kept if name.startswith(f"{self.blocks}."))
+
+    @property
+    def split_groups(self) -> tuple[str, ...]:
+        """Merged modules whose parts differ in precision (16 bit, 8 bit or the grid's): no server can load these."""
+        widths = dict.fromkeys(self.kept, 16) | dict(self.bits)
+        return tuple(name for name, parts in self.fused.items() if len({widths.get(part, 0) for part in parts}) > 1)
+
+    @property
+    def kept_fused(self) -> tuple[str, ...]:
+        """Merged modules of which all parts are kept."""
+        kept = set(self.kept)
+        return tuple(name for name, parts in self.fused.items() if kept.issuperset(parts))
+
+    @property
+    def kept_layers(self) -> tuple[str, ...]:
+        """Full names of the blocks in which nothing is quantized, in order."""
+        busy = {self._layer(name) for name in self.quantized}
+        layers = dict.fromkeys(self._layer(name) for name in self.kept_in_blocks)
+        return tuple(name for name in layers if name not in busy)
+
+    def _layer(self, module: str) -> str:
+        index = module.removeprefix(f"{self.blocks}.").partition(".")[0]
+        return f"{self.blocks}.{index}"

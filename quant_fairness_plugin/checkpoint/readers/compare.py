@@ -1,0 +1,224 @@
+"""Step 7: what a real reader computed against our own dequantizer, in units of what float16 does to our own model.
+
+Readers compute in float16, with kernels of their own, so their log-probabilities are never ours to the last bit. The
+yardstick is therefore measured for each checkpoint: the same dequantized model, run in float16 by us.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
+
+from quant_fairness_plugin.artifacts import Reader
+from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model
+from quant_fairness_plugin.checkpoint.folder import read_config
+from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
+from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.load import quiet_transformers
+
+PROMPT_LENGTHS = (1, 2, 17, 63)
+TOLERANCE = 2.0
+"""In units of float16. vLLM measured 0.7 and 0.9 (random and trained model), gptqmodel 0.9; readers that take two other
+layers for the protected one would be at 4.7 and more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How far a reader is from our dequantizer."""
+
+    unit: float
+    """Root mean square of what float16 changes in our own model's log-probabilities, in nats."""
+    distance: float
+    """Root mean square of reader minus ours, in units."""
+    behind: float
+    """How much less likely than our likeliest token a greedy token of the reader is, at most, in units; 0 if none."""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the reader computes what the files say. False also where a number is NaN."""
+        return self.distance <= TOLERANCE and self.behind <= 2 * TOLERANCE
+
+
+def compare_with_reader(folder: Path, reader: Reader, python: Path) -> str:
+    """Run a reader on fixed prompts and compare it with the dequantized model.
+
+    Args:
+        folder: a checkpoint.
+        reader: which one.
+        python: the Python that has it.
+
+    Returns:
+        One sentence about how close it is.
+
+    Raises:
+        UnsupportedModelError: the reader fails, or computes something else than the files say.
+        MissingExtraError: that Python does not have the reader.
+    """
+    model = load_dense_model(folder)
+    reading = read_with(reader, folder, fixed_prompts(model), python)
+    found = compare_reading(reading, model)
+    if not found.agrees:
+        raise UnsupportedModelError(
+            f"{folder}: {reader} {reading.version} computes something else than the files say: log-probabilities are "
+            f"{found.distance:.3g} float16 units away (allowed {TOLERANCE:g}), greedy tokens {found.behind:.3g} behind "
+            f"(allowed {2 * TOLERANCE:g}). Do not use this checkpoint with it."
+        )
+    return (
+        f"{reader} {reading.version}: log-probabilities within {found.distance:.2f} float16 units of the dequantized "
+        f"weights ({found.unit:.2g} nats each), greedy tokens within {found.behind:.2f}"
+    )
+
+
+def fixed_prompts(model: PreTrainedModel) -> list[list[int]]:
+    """Prompts of fixed lengths with tokens from everywhere in the vocabulary, the same on every call."""
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    return [torch.randint(0, vocabulary, (length,), generator=draw).tolist() for length in PROMPT_LENGTHS]
+
+
+def compare_reading(reading: Reading, model: PreTrainedModel) -> Comparison:
+    """Log-probabilities of a reader against those of our dequantized model, of the same tokens after the same tokens.
+
+    Args:
+        reading: what the reader said.
+        model: the dequantized model in float32; not changed.
+    """
+    own = _differences(reading, model)
+    in_float16 = deepcopy(model).to(torch.float16)  # type: ignore[arg-type] # as in model/load.py
+    unit = _rms(_differences(reading, in_float16) - own)
+    behind = max((gap for sequence in reading.sequences for gap in _behind(sequence, model)), default=0.0)
+    return Comparison(unit, _rms(own) / unit, behind / unit)
+
+
+def _differences(reading: Reading, model: PreTrainedModel) -> Tensor:
+    return torch.tensor([gap for sequence in reading.sequences for gap in _gaps(sequence, model)])
+
+
+def _gaps(sequence: Mapping[str, Any], model: PreTrainedModel) -> Iterator[float]:
+    own = _log_probabilities(model, sequence["ids"])
+    for i, predictions in enumerate(sequence["predictions"]):
+        for token, value in predictions.items():
+            yield value - float(own[i, int(token)])
+
+
+def _behind(sequence: Mapping[str, Any], model: PreTrainedModel) -> Iterator[float]:
+    own = _log_probabilities(model, sequence["ids"])
+    first = len(sequence["ids"]) - sequence["new"]
+    for i, token in enumerate(sequence["ids"][first:], start=first):
+        yield float(own[i - 1].max() - own[i - 1, token])
+
+
+@torch.no_grad()
+def _log_probabilities(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Float32 `[tokens, vocabulary]`: row i is the prediction after token i."""
+    logits: Tensor = model(torch.tensor([ids]), use_cache=False).logits
+    return logits[0].float().log_softmax(-1)
+
+
+def _rms(differences: Tensor) -> float:
+    return float(differences.square().mean().sqrt())
+
+
+SAME_MODEL = 1e-5
+"""Largest difference of logits over the largest logit. Both sides compute in float32 from equal weights, so only the
+order of additions may differ (about 1e-6); one weight group read wrongly gives more than 1e-3, garbage about 1."""
+
+
+ROW_LENGTHS = (1, 17, 40)
+
+
+def missing_packages(format_name: str) -> tuple[str, ...]:
+    """Packages that Transformers needs for a format and that are not installed here."""
+    needed = {
+        "gptq": ("optimum", "gptqmodel"),
+        "awq": ("gptqmodel", "accelerate"),
+        "compressed-tensors": ("compressed_tensors",),
+    }
+    return tuple(name for name in needed.get(format_name, ()) if importlib.util.find_spec(name) is None)
+
+
+def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) -> float:
+    """Load the folder with Transformers and compare its logits with those of the dequantized model.
+
+    Holds one model at a time.
+
+    Args:
+        folder: an export.
+        tolerance: the largest relative difference that is accepted.
+
+    Returns:
+        The largest difference of logits over the largest logit.
+
+    Raises:
+        ArtifactError: Transformers reports tensors that are missing or unexpected.
+        UnsupportedModelError: it loads, and computes something else.
+    """
+    expected = _logits(load_dense_model(folder))
+    # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
+    with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_exact_kernel(folder),
+        )
+        model, info = loaded
+        check_loading_info(folder, info)
+        _widen(model)
+        found = _logits(model)
+    largest = max(float(row.abs().max()) for row in expected)
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) / largest
+    if not difference <= tolerance:  # also when it is NaN
+        raise UnsupportedModelError(
+            f"{folder}: Transformers computes other logits than the files say (relative difference {difference:.3g}, "
+            f"allowed {tolerance:g}). Do not use this checkpoint with it; --format fp16-twin loads everywhere."
+        )
+    return difference
+
+
+def _exact_kernel(folder: Path) -> dict[str, Any]:
+    """Arguments that choose gptqmodel's plain kernel: its default one on a CPU computes in bfloat16 (errors of 6 %)."""
+    _, quantization = read_config(folder)
+    if (quantization or {}).get("quant_method") != "gptq":
+        return {}
+    # Below four cores gptqmodel's thread pools do not fit each other unless this is set before its import.
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
+    return {"quantization_config": GPTQConfig(bits=4, backend="torch"), "device_map": "cpu"}
+
+
+def _widen(model: PreTrainedModel) -> None:
+    """Make all floating-point parameters and buffers float32, which is exact.
+
+    Transformers leaves those in 16 bit that it renames while loading a quantized checkpoint (GPT-NeoX's head), and
+    gptqmodel its scales and biases.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> list[Tensor]:
+    """Logits of fixed token rows, float32. The rows run through the vocabulary in steps that do not divide it."""
+    vocabulary = model.config.get_text_config().vocab_size
+    steps = torch.arange(max(ROW_LENGTHS)) * 7919 + 1
+    rows = [(steps[:length] % vocabulary).unsqueeze(0) for length in ROW_LENGTHS]
+    model.train(False)
+    return [model(input_ids=row).logits.float() for row in rows]

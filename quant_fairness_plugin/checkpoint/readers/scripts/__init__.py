@@ -1,0 +1,1 @@
+"""Scripts that run in the Python of a reader. They import nothing of this package."""

@@ -1,0 +1,1 @@
+"""How far the range of a quantization group reaches: theory, closed-form rules, and the exact optimum."""

@@ -1,0 +1,154 @@
+"""Step 5 to elsewhere: a plan as the configuration of another tool, for those who quantize with that tool themselves.
+
+Takes a plan and the model's files (weights are not read); returns text. What gptqmodel and llm-compressor get is tested
+by using it; AutoRound's, optimum's and llama.cpp's follow their documentation:
+
+- AutoRound: `layer_config`, module name → settings (its user guide);
+- optimum and Transformers: `GPTQConfig(modules_in_block_to_quantize=…)`, names relative to the block, so that one layer
+  cannot be treated otherwise than another;
+- llama.cpp: `llama-quantize --tensor-type REGEX=TYPE`, the last match wins (pull requests 12511 and 14572).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from quant_fairness_plugin.artifacts import ProtectionPlan
+from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.architectures import GGUF_NAMES
+from quant_fairness_plugin.model.families import Family, detect_family
+from quant_fairness_plugin.model.outline import outline_model
+from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.quantize.backends.rules import gptqmodel_config, llmcompressor_recipe
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.quantize.selection import Selection
+
+Tool = Literal["gptqmodel", "llmcompressor", "autoround", "optimum", "llama.cpp"]
+TOOLS: tuple[Tool, ...] = get_args(Tool)
+
+
+def check_tool(name: str) -> Tool:
+    """One of the tools that a plan can be written for.
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name not in TOOLS:
+        raise ConfigError(f"--as {name!r} is unknown; use {', '.join(TOOLS)}")
+    return name
+
+
+def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_remote_code: bool = False) -> str:
+    """The plan as a tool's own configuration: JSON, for llm-compressor YAML, for llama.cpp command line arguments.
+
+    Modules that the plan's grid does not fit are left in 16 bit, as an export of ours would leave them.
+
+    Args:
+        tool: whose configuration.
+        plan: the plan.
+        files: the model's files; only `config.json` is read.
+        trust_remote_code: build the model with code that its folder brings.
+
+    Raises:
+        ConfigError: the plan has another number of layers than the model, or its grid fits no module.
+        UnsupportedModelError: the tool has no way to say this plan; says why, and the way out.
+    """
+    from quant_fairness_plugin.model.linear import is_linear
+    from quant_fairness_plugin.model.load import empty_model
+    from quant_fairness_plugin.quantize.selection import select_modules
+
+    if plan.layers != files.layers:
+        raise ConfigError(
+            f"the plan is for {plan.layers} layers, {files.name} has {files.layers}; give the plan's own model "
+            f"({plan.model}) with --model"
+        )
+    model = empty_model(files, trust_remote_code=trust_remote_code)
+    family = detect_family(model)
+    outline = outline_model(files, trust_remote_code=trust_remote_code)
+    selection = select_modules(outline, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
+    kept = [name for name, module in model.named_modules() if is_linear(module) and name not in selection.grids]
+    match tool:
+        case "gptqmodel":
+            settings = gptqmodel_config(selection.grids, kept, grid=plan.grid, blocks=family.blocks, method="gptq")
+            return _json(settings)
+        case "llmcompressor":
+            return _llmcompressor(selection, kept, family)
+        case "autoround":
+            return _json(_layer_config(selection, kept, plan, family))
+        case "optimum":
+            return _json(_optimum(selection, plan, family, files.layers))
+        case "llama.cpp":
+            return _llama_cpp(selection, kept, plan, family, files)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1) + "\n"
+
+
+def _llmcompressor(selection: Selection, kept: list[str], family: Family) -> str:
+    import yaml
+
+    if family.conv1d:
+        raise UnsupportedModelError(
+            f"llm-compressor quantizes Linear modules only, and {family.name} has Conv1D; allowed is another tool. "
+            "Use --as gptqmodel."
+        )
+    text: str = yaml.safe_dump(llmcompressor_recipe(selection.grids, kept, method="gptq"), sort_keys=False)
+    return text
+
+
+def _layer_config(
+    selection: Selection, kept: list[str], plan: ProtectionPlan, family: Family
+) -> dict[str, dict[str, int]]:
+    """Only what differs from the scheme of the whole model; modules outside the blocks are left alone anyway."""
+    sixteen = {name: {"bits": 16} for name in kept if name.startswith(f"{family.blocks}.")}
+    wider = {name: {"bits": g.bits} for name, g in selection.grids.items() if g.bits != plan.grid.bits}
+    return sixteen | wider
+
+
+def _optimum(selection: Selection, plan: ProtectionPlan, family: Family, layers: int) -> dict[str, Any]:
+    prefix = [f"{family.blocks}.{layer}." for layer in range(layers)]
+    per_layer = [tuple(n.removeprefix(p) for n in selection.modules if n.startswith(p)) for p in prefix]
+    widths = {grid.bits for grid in selection.grids.values()}
+    if len(set(per_layer)) > 1 or len(widths) > 1:
+        raise UnsupportedModelError(
+            "optimum names modules relative to the block, so it cannot treat one layer otherwise than another; allowed "
+            "are plans that are the same in every layer. Use --as gptqmodel, or quantize here: quant-fairness quantize "
+            "--format gptq, which optimum reads."
+        )
+    units = [[name for name in unit.modules if name in per_layer[0]] for unit in family.units]
+    return {
+        "bits": plan.grid.bits,
+        "group_size": plan.grid.group_size,
+        "sym": plan.grid.symmetric,
+        "desc_act": False,
+        "modules_in_block_to_quantize": [names for names in units if names],
+    }
+
+
+def _llama_cpp(selection: Selection, kept: list[str], plan: ProtectionPlan, family: Family, files: ModelFiles) -> str:
+    names = GGUF_NAMES.get(family.name)
+    if names is None:
+        raise UnsupportedModelError(
+            f"llama.cpp's names of the tensors of {family.name!r} are not known; known are those of "
+            f"{', '.join(sorted(GGUF_NAMES))}. Use --as with another tool."
+        )
+    dtype = str(files.config.get("dtype") or files.config.get("torch_dtype"))
+    types = {name: "bf16" if dtype == "bfloat16" else "f16" for name in kept}
+    types |= {name: _ggml_type(own.bits) for name, own in selection.grids.items() if own.bits != plan.grid.bits}
+    lines = []
+    for layer in range(files.layers):
+        found = {names[n]: types.get(f"{family.blocks}.{layer}.{n}") for n in family.modules()}
+        for kind in sorted({kind for kind in found.values() if kind is not None}):
+            same = "|".join(re.escape(name) for name, own in found.items() if own == kind)
+            lines.append("--tensor-type " + shlex.quote(rf"^blk\.{layer}\.({same})\.weight$={kind}"))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _ggml_type(bits: int) -> str:
+    types = {8: "q8_0", 6: "q6_k", 5: "q5_k", 4: "q4_k", 3: "q3_k", 2: "q2_k"}
+    return types[bits]
