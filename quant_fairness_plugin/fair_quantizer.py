@@ -17,6 +17,7 @@ import torch
 from typing_extensions import Unpack
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Evidence,
     ExportRecord,
     Measurement,
@@ -51,8 +52,9 @@ from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
-from quant_fairness_plugin.sweep.config import SweepChoices, answers
+from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions
 from quant_fairness_plugin.sweep.engine import sweep_units
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor
 
 EXPORTED = "exported"
@@ -195,7 +197,7 @@ class FairQuantizer:
         bank: Path | None = None,
         work: Path | None = None,
         executor: Executor | None = None,
-        **choices: Unpack[SweepChoices],
+        **options: Unpack[SweepOptions],
     ) -> SweepReport:
         """Step 4: damage of every plan on the search part, and the layers or units ranked by what they do alone.
 
@@ -204,25 +206,21 @@ class FairQuantizer:
             bank: a quantized checkpoint of this model, whose weights are the quantized side; None rounds to nearest.
             work: a folder of finished trials, from which an interrupted sweep goes on.
             executor: where the trials run; None is this process.
-            **choices: fields of `SweepChoices`; `top` is the configuration's, or 3, where it is not given.
+            **options: fields of `SweepConfig`; `top` is the configuration's, or 3, where it is not given.
         """
-        choices.setdefault("top", self.config.top or 3)
-        if self._report is None or bank != self._bank or not answers(self._report, modes, choices):
+        options.setdefault("top", self.config.top or 3)
+        config = SweepConfig.make(modes, **options)
+        if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
             self._report, self._bank = None, bank
             self._report = sweep_units(
                 self.loaded,
                 self.texts.part("search"),
+                config,
                 grid=self.config.grid,
+                bootstrap=Bootstrap(self.config.reference, self.config.draws, self.config.seed),
                 bank_recipe=None if bank is None else bank_recipe(bank, self.config.grid),
-                modes=modes,
-                reference=self.config.reference,
-                draws=self.config.draws,
-                seed=self.config.seed,
+                execution=Execution(work=work, executor=executor, memory_budget=self._memory_budget),
                 progress=partial(self._progress, "sweep"),
-                work=work,
-                executor=executor,
-                memory_budget=self._memory_budget,
-                **choices,
             )
         return self._report
 

@@ -6,7 +6,9 @@ from quant_fairness_plugin.artifacts import Unit
 from quant_fairness_plugin.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["layers.0", "layers.3.down", "layers.11.gate_up", "layers.1.self_attn.q_proj", "layers.1.Wqkv"])
+@pytest.mark.parametrize(
+    "name", ["layers.0", "layers.3.down", "layers.11.gate_up", "layers.1.self_attn.q_proj", "layers.1.Wqkv"]
+)
 def test_a_name_is_read_and_written_alike(name: str) -> None:
     assert str(Unit.parse(name)) == name
     assert Unit.parse(Unit.parse(name).short) == Unit.parse(name)

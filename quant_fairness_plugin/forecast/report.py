@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quant_fairness_plugin.forecast import Forecast, Memory, Range, Reading
+from quant_fairness_plugin.forecast import Forecast, Memory, Range, Verdict
 from quant_fairness_plugin.sweep.memory import shown
 
 _STEPS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -26,8 +26,8 @@ def forecast_lines(found: Forecast) -> Iterator[str]:
         f"disk        {shown(found.disk.plan)} of tensors under the plan; all layers quantized "
         f"{shown(found.disk.quantized)}, all in 16 bit {shown(found.disk.sixteen_bit)}"
     )
-    for reading in found.readers:
-        yield _reading(reading)
+    for verdict in found.readers:
+        yield _verdict(verdict)
 
 
 def _sweep_lines(found: Forecast) -> Iterator[str]:
@@ -66,6 +66,6 @@ def _duration(seconds: Range) -> str:
     return f"{seconds.low / factor:.1f} to {seconds.high / factor:.1f} {unit}"
 
 
-def _reading(reading: Reading) -> str:
-    verdict = f"no: {reading.reason}" if reading.reason else "loads it"
-    return f"readers     {reading.format:<18} {reading.reader:<12} {verdict}"
+def _verdict(verdict: Verdict) -> str:
+    words = f"no: {verdict.reason}" if verdict.reason else "loads it"
+    return f"readers     {verdict.format:<18} {verdict.reader:<12} {words}"

@@ -185,7 +185,7 @@ def check_precisions(
 def single_plans(
     units: Sequence[str], modes: Sequence[Mode], precisions: Sequence[Precision] = ("fp16",)
 ) -> list[Plan]:
-    """Return everything quantized, then per mode one plan a unit, and under `protect-one` one at each other precision."""
+    """Return everything quantized, per mode one plan a unit, and under `protect-one` one at each other precision."""
     others = [kind for kind in precisions if kind != "fp16" and "protect-one" in modes]
     return [
         Plan(None),
@@ -226,9 +226,7 @@ def _worst_kl(scores: StateScores) -> float:
     return max(sum(row.kl_nats) / sum(row.bytes_) for row in scores.languages.values())
 
 
-def around_plans(
-    names: Sequence[str], units: UnitMap, everything: Sequence[str], modes: Sequence[Mode]
-) -> list[Plan]:
+def around_plans(names: Sequence[str], units: UnitMap, everything: Sequence[str], modes: Sequence[Mode]) -> list[Plan]:
     """Return the plans that also quantize what stands around the layers; simulation only.
 
     Under `quantize-one` each name is the only thing that is quantized. Under `protect-one` all of the names are

@@ -133,7 +133,7 @@ def check_around_names(names: Sequence[str]) -> None:
 
 
 def around_units(names: Sequence[str], units: UnitMap) -> dict[str, tuple[str, ...]]:
-    """Return the model's units that each name stands for: `biases` → `layers.0.biases`, `layers.1.biases`, …
+    """Return the model's units that each name stands for; `biases` are those of every layer.
 
     Raises:
         ConfigError: an unknown name, one twice, or something that the model does not have.

@@ -100,9 +100,7 @@ def select_modules(
 
 def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[Unit, Precision]) -> dict[str, Grid]:
     """Return the grids of a layer's fusion groups; those in 16 bit by the plan are left out."""
-    kinds = {
-        group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in loaded.family.units
-    }
+    kinds = {group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in loaded.family.units}
     return {
         name: grid if kind is None else replace(grid, bits=bits_of_precision(kind))
         for name, kind in kinds.items()

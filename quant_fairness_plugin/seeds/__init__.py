@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import Grid, Measurement, Ranking, SweepReport, TextSet, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Measurement, Ranking, SweepReport, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.measurement import measure_states
 from quant_fairness_plugin.measure.metrics import percent_change
@@ -110,7 +110,9 @@ def layer_sweep(
     if method == "legacy":
         return _legacy_sweep(model, tokenizer, _legacy_texts(texts), reference_lang)
     chosen = _text_set(texts, reference_lang).part("search")
-    return sweep_units(_in_float32(from_loaded(model, tokenizer)), chosen, grid=grid, reference=reference_lang)
+    return sweep_units(
+        _in_float32(from_loaded(model, tokenizer)), chosen, grid=grid, bootstrap=Bootstrap(reference_lang)
+    )
 
 
 def quick_sweep(

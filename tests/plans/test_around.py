@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, StateScores, SweepReport, to_json
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, StateScores, SweepReport, to_json
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
@@ -21,6 +21,7 @@ from quant_fairness_plugin.plans.units import around_units, check_around, map_un
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.recommend import recommend_plan
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.walk import score_plans
 from tests.export.build import TEXTS
@@ -67,9 +68,8 @@ def gpt2(tiny_model: Callable[..., Path]) -> LoadedModel:
 @pytest.fixture(scope="module")
 def report(planted_model: Path) -> SweepReport:
     loaded, texts = load_model(str(planted_model)), planted_texts().part("search")
-    return sweep_units(
-        loaded, texts, grid=GRID, modes=("protect-one", "quantize-one"), also=("embeddings", "norms"), top=1, draws=100
-    )
+    config = SweepConfig(modes=("protect-one", "quantize-one"), also=("embeddings", "norms"), top=1)
+    return sweep_units(loaded, texts, config, grid=GRID, bootstrap=Bootstrap(draws=100))
 
 
 @pytest.mark.parametrize("what", EVERYTHING)
@@ -78,7 +78,9 @@ def test_each_is_quantized_alone(what: str, gpt2: LoadedModel) -> None:
     [plan] = around_plans([what], units, ["layers.0", "layers.1"], ["quantize-one"])
     assert plan.name == f"quantize {what}"
     before = gpt2.model.transformer.wte.weight.clone()
-    found = score_plans(gpt2, {plan.name: plan.precisions((), "int4")}, TEXTS, units=units, bank=RtnBank(gpt2, units, GRID))
+    found = score_plans(
+        gpt2, {plan.name: plan.precisions((), "int4")}, TEXTS, units=units, bank=RtnBank(gpt2, units, GRID)
+    )
     expected = changed_by_hand(gpt2, what)
     for language, row in expected.languages.items():
         np.testing.assert_allclose(found[plan.name].languages[language].kl_nats, row.kl_nats, atol=TOLERANCE)
@@ -123,7 +125,8 @@ def test_a_report_keeps_them_apart(report: SweepReport) -> None:
 
 def test_they_change_nothing_else(report: SweepReport, planted_model: Path) -> None:
     loaded, texts = load_model(str(planted_model)), planted_texts().part("search")
-    plain = sweep_units(loaded, texts, grid=GRID, modes=("protect-one", "quantize-one"), top=1, draws=100)
+    config = SweepConfig(modes=("protect-one", "quantize-one"), top=1)
+    plain = sweep_units(loaded, texts, config, grid=GRID, bootstrap=Bootstrap(draws=100))
     assert plain.around == ()
     assert [to_json(row) for row in plain.rows] == [to_json(row) for row in report.rows]
     assert plain.rankings == report.rankings

@@ -95,6 +95,8 @@ def test_precisions_that_single_nothing_out_are_refused(
     check_precisions(("fp16",), ("quantize-one",), "int4")
     with pytest.raises(ConfigError, match=message):
         check_precisions(precisions, modes, "int4")
+    with pytest.raises(ConfigError, match=message):
+        PlanSet(UNITS, modes, 1, 1, "int4", precisions)
 
 
 def test_sets_that_all_fit_take_one_walk() -> None:
@@ -146,6 +148,8 @@ def test_the_limit_is_one_of_sets(size: int, limit: int, count: int) -> None:
 def test_what_cannot_be_swept_is_refused(modes: tuple[Mode, ...], combine: int, max_plans: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_plans(modes, UNITS, combine, max_plans)
+    with pytest.raises(ConfigError, match=message):
+        PlanSet(UNITS, modes, combine, max_plans, "int4")
 
 
 def test_a_set_of_all_units_is_refused() -> None:

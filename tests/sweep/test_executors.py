@@ -34,8 +34,9 @@ from quant_fairness_plugin.sweep.executors import (
     ProcessWorker,
     WorkerLostError,
 )
-from quant_fairness_plugin.sweep.jobs import Found, Job, pack, unpack
+from quant_fairness_plugin.sweep.jobs import Job, pack, unpack
 from quant_fairness_plugin.sweep.make_executor import make_executor
+from quant_fairness_plugin.sweep.runner import BatchScores
 from quant_fairness_plugin.sweep.walk import plan_tree
 from tests.sweep.trial_cases import GRID, PLANS, FatalOnceBank, UnmakeableBank, sweep, texts
 
@@ -129,7 +130,7 @@ def test_what_a_worker_refuses_is_raised_here(loaded: LoadedModel) -> None:
     worker = object.__new__(ProcessWorker)  # without a process: what it receives is what counts
     worker.connection = ours
     with pytest.raises(ConfigError, match="no such checkpoint on this machine"):
-        worker.answer()
+        worker.result()
 
 
 def test_a_fault_of_ours_in_a_worker_is_shown_with_its_place(loaded: LoadedModel) -> None:
@@ -193,11 +194,11 @@ class ScriptedWorker:
     def __init__(self, script: Script) -> None:
         self.script, self.stopped, self.number = script, 0, -1
 
-    def ask(self, rows: Sequence[Row]) -> None:
+    def start(self, rows: Sequence[Row]) -> None:
         assert self.stopped == 0
         self.number = len(rows[0].ids) - 5
 
-    def answer(self) -> Found:
+    def result(self) -> BatchScores:
         if self.number == self.script.fails:
             raise ArtifactError("a plan predicts NaN")
         if self.script.lost.get(self.number, 0):

@@ -23,6 +23,7 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep import jobs, trials
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import LocalExecutor, Results, Trials
 from quant_fairness_plugin.sweep.jobs import Job
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
@@ -261,7 +262,7 @@ def test_progress_starts_where_the_sweep_was_left(loaded: LoadedModel, tmp_path:
         units=units,
         bank=RtnBank(loaded, units, GRID),
         batch_tokens=BATCH_TOKENS,
-        work=tmp_path,
+        execution=Execution(work=tmp_path),
         progress=lambda *step: seen.append(step),
     )
     passes = plan_tree(PLANS, units).block_passes
@@ -286,8 +287,6 @@ def test_a_work_folder_that_cannot_be_used_is_refused(
         sweep(loaded, tmp_path / "work")
 
 
-def test_no_threads_are_refused(loaded: LoadedModel) -> None:
-    units = map_units(loaded)
-    bank = RtnBank(loaded, units, GRID)
+def test_no_threads_are_refused() -> None:
     with pytest.raises(ConfigError, match="threads is 0; allowed are whole numbers from 1"):
-        score_plans_resumably(loaded, PLANS, texts(), units=units, bank=bank, threads=0)
+        Execution(threads=0)
