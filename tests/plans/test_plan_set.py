@@ -69,6 +69,18 @@ def test_a_unit_at_another_precision_is_named_by_it() -> None:
     assert not Plan("quantize-one", ("layers.1",)).keeps_16_bit
 
 
+def test_a_plan_can_quantize_what_is_around_the_layers_too() -> None:
+    around = {"embeddings": ("embeddings",), "norms": ("layers.0.norms", "layers.1.norms")}
+    vectors = dict.fromkeys(("embeddings", "layers.0.norms", "layers.1.norms"), "int4")
+    plan = Plan("protect-one", ("layers.1",), around=around)
+    assert plan.name == "protect 1 with embeddings+norms"
+    assert not plan.keeps_16_bit
+    assert plan.precisions(UNITS[:2], "int4") == {"layers.0": "int4"} | vectors
+    alone = Plan("quantize-one", ("norms",), around={"norms": around["norms"]})
+    assert alone.name == "quantize norms"
+    assert alone.precisions(UNITS[:2], "int4") == {"layers.0.norms": "int4", "layers.1.norms": "int4"}
+
+
 def test_every_unit_is_swept_at_every_precision_and_sets_in_16_bit_alone() -> None:
     planned = PlanSet(UNITS, MODES, 2, 20, "int4", ("fp16", "int8", "int5"))
     plans, _ = planned.evaluate(Walks())
