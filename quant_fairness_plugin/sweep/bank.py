@@ -89,7 +89,7 @@ class RtnBank:
 
 
 class CheckpointBank:
-    """The weights of a quantized checkpoint, dequantized when a unit's are first needed, and then kept.
+    """The weights of a quantized checkpoint, dequantized when a unit's are first needed, and then in memory.
 
     What the checkpoint holds in 16 bit stays in 16 bit in every plan. It was quantized as a whole, so its blocks saw
     quantized inputs: exchanged one by one they are an approximation of what quantizing one by one would give.
@@ -206,7 +206,7 @@ def fitting_units(bank: Bank, units: UnitMap, precision: Precision) -> tuple[str
         if bank.folds:
             raise ConfigError(
                 f"the bank ({bank.description}) holds scales that were folded from one unit of a layer into another "
-                "(AWQ), so that only whole layers can be exchanged; allowed is granularity 'layer'. Use that."
+                "(AWQ), so that only whole layers can be exchanged; use granularity 'layer'"
             )
         return tuple(name for name in units.group_names() if bank.quantizes(name))
     # All blocks are equal, so that what fits in the first one fits in all.

@@ -93,32 +93,8 @@ def sweep_units(
     # An unsupported reference stays in, so that excess and disparity say why they are undefined.
     texts = texts.choose([name for name in statuses if name in supported or name == bootstrap.reference])
     results = _evaluate(subject, config, partial(score, texts=texts, progress=progress), supported)
-    judge = _Judge(results.scores, texts, loaded.model.config.vocab_size, bootstrap, subject.quantized)
-    rows, planned, record = tuple(map(judge.row, results.plans)), subject.planned, results.search
-    sets = judge.sets(rows, supported)
-    layer_bytes, other_bytes = count_bytes(loaded, subject.grid, config.precisions)
-    return SweepReport(
-        provenance=provenance(
-            loaded.files, texts, seed=bootstrap.seed, arguments=_arguments(subject, config, bootstrap)
-        ),
-        layers=loaded.layers,
-        granularity=config.granularity,
-        precisions=config.precisions,
-        combine=config.combine,
-        combinations=planned.combinations,
-        grid=subject.grid,
-        reference=bootstrap.reference,
-        languages=statuses,
-        rows=rows,
-        around=tuple(map(judge.row, subject.around)),
-        rankings=judge.rankings(rows, planned.units, config.modes, config.top),
-        search=record,
-        interactions=sets.interactions(config.modes),
-        necessity=sets.necessity_tests(sorted({*planned.counts, *([] if record is None else [record.size])})),
-        scores=results.scores,
-        layer_bytes=layer_bytes,
-        other_bytes=other_bytes,
-    )
+    judge = _Judge(results.scores, texts, loaded.model.config.vocab_size, bootstrap, subject.planned.quantized)
+    return _report(subject, config, judge, results, statuses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +108,6 @@ class _Subject:
     planned: PlanSet
     around: Sequence[Plan]
     """Plans that also quantize what stands around the layers."""
-
-    @property
-    def quantized(self) -> Precision:
-        """What a quantized unit gets."""
-        return self.planned.quantized
 
 
 def _prepare(
@@ -281,6 +252,36 @@ class _Judge:
     @property
     def _bootstrap(self) -> dict[str, Any]:
         return {"reference": self.bootstrap.reference, "draws": self.bootstrap.draws, "seed": self.bootstrap.seed}
+
+
+def _report(
+    subject: _Subject, config: SweepConfig, judge: _Judge, results: _Results, statuses: dict[str, Status]
+) -> SweepReport:
+    loaded, planned, record, bootstrap = subject.loaded, subject.planned, results.search, judge.bootstrap
+    rows = tuple(map(judge.row, results.plans))
+    sets = judge.sets(rows, tuple(name for name, status in statuses.items() if status == "supported"))
+    layer_bytes, other_bytes = count_bytes(loaded, subject.grid, config.precisions)
+    arguments = _arguments(subject, config, bootstrap)
+    return SweepReport(
+        provenance=provenance(loaded.files, judge.texts, seed=bootstrap.seed, arguments=arguments),
+        layers=loaded.layers,
+        granularity=config.granularity,
+        precisions=config.precisions,
+        combine=config.combine,
+        combinations=planned.combinations,
+        grid=subject.grid,
+        reference=bootstrap.reference,
+        languages=statuses,
+        rows=rows,
+        around=tuple(map(judge.row, subject.around)),
+        rankings=judge.rankings(rows, planned.units, config.modes, config.top),
+        search=record,
+        interactions=sets.interactions(config.modes),
+        necessity=sets.necessity_tests(sorted({*planned.counts, *([] if record is None else [record.size])})),
+        scores=results.scores,
+        layer_bytes=layer_bytes,
+        other_bytes=other_bytes,
+    )
 
 
 def _arguments(subject: _Subject, config: SweepConfig, bootstrap: Bootstrap) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Execution:
 
     def __post_init__(self) -> None:
         if self.threads < 1:
-            raise ConfigError(f"threads is {self.threads}; allowed are whole numbers from 1. Use 1 or more.")
+            raise ConfigError(f"threads is {self.threads}; use a whole number from 1")
         if self.memory_budget is not None and self.executor is not None:
             raise ConfigError(
                 "a memory budget and an executor do not go together: an executor gives each process a whole model. "

@@ -70,7 +70,7 @@ class ProcessExecutor:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; allowed are whole numbers from 1. Use 1 or more.")
+            raise ConfigError(f"workers is {self.workers}; use a whole number from 1")
 
     def run(self, job: Job, trials: Trials) -> Results:
         """Every trial's result."""

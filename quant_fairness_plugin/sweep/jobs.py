@@ -112,13 +112,12 @@ def pack(job: Job) -> Recipe:
     files = job.loaded.files
     if not files.weights:
         raise ConfigError(
-            f"the model {files.name} is in memory only, and a worker loads it from files; allowed are models loaded "
-            "from a folder or the Hub. Save it and load that folder, or use the local executor."
+            f"the model {files.name} is in memory only, and a worker loads it from files; save it and load that "
+            "folder, or use the local executor"
         )
     if not isinstance(job.bank, Portable):
         raise ConfigError(
-            f"bank {job.bank.description!r} cannot be made again in a worker; allowed are banks with a recipe(). Use "
-            "the local executor."
+            f"bank {job.bank.description!r} has no recipe() to make it again in a worker; use the local executor"
         )
     return Recipe(
         folder=files.folder.resolve(),

@@ -30,7 +30,7 @@ class RayExecutor:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; allowed are whole numbers from 1. Use 1 or more.")
+            raise ConfigError(f"workers is {self.workers}; use a whole number from 1")
         _ray()
 
     def run(self, job: Job, trials: Trials) -> Results:
@@ -53,7 +53,7 @@ class RayExecutor:
 
 
 class Actor:
-    """What Ray runs: one copy of the job, made when the first trial comes, so that a refusal reaches who asked."""
+    """What Ray runs: one copy of the job, made when the first trial comes, so that a refusal reaches the sweep."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe

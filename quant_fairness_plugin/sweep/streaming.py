@@ -65,7 +65,7 @@ def score_plans_layerwise(
         plans: name → unit → precision; what is not listed is in 16 bit.
         texts: the sentences.
         units: the model's units.
-        bank: their weights. It should keep none (`RtnBank(keep=False)`), as what a block needs is kept here.
+        bank: their weights. It should hold none (`RtnBank(keep=False)`), as what a block needs is held here.
         execution: its `memory_budget`, for all that the sweep holds (see `memory`), `work` and `prefetch`. `work` keeps
             the hidden states after every layer, and the scores of finished batches.
         batch_tokens: tokens of a batch.

@@ -112,7 +112,7 @@ class Store:
     folder: Path
     states: tuple[str, ...]
     job: Mapping[str, Any]
-    """All that results depend on besides their rows."""
+    """All that results depend on, beside their rows."""
 
     def path(self, rows: Sequence[Row]) -> Path:
         """Return where the result of a trial is."""
@@ -139,7 +139,7 @@ class Store:
             write_atomically(self.path(rows), _encode(self._key(rows), scores))
         except OSError as err:
             raise ResourceError(
-                f"{self.folder}: a result cannot be written ({err.strerror}); finished trials are kept there. Make "
+                f"{self.folder}: a result cannot be written ({err.strerror}); finished trials stay there. Make "
                 "room, or use another folder."
             ) from err
 
@@ -168,7 +168,7 @@ def open_store(work: Path, job: Job, **further: int) -> Store:
         ResourceError: it cannot be used.
     """
     if work.exists() and not work.is_dir():
-        raise ConfigError(f"{work}: not a folder; allowed is a folder, or a name that is free. Use another.")
+        raise ConfigError(f"{work}: not a folder; use a folder, or a name that is free")
     try:
         work.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(work)

@@ -154,9 +154,11 @@ class OwnBank:
 
 def test_what_no_worker_could_load_is_refused(loaded: LoadedModel, folder: Path) -> None:
     other = load_model(str(folder))
-    with pytest.raises(ConfigError, match="is in memory only, and a worker loads it from files; allowed are models"):
+    with pytest.raises(ConfigError, match="is in memory only, and a worker loads it from files; save it and"):
         next(ProcessExecutor(1).run(job_of(from_loaded(other.model, other.tokenizer)), TRIALS))
-    with pytest.raises(ConfigError, match=r"bank 'my own' cannot be made again in a worker; .* Use the local executor"):
+    with pytest.raises(
+        ConfigError, match=r"bank 'my own' has no recipe\(\) to make it again .*; use the local executor"
+    ):
         next(ProcessExecutor(1).run(replace(job_of(loaded), bank=OwnBank()), TRIALS))
 
 
@@ -263,11 +265,11 @@ def test_there_are_no_more_workers_than_cores_or_memory_for_copies_of_the_model(
 def test_executors_are_found_by_name() -> None:
     assert isinstance(make_executor("local"), LocalExecutor)
     assert make_executor("processes", workers=3) == ProcessExecutor(3)
-    with pytest.raises(ConfigError, match="executor 'threads' is unknown; allowed are local, processes and ray"):
+    with pytest.raises(ConfigError, match="executor 'threads' is unknown; use local, processes or ray"):
         make_executor("threads")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="workers is 2, and the local executor has none"):
         make_executor("local", workers=2)
-    with pytest.raises(ConfigError, match="workers is 0; allowed are whole numbers from 1"):
+    with pytest.raises(ConfigError, match="workers is 0; use a whole number from 1"):
         make_executor("processes", workers=0)
 
 

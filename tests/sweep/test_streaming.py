@@ -294,7 +294,7 @@ def test_spilled_states_that_lost_their_end_are_not_filled_up(
 def test_a_budget_that_is_too_small_is_refused_before_a_block_is_read(
     loaded: StreamedModel, fetched: list[int]
 ) -> None:
-    with pytest.raises(ResourceError, match=r"memory budget .* need .*; allowed is that or more"):
+    with pytest.raises(ResourceError, match=r"memory budget .* need .*; raise the budget to that or more"):
         streamed_scores(loaded, budget=least(loaded) - 1)
     assert fetched == []
 

@@ -274,7 +274,7 @@ def test_a_work_folder_that_cannot_be_used_is_refused(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="file: not a folder; allowed is a folder"):
+    with pytest.raises(ConfigError, match="file: not a folder; use a folder"):
         sweep(loaded, tmp_path / "file")
     with pytest.raises(ResourceError, match=r"cannot be used \(Not a directory\); use a folder"):
         sweep(loaded, tmp_path / "file" / "below")
@@ -283,10 +283,10 @@ def test_a_work_folder_that_cannot_be_used_is_refused(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(trials, "write_atomically", full)
-    with pytest.raises(ResourceError, match=r"cannot be written \(No space left on device\); finished trials are kept"):
+    with pytest.raises(ResourceError, match=r"cannot be written \(No space left on device\); finished trials stay"):
         sweep(loaded, tmp_path / "work")
 
 
 def test_no_threads_are_refused() -> None:
-    with pytest.raises(ConfigError, match="threads is 0; allowed are whole numbers from 1"):
+    with pytest.raises(ConfigError, match="threads is 0; use a whole number from 1"):
         Execution(threads=0)
