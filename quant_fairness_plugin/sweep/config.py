@@ -63,9 +63,10 @@ class SweepConfig:
     def make(cls, modes: Sequence[Mode] = ("protect-one",), **options: Unpack[SweepOptions]) -> SweepConfig:
         """Return a configuration from options that can be any sequences."""
         values: dict[str, Any] = {"modes": modes, **options}
-        return cls(**{
-            name: tuple(value) if name in ("modes", "precisions", "also") else value for name, value in values.items()
-        })  # fmt: skip
+        for name in ("modes", "precisions", "also"):
+            if name in values:
+                values[name] = tuple(values[name])
+        return cls(**values)
 
     @classmethod
     def of(cls, report: SweepReport) -> SweepConfig:
