@@ -38,7 +38,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny trained model whose damage is known; see `tests/planted_model.py`."""
+    """A tiny model whose damage is known; see `tests/planted_model.py`."""
     from tests.planted_model import write_planted_model
 
     folder = tmp_path_factory.mktemp("planted") / "planted"

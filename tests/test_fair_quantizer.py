@@ -1,4 +1,4 @@
-"""The eight steps in one go, on a tiny trained model whose damage is planted."""
+"""The eight steps in one go, on a tiny model whose damage is planted."""
 
 from __future__ import annotations
 

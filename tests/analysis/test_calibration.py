@@ -125,7 +125,8 @@ def test_the_matrix_has_a_row_for_each_language_alone_with_equal_tokens(comparis
     for language, other in (("en", "he"), ("he", "en")):
         change = own[language].from_others
         assert isinstance(change, Interval)
-        assert change.estimate == pytest.approx(estimates[other, language] - estimates[language, language], abs=1e-7)
+        # Three figures below 10 with 7 significant digits: each is up to 5e-7 off.
+        assert change.estimate == pytest.approx(estimates[other, language] - estimates[language, language], abs=1.5e-6)
     changes = [row.from_others for row in matrix.own if isinstance(row.from_others, Interval)]
     assert changes[1].low > 0  # the planted channels are silent in English text
     better = sum(change.low > 0 for change in changes)
