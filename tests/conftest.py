@@ -20,6 +20,13 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)  # two threads on a loaded machine turned 1.5 s into 52 s
 
 
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> None:
+    import torch
+
+    torch.manual_seed(0)  # what a test draws must not depend on the tests that ran before it in this process
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Build (once per family and size) a tiny random model folder; see `tests/tiny.py`."""
