@@ -14,7 +14,8 @@ from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.model.families import Family, Unit
+from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from tests.export.build import llama_map
 
