@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.families import Family
-from quant_fairness_plugin.model.linear import is_linear, linear_weight
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
 
@@ -28,10 +29,12 @@ def module_map(
 
     Args:
         model: the 16-bit model.
-        family: its family map.
+        family: its map.
         quantized: full names of the quantized modules, in any order.
         bits: those of them that have other bits than the grid, with their bits.
     """
+    from quant_fairness_plugin.model.linear import is_linear  # torch: what is asked at plan time does without
+
     done = set(quantized)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     layers = len(model.get_submodule(family.blocks))  # type: ignore[arg-type] # a ModuleList, says the family
@@ -59,6 +62,8 @@ def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
         model: the unquantized model, on any device.
         format_name: the checkpoint format.
     """
+    from quant_fairness_plugin.model.linear import linear_weight  # torch, see `module_map`
+
     architecture = find_architecture(str(getattr(model.config, "model_type", "")))
     scaled = None if architecture is None else architecture.scaled_activation
     if format_name != "awq" or scaled is None:

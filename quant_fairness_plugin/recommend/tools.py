@@ -94,8 +94,7 @@ def _llmcompressor(selection: Selection, rest: list[str], family: Family) -> str
 
     if family.conv1d:
         raise UnsupportedModelError(
-            f"llm-compressor quantizes Linear modules only, and {family.name} has Conv1D. "
-            "Use --as gptqmodel."
+            f"llm-compressor quantizes Linear modules only, and {family.name} has Conv1D. Use --as gptqmodel."
         )
     text: str = yaml.safe_dump(llmcompressor_recipe(selection.grids, rest, method="gptq"), sort_keys=False)
     return text
@@ -117,8 +116,8 @@ def _optimum(selection: Selection, plan: ProtectionPlan, family: Family, layers:
     if len(set(per_layer)) > 1 or len(widths) > 1:
         raise UnsupportedModelError(
             "optimum names modules relative to the block, so it cannot treat one layer otherwise than another; it "
-            "takes plans that are the same in every layer. Use --as gptqmodel, or quantize here: quant-fairness quantize "
-            "--format gptq, which optimum reads."
+            "takes plans that are the same in every layer. Use --as gptqmodel, or quantize here: quant-fairness "
+            "quantize --format gptq, which optimum reads."
         )
     units = [[name for name in unit.modules if name in per_layer[0]] for unit in family.units_of(0)]
     return {

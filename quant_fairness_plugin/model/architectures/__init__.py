@@ -39,9 +39,7 @@ def find_architecture(model_type: str) -> Architecture | None:
     return next((record for record in ARCHITECTURES if model_type in record.families), None)
 
 
-def match_architecture(
-    block_of: Callable[[Architecture], Block | None], model_type: str
-) -> Architecture | None:
+def match_architecture(block_of: Callable[[Architecture], Block | None], model_type: str) -> Architecture | None:
     """Return the record that the blocks of a model have the structure of; None where there is none.
 
     Structure decides: `model_type` only picks between records of the same structure.

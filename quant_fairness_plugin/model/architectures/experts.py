@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 MIXTURE_ADVICE = (
-    "which calibration would reach with too few tokens. Dense models are accepted: use a dense model of the family, or "
+    "which calibration would reach with too few tokens; dense models are accepted. Use a dense model of the family, or "
     "quantize this one with a tool that knows its experts (gptqmodel, llm-compressor)."
 )
 _COUNT_KEY = re.compile(r"(\w+_)?(n|num)_(\w+_)?experts")

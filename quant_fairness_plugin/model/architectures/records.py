@@ -108,7 +108,12 @@ _GPT2 = Architecture(
     tied_by_default=True,
     default_positions=1024,
     folds=(Fold("qkv", "ln_1"), Fold("fc_in", "ln_2"), Fold("fc_out", "mlp.c_fc", activated=True)),
-    gguf_names={"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
+    gguf_names={
+        "attn.c_attn": "attn_qkv",
+        "attn.c_proj": "attn_output",
+        "mlp.c_fc": "ffn_up",
+        "mlp.c_proj": "ffn_down",
+    },
 )
 
 _BLOOM = Architecture(
