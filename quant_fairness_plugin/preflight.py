@@ -11,7 +11,7 @@ from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.export.staging import check_output
-from quant_fairness_plugin.model.architectures import LAYOUTS
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.quantize.backends import check_backend
@@ -69,11 +69,9 @@ def preflight(
 
 
 def known_units(model_type: str) -> tuple[str, ...] | None:
-    """The names of a layer's units in models of this type; None where only the model itself can tell."""
-    for layout in LAYOUTS:
-        if model_type in layout.families:
-            return tuple(unit.name for unit in layout.units)
-    return None
+    """Return the names of a layer's units in models of this type; None where only the model itself can tell."""
+    architecture = find_architecture(model_type)
+    return None if architecture is None else tuple(unit.name for unit in architecture.units)
 
 
 def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: int) -> None:

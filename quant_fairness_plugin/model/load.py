@@ -91,7 +91,7 @@ class LoadedModel:
             InvalidLayerError: the layer is not in `0..layers - 1`.
         """
         block = self.block(layer)
-        names = zip(self.family.full_names(layer), self.family.modules(), strict=True)
+        names = zip(self.family.full_names(layer), self.family.modules(layer), strict=True)
         return {full: block.get_submodule(relative) for full, relative in names}
 
 
@@ -152,7 +152,7 @@ def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> L
     family = detect_family(model)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    weight = linear_weight(blocks[0].get_submodule(family.modules()[0]))
+    weight = linear_weight(blocks[0].get_submodule(family.modules(0)[0]))
     if weight.is_meta or weight.dtype not in _COMPUTE:
         raise UnsupportedModelError(
             f"the model's weights are {'on the meta device' if weight.is_meta else weight.dtype}; allowed are float16, "
