@@ -92,7 +92,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError) as err:
+    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, ImportError) as err:
         reason = " ".join(str(err).split())[:200]
         raise UnsupportedModelError(
             f"{path}: Transformers does not read this GGUF ({reason}). Use the model's safetensors folder."
