@@ -39,7 +39,7 @@ from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel, load_model
-from quant_fairness_plugin.model.resolve import provenance
+from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.streamed import open_streamed
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
