@@ -15,6 +15,7 @@ from typing import Any
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
 from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts
+from quant_fairness_plugin.model.gguf import gguf_folder
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
 from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
@@ -48,7 +49,7 @@ def resolve_model(
     """Find a model and check its files, without importing torch or reading a weight.
 
     Args:
-        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model), a `.gguf` file or a Hub id.
         revision: branch, tag or commit of a Hub id.
         allow_pickle: accept `pytorch_model.bin` where there is no safetensors file.
         trust_remote_code: accept a config that names code of its own.
@@ -156,11 +157,11 @@ def _local_folder(name: str, hint: str) -> Path | None:
     path = Path(name).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises on a name that is too long
         return path
-    if path.suffix == ".gguf":
-        raise UnsupportedModelError(f"{name}: GGUF weights are not read. Use the model's safetensors folder.")
+    if path.suffix == ".gguf" and os.path.isfile(path):
+        return gguf_folder(path)
     if os.path.isfile(path):
         return _folder_of_file(path, hint)
-    if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".json"}:
+    if path.suffix in {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json"}:
         raise ArtifactError(f"{name}: no such file. {hint}")
     return None
 
@@ -189,7 +190,10 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _no_config(folder: Path) -> ArtifactError | UnsupportedModelError:
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        return UnsupportedModelError(f"{folder}: GGUF weights are not read. Use the model's safetensors folder.")
+        first = min(folder.glob("*.gguf")).name
+        return UnsupportedModelError(
+            f"{folder}: holds GGUF files and no model folder's config.json. Name one of the files, such as {first}."
+        )
     return ArtifactError(
         f"{folder}: no config.json; a model folder holds config.json, its weights and its tokenizer. Complete it."
     )
