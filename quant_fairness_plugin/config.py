@@ -112,7 +112,7 @@ class FairConfig:
 
 
 class FairOptions(TypedDict, total=False):
-    """The fields of `FairConfig` as keyword arguments, each optional."""
+    """The fields of `FairConfig` but `texts` as keyword arguments, each optional; `from_pretrained` takes a text set too."""
 
     method: Method
     bits: int
@@ -129,7 +129,6 @@ class FairOptions(TypedDict, total=False):
     objective: Objective
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
-    texts: str
     tokens_per_language: int | None
     calibration: Weighting
     backend: str
