@@ -20,7 +20,7 @@ from quant_fairness_plugin.analysis.outcomes import CalibrationOutcome, Judge, S
 from quant_fairness_plugin.artifacts import Method, ProtectionPlan, Provenance, TextSet, Weighting
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.resolve import provenance
+from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.model.architectures import SCALED_ACTIVATIONS
 from quant_fairness_plugin.model.families import Family
-from quant_fairness_plugin.model.linear import is_linear, linear_weight
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _HEAD_ON_DISK = {"gpt_neox": "embed_out"}
 """Families whose head has another name in files and servers than in Transformers, which renames it while loading."""
@@ -37,6 +38,8 @@ def module_map(
         quantized: full names of the quantized modules, in any order.
         bits: those of them that have other bits than the grid, with their bits.
     """
+    from quant_fairness_plugin.model.linear import is_linear  # torch: what is asked at plan time does without
+
     done = set(quantized)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     layers = len(model.get_submodule(family.blocks))  # type: ignore[arg-type] # a ModuleList, says the family
@@ -70,6 +73,8 @@ def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
         model: the unquantized model, on any device.
         format_name: the checkpoint format.
     """
+    from quant_fairness_plugin.model.linear import linear_weight  # torch, see `module_map`
+
     names = SCALED_ACTIVATIONS.get(str(getattr(model.config, "model_type", "")))
     if format_name != "awq" or names is None:
         return {}

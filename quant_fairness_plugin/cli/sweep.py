@@ -70,7 +70,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS, check_around, check_plans, check_precisions
 from quant_fairness_plugin.plans.units import name_units
 from quant_fairness_plugin.preflight import ModelSource, preflight
-from quant_fairness_plugin.sweep.checkpoint_bank import check_bank
+from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.memory import check_budget, parse_size
 
 

@@ -53,7 +53,7 @@ from quant_fairness_plugin.measure.damage import measure_damage, supported_langu
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS, interval
 from quant_fairness_plugin.model.linear import linear_weight as linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.resolve import provenance
+from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.controls import RANDOM_PLANS, Control, controls_for
 from quant_fairness_plugin.plans.costs import Costs, count_bytes, layer_costs, plan_bytes
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE

@@ -35,7 +35,7 @@ from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.resolve import provenance
+from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.weights import check_inside
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 

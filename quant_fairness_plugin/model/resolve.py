@@ -14,7 +14,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from quant_fairness_plugin.artifacts import Provenance, TextSet, package_versions
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
@@ -283,23 +282,3 @@ def _layer_count(folder: Path, config: dict[str, Any]) -> int:
             f"for a whole number in one of {', '.join(_LAYER_KEYS)}. Restore the model's own file."
         )
     return counts.pop()
-
-
-def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[str, Any]) -> Provenance:
-    """The provenance of a result on one model and one text set, versions included.
-
-    Args:
-        files: the model, named and hashed.
-        texts: the text set, named and hashed.
-        seed: the seed that was used.
-        arguments: the arguments as resolved; plain JSON values.
-    """
-    return Provenance(
-        versions=package_versions(),
-        model=files.name,
-        model_sha256=model_sha256(files),
-        text_set=texts.name,
-        text_sha256=texts.sha256,
-        arguments=arguments,
-        seed=seed,
-    )

@@ -24,7 +24,7 @@ from quant_fairness_plugin.measure.metrics import percent_change
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
-from quant_fairness_plugin.model.resolve import provenance
+from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.controls import gateway_layers
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.seeds.disparity import DEFAULT_TEXTS, Groups, disparity, perplexities

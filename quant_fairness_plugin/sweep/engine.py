@@ -31,7 +31,7 @@ from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.resolve import provenance
+from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.plans.plan_set import (
     BASELINE,

@@ -24,7 +24,8 @@ from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.sweep.bank import RtnBank
-from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe, check_bank, open_bank
+from quant_fairness_plugin.sweep.bank_rules import check_bank
+from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe, open_bank
 from quant_fairness_plugin.sweep.engine import sweep_units, swept_units
 from quant_fairness_plugin.sweep.executors import ProcessExecutor
 from quant_fairness_plugin.sweep.trials import score_plans_resumably

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quant_fairness_plugin.checkpoint.module_map import ModuleMap
     from quant_fairness_plugin.quantize.grid import QuantizedTensor
 
 

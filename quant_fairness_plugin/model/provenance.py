@@ -1,0 +1,28 @@
+"""Step 1, provenance: what a number came from, assembled in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quant_fairness_plugin.artifacts import Provenance, TextSet, package_versions
+from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256
+
+
+def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[str, Any]) -> Provenance:
+    """The provenance of a result on one model and one text set, versions included.
+
+    Args:
+        files: the model, named and hashed.
+        texts: the text set, named and hashed.
+        seed: the seed that was used.
+        arguments: the arguments as resolved; plain JSON values.
+    """
+    return Provenance(
+        versions=package_versions(),
+        model=files.name,
+        model_sha256=model_sha256(files),
+        text_set=texts.name,
+        text_sha256=texts.sha256,
+        arguments=arguments,
+        seed=seed,
+    )
