@@ -112,7 +112,7 @@ class FairConfig:
 
 
 class FairOptions(TypedDict, total=False):
-    """The fields of `FairConfig` but `texts` as keyword arguments, each optional; `from_pretrained` takes a text set too."""
+    """The fields of `FairConfig` as keyword arguments, each optional; `texts`, which can be a set, comes apart."""
 
     method: Method
     bits: int

@@ -20,17 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from quant_fairness_plugin import steps
-from quant_fairness_plugin.artifacts import (
-    Evidence,
-    ExportRecord,
-    Measurement,
-    Mode,
-    Part,
-    ProtectionPlan,
-    SweepReport,
-    TextSet,
-)
-from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.artifacts import ExportRecord, Measurement, Mode, Part, ProtectionPlan, SweepReport, TextSet
+from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
 from quant_fairness_plugin.config import FairConfig, FairOptions
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.push import PushOptions, push_folder
@@ -38,21 +29,11 @@ from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.preflight import (
-    Checked,
-    ComputeDtype,
-    ModelSource,
-    check_plan_exportable,
-    check_units,
-    configure,
-    expected_overrides,
-    preflight,
-)
+from quant_fairness_plugin.plans.plan_set import BASELINE
+from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.stream import QuantizedModel
-from quant_fairness_plugin.steps import EXPORTED, exported_state
-from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
+from quant_fairness_plugin.steps import EXPORTED, Execution, exported_state
 from quant_fairness_plugin.sweep.config import SweepChoices, answers
-from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.executors import Executor
 
 __all__ = ["EXPORTED", "FairQuantizer", "Progress", "exported_state"]
@@ -80,7 +61,7 @@ class FairQuantizer:
         progress: Progress | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+        steps.check_config(config, loaded)
         self.loaded, self.texts, self.config = loaded, texts, config
         self._progress = progress or (lambda step, done, total: None)
         self._memory_budget = memory_budget
@@ -173,8 +154,7 @@ class FairQuantizer:
 
         Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
         """
-        self._check_whole("measured")
-        progress = partial(self._progress, f"measure {', '.join(state.name for state in states) or 'the 16-bit model'}")
+        progress = partial(self._progress, f"measure {', '.join(state.name for state in states) or BASELINE}")
         return steps.measure(self.loaded, self.texts, self.config, states, part=part, progress=progress)
 
     def measure_folder(self, folder: Path | None = None, *, part: Part = "confirm") -> Measurement:
@@ -203,20 +183,9 @@ class FairQuantizer:
         """
         choices.setdefault("top", self.config.top or 3)
         if self._report is None or bank != self._bank or not answers(self._report, modes, choices):
-            self._report = sweep_units(
-                self.loaded,
-                self.texts.part("search"),
-                grid=self.config.grid,
-                bank_recipe=None if bank is None else bank_recipe(bank, self.config.grid),
-                modes=modes,
-                reference=self.config.reference,
-                draws=self.config.draws,
-                seed=self.config.seed,
-                progress=partial(self._progress, "sweep"),
-                work=work,
-                executor=executor,
-                memory_budget=self._memory_budget,
-                **choices,
+            run, progress = Execution(work, executor, self._memory_budget), partial(self._progress, "sweep")
+            self._report = steps.sweep(
+                self.loaded, self.texts, self.config, modes, choices, bank=bank, execution=run, progress=progress
             )
             self._bank = bank
             self._remember_plan(None)
@@ -243,10 +212,11 @@ class FairQuantizer:
     def evidence(self, plan: ProtectionPlan | None = None, *, work: Path | None = None) -> Evidence:
         """Compare a plan (None: the recommended one) with random and other plans of equal bytes, on the confirm part.
 
-        An interrupted evaluation goes on from the finished trials in the folder `work`. Raises ConfigError for a plan
-        that protects nothing.
+        An interrupted evaluation goes on from the finished trials in the folder `work`.
+
+        Raises:
+            ConfigError: the plan protects nothing.
         """
-        self._check_whole("compared with controls")
         plan, progress = plan or self.recommend(), partial(self._progress, "verify")
         return steps.evidence(self.loaded, plan, self.texts, self.config, work=work, progress=progress)
 
@@ -256,7 +226,6 @@ class FairQuantizer:
         Raises:
             ConfigError: a plan for another number of layers, or for another grid than the configuration's.
         """
-        self._check_whole("quantized")
         if plan is not None:
             self._remember_plan(plan)
         if self._quantized is None:
@@ -291,13 +260,7 @@ class FairQuantizer:
         return self._export(self._exportable_plan(), Path(out), overwrite=overwrite, measure=measured)
 
     def push_to_hub(self, repo_id: str, folder: Path | None = None, **options: Unpack[PushOptions]) -> str:
-        """Verify an exported folder (None: the last export), upload its files, and return the URL of the commit.
-
-        Args:
-            repo_id: `name` or `organisation/name`; made where it does not exist.
-            folder: an export of this program.
-            **options: `private`, `token`, `revision` and `commit_message`; see `push_folder`, also for what it raises.
-        """
+        """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
         return push_folder(folder or self._last_export(), repo_id, **options)
 
     def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
@@ -330,13 +293,12 @@ class FairQuantizer:
 
     def _exportable_plan(self) -> ProtectionPlan:
         """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""
-        self._check_whole("quantized")
-        expected = expected_overrides(self.config) if self._plan is None else None
-        if expected is not None:
-            check_plan_exportable(self.config, self.loaded.family, expected)
+        checked = None
+        if self._plan is None:
+            checked = steps.check_exportable_before_sweep(self.loaded, self.config)
         plan = self.recommend()
-        if plan.overrides != expected:
-            check_plan_exportable(self.config, self.loaded.family, plan.overrides)
+        if plan.overrides != checked:
+            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
         return plan
 
     def _export(
@@ -349,14 +311,5 @@ class FairQuantizer:
 
     def _last_export(self) -> Path:
         if self._exported is None:
-            raise ConfigError(
-                "nothing was exported by this plan yet; call save_pretrained(out) first, or name a folder"
-            )
+            raise ConfigError("no export by this plan yet; call save_pretrained(out) first, or name a folder")
         return self._exported
-
-    def _check_whole(self, what: str) -> None:
-        if self._memory_budget is not None:
-            raise ConfigError(
-                f"{self.loaded.files.name} was opened with a memory budget, so its blocks are in their files: it can "
-                f"be swept, and not {what}. Open it without one"
-            )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from quant_fairness_plugin.artifacts import Precision, TextSet
+from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import LAYOUTS
-from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.quantize.backends import check_backend
@@ -113,7 +111,7 @@ def preflight(
     _check_backend(config)
     if out is not None:
         check_output(out.resolve(), overwrite=overwrite)
-        check_plan_exportable(config, None, config.overrides)
+        check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
     check_clip(config.grid, method=config.method, sweeps=config.protect_layers == "auto")
     files = source.resolve()
     check_model(config, files)
@@ -186,31 +184,11 @@ def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: in
         layer, _, unit = name.removeprefix("layers.").partition(".")
         if int(layer) >= layers:
             raise InvalidLayerError(
-                f"{name.removeprefix('layers.')}: layer {layer} does not exist: the model has {layers} layers, accepted "
-                f"are 0..{layers - 1}. Layers are counted from 0; correct the list."
+                f"{name.removeprefix('layers.')}: layer {layer} does not exist: the model has {layers} layers, "
+                f"accepted are 0..{layers - 1}. Layers are counted from 0; correct the list."
             )
         if unit and units is not None and unit not in units:
             raise InvalidLayerError(
                 f"{layer}.{unit} is not a unit of the model; its layers have {', '.join(units)}. Write for example "
                 f"{layer}.{units[-1]}."
             )
-
-
-def expected_overrides(config: FairConfig) -> dict[str, Precision]:
-    """Return the precisions of a plan as far as they are known before its sweep: the configuration's, and what `auto` may give."""
-    swept_int8 = config.protect_layers == "auto" and "int8" in config.precisions
-    return ({"layers.0": "int8"} if swept_int8 else {}) | config.overrides
-
-
-def check_plan_exportable(config: FairConfig, family: Family | None, overrides: Mapping[str, Precision]) -> None:
-    """Refuse what the configuration's format cannot hold or its reader would not read.
-
-    Args:
-        config: format, reader and grid.
-        family: the model's, or None while the model is not known.
-        overrides: units with another precision than the grid's.
-
-    Raises:
-        UnsupportedModelError: a combination that is read wrongly or not at all; names the ways out.
-    """
-    check_exportable(family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)

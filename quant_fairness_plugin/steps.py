@@ -5,9 +5,10 @@ Nothing is remembered here, and nothing is done in another order than it is call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,12 +17,15 @@ from quant_fairness_plugin.artifacts import (
     Evidence,
     ExportRecord,
     Measurement,
+    Mode,
     Part,
+    Precision,
     ProtectionPlan,
     SweepReport,
     TextSet,
 )
 from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.evidence import gather_evidence
@@ -32,11 +36,11 @@ from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, load_model
-from quant_fairness_plugin.model.resolve import provenance
-from quant_fairness_plugin.model.streamed import open_streamed
+from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
-from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, open_texts
+from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
@@ -44,10 +48,25 @@ from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
+from quant_fairness_plugin.sweep.config import SweepChoices
+from quant_fairness_plugin.sweep.engine import sweep_units
+from quant_fairness_plugin.sweep.executors import Executor
 
 EXPORTED = "exported"
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
+
+
+class Execution(NamedTuple):
+    """How the trials of a sweep are run."""
+
+    work: Path | None = None
+    """A folder of finished trials, from which an interrupted sweep goes on."""
+    executor: Executor | None = None
+    """Where the trials run; None is this process."""
+    memory_budget: int | None = None
+    """Bytes, for a model whose blocks stay in their files."""
 
 
 def load_checked(
@@ -68,6 +87,28 @@ def open_in_memory(
     return loaded, sentences
 
 
+def check_config(config: FairConfig, loaded: LoadedModel) -> None:
+    """Refuse a configuration that names layers or units that the model lacks.
+
+    Raises:
+        InvalidLayerError: says which.
+    """
+    check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+
+
+def check_whole(loaded: LoadedModel, step: str) -> None:
+    """Refuse a step that needs the whole model in memory, for one whose blocks stay in their files.
+
+    Raises:
+        ConfigError: the model was opened with a memory budget.
+    """
+    if isinstance(loaded, StreamedModel):
+        raise ConfigError(
+            f"{loaded.files.name} was opened with a memory budget, so its blocks are in their files: it can be swept, "
+            f"and not {step}. Open it without one"
+        )
+
+
 def measure(
     loaded: LoadedModel,
     texts: TextSet,
@@ -78,6 +119,7 @@ def measure(
     progress: Progress | None = None,
 ) -> Measured:
     """Measure states against the 16-bit model on one part of the texts; without a state, the 16-bit model itself."""
+    check_whole(loaded, "measured")
     baseline = fixed_state(BASELINE, loaded.model)
     return measure_states(
         baseline,
@@ -91,6 +133,35 @@ def measure(
         draws=config.draws,
         seed=config.seed,
         progress=progress,
+    )
+
+
+def sweep(
+    loaded: LoadedModel,
+    texts: TextSet,
+    config: FairConfig,
+    modes: Sequence[Mode],
+    choices: SweepChoices,
+    *,
+    bank: Path | None = None,
+    execution: Execution,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Sweep on the search part, with round-to-nearest weights or those of a checkpoint (`bank`); see `sweep_units`."""
+    return sweep_units(
+        loaded,
+        texts.part("search"),
+        grid=config.grid,
+        bank_recipe=None if bank is None else bank_recipe(bank, config.grid),
+        modes=modes,
+        reference=config.reference,
+        draws=config.draws,
+        seed=config.seed,
+        progress=progress,
+        work=execution.work,
+        executor=execution.executor,
+        memory_budget=execution.memory_budget,
+        **choices,
     )
 
 
@@ -182,6 +253,25 @@ def check_report(report: SweepReport, loaded: LoadedModel, config: FairConfig) -
         )
 
 
+def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> dict[str, Precision]:
+    """Check what is known of the plan before its sweep against format and reader, and return these precisions.
+
+    Raises:
+        UnsupportedModelError: the reader could not load a checkpoint with them; names the ways out.
+        ConfigError: the model was opened with a memory budget, so that it cannot be quantized.
+    """
+    swept_int8 = config.protect_layers == "auto" and "int8" in config.precisions
+    expected = ({"layers.0": "int8"} if swept_int8 else {}) | config.overrides
+    check_exportable_plan(loaded, config, expected)
+    return expected
+
+
+def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> None:
+    """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
+    check_whole(loaded, "quantized")
+    check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
+
+
 def evidence(
     loaded: LoadedModel,
     plan: ProtectionPlan,
@@ -192,6 +282,7 @@ def evidence(
     progress: Progress | None = None,
 ) -> Evidence:
     """Compare a plan with random and other plans of equal bytes, on the confirm part; see `gather_evidence`."""
+    check_whole(loaded, "compared with controls")
     return gather_evidence(
         loaded,
         plan,
@@ -222,6 +313,7 @@ def quantize(
     Raises:
         QuantFairnessError: as `quantize_model` and `quantize_with`.
     """
+    check_whole(loaded, "quantized")
     calibration = None
     if config.method != "rtn":
         calibration = build_calibration(

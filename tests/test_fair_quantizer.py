@@ -168,7 +168,7 @@ def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
     planted_model: Path, planted_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "quant_fairness_plugin.fair_quantizer.sweep_units", lambda *_, **__: pytest.fail("it was swept")
+        "quant_fairness_plugin.steps.sweep_units", lambda *_, **__: pytest.fail("it was swept")
     )
     given: dict[str, Any] = {"texts": planted_file, "group_size": 32, "format": "gptq"}
     quantizer = FairQuantizer.from_pretrained(str(planted_model), precisions=("fp16", "int8"), **given)
@@ -207,7 +207,7 @@ def test_evidence_is_of_the_confirm_part_and_of_the_plan(quantizer: FairQuantize
 
 
 def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(InvalidLayerError, match=f"layer {LAYERS} does not exist"):
         FairQuantizer.from_pretrained(str(planted_model), protect_layers=[LAYERS])
 
@@ -219,8 +219,8 @@ def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, mo
 def test_what_no_reader_loads_is_refused_before_anything_is_quantized(
     quantizer: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.quantize_model", lambda *a, **k: pytest.fail("quantized"))
-    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.sweep_units", lambda *a, **k: pytest.fail("swept"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.quantize_model", lambda *a, **k: pytest.fail("quantized"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *a, **k: pytest.fail("swept"))
     other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, **options))
     with pytest.raises(UnsupportedModelError, match=message):
         other.save_pretrained(tmp_path / "checkpoint")
