@@ -45,8 +45,10 @@ def copy_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
             f"a model in memory {problem}; a tokenizer of Transformers is accepted. Pass "
             "tokenizer=AutoTokenizer.from_pretrained(…), or give the model's name or folder instead of the model"
         )
+    if isinstance(model, PreTrainedModel):  # else the next line refuses it
+        _check_device(model)
     wrapped = from_loaded(model, tokenizer)
-    _check_whole(model)
+    _check_tied(model)
     files = _described(wrapped.files, model)
     storage = _storage_dtype(model)
     parameters = {
@@ -62,14 +64,16 @@ def copy_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     return replace(wrapped, files=files, model=copied, storage_dtype=storage)
 
 
-def _check_whole(model: PreTrainedModel) -> None:
-    """Refuse a model that no single checkpoint holds as it computes."""
+def _check_device(model: PreTrainedModel) -> None:
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise UnsupportedModelError(
             f"the model's weights are spread over {', '.join(devices)}; models on one device are accepted. Load it "
             "without device_map, or give its name or folder"
         )
+
+
+def _check_tied(model: PreTrainedModel) -> None:
     ends: tuple[nn.Module | None, ...] = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     weights = [end.weight for end in ends if end is not None]
     if getattr(model.config, "tie_word_embeddings", False) and len({id(weight) for weight in weights}) > 1:
