@@ -435,3 +435,25 @@ def test_what_belongs_to_a_name_is_refused_for_a_model_in_memory_and_the_other_w
         FairQuantizer.from_pretrained(**pair, protect_units=["0.fc_in"])
     with pytest.raises(UnsupportedModelError, match="Linear is not a Transformers model"):
         FairQuantizer.from_pretrained(torch.nn.Linear(2, 2), tokenizer=pair["tokenizer"])  # type: ignore[arg-type]
+
+
+def test_a_push_is_of_the_last_export_or_of_a_folder(
+    quantizer: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[tuple[Any, ...]] = []
+
+    def push(folder: Path, repo_id: str, **options: Any) -> str:
+        pushed.append((folder, repo_id, options))
+        return "url"
+
+    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.push_folder", push)
+    other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, method="rtn")).protecting([0])
+    with pytest.raises(ConfigError, match=r"save_pretrained\(out\)"):
+        other.push_to_hub("tester/tiny")
+    other.save_pretrained(tmp_path / "checkpoint", measure=None)
+    assert other.push_to_hub("tester/tiny", private=False, revision="int4") == "url"
+    assert other.push_to_hub("tester/tiny", tmp_path / "earlier") == "url"
+    assert pushed == [
+        (tmp_path / "checkpoint", "tester/tiny", {"private": False, "revision": "int4"}),
+        (tmp_path / "earlier", "tester/tiny", {}),
+    ]

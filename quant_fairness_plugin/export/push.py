@@ -37,7 +37,7 @@ def push_folder(
     """Verify an exported folder and upload the files of its record to a model repository, nothing else.
 
     The repository and the branch are made where they do not exist. All files come in one commit, so that nobody loads
-    a part of them. Files that the repository holds besides stay there.
+    a part of them. Other files of the repository stay there.
 
     Args:
         folder: an export of this program.
@@ -61,7 +61,15 @@ def push_folder(
     from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # exported, but lazily
 
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as err:
+        raise ConfigError(
+            f"{repo_id!r} cannot be the name of a repository ({_one_line(err, token)}); NAME and ORGANISATION/NAME are "
+            "accepted. Correct it"
+        ) from err
     record = load_record(folder)
     verify(folder)
     additions = [CommitOperationAdd(name, folder / name) for name in sorted([*record.files, RECORD])]
@@ -72,11 +80,6 @@ def push_folder(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
-    except HFValidationError as err:
-        raise ConfigError(
-            f"{repo_id!r} cannot be the name of a repository ({_one_line(err, token)}); NAME and ORGANISATION/NAME are "
-            "accepted. Correct it"
-        ) from err
     except (HTTPError, OSError, RuntimeError, ValueError) as err:  # ValueError: an answer that is malformed
         raise ExternalServiceError(
             f"{folder} was not uploaded to {repo_id}: {_one_line(err, token)}. Check the network and that the token "
@@ -90,5 +93,5 @@ def _one_line(err: BaseException, token: str | None) -> str:
     """Return what an error says, with its cause, without the token."""
     said = [str(part) or type(part).__name__ for part in (err, err.__cause__) if part is not None]
     text = " ".join(": ".join(said).split())
-    text = text.replace(token, "…") if token else text
+    text = (text.replace(token, "…") if token else text).rstrip(".")
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
