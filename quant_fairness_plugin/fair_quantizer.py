@@ -36,8 +36,6 @@ from quant_fairness_plugin.steps import EXPORTED, Execution, exported_state
 from quant_fairness_plugin.sweep.config import SweepChoices, answers
 from quant_fairness_plugin.sweep.executors import Executor
 
-__all__ = ["EXPORTED", "FairQuantizer", "Progress", "exported_state"]
-
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
 
@@ -170,9 +168,7 @@ class FairQuantizer:
         executor: Executor | None = None,
         **choices: Unpack[SweepChoices],
     ) -> SweepReport:
-        """Measure the damage of every plan on the search part, and rank the layers or units by what they do alone.
-
-        The remembered sweep is returned if it holds all of these plans.
+        """Measure every plan on the search part and rank the units; the last sweep is returned if it holds all plans.
 
         Args:
             modes: keep one in 16 bit, and/or quantize nothing but one.
@@ -203,29 +199,27 @@ class FairQuantizer:
         if report is not None:
             steps.check_report(report, self.loaded, self.config)
         if report is not None or self._plan is None:
-            last = report or self._report
-            swept = partial(self.sweep, precisions=self.config.precisions) if last is None else lambda: last
-            self._remember_plan(steps.recommend(self.loaded, self.config, swept))
+            if self.config.protect_layers == "auto":
+                report = report or self._report or self.sweep(precisions=self.config.precisions)
+            self._remember_plan(steps.recommend(self.loaded, self.config, report))
         assert self._plan is not None
         return self._plan
 
     def evidence(self, plan: ProtectionPlan | None = None, *, work: Path | None = None) -> Evidence:
         """Compare a plan (None: the recommended one) with random and other plans of equal bytes, on the confirm part.
 
-        An interrupted evaluation goes on from the finished trials in the folder `work`.
-
-        Raises:
-            ConfigError: the plan protects nothing.
+        An interrupted evaluation goes on from the finished trials in `work`. A plan that protects nothing is refused.
         """
+        steps.check_whole(self.loaded, "compared with controls")
         plan, progress = plan or self.recommend(), partial(self._progress, "verify")
         return steps.evidence(self.loaded, plan, self.texts, self.config, work=work, progress=progress)
 
     def quantize(self, plan: ProtectionPlan | None = None) -> QuantizedModel:
         """Return integers and scales of every layer that the plan (None: the recommended one) does not protect.
 
-        Raises:
-            ConfigError: a plan for another number of layers, or for another grid than the configuration's.
+        A plan for another number of layers, or for another grid than the configuration's, is refused (ConfigError).
         """
+        steps.check_whole(self.loaded, "quantized")
         if plan is not None:
             self._remember_plan(plan)
         if self._quantized is None:
@@ -264,11 +258,7 @@ class FairQuantizer:
         return push_folder(folder or self._last_export(), repo_id, **options)
 
     def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
-        """Take all steps, and quantize once more without protection for comparison.
-
-        Raises:
-            QuantFairnessError: one of its kinds; a failed run leaves nothing behind.
-        """
+        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind."""
         plan = self._exportable_plan()
         protects = plan.protected_layers or plan.overrides or plan.protect_columns
         bare = self._quantize(steps.plan_of_layers(self.loaded, self.config, ())) if protects else self.quantize()
@@ -288,14 +278,11 @@ class FairQuantizer:
             self._plan, self._quantized, self._exported = plan, None, None
 
     def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
-        progress = partial(self._progress, "quantize")
-        return steps.quantize(self.loaded, plan, self.texts, self.config, progress=progress)
+        return steps.quantize(self.loaded, plan, self.texts, self.config, progress=partial(self._progress, "quantize"))
 
     def _exportable_plan(self) -> ProtectionPlan:
         """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""
-        checked = None
-        if self._plan is None:
-            checked = steps.check_exportable_before_sweep(self.loaded, self.config)
+        checked = None if self._plan else steps.check_exportable_before_sweep(self.loaded, self.config)
         plan = self.recommend()
         if plan.overrides != checked:
             steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
@@ -304,8 +291,7 @@ class FairQuantizer:
     def _export(
         self, plan: ProtectionPlan, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None
     ) -> ExportRecord:
-        quantized = self.quantize()
-        record = steps.write(quantized, out, plan, self.texts, self.config, overwrite=overwrite, measure=measure)
+        record = steps.write(self.quantize(), out, plan, self.texts, self.config, overwrite=overwrite, measure=measure)
         self._exported = out
         return record
 

@@ -165,21 +165,24 @@ def sweep(
     )
 
 
-def recommend(loaded: LoadedModel, config: FairConfig, sweep: Callable[[], SweepReport]) -> ProtectionPlan:
+def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | None) -> ProtectionPlan:
     """Return the plan of a configuration, its 16-bit input channels included.
 
     Args:
         loaded: the model.
         config: names the layers, or leaves them to a sweep with `protect_layers="auto"`.
-        sweep: returns the sweep to choose by; called for `auto` only.
+        report: the sweep, for `auto`.
 
     Raises:
-        ConfigError: `top` is not a number of the units that were swept, or the objective is undefined for the sweep.
+        ConfigError: `auto` without a sweep, `top` is not a number of the units that were swept, or the objective is
+            undefined for the sweep.
         QualityGateError: the ranking is unstable and the configuration is strict.
     """
     if config.protect_layers == "auto":
+        if report is None:
+            raise ConfigError('protect_layers "auto" needs a sweep; sweep first, or list the layers')
         plan = recommend_plan(
-            sweep(),
+            report,
             objective=config.objective,
             top=config.top,
             max_overhead=layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead),
@@ -260,8 +263,9 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
         UnsupportedModelError: the reader could not load a checkpoint with them; names the ways out.
         ConfigError: the model was opened with a memory budget, so that it cannot be quantized.
     """
-    swept_int8 = config.protect_layers == "auto" and "int8" in config.precisions
-    expected = ({"layers.0": "int8"} if swept_int8 else {}) | config.overrides
+    expected = config.overrides
+    if config.protect_layers == "auto" and "int8" in config.precisions:
+        expected = {"layers.0": "int8", **expected}
     check_exportable_plan(loaded, config, expected)
     return expected
 
@@ -282,7 +286,6 @@ def evidence(
     progress: Progress | None = None,
 ) -> Evidence:
     """Compare a plan with random and other plans of equal bytes, on the confirm part; see `gather_evidence`."""
-    check_whole(loaded, "compared with controls")
     return gather_evidence(
         loaded,
         plan,
@@ -313,7 +316,6 @@ def quantize(
     Raises:
         QuantFairnessError: as `quantize_model` and `quantize_with`.
     """
-    check_whole(loaded, "quantized")
     calibration = None
     if config.method != "rtn":
         calibration = build_calibration(
