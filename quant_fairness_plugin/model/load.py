@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
-from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
+from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
     round_parameters,
@@ -96,7 +96,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str,
+    name: str | ModelFiles,
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -110,7 +110,8 @@ def load_model(
     would store it. The model is in evaluation mode and takes no gradients.
 
     Args:
-        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id; or the files that
+            `resolve_model` returned for one, which are not resolved again.
         dtype: what the model computes in; None is float32.
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run the model code that the checkpoint brings along.
@@ -125,7 +126,7 @@ def load_model(
     """
     compute = compute_dtype(dtype)
     check_device(device)
-    files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    files = resolved(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     storage = storage_dtype(files)
     model = _load_weights(files, trust_remote_code)
     family = detect_family(model)

@@ -73,6 +73,15 @@ def resolve_model(
     return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit)
 
 
+def resolved(
+    name: str | ModelFiles, *, revision: str | None, allow_pickle: bool, trust_remote_code: bool
+) -> ModelFiles:
+    """Return the files of a model: those that are given, or what `resolve_model` finds for a name."""
+    if isinstance(name, ModelFiles):
+        return name
+    return resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
 def tensor_shapes(files: ModelFiles) -> TensorShapes:
     """Name → (dtype as safetensors writes it, shape) of every tensor, from the headers of the weight files alone.
 
