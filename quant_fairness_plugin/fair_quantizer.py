@@ -3,8 +3,8 @@
     model and texts → measure → sweep → recommend → quantize → export → serve
 
 Each step is a package of that name, takes plain data and returns plain data, and can be used alone. Here a step takes
-the result of the one before as an optional argument. Without it, it uses the result that the quantizer remembers, and
-makes that result first where there is none. How a configuration becomes the arguments of a step is in `steps.py`.
+the result of the one before as an optional argument; without it, it uses the result that the quantizer remembers, or
+makes it first. How a configuration becomes the arguments of a step is in `steps.py`.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class FairQuantizer:
     A new sweep forgets the plan; a new plan forgets the quantized model and the export. The model is never changed.
 
     Example:
-        quantizer = FairQuantizer.from_pretrained("demo", protect_layers="auto")
-        quantizer.save_pretrained("demo-int4-fair")
+        FairQuantizer.from_pretrained("demo", protect_layers="auto").save_pretrained("demo-int4-fair")
     """
 
     def __init__(
