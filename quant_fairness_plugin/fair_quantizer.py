@@ -32,8 +32,9 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.stream import QuantizedModel
-from quant_fairness_plugin.steps import EXPORTED, Execution, exported_state
-from quant_fairness_plugin.sweep.config import SweepChoices, answers
+from quant_fairness_plugin.steps import EXPORTED, exported_state
+from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor
 
 Progress = Callable[[str, int, int], None]
@@ -165,7 +166,7 @@ class FairQuantizer:
         bank: Path | None = None,
         work: Path | None = None,
         executor: Executor | None = None,
-        **choices: Unpack[SweepChoices],
+        **options: Unpack[SweepOptions],
     ) -> SweepReport:
         """Measure every plan on the search part and rank the units; the last sweep is returned if it holds all plans.
 
@@ -174,13 +175,14 @@ class FairQuantizer:
             bank: a quantized checkpoint of this model, whose weights are the quantized side; None rounds to nearest.
             work: a folder of finished trials, from which an interrupted sweep goes on.
             executor: where the trials run; None is this process.
-            **choices: fields of `SweepChoices`; `top` is the configuration's, or 3, where it is not given.
+            **options: fields of `SweepConfig`; `top` is the configuration's, or 3, where it is not given.
         """
-        choices.setdefault("top", self.config.top or 3)
-        if self._report is None or bank != self._bank or not answers(self._report, modes, choices):
+        options.setdefault("top", self.config.top or 3)
+        config = SweepConfig.make(modes, **options)
+        if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
             run, progress = Execution(work, executor, self._memory_budget), partial(self._progress, "sweep")
             self._report = steps.sweep(
-                self.loaded, self.texts, self.config, modes, choices, bank=bank, execution=run, progress=progress
+                self.loaded, self.texts, self.config, config, bank=bank, execution=run, progress=progress
             )
             self._bank = bank
             self._remember_plan(None)

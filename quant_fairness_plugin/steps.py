@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Evidence,
     ExportRecord,
     Measurement,
-    Mode,
     Part,
     Precision,
     ProtectionPlan,
@@ -49,24 +48,13 @@ from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
-from quant_fairness_plugin.sweep.config import SweepChoices
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
-from quant_fairness_plugin.sweep.executors import Executor
+from quant_fairness_plugin.sweep.execution import Execution
 
 EXPORTED = "exported"
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
-
-
-class Execution(NamedTuple):
-    """How the trials of a sweep are run."""
-
-    work: Path | None = None
-    """A folder of finished trials, from which an interrupted sweep goes on."""
-    executor: Executor | None = None
-    """Where the trials run; None is this process."""
-    memory_budget: int | None = None
-    """Bytes, for a model whose blocks stay in their files."""
 
 
 def load_checked(
@@ -140,8 +128,7 @@ def sweep(
     loaded: LoadedModel,
     texts: TextSet,
     config: FairConfig,
-    modes: Sequence[Mode],
-    choices: SweepChoices,
+    plans: SweepConfig,
     *,
     bank: Path | None = None,
     execution: Execution,
@@ -151,17 +138,12 @@ def sweep(
     return sweep_units(
         loaded,
         texts.part("search"),
+        plans,
         grid=config.grid,
+        bootstrap=Bootstrap(config.reference, config.draws, config.seed),
         bank_recipe=None if bank is None else bank_recipe(bank, config.grid),
-        modes=modes,
-        reference=config.reference,
-        draws=config.draws,
-        seed=config.seed,
+        execution=execution,
         progress=progress,
-        work=execution.work,
-        executor=execution.executor,
-        memory_budget=execution.memory_budget,
-        **choices,
     )
 
 
