@@ -3,8 +3,8 @@
     model and texts → measure → sweep → recommend → quantize → export → serve
 
 Each step is a package of that name, takes plain data and returns plain data, and can be used alone. Here a step takes
-the result of the one before as an optional argument. Without it, it uses the result that the quantizer remembers, and
-makes that result first where there is none. How a configuration becomes the arguments of a step is in `steps.py`.
+the result of the one before as an optional argument; without it, it uses the result that the quantizer remembers, or
+makes it first. How a configuration becomes the arguments of a step is in `steps.py`.
 """
 
 from __future__ import annotations
@@ -47,8 +47,7 @@ class FairQuantizer:
     A new sweep forgets the plan; a new plan forgets the quantized model and the export. The model is never changed.
 
     Example:
-        quantizer = FairQuantizer.from_pretrained("demo", protect_layers="auto")
-        quantizer.save_pretrained("demo-int4-fair")
+        FairQuantizer.from_pretrained("demo", protect_layers="auto").save_pretrained("demo-int4-fair")
     """
 
     def __init__(
@@ -179,12 +178,11 @@ class FairQuantizer:
             **options: fields of `SweepConfig`; `top` is the configuration's, or 3, where it is not given.
         """
         options.setdefault("top", self.config.top or 3)
-        plans = SweepConfig.make(modes, **options)
-        if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(plans):
-            run = Execution(work=work, executor=executor, memory_budget=self._memory_budget)
-            progress = partial(self._progress, "sweep")
+        config = SweepConfig.make(modes, **options)
+        if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
+            run, progress = Execution(work, executor, self._memory_budget), partial(self._progress, "sweep")
             self._report = steps.sweep(
-                self.loaded, self.texts, self.config, plans, bank=bank, execution=run, progress=progress
+                self.loaded, self.texts, self.config, config, bank=bank, execution=run, progress=progress
             )
             self._bank = bank
             self._remember_plan(None)

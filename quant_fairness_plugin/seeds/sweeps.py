@@ -59,8 +59,9 @@ def layer_sweep(
     if method == "legacy":
         return _legacy_sweep(model, tokenizer, one_text_each(texts), reference_lang)
     sentences = text_set(texts, reference_lang).part("search")
-    loaded = _in_float32(from_loaded(model, tokenizer))
-    return sweep_units(loaded, sentences, grid=grid, bootstrap=Bootstrap(reference_lang))
+    return sweep_units(
+        _in_float32(from_loaded(model, tokenizer)), sentences, grid=grid, bootstrap=Bootstrap(reference_lang)
+    )
 
 
 def quick_sweep(

@@ -12,7 +12,7 @@ from quant_fairness_plugin.sweep.executors import Executor
 from quant_fairness_plugin.sweep.jobs import BankRecipe
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Execution:
     """How a sweep is run. None of it changes a result by more than float32 additions in another order.
 
