@@ -46,6 +46,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import ModelSource, check_units, preflight
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
@@ -292,7 +293,7 @@ class FairQuantizer:
     def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
         self._check_whole("quantized")
         calibration = None
-        if self.config.method != "rtn":
+        if find_method(self.config.method).needs_calibration:
             calibration = build_calibration(
                 self.loaded.tokenizer,
                 self.texts.part("calibrate"),
@@ -306,11 +307,8 @@ class FairQuantizer:
         quantize = partial(
             quantize_model,
             self.loaded,
-            plan.protected_layers,
+            plan,
             method=self.config.method,
-            grid=self.config.grid,
-            overrides=plan.overrides,
-            columns=plan.protect_columns,
             progress=partial(self._progress, "quantize"),
         )
         if calibration is None:
@@ -342,7 +340,6 @@ class FairQuantizer:
         return export(
             self.quantize(),
             Path(out),
-            plan=plan,
             texts=self.texts,
             format=self.config.format,
             reader=self.config.reader,

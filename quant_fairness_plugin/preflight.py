@@ -15,7 +15,7 @@ from quant_fairness_plugin.model.architectures import LAYOUTS
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.quantize.backends import check_backend
-from quant_fairness_plugin.quantize.grid_rules import check_clip
+from quant_fairness_plugin.quantize.methods import check_method
 from quant_fairness_plugin.texts.load import load_texts
 
 
@@ -49,7 +49,7 @@ def preflight(
     if out is not None:
         check_output(out.resolve(), overwrite=overwrite)
         check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
-    check_clip(config.grid, method=config.method, sweeps=config.protect_layers == "auto")
+    check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = resolve_model(
         source.name,
         revision=source.revision,
