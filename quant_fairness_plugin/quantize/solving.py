@@ -1,7 +1,7 @@
 """Solve one fusion group: integers, 16-bit channels and folded scales.
 
-`stream` walks through the model, collects the moments of the inputs and hands a `Problem` to the method, which adds what
-it computes to `Solved`.
+`stream` walks through the model, collects the moments of the inputs and hands a `Problem` to the method, which adds
+what it computes to `Solved`.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def test_families_on_which_a_tool_fails_are_refused_with_a_way_out(
 ) -> None:
     reasons = {family: backend.refuse(family, method, INT4) for family in KNOWN_FAMILIES}
     assert {family for family, reason in reasons.items() if reason is not None} == refused
-    assert all("Use --" in reason and "allowed" in reason for reason in reasons.values() if reason is not None)
+    assert all("Use --" in reason and "accepted" in reason for reason in reasons.values() if reason is not None)
 
 
 def test_a_refusal_comes_before_the_model_is_loaded(monkeypatch: pytest.MonkeyPatch, tiny_model: Any) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from quant_fairness_plugin.artifacts import Grid
@@ -36,7 +35,7 @@ class ToolMethod:
     """Whether rows must have one length."""
     cpu_backend: str | None = None
     """The kernel to name where there is no GPU; None where its choice is right."""
-    fails: Mapping[str, str] = MappingProxyType({})
+    fails: Mapping[str, str] = field(default_factory=dict)
     """Family → what goes wrong."""
 
 
@@ -77,7 +76,7 @@ class GptqModelBackend:
         if family not in tool.fails:
             return None
         others = ", ".join(name for name, other in TOOL_METHODS.items() if family not in other.fails)
-        return f"gptqmodel's {tool.title} {tool.fails[family]}; {others} works on {family}. Use --method {others}."
+        return f"gptqmodel's {tool.title} {tool.fails[family]}; {others} is accepted for {family}. Use --method {others}."
 
     def quantize(self, job: Job, out: Path) -> Path:
         """Quantize with gptqmodel's defaults in everything but grid, skipped modules and dtype."""

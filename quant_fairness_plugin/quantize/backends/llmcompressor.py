@@ -15,8 +15,8 @@ from quant_fairness_plugin.quantize.backends.running import running
 
 INSTALL = "pip install torch==2.13.0 && pip install torch==2.13.0 'quant-fairness[llmcompressor]'"
 MAPPED_FAMILIES = {"awq": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})}
-"""Method with smoothing mappings → the families whose names they fit. For OPT and GPT-NeoX it takes Llama's and fails on
-the names; in BLOOM it looks for a weight of the activation."""
+"""Method with smoothing mappings → the families whose names they fit. For OPT and GPT-NeoX it takes Llama's and fails
+on the names; in BLOOM it looks for a weight of the activation."""
 
 
 class LlmCompressorBackend:
@@ -38,13 +38,13 @@ class LlmCompressorBackend:
         """Return the reason why llm-compressor fails on a family, or None."""
         if family == "gpt2":
             return (
-                "llm-compressor quantizes Linear modules only, and GPT-2 has Conv1D; allowed are other families. "
+                "llm-compressor quantizes Linear modules only, and GPT-2 has Conv1D; other families are accepted. "
                 "Use --backend native, or --backend gptqmodel with --method gptq."
             )
         mapped = MAPPED_FAMILIES.get(method)
         if mapped is not None and family in set(KNOWN_FAMILIES) - mapped:
             return (
-                f"llm-compressor has no AWQ mapping for {family}; it has them for {', '.join(sorted(mapped))}. "
+                f"llm-compressor has no AWQ mapping for {family}; accepted: {', '.join(sorted(mapped))}. "
                 "Use --method gptq, or --backend native."
             )
         return None
