@@ -81,7 +81,7 @@ def test_integers_scales_and_zeros_are_those_that_the_tool_chose(
     plan = plan_of(grid, layers_1="fp16", layers_2_down="fp16")
     found = quantized_by(FakeTool(layout), loaded, calibration, monkeypatch, plan=plan)
     assert_same(found, quantize_layers(loaded, (1,), method="rtn", grid=grid, overrides=plan.overrides))
-    assert (found.folded, found.protected, found.backend) == ({}, (1,), "fake")
+    assert (found.folded, found.plan, found.backend) == ({}, plan, "fake")
     assert found.versions == {"torch": torch.__version__}
 
 
