@@ -15,10 +15,10 @@ PACKAGE = "quant_fairness_plugin"
 RANKS = [
     {"quant_fairness_kernels", "errors"},
     {"artifacts"},
-    {"config"},
     {"model", "texts"},
     {"measure"},
     {"quantize"},
+    {"config"},
     {"plans"},
     {"statistics"},
     {"checkpoint"},

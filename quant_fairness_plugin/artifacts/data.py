@@ -25,7 +25,6 @@ Granularity = Literal["layer", "unit"]
 """What a sweep singles out: whole layers, or the fusion groups in them."""
 SearchMethod = Literal["greedy", "backward", "beam"]
 """How sets of units are looked for: one more at a time, one fewer from all, or as `greedy` with the best few kept."""
-Method = Literal["rtn", "gptq", "awq"]
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
 """How much each language counts in calibration."""
@@ -237,6 +236,22 @@ class ProtectionPlan:
     protect_columns: float = 0.0
     """Share of the input channels of each quantized module that keeps 16 bit beside the integers; in `extra_bytes`."""
 
+    @classmethod
+    def unprotected(cls, model: str, layers: int, grid: Grid) -> ProtectionPlan:
+        """Return the plan that quantizes every layer of a model."""
+        quantized = precision_of_bits(grid.bits)
+        return cls(
+            model=model,
+            units={f"layers.{i}": quantized for i in range(layers)},
+            grid=grid,
+            source="none",
+            reasons=(),
+            stable=True,
+            predicted=False,
+            extra_bytes=0,
+            overhead=0.0,
+        )
+
     @property
     def protected_layers(self) -> tuple[int, ...]:
         """Layers that are wholly in 16 bit, ascending."""
@@ -277,7 +292,8 @@ class ExportRecord:
     schema_version: Literal[1] = 1
     kind: Literal["export"] = "export"
     provenance: Provenance
-    method: Method
+    method: str
+    """Who computed the integers: a name of `quantize.methods.METHODS`."""
     format: CheckpointFormat
     plan: ProtectionPlan
     family: str

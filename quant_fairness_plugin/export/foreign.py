@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Method, ProtectionPlan
+from quant_fairness_plugin.artifacts import ProtectionPlan
 from quant_fairness_plugin.checkpoint.dense_modules import tensor_layout
 from quant_fairness_plugin.checkpoint.folder import check_headers, read_config
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
@@ -30,6 +30,7 @@ from quant_fairness_plugin.model.weights import find_weights
 from quant_fairness_plugin.quantize.backends import Job, backend_versions, check_backend, find_backend
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.selection import Selection, select_modules
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
@@ -37,7 +38,7 @@ _AGAIN = "Use --backend native, or report it to the tool."
 
 
 def quantize_with(
-    backend: str, loaded: LoadedModel, plan: ProtectionPlan, *, method: Method, calibration: CalibrationSet
+    backend: str, loaded: LoadedModel, plan: ProtectionPlan, *, method: str, calibration: CalibrationSet
 ) -> QuantizedModel:
     """Quantize a model by a plan with another tool. The model in memory is not changed.
 
@@ -73,11 +74,9 @@ def quantize_with(
         tensors, folded = read_foreign(tool.quantize(job, out), loaded, job, tool=backend)
     return QuantizedModel(
         loaded=loaded,
+        plan=plan,
         method=method,
-        grid=plan.grid,
-        protected=selection.protected,
         tensors=tensors,
-        overrides=plan.overrides,
         folded=folded,
         kept=selection.kept,
         losses={},
@@ -120,7 +119,7 @@ def _job(
     loaded: LoadedModel,
     selection: Selection,
     plan: ProtectionPlan,
-    method: Method,
+    method: str,
     calibration: CalibrationSet,
     work: Path,
 ) -> Job:
@@ -204,7 +203,7 @@ def _compare_rest(files: Mapping[str, Tensor], loaded: LoadedModel, job: Job, to
             raise _wrong(tool, name, f"is {list(value.shape)}", f"{list(own[name].shape)}")
         if torch.equal(value, own[name].cpu()):
             continue
-        if job.method != "awq" or not name.startswith(f"{job.blocks}."):
+        if not find_method(job.method).moves_scales or not name.startswith(f"{job.blocks}."):
             raise _wrong(tool, name, "was changed", "the model's 16-bit values in everything that is not quantized")
         changed[name] = value.to(getattr(torch, job.dtype)).to(own[name])
     _check_all_there(own, seen, job, tool)

@@ -18,7 +18,6 @@ from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
     ExportRecord,
     Measurement,
-    ProtectionPlan,
     TextSet,
     save,
 )
@@ -37,6 +36,7 @@ from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.weights import check_inside
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 OWN_FILES = frozenset({"config.json", "quantize_config.json", RECORD, "README.md"})
@@ -54,7 +54,6 @@ def export(
     quantized: QuantizedModel,
     out: str | Path,
     *,
-    plan: ProtectionPlan,
     texts: TextSet,
     format: CheckpointFormat = "compressed-tensors",
     reader: str = "transformers",
@@ -67,7 +66,6 @@ def export(
     Args:
         quantized: the quantized model; not changed.
         out: the folder to make.
-        plan: the plan that was quantized.
         texts: the text set that the plan, the calibration and the measurement come from.
         format: `compressed-tensors`, `gptq`, `awq`, or `fp16-twin` (plain 16 bit with the dequantized values).
         reader: who must be able to load it, `transformers`, `vllm` or `gptqmodel`.
@@ -79,15 +77,15 @@ def export(
         The content of `quant_fairness.json`.
 
     Raises:
-        ConfigError: `out` exists, or the plan is not the one that was quantized.
+        ConfigError: `out` exists, or holds the source model.
         UnsupportedModelError: the reader cannot load this model in this format, or computes something else.
         ArtifactError: what was written is not what was quantized.
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
-    out, loaded = Path(out), quantized.loaded
-    check_exportable(loaded.family, format=format, grid=quantized.grid, reader=reader, overrides=quantized.overrides)
+    out, loaded, plan = Path(out), quantized.loaded, quantized.plan
+    check_exportable(loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides)
     check_output(out.resolve(), overwrite=overwrite)
-    _check_plan(quantized, plan, out)
+    _check_source(quantized, out)
     arguments = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
     made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     record = ExportRecord(
@@ -117,19 +115,8 @@ def export(
     return record
 
 
-def _check_plan(quantized: QuantizedModel, plan: ProtectionPlan, out: Path) -> None:
-    """The plan must be the quantized one, and the output must not swallow the source."""
-    if (
-        tuple(plan.protected_layers) != tuple(sorted(quantized.protected))
-        or plan.grid != quantized.grid
-        or (plan.overrides != dict(quantized.overrides))
-        or (plan.protect_columns > 0) != bool(quantized.columns)
-    ):
-        raise ConfigError(
-            f"the plan protects layers {plan.protected_layers} with {plan.grid} and {plan.overrides}, quantized was "
-            f"{quantized.protected} with {quantized.grid} and {dict(quantized.overrides)}; they must be the same. "
-            "Quantize by that plan first."
-        )
+def _check_source(quantized: QuantizedModel, out: Path) -> None:
+    """Refuse an output that would swallow the source."""
     source = quantized.loaded.files.folder.resolve()
     if out.resolve() in (source, *source.parents):
         raise ConfigError(f"{out} holds the source model; the output must be another folder. Choose another name.")
@@ -214,13 +201,13 @@ def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: s
 
 
 def _compare_columns(quantized: QuantizedModel, folder: Path) -> None:
-    """The side file must hold what the integers lack; AWQ, which scales the weights, is compared with memory alone."""
+    """The side file must hold what the integers lack; where scales were moved, it is compared with memory alone."""
     found = read_columns(folder)
     for name in sorted(found.keys() | quantized.columns.keys()):
         kept, written = quantized.columns.get(name), found.get(name)
         if kept is None or written is None or not torch.equal(kept.delta.cpu(), written.delta):
             raise ArtifactError(f"{folder}: the columns of {name} are not what was kept. Report this as a bug.")
-        if quantized.method != "awq":
+        if not find_method(quantized.method).moves_scales:
             weight = linear_weight(quantized.loaded.model.get_submodule(name)).cpu()
             check_difference(name, written, weight, quantized.tensors[name].dequantize().cpu())
 
