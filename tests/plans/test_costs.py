@@ -13,6 +13,7 @@ from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.contents import checkpoint_tensors
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.plans.costs import count_bytes, has_bytes, layers_and_overrides, plan_bytes
+from tests.planning import quantize_layers
 
 PLANS: list[tuple[tuple[int, ...], Mapping[str, Precision]]] = [
     ((), {}),
