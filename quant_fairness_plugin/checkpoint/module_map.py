@@ -14,7 +14,7 @@ from quant_fairness_plugin.model.families import Family
 if TYPE_CHECKING:
     from torch import nn
 
-_HEAD_ON_DISK = {"gpt_neox": "embed_out"}
+HEAD_ON_DISK = {"gpt_neox": "embed_out"}
 """Families whose head has another name in files and servers than in Transformers, which renames it while loading."""
 
 
@@ -23,7 +23,7 @@ NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
 
 def stored_name(name: str, family: Family) -> str:
     """The name that checkpoints of a family use for a module or tensor of the model in memory."""
-    head = _HEAD_ON_DISK.get(family.name, family.head)
+    head = HEAD_ON_DISK.get(family.name, family.head)
     return head + name.removeprefix(family.head) if name.split(".")[0] == family.head else name
 
 
@@ -64,19 +64,18 @@ def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
     return {name: width for name, width in bits.items() if width != grid.bits}
 
 
-def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
-    """Tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
+def activation_scales(model: nn.Module) -> dict[str, int]:
+    """Return the tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
 
     Its AWQ integration divides some activations by scales, in every block, quantized or not. Ours are ones.
 
     Args:
         model: the unquantized model, on any device.
-        format_name: the checkpoint format.
     """
     from quant_fairness_plugin.model.linear import linear_weight  # torch, see `module_map`
 
     names = SCALED_ACTIVATIONS.get(str(getattr(model.config, "model_type", "")))
-    if format_name != "awq" or names is None:
+    if names is None:
         return {}
     activation, before = names
     return {
