@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import Grid, Precision, Unit
+from quant_fairness_plugin.artifacts import Grid, Precision
 
 TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
 STORED_BITS = 4
@@ -44,7 +44,7 @@ class Request:
     @property
     def single_units(self) -> tuple[str, ...]:
         """Overrides of single units, `layers.3.down`, rather than of whole layers."""
-        return tuple(name for name in self.overrides if Unit.parse(name).group is not None)
+        return tuple(name for name in self.overrides if name.count(".") > 1)  # of unknown families with more dots
 
 
 @dataclass(frozen=True, slots=True)

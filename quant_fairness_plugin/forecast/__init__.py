@@ -7,7 +7,7 @@ parts of the work that are timed on this machine while it is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -102,8 +102,8 @@ def forecast(
     precisions: Sequence[Precision] = ("fp16",),
     also: Sequence[str] = (),
     memory_budget: int | None = None,
-    formats: Sequence[CheckpointFormat] = FORMATS,
-    readers: Sequence[Reader] = READERS,
+    formats: Iterable[CheckpointFormat] = FORMATS,
+    readers: Iterable[Reader] = READERS,
     trust_remote_code: bool = False,
 ) -> Forecast:
     """What the sweep of a model takes on this machine, and what becomes of its checkpoint.
@@ -188,7 +188,7 @@ def _heads(files: ModelFiles, outline: Outline) -> int:
 
 
 def _readings(
-    outline: Outline, config: FairConfig, formats: Sequence[CheckpointFormat], readers: Sequence[Reader]
+    outline: Outline, config: FairConfig, formats: Iterable[CheckpointFormat], readers: Iterable[Reader]
 ) -> tuple[Reading, ...]:
     found = []
     for form in formats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.forecast import Forecast, Memory, Range, Reading
 from quant_fairness_plugin.sweep.memory import shown
 
@@ -68,4 +69,6 @@ def _duration(seconds: Range) -> str:
 
 def _reading(reading: Reading) -> str:
     verdict = f"no: {reading.reason}" if reading.reason else "loads it"
+    note = READERS[reading.reader].note
+    verdict += f" ({note})" if note else ""
     return f"readers     {reading.format:<18} {reading.reader:<12} {verdict}"

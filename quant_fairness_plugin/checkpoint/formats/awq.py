@@ -56,6 +56,7 @@ class AwqFormat(Format):
     suffixes = ("qweight", "qzeros", "scales")
     widths = (4,)
     zeros = "qzeros"
+    order = "g_idx"  # which some tools write, and readers overlook
     rules = (
         *WIDTHS,
         (

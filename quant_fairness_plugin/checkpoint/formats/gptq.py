@@ -146,8 +146,8 @@ class GptqFormat(Format):
         lists = quantization.get("modules_in_block_to_quantize")
         if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
             yield (
-                f"modules_in_block_to_quantize is {type(lists).__name__}, or holds something else than lists; expected: "
-                "a list of lists of full names"
+                f"modules_in_block_to_quantize is a {type(lists).__name__}, or not one of lists; expected: a list of "
+                "lists of full names"
             )
 
 

@@ -94,13 +94,13 @@ def find_refusal(
     if not layout.packs:  # a plain checkpoint loads everywhere
         return None
     name = family if family is None or isinstance(family, str) else family.name
-    conv1d = family.conv1d if isinstance(family, Family) else any(l.conv1d and name in l.families for l in LAYOUTS)
+    transposed = (other.conv1d and name in other.families for other in LAYOUTS)
     request = Request(
         format=format,
         grid=grid,
         overrides=overrides,
         family=name,
-        conv1d=conv1d,
+        conv1d=family.conv1d if isinstance(family, Family) else any(transposed),
         head_on_disk=HEAD_ON_DISK.get(name or "", ""),
         scaled_activation=SCALED_ACTIVATIONS.get(name or "", ("",))[0],
     )

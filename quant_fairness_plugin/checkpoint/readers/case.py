@@ -1,8 +1,8 @@
 """What the rules of readers look at, and how readers look names up in the lists of the metadata. No torch.
 
-Every loader decides by lists of its own which modules are quantized, and by an imitation of each on the names of all
-linear modules a list that only looks right is seen: a prefix, a `.` that is a wildcard, half of a fusion group, an 8-bit
-layer that a reader would unpack as 4-bit.
+Every loader decides by lists of its own which modules are quantized. Each is imitated here on the names of all linear
+modules, so that a list which only looks right is seen: a prefix, a `.` that is a wildcard, half of a fusion group, an
+8-bit layer that a reader would unpack as 4-bit.
 """
 
 from __future__ import annotations
@@ -116,12 +116,17 @@ class WidthRule:
 class WholeGroups:
     """Servers merge q, k, v and gate, up, so that a merged module has one precision."""
 
-    label: str = "whole fusion groups"
+    server: str
+
+    @property
+    def label(self) -> str:
+        """What must hold, for messages."""
+        return "whole fusion groups"
 
     def problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
         """Yield every merged module that is stored otherwise."""
         for name in modules.split_groups:
-            yield f"servers merge the parts of {name}, which is quantized in part, or with several widths"
+            yield f"{self.server} merges the parts of {name}, which is quantized in part, or with several widths"
 
 
 MetadataRule = ListRule | WidthRule | WholeGroups
@@ -169,7 +174,7 @@ def server_problems(
         if len(decisions) > 1:
             yield f"the lists leave out some parts of {name}, which {server} merges, and some not"
         skipped |= set(parts) if decisions == {True} else set()
-    yield from compare(case.modules, skipped, f"its lists, by the rules of {server},", reached=in_blocks(case.modules))
+    yield from compare(case.modules, skipped, f"the metadata, as {server} reads it,", reached=in_blocks(case.modules))
 
 
 def metadata_in_config(case: Case) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """SGLang, by its documented rules: it has no CPU build that installs beside the others, and is not run here.
 
-Source: `sglang/srt/layers/quantization` (`gptq.py`, `awq.py`, `compressed_tensors/utils.py`). `gptq` asks `dynamic` for
-the merged name; `awq` looks for an entry in the merged name, whose parts it does not try; `compressed-tensors` tries the
-parts, and takes an entry of `ignore` for a part of a name, in any case.
+Source: `sglang/srt/layers/quantization` (`gptq.py`, `awq.py`, `compressed_tensors/utils.py`). `gptq` looks the merged
+name up in `dynamic`; `awq` looks for an entry in the merged name, and does not try its parts; `compressed-tensors`
+tries the parts, and takes an entry of `ignore` for a part of a name, in any case.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def _ignored(quantization: Quantization, name: str) -> bool:
 
 
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
-    "gptq": (WholeGroups(), *RULES_OF_MERGED),
+    "gptq": (WholeGroups("SGLang"), *RULES_OF_MERGED),
     "awq": (
-        WholeGroups(),
+        WholeGroups("SGLang"),
         ListRule("modules_to_not_convert", "as part of a merged name", contains("modules_to_not_convert"), merged=True),
     ),
     "compressed-tensors": (
-        WholeGroups(),
+        WholeGroups("SGLang"),
         ListRule("ignore", "as part of a name, in any case", _ignored, everywhere=True),
     ),
 }
@@ -51,7 +51,7 @@ METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
 def problems(case: Case) -> Iterator[str]:
     """Yield what SGLang would get wrong in a folder."""
     yield from metadata_in_config(case)
-    yield from WholeGroups().problems(case.modules, case.quantization)
+    yield from WholeGroups("SGLang").problems(case.modules, case.quantization)
     quantization = case.quantization
     if case.method == "gptq":
         skips = skipped_by_rule

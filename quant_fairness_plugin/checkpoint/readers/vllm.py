@@ -42,15 +42,15 @@ def _bits(quantization: Quantization, modules: ModuleMap, name: str) -> object:
 
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
     "gptq": (
-        WholeGroups(),
+        WholeGroups("vLLM"),
         ListRule("modules_in_block_to_quantize", "as part of a name", _not_in_block_list),
         *RULES_OF_MERGED,
     ),
     "awq": (
-        WholeGroups(),
+        WholeGroups("vLLM"),
         ListRule("modules_to_not_convert", "as part of a name", contains("modules_to_not_convert")),
     ),
-    "compressed-tensors": (WholeGroups(), WidthRule("config_groups", _bits, merged=True)),
+    "compressed-tensors": (WholeGroups("vLLM"), WidthRule("config_groups", _bits, merged=True)),
 }
 
 
@@ -59,7 +59,7 @@ def problems(case: Case) -> Iterator[str]:
     yield from metadata_in_config(case)
     if case.family.name == "bloom":
         yield "vLLM cannot load a quantized BLOOM in any format"
-    yield from WholeGroups().problems(case.modules, case.quantization)
+    yield from WholeGroups("vLLM").problems(case.modules, case.quantization)
     if case.method == "gptq":
         yield from _symmetric_and_ordered(case)
     elif case.method == "awq":
@@ -120,8 +120,8 @@ VLLM = Reader(
         (
             lambda r: bool(r.scaled_activation) and r.format == "awq",
             Refusal(
-                "format 'awq' of {r.family} holds mlp.{r.scaled_activation}.scales, without which Transformers computes "
-                "NaN, and which make vLLM fail",
+                "format 'awq' of {r.family} holds mlp.{r.scaled_activation}.scales, without which Transformers "
+                "computes NaN, and which make vLLM fail",
                 "are another reader, or compressed-tensors and gptq",
                 "--format compressed-tensors, or --reader transformers",
             ),
