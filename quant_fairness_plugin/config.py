@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -19,6 +20,7 @@ from quant_fairness_plugin.artifacts import (
     Objective,
     Precision,
     Reader,
+    TextSet,
     Weighting,
 )
 from quant_fairness_plugin.errors import ConfigError
@@ -112,7 +114,7 @@ class FairConfig:
 
 
 class FairOptions(TypedDict, total=False):
-    """The fields of `FairConfig` as keyword arguments, each optional; `texts`, which can be a set, comes apart."""
+    """The fields of `FairConfig` as keyword arguments, each optional; `texts` can also be the set itself."""
 
     method: Method
     bits: int
@@ -129,6 +131,7 @@ class FairOptions(TypedDict, total=False):
     objective: Objective
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
+    texts: str | Path | TextSet
     tokens_per_language: int | None
     calibration: Weighting
     backend: str
