@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypedDict
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -18,6 +19,7 @@ from quant_fairness_plugin.artifacts import (
     Objective,
     Precision,
     Reader,
+    TextSet,
     Weighting,
 )
 from quant_fairness_plugin.errors import ConfigError
@@ -114,7 +116,7 @@ class FairConfig:
 
 
 class FairOptions(TypedDict, total=False):
-    """The fields of `FairConfig` as keyword arguments, each optional; `texts`, which can be a set, comes apart."""
+    """The fields of `FairConfig` as keyword arguments, each optional; `texts` can also be the set itself."""
 
     method: str
     bits: int
@@ -131,6 +133,7 @@ class FairOptions(TypedDict, total=False):
     objective: Objective
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
+    texts: str | Path | TextSet
     tokens_per_language: int | None
     calibration: Weighting
     backend: str
