@@ -78,7 +78,7 @@ def assert_close(found: Scores, expected: Scores) -> None:
                 assert abs(a - b) <= TOLERANCE * tokens, (name, language)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(tiny_model: Build) -> Path:
     return tiny_model("llama", layers=LAYERS, width=WIDTH)
 
@@ -88,7 +88,7 @@ def loaded(folder: Path) -> StreamedModel:
     return open_streamed(str(folder))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, StateScores]:
     return streamed_scores(open_streamed(str(folder)))
 
