@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal, TypedDict
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     CheckpointFormat,
     Clip,
     Grid,
     Method,
-    Objective,
     Precision,
     Reader,
     Weighting,
@@ -56,7 +56,8 @@ class FairConfig:
     """Protect exactly this many layers by the sweep's ranking, instead of `auto`'s budget."""
     max_overhead: float = 0.2
     """`auto`'s budget: extra bytes on disk over the all-quantized checkpoint."""
-    objective: Objective = "worst"
+    objective: str = "worst"
+    """What units are ranked by; the names are those of `measure.objectives`."""
     languages: tuple[str, ...] | None = None
     reference: str | None = "en"
     texts: str = "bundled"
@@ -105,6 +106,11 @@ class FairConfig:
         return Grid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, clip=self.clip)
 
     @property
+    def bootstrap(self) -> Bootstrap:
+        """How intervals and tests are made."""
+        return Bootstrap(self.reference, self.draws, self.seed)
+
+    @property
     def overrides(self) -> dict[str, Precision]:
         """What `protect_units` and `int8_layers` say, as in `ProtectionPlan.overrides`."""
         layers: dict[str, Precision] = {f"layers.{layer}": "int8" for layer in self.int8_layers}
@@ -126,7 +132,7 @@ class FairOptions(TypedDict, total=False):
     protect_columns: float
     top: int | None
     max_overhead: float
-    objective: Objective
+    objective: str
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
     texts: str

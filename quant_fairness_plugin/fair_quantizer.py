@@ -31,10 +31,11 @@ from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.evidence import gather_evidence
+from quant_fairness_plugin.evidence import Rivals, Trials, gather_evidence
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
+from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.layers import check_layers
@@ -48,7 +49,7 @@ from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
-from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
 from quant_fairness_plugin.sweep.config import SweepChoices, answers
@@ -176,11 +177,8 @@ class FairQuantizer:
             self.loaded.tokenizer,
             self.texts.part(part),
             part=part,
-            vocabulary=self.loaded.model.config.vocab_size,
             provenance=lambda given: provenance(self.loaded.files, self.texts, seed=self.config.seed, arguments=given),
-            reference=self.config.reference,
-            draws=self.config.draws,
-            seed=self.config.seed,
+            bootstrap=self.config.bootstrap,
             progress=partial(self._progress, f"measure {', '.join(state.name for state in states)}"),
         )
 
@@ -234,11 +232,12 @@ class FairQuantizer:
         if self._plan is None:
             chosen, columns = self.config.protect_layers, self.config.protect_columns
             if chosen == "auto":
+                share = layers_budget(self.loaded, self.config.grid, columns, self.config.max_overhead)
                 plan = recommend_plan(
                     self._report or self.sweep(precisions=self.config.precisions),
+                    Limit(max_overhead=share),
                     objective=self.config.objective,
                     top=self.config.top,
-                    max_overhead=layers_budget(self.loaded, self.config.grid, columns, self.config.max_overhead),
                     strict=self.config.strict,
                     overrides=self.config.overrides,
                 )
@@ -262,12 +261,11 @@ class FairQuantizer:
             self.loaded,
             plan or self.recommend(),
             self.texts.part("confirm"),
-            chosen_on=self.texts.part("search"),
-            objective="mean" if self.config.objective == "mean" else "worst",
-            draws=self.config.draws,
-            seed=self.config.seed,
+            rivals=Rivals(texts=self.texts.part("search")),
+            objective=self.config.objective if find_objective(self.config.objective).judges_sets else "worst",
+            bootstrap=self.config.bootstrap,
             progress=partial(self._progress, "verify"),
-            work=work,
+            trials=None if work is None else Trials(work=work),
         )
 
     def _explicit(self, layers: tuple[int, ...], overrides: Mapping[str, Precision] = NO_OVERRIDES) -> ProtectionPlan:

@@ -11,6 +11,7 @@ from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.export.staging import check_output
+from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.model.architectures import LAYOUTS
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
@@ -46,6 +47,7 @@ def preflight(
         weighting=config.calibration,
     )
     check()
+    find_objective(config.objective)
     if out is not None:
         check_output(out.resolve(), overwrite=overwrite)
         check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)

@@ -32,9 +32,10 @@ from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
+from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource, preflight
-from quant_fairness_plugin.recommend import recommend_plan
+from quant_fairness_plugin.recommend import Limit, recommend_plan
 from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import Tool, check_tool, plan_for_tool
 
@@ -103,6 +104,7 @@ def recommend(
         seed=seed,
         strict=strict,
     )
+    find_objective(objective)
     if report is not None:
         swept = load(SweepReport, report)
     else:
@@ -110,13 +112,12 @@ def recommend(
     if frontier:
         _print_frontier(swept, as_json=as_json)
         return
+    share = config.max_overhead if max_bytes is None and target is None else None
     plan = recommend_plan(
         swept,
+        Limit(max_bytes=max_bytes, target=target, max_overhead=share),
         objective=config.objective,
         top=config.top,
-        max_overhead=config.max_overhead,
-        max_bytes=max_bytes,
-        target=target,
         weights=parse_weights(weights),
         strict=config.strict,
     )

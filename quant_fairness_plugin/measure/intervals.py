@@ -1,4 +1,4 @@
-"""Step 3 of 8: bootstrap intervals, p-values and what an experiment of this size could have seen.
+"""Bootstrap intervals, p-values and what an experiment of this size could have seen.
 
 Takes per-sentence numbers; returns `Interval`, `Undefined` or plain floats. Sentences are the unit of resampling, and
 one `Resamples` serves every language and state, so that all comparisons are paired.
@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
-from quant_fairness_plugin.artifacts import Interval, Number, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Interval, Number, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import Array, significant
 
@@ -42,6 +42,11 @@ class Resamples:
         self.sentences = sentences
         self.draws = draws
         self.seed = seed
+
+    @classmethod
+    def of(cls, bootstrap: Bootstrap, sentences: int) -> Resamples:
+        """Return the resamples of so many sentences."""
+        return cls(sentences, bootstrap.draws, bootstrap.seed)
 
     @property
     def counts(self) -> Array:

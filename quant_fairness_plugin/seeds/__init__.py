@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import Grid, Measurement, Ranking, SweepReport, TextSet, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Measurement, Ranking, SweepReport, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.measurement import measure_states
 from quant_fairness_plugin.measure.metrics import percent_change
@@ -257,9 +257,8 @@ def _measure_simulated(
         tokenizer,
         texts.part("confirm"),
         part="confirm",
-        vocabulary=model.config.vocab_size,
         provenance=lambda given: provenance(loaded.files, texts, seed=0, arguments=given),
-        reference=reference,
+        bootstrap=Bootstrap(reference),
     ).measurements[SIMULATED]
 
 

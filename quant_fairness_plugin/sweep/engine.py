@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import get_args
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Granularity,
     Grid,
     LanguageDamage,
     Mode,
-    Objective,
     Precision,
     Ranking,
     StateScores,
@@ -30,6 +29,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
+from quant_fairness_plugin.measure.objectives import OBJECTIVES
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.costs import count_bytes
@@ -155,9 +155,10 @@ def sweep_units(
         )
         plans, scores, record = [*plans, *found.plans], scores | found.scores, found.record
     scores |= _score_around(further, walk)
-    judge = _Judge(scores, texts, loaded.model.config.vocab_size, reference, draws, seed, quantized)
+    bootstrap = Bootstrap(reference, draws, seed)
+    judge = _Judge(scores, texts, loaded.model.config.vocab_size, bootstrap, quantized)
     rows = tuple(map(judge.row, plans))
-    sets = EvaluatedSets(rows=rows, scores=scores, languages=supported, draws=draws, seed=seed)
+    sets = EvaluatedSets(rows=rows, scores=scores, languages=supported, bootstrap=bootstrap)
     layer_bytes, other_bytes = count_bytes(loaded, grid, precisions)
     arguments = {
         "grid": str(grid), "dtype": str(loaded.model.dtype).removeprefix("torch."), "bank": bank.description,
@@ -222,26 +223,14 @@ class _Judge:
     scores: Mapping[str, StateScores]
     texts: TextSet
     vocabulary: int
-    reference: str | None
-    draws: int
-    seed: int
+    bootstrap: Bootstrap
     quantized: Precision
 
     def row(self, plan: SweptPlan | AroundPlan) -> SweepRow:
         """A plan's damage and objectives."""
         baseline, state = self.scores[BASELINE], self.scores[plan.name]
-        damage = measure_damage(
-            baseline,
-            state,
-            self.texts,
-            reference=self.reference,
-            vocabulary=self.vocabulary,
-            draws=self.draws,
-            seed=self.seed,
-        )
-        objectives = objective_values(
-            baseline, state, damage, reference=self.reference, draws=self.draws, seed=self.seed
-        )
+        damage = measure_damage(baseline, state, self.texts, vocabulary=self.vocabulary, bootstrap=self.bootstrap)
+        objectives = objective_values(baseline, state, damage, bootstrap=self.bootstrap)
         return SweepRow(
             plan=plan.name,
             mode=plan.mode,
@@ -263,13 +252,11 @@ class _Judge:
                 units=units,
                 mode=mode,
                 objective=objective,
-                reference=self.reference,
                 top=top,
-                draws=self.draws,
-                seed=self.seed,
+                bootstrap=self.bootstrap,
             )
             for mode in modes
-            for objective in get_args(Objective)
+            for objective in OBJECTIVES
         }
 
 
@@ -281,7 +268,8 @@ def _support(loaded: LoadedModel, texts: TextSet, score: Callable[..., dict[str,
     """
     baseline = score({}, texts)[BASELINE]
     vocabulary = loaded.model.config.vocab_size
-    rows = measure_damage(baseline, baseline, texts, reference=None, vocabulary=vocabulary, draws=MINIMUM_DRAWS)
+    few = Bootstrap(reference=None, draws=MINIMUM_DRAWS)
+    rows = measure_damage(baseline, baseline, texts, vocabulary=vocabulary, bootstrap=few)
     if not supported_languages(rows):
         raise QualityGateError(
             f"the 16-bit model supports none of {', '.join(texts.languages)} ({rows[0].reason}); sweep a trained model"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Evidence,
     Grid,
     Interval,
@@ -19,7 +20,7 @@ from quant_fairness_plugin.artifacts import (
     to_json,
 )
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
-from quant_fairness_plugin.evidence import THE_PLAN, gather_evidence
+from quant_fairness_plugin.evidence import THE_PLAN, Rivals, gather_evidence
 from quant_fairness_plugin.measure.damage import measure_damage
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.costs import count_bytes, layer_costs
@@ -52,10 +53,8 @@ def gather(loaded: LoadedModel, plan: ProtectionPlan, rivals: dict[str, Protecti
         loaded,
         plan,
         texts.part("confirm"),
-        chosen_on=texts.part("search"),
-        rivals=rivals or {},
-        random_plans=3,
-        draws=200,
+        rivals=Rivals(texts=texts.part("search"), plans=rivals or {}, random_plans=3),
+        bootstrap=Bootstrap(None, 200),
     )
 
 
@@ -109,7 +108,7 @@ def test_figures_are_those_of_a_measurement_of_the_plan_alone(good: Evidence, lo
     plan: dict[str, Precision] = {f"layers.{i}": "int4" for i in range(LAYERS) if i != PLANTED_LAYER}
     scores = score_plans(loaded, {"alone": plan}, texts, units=units, bank=RtnBank(loaded, units, GRID))
     damage = measure_damage(
-        scores["16 bit"], scores["alone"], texts, reference=None, vocabulary=loaded.model.config.vocab_size
+        scores["16 bit"], scores["alone"], texts, vocabulary=loaded.model.config.vocab_size, bootstrap=Bootstrap(None)
     )
     worst = good.row(THE_PLAN).worst
     assert isinstance(worst, Interval)
@@ -131,7 +130,7 @@ def test_controls_are_chosen_on_other_sentences(loaded: LoadedModel, monkeypatch
         seen.append(texts.ids)
         return {}
 
-    monkeypatch.setattr("quant_fairness_plugin.evidence.layer_scores.layer_scores", noted)
+    monkeypatch.setattr("quant_fairness_plugin.evidence.score_layers", noted)
     gather(loaded, protecting(loaded, PLANTED_LAYER))
     assert seen == [planted_texts().part("search").ids]
     assert not set(seen[0]) & set(planted_texts().part("confirm").ids)

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 
-from quant_fairness_plugin.artifacts import Objective, Ranking, SweepReport, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Ranking, SweepReport, Undefined
+from quant_fairness_plugin.measure.objectives import OBJECTIVES
 from quant_fairness_plugin.statistics.ranking import rank_units
 from tests.planted import planted_report
 
@@ -12,7 +11,7 @@ BENEFIT = [0.1, 0.4, 2.5, 0.2, 1.6, 0.3, 0.9, 0.05]
 ORDER = (2, 4, 6, 1, 5, 3, 0, 7)
 
 
-def rank(report: SweepReport, objective: Objective = "worst", top: int = 3) -> Ranking | Undefined:
+def rank(report: SweepReport, objective: str = "worst", top: int = 3) -> Ranking | Undefined:
     damage = {row.plan: row.damage for row in report.rows}
     return rank_units(
         report.scores,
@@ -20,15 +19,13 @@ def rank(report: SweepReport, objective: Objective = "worst", top: int = 3) -> R
         units=report.units,
         mode="protect-one",
         objective=objective,
-        reference=report.reference,
         top=top,
-        draws=200,
-        seed=0,
+        bootstrap=Bootstrap(report.reference, 200),
     )
 
 
 @pytest.mark.parametrize("objective", ["worst", "mean", "bpb"])
-def test_layers_come_out_in_the_order_of_their_planted_benefit(objective: Objective) -> None:
+def test_layers_come_out_in_the_order_of_their_planted_benefit(objective: str) -> None:
     ranking = rank(planted_report(BENEFIT, noise=0.001), objective)
     assert isinstance(ranking, Ranking)
     assert ranking.layers == ORDER
@@ -54,10 +51,8 @@ def test_identical_plans_tie_and_are_unstable() -> None:
         units=report.units,
         mode="protect-one",
         objective="worst",
-        reference="en",
         top=2,
-        draws=200,
-        seed=0,
+        bootstrap=Bootstrap("en", 200),
     )
     assert isinstance(ranking, Ranking)
     assert ranking.kendall_tau_halves is None
@@ -66,7 +61,7 @@ def test_identical_plans_tie_and_are_unstable() -> None:
 
 def test_every_objective_is_ranked_or_undefined_with_a_reason() -> None:
     report = planted_report(BENEFIT, noise=0.001)
-    for objective in get_args(Objective):
+    for objective in OBJECTIVES:
         assert isinstance(rank(report, objective), Ranking)
 
 
@@ -79,10 +74,8 @@ def test_excess_without_a_reference_is_undefined() -> None:
         units=report.units,
         mode="protect-one",
         objective="excess",
-        reference=None,
         top=3,
-        draws=200,
-        seed=0,
+        bootstrap=Bootstrap(None, 200),
     )
     assert isinstance(ranking, Undefined)
     assert "reference" in ranking.undefined
