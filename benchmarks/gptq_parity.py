@@ -42,7 +42,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Bootstrap, Grid, Part, StateScores, TextSet, package_versions, write_atomically
+from quant_fairness_plugin.artifacts import (
+    Bootstrap,
+    Grid,
+    Part,
+    StateScores,
+    TextSet,
+    package_versions,
+    write_atomically,
+)
 from quant_fairness_plugin.measure.damage import measure_damage, objective_draws, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import significant

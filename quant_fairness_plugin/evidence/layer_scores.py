@@ -60,7 +60,7 @@ def gradient_scores(
     precision: Precision,
     sentences: int = SENTENCES,
 ) -> dict[str, tuple[float, ...]]:
-    """Return `gradient` and `fisher`: the rise of the loss (nats per byte) predicted where only this layer is quantized.
+    """Return `gradient` and `fisher`: the predicted rise of the loss (nats per byte) if this layer alone is quantized.
 
     First order: |Σ gradient · change| over all text of a language. Second order: ½ Σ gradient² · change², the diagonal
     of the empirical Fisher information from single sentences. Each is that of the language with the highest.

@@ -136,7 +136,9 @@ def test_an_unsupported_language_is_reported_and_left_out_of_summaries() -> None
     assert "no better than counting bytes" in damage[2].reason
     assert damage[2].delta_bpb.estimate == pytest.approx(0.5)
     assert supported_languages(damage) == ("en", "he")
-    assert known(summarise(baseline, state, damage, bootstrap=Bootstrap(draws=200)).worst_kl).estimate == pytest.approx(0.02)
+    assert known(summarise(baseline, state, damage, bootstrap=Bootstrap(draws=200)).worst_kl).estimate == pytest.approx(
+        0.02
+    )
     values = objective_values(baseline, state, damage, bootstrap=Bootstrap(draws=200))
     assert known(values["worst"]).estimate == pytest.approx(0.02)
 
@@ -211,13 +213,16 @@ def test_worst_counts_the_reference_language_too() -> None:
     assert known(objective_values(BASELINE, state, damage, bootstrap=Bootstrap())["worst"]).estimate == pytest.approx(
         0.4, rel=0.1
     )
-    assert known(summarise(BASELINE, state, damage, bootstrap=Bootstrap()).worst_kl).estimate == pytest.approx(0.4, rel=0.1)
+    assert known(summarise(BASELINE, state, damage, bootstrap=Bootstrap()).worst_kl).estimate == pytest.approx(
+        0.4, rel=0.1
+    )
 
 
 def test_hurting_only_the_reference_lowers_excess_and_disparity_but_not_worst() -> None:
     mild, harsh = changed({"en": 0.02, "he": 0.06, "ar": 0.06}), changed({"en": 0.2, "he": 0.06, "ar": 0.06})
     before, after = (
-        objective_values(BASELINE, state, tuple(measure(state).values()), bootstrap=Bootstrap()) for state in (mild, harsh)
+        objective_values(BASELINE, state, tuple(measure(state).values()), bootstrap=Bootstrap())
+        for state in (mild, harsh)
     )
     assert known(after["excess"]).estimate < known(before["excess"]).estimate
     assert known(after["disparity"]).estimate < known(before["disparity"]).estimate

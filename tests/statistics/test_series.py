@@ -40,9 +40,7 @@ def test_every_plan_is_judged_on_the_same_resamples() -> None:
 
 
 def test_a_collapsed_plan_has_no_value() -> None:
-    found = plan_series(
-        scores(), ["a", "b"], LANGUAGES, objective="mean", bootstrap=HUNDRED, collapsed={"b": ("he",)}
-    )
+    found = plan_series(scores(), ["a", "b"], LANGUAGES, objective="mean", bootstrap=HUNDRED, collapsed={"b": ("he",)})
     assert found["b"] == Undefined("'b' collapsed in he")
     assert not isinstance(found["a"], Undefined)
 
