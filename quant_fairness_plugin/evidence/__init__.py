@@ -7,10 +7,9 @@ among random ones, which controls it beats, and what of all this is worth its by
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import (
     Bootstrap,
@@ -46,7 +45,6 @@ from quant_fairness_plugin.sweep.walk import score_plans
 
 THE_PLAN = "the plan"
 RANDOM = "random "
-NO_PLANS: Mapping[str, ProtectionPlan] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +53,7 @@ class Rivals:
 
     texts: TextSet
     """Sentences for controls that need some to select layers by (the `search` part, as the plan had)."""
-    plans: Mapping[str, ProtectionPlan] = NO_PLANS
+    plans: Mapping[str, ProtectionPlan] = field(default_factory=dict)
     """Other plans on the same grid, by name."""
     random_plans: int = RANDOM_PLANS
 
@@ -100,19 +98,19 @@ def gather_evidence(
     find_objective(objective)
     units = map_units(loaded)
     bank = RtnBank(loaded, units, plan.grid)
-    field = _field_of(loaded, plan, rivals, bank, bootstrap.seed)
+    contest = _contest(loaded, plan, rivals, bank, bootstrap.seed)
     score = partial(score_plans, loaded, units=units, bank=bank)
     if trials is not None:
         score = partial(
             score_plans_resumably, loaded, units=units, bank=bank, work=trials.work, executor=trials.executor
         )
-    scores = score(field.whole_plans, texts, progress=progress)
+    scores = score(contest.whole_plans, texts, progress=progress)
     languages, collapsed = _statuses(loaded, scores, texts)
     series = {
-        name: plan_series(scores, field.bytes_, languages, objective=name, bootstrap=bootstrap, collapsed=collapsed)
+        name: plan_series(scores, contest.bytes_, languages, objective=name, bootstrap=bootstrap, collapsed=collapsed)
         for name in dict.fromkeys(("worst", "mean", objective))
     }
-    standing, comparisons = _compare(series[objective], field.controls)
+    standing, comparisons = _compare(series[objective], contest.controls)
     arguments = {
         "objective": objective, "draws": bootstrap.draws, "bank": bank.description,
         "random_plans": rivals.random_plans,
@@ -124,16 +122,16 @@ def gather_evidence(
         grid=plan.grid,
         bank=bank.description,
         languages=languages,
-        rows=field.rows(series["worst"], series["mean"]),
+        rows=contest.rows(series["worst"], series["mean"]),
         standing=standing,
         comparisons=comparisons,
-        frontier=pareto_frontier(field.bytes_, series["worst"], series["mean"]),
+        frontier=pareto_frontier(contest.bytes_, series["worst"], series["mean"]),
         verdict=verdict(THE_PLAN, standing, comparisons),
     )
 
 
 @dataclass(frozen=True, slots=True)
-class _Field:
+class _Contest:
     """The plan, protecting nothing, and the controls: everything that is evaluated."""
 
     plan: Control
@@ -181,7 +179,7 @@ class _Field:
         return nothing, self.plan, *self.controls
 
 
-def _field_of(loaded: LoadedModel, plan: ProtectionPlan, rivals: Rivals, bank: Bank, seed: int) -> _Field:
+def _contest(loaded: LoadedModel, plan: ProtectionPlan, rivals: Rivals, bank: Bank, seed: int) -> _Contest:
     """The plan and its controls, rivals first."""
     costs, target = layer_costs(loaded, plan.grid), _bytes(loaded, plan)
     itself = _as_control(THE_PLAN, plan, target, target, costs)
@@ -190,7 +188,7 @@ def _field_of(loaded: LoadedModel, plan: ProtectionPlan, rivals: Rivals, bank: B
     controls += controls_for(
         itself.precisions, costs, plan_bytes=target, scores=scores, random_plans=rivals.random_plans, seed=seed
     )
-    return _Field(itself, controls, costs)
+    return _Contest(itself, controls, costs)
 
 
 def _as_control(name: str, plan: ProtectionPlan, bytes_: int, target: int, costs: Costs) -> Control:
