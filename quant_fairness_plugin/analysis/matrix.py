@@ -47,7 +47,7 @@ class CalibrationMatrix:
 def single_language_sets(
     build: Callable[..., CalibrationSet], texts: TextSet, tokens_per_language: int | None
 ) -> dict[str, CalibrationSet]:
-    """Each language alone, all with the same number of tokens; and all languages with that number between them.
+    """Return each language alone, all with the same number of tokens; and all languages with that number between them.
 
     Args:
         build: `build_calibration` with tokenizer and text set.
@@ -65,7 +65,7 @@ def calibration_matrix(
     singles: Mapping[str, CalibrationSet],
     names: Sequence[str],
 ) -> CalibrationMatrix:
-    """The rows of all calibrations without protection, and each language against the others' text.
+    """Return the rows of all calibrations without protection, and each language against the others' text.
 
     Args:
         judge: what scored them.

@@ -98,7 +98,7 @@ class _Allocator:
     budget: int | None
     """In bytes; None where there is a target."""
     free: Sequence[str]
-    """The units that can be chosen, best first; at least one."""
+    """The candidates, best first; at least one."""
     options: Options
 
     def decide(self) -> _Decision:
@@ -295,7 +295,7 @@ class Options:
 
 
 def options_of(report: SweepReport, overrides: Choice) -> Options:
-    """Return every unit that can be chosen, in the precisions that it was swept at and did not collapse in.
+    """Return every candidate, in the precisions that it was swept at and did not collapse in.
 
     Under `protect-one` a choice takes from the damage of the all-quantized model, under `quantize-one` it adds to the
     16-bit model's.

@@ -301,7 +301,7 @@ def predict_damage(
     """Return what each unit's choice adds to each language's KL (bits per byte), and the KL that it is added to.
 
     With `quantize` states, `over` is the 16-bit state and so is the state of `fp16`; with `protect` states, `over` is
-    the all-quantized one and so is the state of the grid's own precision.
+    the all-quantized one and so is the state of the grid's precision.
 
     Args:
         scores: per-sentence scores by state.

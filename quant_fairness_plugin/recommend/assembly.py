@@ -17,7 +17,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_bytes, placed, plan_bytes
 
 Choice = Mapping[str, Precision]
-"""Layer (`layers.3`) or unit (`layers.3.down`) → what it gets instead of the grid's own precision."""
+"""Layer (`layers.3`) or unit (`layers.3.down`) → what it gets instead of the grid's precision."""
 
 
 def explicit_plan(

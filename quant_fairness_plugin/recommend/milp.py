@@ -77,14 +77,14 @@ class Problem:
         return cells
 
     def damage(self, picked: tuple[int, ...]) -> Array:
-        """Predicted damage of a choice: [languages]."""
+        """Return the predicted damage of a choice: [languages]."""
         total: Array = self.base + self.harm[:, list(picked)].sum(axis=1)
         return total
 
     def solve(
         self, minimise: Literal["value", "bytes", "mean"], *, max_bytes: int | None = None, max_value: float = math.inf
     ) -> Selection | None:
-        """The best choice, its bytes counted again in integers; None where there is none."""
+        """Return the best choice, its bytes counted again in integers; None where there is none."""
         limit = max_bytes
         for _ in range(ATTEMPTS):
             selection = self._solve(minimise, limit, max_value)
@@ -158,7 +158,7 @@ class Problem:
 
 
 def _search(costs: Array, bounds: Bounds, rules: list[LinearConstraint]) -> OptimizeResult:
-    """Look for the optimum up to `NODES`; on, where until then nothing at all was found."""
+    """Look for the optimum up to `NODES`, and further where there is no solution at all by then."""
     integrality = np.append(np.ones(len(costs) - 1), 0.0)
     for limits in ({"node_limit": NODES}, {}):
         options = {"mip_rel_gap": 0.0, **limits}

@@ -137,7 +137,7 @@ def too_dear(report: SweepReport, free: Sequence[str], max_overhead: float, over
 
     Args:
         report: the sweep.
-        free: what can be chosen, best first.
+        free: the candidates, best first.
         max_overhead: the budget.
         overrides: what the user gave.
     """
