@@ -56,12 +56,14 @@ def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
     from quant_fairness_plugin.evidence import Rivals, gather_evidence
     from quant_fairness_plugin.model.load import load_model
     from quant_fairness_plugin.recommend import Limit, recommend_plan
+    from quant_fairness_plugin.sweep.config import SweepConfig
     from quant_fairness_plugin.sweep.engine import sweep_units
     from quant_fairness_plugin.texts.load import load_texts
 
     loaded, texts = load_model(model), load_texts("bundled")
     grid = Grid(bits=bits, group_size=group)
-    report = sweep_units(loaded, texts.part("search"), grid=grid, precisions=("fp16", "int8"), top=TOP, seed=SEED)
+    wanted = SweepConfig(precisions=("fp16", "int8"), top=TOP)
+    report = sweep_units(loaded, texts.part("search"), wanted, grid=grid, bootstrap=Bootstrap(seed=SEED))
     plan = recommend_plan(report, top=TOP)
     floor = round(plan.extra_bytes / plan.overhead)
     rival = recommend_plan(report, Limit(max_bytes=floor + plan.extra_bytes))

@@ -45,6 +45,7 @@ from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS
 from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.memory import parse_size
 
 
@@ -81,7 +82,14 @@ def plan(
         reference=parse_reference(reference),
         texts=texts,
     )
-    asked = parse_modes(mode), parse_granularity(granularity), parse_combine(combine)
+    plans = SweepConfig(
+        modes=parse_modes(mode),
+        granularity=parse_granularity(granularity),
+        combine=parse_combine(combine),
+        max_plans=max_plans,
+        precisions=parse_precisions(precisions),
+        also=parse_also(also),
+    )
     formats, readers = _only("format", format_, CheckpointFormat), _only("reader", reader, Reader)
     budget = None if memory_budget is None else parse_size(memory_budget)
     source = ModelSource(require_model(model), revision, trust_remote_code, allow_pickle)
@@ -94,12 +102,7 @@ def plan(
         files,
         sentences,
         config,
-        modes=asked[0],
-        granularity=asked[1],
-        combine=asked[2],
-        max_plans=max_plans,
-        precisions=parse_precisions(precisions),
-        also=parse_also(also),
+        plans,
         memory_budget=budget,
         formats=cast("tuple[CheckpointFormat, ...]", formats),
         readers=cast("tuple[Reader, ...]", readers),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 from quant_fairness_plugin.artifacts import (
     Bootstrap,
@@ -39,12 +38,14 @@ from quant_fairness_plugin.statistics.pareto import pareto_frontier
 from quant_fairness_plugin.statistics.series import Series, number_of, plan_series
 from quant_fairness_plugin.statistics.standing import compare_with, standing_of, verdict
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
-from quant_fairness_plugin.sweep.executors import Executor
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.walk import score_plans
 
 THE_PLAN = "the plan"
 RANDOM = "random "
+HERE = Execution()
+"""All at once in this process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +59,6 @@ class Rivals:
     random_plans: int = RANDOM_PLANS
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trials:
-    """How plans are evaluated, where it is not all at once in this process."""
-
-    work: Path | None = None
-    """A folder that stores every finished trial."""
-    executor: Executor | None = None
-    """Where the trials run; None is this process."""
-
-
 def gather_evidence(
     loaded: LoadedModel,
     plan: ProtectionPlan,
@@ -77,7 +68,7 @@ def gather_evidence(
     objective: str = "worst",
     bootstrap: Bootstrap,
     progress: Callable[[int, int], None] | None = None,
-    trials: Trials | None = None,
+    execution: Execution = HERE,
 ) -> Evidence:
     """Evaluate a plan, protecting nothing, and every control of equal bytes, all on the same sentences.
 
@@ -89,22 +80,23 @@ def gather_evidence(
         objective: what plans are compared by; its name in `measure.objectives`.
         bootstrap: resamples of the sentences, the reference of objectives that need one, and the seed of random sets.
         progress: called with (block passes done, in all).
-        trials: where finished trials are stored, and what runs them; None runs all at once in this process.
+        execution: where finished trials are stored, and what runs them.
 
     Raises:
-        ConfigError: the plan protects nothing, so that there is nothing to compare; or an unknown objective.
+        ConfigError: the plan protects nothing to compare, an unknown objective, or a memory budget.
         QualityGateError: the 16-bit model supports none of the languages.
     """
     find_objective(objective)
+    if execution.memory_budget is not None:
+        raise ConfigError(
+            "a memory budget is for sweeps: plans are compared in memory, with the whole model; leave it out"
+        )
     units = map_units(loaded)
     bank = RtnBank(loaded, units, plan.grid)
     contest = _contest(loaded, plan, rivals, bank, bootstrap.seed)
-    score = partial(score_plans, loaded, units=units, bank=bank)
-    if trials is not None:
-        score = partial(
-            score_plans_resumably, loaded, units=units, bank=bank, work=trials.work, executor=trials.executor
-        )
-    scores = score(contest.whole_plans, texts, progress=progress)
+    by_trials = partial(score_plans_resumably, execution=execution)
+    score = by_trials if execution.by_trials else score_plans
+    scores = score(loaded, contest.whole_plans, texts, units=units, bank=bank, progress=progress)
     languages, collapsed = _statuses(loaded, scores, texts)
     series = {
         name: plan_series(scores, contest.bytes_, languages, objective=name, bootstrap=bootstrap, collapsed=collapsed)
