@@ -87,16 +87,10 @@ def gather_evidence(
         QualityGateError: the 16-bit model supports none of the languages.
     """
     find_objective(objective)
-    if execution.memory_budget is not None:
-        raise ConfigError(
-            "a memory budget is for sweeps: plans are compared in memory, with the whole model; leave it out"
-        )
     units = map_units(loaded)
     bank = RtnBank(loaded, units, plan.grid)
     contest = _contest(loaded, plan, rivals, bank, bootstrap.seed)
-    by_trials = partial(score_plans_resumably, execution=execution)
-    score = by_trials if execution.by_trials else score_plans
-    scores = score(loaded, contest.whole_plans, texts, units=units, bank=bank, progress=progress)
+    scores = _scorer(execution)(loaded, contest.whole_plans, texts, units=units, bank=bank, progress=progress)
     languages, collapsed = _statuses(loaded, scores, texts)
     series = {
         name: plan_series(scores, contest.bytes_, languages, objective=name, bootstrap=bootstrap, collapsed=collapsed)
@@ -196,6 +190,15 @@ def _as_control(name: str, plan: ProtectionPlan, bytes_: int, target: int, costs
         matched=abs(bytes_ - target) <= costs.tolerance,
         why=plan.source,
     )
+
+
+def _scorer(execution: Execution) -> Callable[..., dict[str, StateScores]]:
+    if execution.memory_budget is not None:
+        raise ConfigError(
+            f"memory budget of {execution.memory_budget} bytes: only a sweep goes layer by layer, plans are compared "
+            "with the whole model in memory; leave it out"
+        )
+    return partial(score_plans_resumably, execution=execution) if execution.by_trials else score_plans
 
 
 def _bytes(loaded: LoadedModel, plan: ProtectionPlan) -> int:

@@ -27,6 +27,7 @@ from quant_fairness_plugin.plans.costs import count_bytes, layer_costs
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.recommend import explicit_plan
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.walk import score_plans
 from tests.planted_model import IDLE_LAYER, LAYERS, PLANTED_LAYER, planted_texts
 
@@ -170,3 +171,16 @@ def test_a_plan_under_which_a_language_collapses_stands_nowhere(
     assert isinstance(found.row("none").worst, Interval)
     assert THE_PLAN not in found.frontier.plans
     assert "collapsed in he" in found.verdict
+
+
+def test_a_memory_budget_is_refused(loaded: LoadedModel) -> None:
+    texts, plan = planted_texts(), protecting(loaded, PLANTED_LAYER)
+    with pytest.raises(ConfigError, match="only a sweep goes layer by layer"):
+        gather_evidence(
+            loaded,
+            plan,
+            texts.part("confirm"),
+            rivals=Rivals(texts=texts.part("search")),
+            bootstrap=Bootstrap(None, 200),
+            execution=Execution(memory_budget=10**9),
+        )
