@@ -16,14 +16,15 @@ from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
     Clip,
     Grid,
-    Method,
     Precision,
     Reader,
     Weighting,
 )
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.objectives import find_objective
+from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
+from quant_fairness_plugin.quantize.methods import find_method, method_names
 
-GROUP_SIZES = (32, 64, 128, -1)
 MOST_COLUMNS = 0.5
 """At three quarters, 4 bits and the channels in 16 are as large as the module in 16."""
 _UNIT = re.compile(r"[0-9]{1,9}\.[A-Za-z_][\w.]*", re.ASCII)
@@ -35,7 +36,8 @@ class FairConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    method: Method = "gptq"
+    method: str = "gptq"
+    """A name of `quantize.methods.METHODS`."""
     bits: int = 4
     group_size: int = 128
     symmetric: bool | None = None
@@ -77,6 +79,8 @@ class FairConfig:
     """An unstable ranking or a failed gate is an error (exit status 6) instead of a warning."""
 
     def __post_init__(self) -> None:
+        method = find_method(self.method)
+        find_objective(self.objective)
         check_bits(self.bits)
         check_group_size(self.group_size)
         if not 0 <= self.max_overhead <= 4:
@@ -88,10 +92,10 @@ class FairConfig:
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
-        if self.method == "rtn" and self.calibration != "uniform":
+        if not method.needs_calibration and self.calibration != "uniform":
             raise ConfigError(
-                f"calibration {self.calibration!r} has no effect on method 'rtn', which uses no calibration text; "
-                "use method 'gptq' or 'awq', or leave calibration out"
+                f"calibration {self.calibration!r} has no effect on method {self.method!r}, which uses no calibration "
+                f"text; use method {method_names(lambda m: m.needs_calibration)}, or leave calibration out"
             )
         if self.calibration == "proportional" and self.tokens_per_language is not None:
             raise ConfigError(
@@ -102,7 +106,7 @@ class FairConfig:
     @property
     def grid(self) -> Grid:
         """The integer grid of the quantized layers."""
-        symmetric = self.method != "awq" if self.symmetric is None else self.symmetric
+        symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
         return Grid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, clip=self.clip)
 
     @property
@@ -120,7 +124,7 @@ class FairConfig:
 class FairOptions(TypedDict, total=False):
     """The fields of `FairConfig` as keyword arguments, each optional; `texts`, which can be a set, comes apart."""
 
-    method: Method
+    method: str
     bits: int
     group_size: int
     symmetric: bool | None
@@ -143,28 +147,6 @@ class FairOptions(TypedDict, total=False):
     draws: int
     seed: int
     strict: bool
-
-
-def check_bits(bits: object) -> None:
-    """Refuse a bit width that no integer grid has.
-
-    Raises:
-        ConfigError: not an integer from 2 to 8 (3.5, "4", True).
-    """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ConfigError(f"bits {bits!r} is not an integer from 2 to 8; checkpoints are written with 4, use --bits 4")
-
-
-def check_group_size(group_size: object) -> None:
-    """Refuse a group size that no server reads.
-
-    Raises:
-        ConfigError: not one of 32, 64, 128, -1.
-    """
-    if type(group_size) is not int or group_size not in GROUP_SIZES:
-        raise ConfigError(
-            f"group size {group_size!r} is read by no server; use 32, 64, 128, or -1 for one scale per output channel"
-        )
 
 
 def check_overrides(
@@ -213,7 +195,7 @@ def check_precisions(precisions: tuple[Precision, ...], *, bits: int, top: int |
         raise ConfigError(f"precisions {given}: {problem}; leave int8 out, or give a budget with max_overhead")
 
 
-def check_columns(share: float, *, method: Method, backend: str) -> None:
+def check_columns(share: float, *, method: str, backend: str) -> None:
     """Refuse a share of 16-bit input channels that cannot be chosen, or that costs more than 16 bit for the module.
 
     Raises:
@@ -224,10 +206,11 @@ def check_columns(share: float, *, method: Method, backend: str) -> None:
             f"protect_columns {share} is no share of the input channels up to {MOST_COLUMNS:g}; use 0.01 for 1 %, or "
             "protect whole units with protect_units"
         )
-    if share and (method == "rtn" or backend != "native"):
+    if share and (not find_method(method).keeps_columns or backend != "native"):
         raise ConfigError(
             f"protect_columns {share:g} cannot be used with method {method!r} and backend {backend!r}: which input "
-            "channels matter only our own calibration tells; use method 'gptq' or 'awq' with backend 'native'"
+            "channels matter only our own calibration tells; use method "
+            f"{method_names(lambda m: m.keeps_columns)} with backend 'native'"
         )
 
 

@@ -249,10 +249,11 @@ class FairQuantizer:
             ArtifactError: what was written is not what was quantized; nothing is left behind.
         """
         if quantized is not None and quantized is not self._quantized:
-            self._remember_plan(steps.plan_of_quantized(quantized, self.loaded, self.config))
+            self._remember_plan(steps.plan_of_quantized(quantized, self.loaded))
             self._quantized = quantized
         measured = self.measure_folder if measure == "exported" else measure
-        return self._export(self._exportable_plan(), Path(out), overwrite=overwrite, measure=measured)
+        self._exportable_plan()
+        return self._export(Path(out), overwrite=overwrite, measure=measured)
 
     def push_to_hub(self, repo_id: str, folder: Path | None = None, **options: Unpack[PushOptions]) -> str:
         """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
@@ -269,7 +270,7 @@ class FairQuantizer:
             both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
             return both[0].measurements[EXPORTED]
 
-        record = self._export(plan, Path(out), overwrite=overwrite, measure=measure)
+        record = self._export(Path(out), overwrite=overwrite, measure=measure)
         return steps.compare(record, both[0])
 
     def _remember_plan(self, plan: ProtectionPlan | None) -> None:
@@ -289,10 +290,8 @@ class FairQuantizer:
             steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
         return plan
 
-    def _export(
-        self, plan: ProtectionPlan, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None
-    ) -> ExportRecord:
-        record = steps.write(self.quantize(), out, plan, self.texts, self.config, overwrite=overwrite, measure=measure)
+    def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:
+        record = steps.write(self.quantize(), out, self.texts, self.config, overwrite=overwrite, measure=measure)
         self._exported = out
         return record
 

@@ -42,6 +42,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
@@ -76,13 +77,11 @@ def open_in_memory(
 
 
 def check_config(config: FairConfig, loaded: LoadedModel) -> None:
-    """Refuse a configuration with an unknown objective, or with layers or units that the model lacks.
+    """Refuse a configuration that names layers or units that the model lacks.
 
     Raises:
-        ConfigError: there is no such objective.
-        InvalidLayerError: says which layer or unit.
+        InvalidLayerError: says which.
     """
-    find_objective(config.objective)
     check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
 
 
@@ -192,8 +191,8 @@ def plan_of_layers(
     )
 
 
-def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel, config: FairConfig) -> ProtectionPlan:
-    """Return a plan that says what a quantized model of this model holds.
+def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel) -> ProtectionPlan:
+    """Return the plan that a quantized model of this model was made by.
 
     Raises:
         ConfigError: another model, or another instance of it, was quantized.
@@ -203,8 +202,7 @@ def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel, config: Fa
             f"the quantized model was made from another instance of {quantized.loaded.files.name}; one made by this "
             "quantizer or a copy of it is accepted. Export it with the quantizer that made it"
         )
-    plan = plan_of_layers(loaded, config, tuple(sorted(quantized.protected)), quantized.overrides)
-    return with_columns(plan, loaded, config.protect_columns if quantized.columns else 0.0)
+    return quantized.plan
 
 
 def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> None:
@@ -298,7 +296,7 @@ def quantize(
         QuantFairnessError: as `quantize_model` and `quantize_with`.
     """
     calibration = None
-    if config.method != "rtn":
+    if find_method(config.method).needs_calibration:
         calibration = build_calibration(
             loaded.tokenizer,
             texts.part("calibrate"),
@@ -310,11 +308,8 @@ def quantize(
     with_our_core = partial(
         quantize_model,
         loaded,
-        plan.protected_layers,
+        plan,
         method=config.method,
-        grid=config.grid,
-        overrides=plan.overrides,
-        columns=plan.protect_columns,
         progress=progress,
     )
     if calibration is None:
@@ -325,7 +320,6 @@ def quantize(
 def write(
     quantized: QuantizedModel,
     out: Path,
-    plan: ProtectionPlan,
     texts: TextSet,
     config: FairConfig,
     *,
@@ -336,7 +330,6 @@ def write(
     return export(
         quantized,
         out,
-        plan=plan,
         texts=texts,
         format=config.format,
         reader=config.reader,

@@ -12,21 +12,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 from quant_fairness_plugin.analysis.effects import WORST, Effects, TwoByTwo, effects_of, undefined_effects
 from quant_fairness_plugin.analysis.matrix import CalibrationMatrix, calibration_matrix, single_language_sets
 from quant_fairness_plugin.analysis.outcomes import CalibrationOutcome, Judge, Scored
-from quant_fairness_plugin.artifacts import Bootstrap, Method, ProtectionPlan, Provenance, TextSet, Weighting
+from quant_fairness_plugin.artifacts import Bootstrap, ProtectionPlan, Provenance, TextSet, Weighting
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
-from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 
-KNOWN: tuple[Weighting, ...] = ("uniform", "proportional", "english", "minimax")
 ALL: tuple[Weighting, ...] = ("english", "uniform", "minimax")
 
 
@@ -37,7 +36,7 @@ class CalibrationComparison:
     schema_version: Literal[1] = 1
     kind: Literal["calibration-comparison"] = "calibration-comparison"
     provenance: Provenance
-    method: Method
+    method: str
     plan: ProtectionPlan
     outcomes: tuple[CalibrationOutcome, ...]
     tables: tuple[TwoByTwo, ...]
@@ -56,20 +55,21 @@ class Calibrations:
     matrix: bool = False
     """Also calibrate on each language alone."""
 
-    def check(self, method: Method) -> None:
+    def check(self, method: str) -> None:
         """Refuse what cannot be compared, before a model is loaded.
 
         Raises:
             ConfigError: no calibration or the same one twice, or a method without calibration.
         """
         names = self.weightings
-        if method == "rtn":
+        if not find_method(method).needs_calibration:
             raise ConfigError(
-                "method 'rtn' uses no calibration text, so there is nothing to compare; use 'gptq' or 'awq'"
+                f"method {method!r} uses no calibration text, so there is nothing to compare; use "
+                f"{method_names(lambda other: other.needs_calibration)}"
             )
         if not names or len(set(names)) < len(names):
             raise ConfigError(
-                f"calibrations {', '.join(names) or '(none)'}: name at least one, each once, of {', '.join(KNOWN)}"
+                f"calibrations {', '.join(names) or '(none)'}: name at least one, each once, of {', '.join(get_args(Weighting))}"
             )
 
     def build(self, loaded: LoadedModel, texts: TextSet) -> tuple[dict[str, CalibrationSet], dict[str, CalibrationSet]]:
@@ -96,7 +96,7 @@ def compare_calibrations(
     plan: ProtectionPlan,
     calibrations: Calibrations = ALL_CALIBRATIONS,
     *,
-    method: Method = "gptq",
+    method: str = "gptq",
     bootstrap: Bootstrap,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CalibrationComparison:
@@ -144,7 +144,7 @@ def _provenance(
     texts: TextSet,
     plan: ProtectionPlan,
     calibrations: Calibrations,
-    method: Method,
+    method: str,
     bootstrap: Bootstrap,
 ) -> Provenance:
     arguments = {
@@ -164,16 +164,10 @@ def to_json(comparison: CalibrationComparison) -> str:
 
 
 def _quantizer(
-    loaded: LoadedModel, plan: ProtectionPlan, protected: bool, method: Method
+    loaded: LoadedModel, plan: ProtectionPlan, protected: bool, method: str
 ) -> Callable[[CalibrationSet], QuantizedModel]:
-    layers, overrides = (plan.protected_layers, plan.overrides) if protected else ((), NO_OVERRIDES)
-
-    def quantize(calibration: CalibrationSet) -> QuantizedModel:
-        return quantize_model(
-            loaded, layers, method=method, grid=plan.grid, calibration=calibration, overrides=overrides
-        )
-
-    return quantize
+    followed = plan if protected else ProtectionPlan.unprotected(plan.model, plan.layers, plan.grid)
+    return lambda calibration: quantize_model(loaded, followed, method=method, calibration=calibration)
 
 
 def _cross(judge: Judge, scored: Mapping[tuple[str, bool], Scored], first: str, other: str, crossed: bool) -> TwoByTwo:

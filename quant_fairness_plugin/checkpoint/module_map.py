@@ -53,20 +53,19 @@ def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
     return {name: width for name, width in bits.items() if width != grid.bits}
 
 
-def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
-    """Return the tensors that Transformers wants in an `awq` file beside the model's: full name → length.
+def activation_scales(model: nn.Module) -> dict[str, int]:
+    """Return the tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
 
     Its AWQ integration divides some activations by scales, in every block, quantized or not. Ours are ones.
 
     Args:
         model: the unquantized model, on any device.
-        format_name: the checkpoint format.
     """
     from quant_fairness_plugin.model.linear import linear_weight  # torch, see `module_map`
 
     architecture = find_architecture(str(getattr(model.config, "model_type", "")))
     scaled = None if architecture is None else architecture.scaled_activation
-    if format_name != "awq" or scaled is None:
+    if scaled is None:
         return {}
     return {
         f"{name}.{scaled.activation}.scales": len(linear_weight(getattr(module, scaled.before)))

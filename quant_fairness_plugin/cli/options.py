@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal, cast, get_args
 import typer
 
 from quant_fairness_plugin.artifacts import Granularity, Part, Precision, SearchMethod, Weighting
-from quant_fairness_plugin.config import FairConfig, check_bits, check_group_size
+from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.measure.objectives import OBJECTIVES, one_of
 from quant_fairness_plugin.plans.search import Search
+from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
 
 DEFAULTS = FairConfig()
 

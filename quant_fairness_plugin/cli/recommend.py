@@ -32,7 +32,6 @@ from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
-from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.recommend import Limit, recommend_plan
@@ -104,7 +103,6 @@ def recommend(
         seed=seed,
         strict=strict,
     )
-    find_objective(objective)
     if report is not None:
         swept = load(SweepReport, report)
     else:

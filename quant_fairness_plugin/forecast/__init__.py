@@ -7,7 +7,7 @@ parts of the work that are timed on this machine while it is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -91,8 +91,8 @@ def forecast(
     sweep: SweepConfig = SweepConfig(),
     *,
     memory_budget: int | None = None,
-    formats: Sequence[CheckpointFormat] = FORMATS,
-    readers: Sequence[Reader] = READERS,
+    formats: Iterable[CheckpointFormat] = FORMATS,
+    readers: Iterable[Reader] = READERS,
     trust_remote_code: bool = False,
 ) -> Forecast:
     """Return what the sweep of a model takes on this machine, and what becomes of its checkpoint.
@@ -167,7 +167,7 @@ def _heads(files: ModelFiles, outline: Outline) -> int:
 
 
 def _verdicts(
-    outline: Outline, config: FairConfig, formats: Sequence[CheckpointFormat], readers: Sequence[Reader]
+    outline: Outline, config: FairConfig, formats: Iterable[CheckpointFormat], readers: Iterable[Reader]
 ) -> tuple[Verdict, ...]:
     verdicts = []
     for form in formats:

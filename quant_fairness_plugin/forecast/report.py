@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.forecast import Forecast, Memory, Range, Verdict
 from quant_fairness_plugin.sweep.memory import shown
 
@@ -68,4 +69,6 @@ def _duration(seconds: Range) -> str:
 
 def _verdict(verdict: Verdict) -> str:
     words = f"no: {verdict.reason}" if verdict.reason else "loads it"
+    note = READERS[verdict.reader].note
+    words += f" ({note})" if note else ""
     return f"readers     {verdict.format:<18} {verdict.reader:<12} {words}"

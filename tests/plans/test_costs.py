@@ -13,7 +13,7 @@ from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.contents import checkpoint_tensors
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.plans.costs import count_bytes, has_bytes, layers_and_overrides, plan_bytes
-from quant_fairness_plugin.quantize.stream import quantize_model
+from tests.planning import quantize_layers
 
 PLANS: list[tuple[tuple[int, ...], Mapping[str, Precision]]] = [
     ((), {}),
@@ -31,7 +31,7 @@ def test_a_plan_costs_what_its_tensors_weigh(
 ) -> None:
     """Group 64 leaves all modules but one in 16 bit. The 16 bytes of a module's shape are not counted."""
     loaded = load_model(str(tiny_model("llama", layers=3)))
-    quantized = quantize_model(loaded, protected, method="rtn", grid=grid, overrides=overrides)
+    quantized = quantize_layers(loaded, protected, method="rtn", grid=grid, overrides=overrides)
     tensors = checkpoint_tensors(quantized, checkpoint_format("compressed-tensors"))
     stored = sum(tensor.nbytes for name, tensor in tensors if not name.endswith(".weight_shape"))
     layer_bytes, other = count_bytes(loaded, grid)

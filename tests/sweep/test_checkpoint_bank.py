@@ -22,7 +22,7 @@ from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.calibration import build_calibration
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe, open_bank
@@ -33,7 +33,8 @@ from quant_fairness_plugin.sweep.executors import ProcessExecutor
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.walk import score_plans
 from tests.export import foreign_folders
-from tests.export.build import GRID, TEXTS, plan_of, quantize_tiny
+from tests.export.build import GRID, TEXTS, quantize_tiny
+from tests.planning import quantize_layers
 from tests.planted_model import planted_texts
 from tests.tiny import byte_tokenizer
 
@@ -50,14 +51,14 @@ other, or float32 additions are made in another order."""
 
 
 def write(quantized: QuantizedModel, out: Path, **options: Any) -> Path:
-    export(quantized, out, plan=plan_of(quantized), texts=TEXTS, reader="vllm", **options)
+    export(quantized, out, texts=TEXTS, reader="vllm", **options)
     return out
 
 
 def awq(folder: Path, protected: Collection[int] = ()) -> QuantizedModel:
     calibration = build_calibration(byte_tokenizer(), TEXTS, row_tokens=8)
     grid = Grid(group_size=32, symmetric=False)
-    return quantize_model(load_model(str(folder)), tuple(protected), method="awq", grid=grid, calibration=calibration)
+    return quantize_layers(load_model(str(folder)), tuple(protected), method="awq", grid=grid, calibration=calibration)
 
 
 @pytest.fixture(scope="module")
