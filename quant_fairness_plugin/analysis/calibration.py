@@ -69,7 +69,8 @@ class Calibrations:
             )
         if not names or len(set(names)) < len(names):
             raise ConfigError(
-                f"calibrations {', '.join(names) or '(none)'}: name at least one, each once, of {', '.join(get_args(Weighting))}"
+                f"calibrations {', '.join(names) or '(none)'}: name at least one, each once, of "
+                f"{', '.join(get_args(Weighting))}"
             )
 
     def build(self, loaded: LoadedModel, texts: TextSet) -> tuple[dict[str, CalibrationSet], dict[str, CalibrationSet]]:
