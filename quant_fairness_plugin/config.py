@@ -13,16 +13,17 @@ from typing import Any, ClassVar, Literal, TypedDict
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     CheckpointFormat,
     Clip,
     Grid,
-    Objective,
     Precision,
     Reader,
     TextSet,
     Weighting,
 )
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 
@@ -59,7 +60,8 @@ class FairConfig:
     """Protect exactly this many layers by the sweep's ranking, instead of `auto`'s budget."""
     max_overhead: float = 0.2
     """`auto`'s budget: extra bytes on disk over the all-quantized checkpoint."""
-    objective: Objective = "worst"
+    objective: str = "worst"
+    """What units are ranked by; the names are those of `measure.objectives`."""
     languages: tuple[str, ...] | None = None
     reference: str | None = "en"
     texts: str = "bundled"
@@ -80,6 +82,7 @@ class FairConfig:
 
     def __post_init__(self) -> None:
         method = find_method(self.method)
+        find_objective(self.objective)
         check_bits(self.bits)
         check_group_size(self.group_size)
         if not 0 <= self.max_overhead <= 4:
@@ -109,6 +112,11 @@ class FairConfig:
         return Grid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, clip=self.clip)
 
     @property
+    def bootstrap(self) -> Bootstrap:
+        """How intervals and tests are made."""
+        return Bootstrap(self.reference, self.draws, self.seed)
+
+    @property
     def overrides(self) -> dict[str, Precision]:
         """What `protect_units` and `int8_layers` say, as in `ProtectionPlan.overrides`."""
         layers: dict[str, Precision] = {f"layers.{layer}": "int8" for layer in self.int8_layers}
@@ -130,7 +138,7 @@ class FairOptions(TypedDict, total=False):
     protect_columns: float
     top: int | None
     max_overhead: float
-    objective: Objective
+    objective: str
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
     texts: str | Path | TextSet

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from quant_fairness_plugin.artifacts import write_atomically
+from quant_fairness_plugin.artifacts import Bootstrap, write_atomically
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
@@ -72,7 +72,7 @@ def compare(
     allow_pickle: AllowPickle = False,
 ) -> None:
     """Quantize in memory by several calibrations, without and with protection, and print what each choice brings."""
-    chosen = parse_calibrations(calibrations)
+    weightings = parse_calibrations(calibrations)
     config = make_config(
         method=method,
         bits=parse_integer("bits", bits),
@@ -89,22 +89,20 @@ def compare(
     source = ModelSource(require_model(model), revision, trust_remote_code, allow_pickle)
     preflight(source, config)
 
-    from quant_fairness_plugin.analysis.calibration import check_calibrations, compare_calibrations, to_json
+    from quant_fairness_plugin.analysis.calibration import Calibrations, compare_calibrations, to_json
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
-    check_calibrations(config.method, chosen)
+    wanted = Calibrations(weightings=weightings, tokens_per_language=config.tokens_per_language, matrix=matrix)
+    wanted.check(config.method)
     with progress() as shown:
         quantizer = FairQuantizer.from_source(source, config, progress=shown)
         result = compare_calibrations(
             quantizer.loaded,
             quantizer.texts,
             quantizer.recommend(),
+            wanted,
             method=config.method,
-            calibrations=chosen,
-            tokens_per_language=config.tokens_per_language,
-            matrix=matrix,
-            draws=config.draws,
-            seed=seed,
+            bootstrap=Bootstrap(None, config.draws, seed),
             progress=shown,
         )
     document = to_json(result)

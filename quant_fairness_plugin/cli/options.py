@@ -10,7 +10,8 @@ import typer
 from quant_fairness_plugin.artifacts import Granularity, Part, Precision, SearchMethod, Weighting
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
-from quant_fairness_plugin.plans.search import Search, SearchObjective
+from quant_fairness_plugin.measure.objectives import OBJECTIVES, one_of
+from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
 
 DEFAULTS = FairConfig()
@@ -95,7 +96,7 @@ MemoryBudget = Annotated[
     ),
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes of --executor. Default: as many as fit.")]
-ObjectiveOption = Annotated[str, typer.Option("--objective", help="worst, mean, bpb, excess or disparity.")]
+ObjectiveOption = Annotated[str, typer.Option("--objective", help=f"{one_of(OBJECTIVES)}.")]
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
@@ -335,7 +336,7 @@ def parse_search(method: str | None, *, size: int, width: int, objective: str) -
     """
     if method is None:
         return None
-    return Search(method=cast(SearchMethod, method), size=size, width=width, objective=cast(SearchObjective, objective))
+    return Search(method=cast(SearchMethod, method), size=size, width=width, objective=objective)
 
 
 def parse_weights(text: str | None) -> dict[str, float] | None:

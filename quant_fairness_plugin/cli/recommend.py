@@ -34,7 +34,7 @@ from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource, preflight
-from quant_fairness_plugin.recommend import recommend_plan
+from quant_fairness_plugin.recommend import Limit, recommend_plan
 from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import Tool, check_tool, plan_for_tool
 
@@ -110,13 +110,12 @@ def recommend(
     if frontier:
         _print_frontier(swept, as_json=as_json)
         return
+    share = config.max_overhead if max_bytes is None and target is None else None
     plan = recommend_plan(
         swept,
+        Limit(max_bytes=max_bytes, target=target, max_overhead=share),
         objective=config.objective,
         top=config.top,
-        max_overhead=config.max_overhead,
-        max_bytes=max_bytes,
-        target=target,
         weights=parse_weights(weights),
         strict=config.strict,
     )
