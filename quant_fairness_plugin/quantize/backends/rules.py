@@ -39,7 +39,7 @@ def gptqmodel_config(
         method: `gptq` or `awq`.
     """
     config: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
-    return config | GPTQMODEL_OPTIONS[method] | {"dynamic": dynamic_rules(grids, kept, grid=grid, blocks=blocks)}
+    return config | dict(GPTQMODEL_OPTIONS[method]) | {"dynamic": dynamic_rules(grids, kept, grid=grid, blocks=blocks)}
 
 
 def dynamic_rules(grids: Mapping[str, Grid], kept: Iterable[str], *, grid: Grid, blocks: str) -> DynamicRules:
