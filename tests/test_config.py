@@ -55,10 +55,10 @@ def test_units_and_8_bit_layers_are_overrides_of_a_plan() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"protect_units": ["3"]}, "protect_units '3' is no unit; write LAYER.UNIT, such as 3.down"),
-        ({"protect_units": ["down.3"]}, "is no unit"),
-        ({"protect_units": ["-1.down"]}, "is no unit"),
-        ({"protect_units": [""]}, "protect_units '' is no unit"),
+        ({"protect_units": ["3"]}, "protect_units '3' is not a unit; write LAYER.UNIT, such as 3.down"),
+        ({"protect_units": ["down.3"]}, "is not a unit"),
+        ({"protect_units": ["-1.down"]}, "is not a unit"),
+        ({"protect_units": [""]}, "protect_units '' is not a unit"),
         ({"protect_units": ["3.down", "3.down"]}, r"3\.down is listed more than once"),
         ({"int8_layers": [4, 4]}, "4 is listed more than once"),
         ({"int8_layers": [-1]}, "-1 is negative"),
@@ -103,7 +103,7 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"precisions": ("int8",)}, "a checkpoint has fp16, or fp16,int8"),
+        ({"precisions": ("int8",)}, "a checkpoint holds fp16, or fp16,int8"),
         ({"precisions": ("fp16", "int5")}, "precisions fp16,int5"),
         ({"precisions": ("fp16", "int8"), "top": 3}, "top 3 is a number of layers in 16 bit"),
         ({"precisions": ("fp16", "int8"), "bits": 8}, "bits 8 is the same"),
