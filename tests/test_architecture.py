@@ -28,6 +28,7 @@ RANKS = [
     {"export"},
     {"serve"},
     {"analysis", "forecast", "preflight"},
+    {"steps"},
     {"fair_quantizer", "seeds"},
     {"__init__"},
     {"cli"},

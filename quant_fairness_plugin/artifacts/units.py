@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quant_fairness_plugin.errors import ConfigError
 
-_NAME = re.compile(r"(?:layers\.)?(0|[1-9][0-9]{0,8})(?:\.([a-z][a-z0-9_]*))?", re.ASCII)
+_NAME = re.compile(r"(?:layers\.)?(0|[1-9][0-9]{0,8})(?:\.([A-Za-z_]\w*(?:\.\w+)*))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Unit:
     layer: int
     """Counted from 0."""
     group: str | None = None
-    """The fusion group, such as `qkv` or `down`; None for the whole layer."""
+    """The fusion group, such as `qkv` or `down`, or `attn.q_proj` in an unknown architecture; None: the whole layer."""
 
     @classmethod
     def parse(cls, name: str) -> Unit:

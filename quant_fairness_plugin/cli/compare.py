@@ -54,7 +54,7 @@ def compare(
 ) -> None:
     """Quantize in memory by several calibrations, without and with protection, and print what each one brings."""
     source = access.source(model)
-    preflight(source, config)
+    checked = preflight(source, config)
 
     # Loads torch.
     from quant_fairness_plugin.analysis.calibration import check_calibrations, compare_calibrations, to_json
@@ -62,7 +62,7 @@ def compare(
 
     check_calibrations(config.method, calibrations)
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, progress=shown)
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         result = compare_calibrations(
             quantizer.loaded,
             quantizer.texts,

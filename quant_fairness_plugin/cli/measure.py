@@ -36,14 +36,14 @@ def measure(
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
-    preflight(source, config)
+    checked = preflight(source, config)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     started = time.monotonic()
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, progress=shown)
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         measured = (
             quantizer.measure(part=part).measurements[BASELINE]
             if checkpoint is None

@@ -42,13 +42,13 @@ def write_checkpoint(
     source: ModelSource, config: FairConfig, out: Path, *, plan: ProtectionPlan | None = None, overwrite: bool
 ) -> ExportRecord:
     """Check what can be checked without torch, then quantize, export, verify and measure."""
-    preflight(source, config, out=out, overwrite=overwrite)
+    checked = preflight(source, config, out=out, overwrite=overwrite)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, progress=shown)
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         return (quantizer if plan is None else quantizer.following(plan)).save_pretrained(out, overwrite=overwrite)
 
 

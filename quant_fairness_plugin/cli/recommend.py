@@ -17,7 +17,6 @@ from quant_fairness_plugin.cli.recommend_options import Limits, Printed
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
-from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.recommend import recommend_plan
 from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
@@ -90,12 +89,7 @@ def _print_frontier(swept: SweepReport, *, as_json: bool) -> None:
 
 def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: bool) -> str:
     try:
-        files = resolve_model(
-            source.name,
-            revision=source.revision,
-            allow_pickle=source.allow_pickle,
-            trust_remote_code=source.trust_remote_code,
-        )
+        files = source.resolve()
     except QuantFairnessError as err:
         if given:
             raise
@@ -107,9 +101,9 @@ def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: b
 
 
 def _sweep(source: ModelSource, config: FairConfig) -> SweepReport:
-    preflight(source, config)
+    checked = preflight(source, config)
 
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     with progress() as shown:
-        return FairQuantizer.from_source(source, config, progress=shown).sweep()
+        return FairQuantizer.from_source(source, config, checked=checked, progress=shown).sweep()

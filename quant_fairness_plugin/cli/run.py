@@ -41,13 +41,13 @@ def run(
     saved, config = planned(plan, config)
     source = access.source(model)
     out = output or default_output(source.name)
-    preflight(source, config, out=out, overwrite=overwrite)
+    checked = preflight(source, config, out=out, overwrite=overwrite)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, progress=shown)
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         result = (quantizer if saved is None else quantizer.following(saved)).run(out, overwrite=overwrite)
     typer.echo("\n".join(coverage_lines(result.record.calibration)), err=True)
     if as_json:

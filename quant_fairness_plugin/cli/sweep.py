@@ -53,9 +53,9 @@ def sweep(
     config = replace(config, precisions=("fp16",), top=sets.top if plans.granularity == "layer" else None)
     check_precisions(kinds, plans.mode, precision_of_bits(config.bits))
     source = access.source(model)
-    files, _ = preflight(source, config)
-    check_sets(files, config, plans, search)
-    budget = check_execution(files, config, execution, also=plans.also, precisions=kinds)
+    checked = preflight(source, config)
+    check_sets(checked.files, config, plans, search)
+    budget = check_execution(checked.files, config, execution, also=plans.also, precisions=kinds)
 
     # Load torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
@@ -65,7 +65,7 @@ def sweep(
     started = time.monotonic()
     with progress() as shown:
         quantizer = FairQuantizer.from_source(
-            source, config, progress=shown, memory_budget=budget, dtype=execution.dtype
+            source, config, checked=checked, progress=shown, memory_budget=budget, dtype=execution.dtype
         )
         report = quantizer.sweep(
             plans.mode,

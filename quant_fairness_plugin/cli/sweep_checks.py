@@ -13,7 +13,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.plans.plan_set import check_around, check_plans
 from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.plans.units import name_units
-from quant_fairness_plugin.sweep.checkpoint_bank import check_bank
+from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.memory import check_budget, parse_size
 
 

@@ -259,7 +259,10 @@ class FairConfig:
 
 
 class FairOptions(TypedDict, total=False):
-    """The fields of `FairConfig` as keyword arguments, for type checkers. A test compares the two."""
+    """The fields of `FairConfig` as keyword arguments, for type checkers; a test compares the two.
+
+    `texts`, which can be a set, comes apart.
+    """
 
     method: Method
     bits: int
@@ -279,7 +282,6 @@ class FairOptions(TypedDict, total=False):
     objective: Objective
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
-    texts: str
     tokens_per_language: int | None
     calibration: Weighting
     backend: str

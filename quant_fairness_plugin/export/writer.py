@@ -176,7 +176,8 @@ def _copy_companions(loaded: LoadedModel, folder: Path) -> None:
     if not loaded.files.weights:  # a model that was only in memory has no folder
         loaded.tokenizer.save_pretrained(folder)
         if loaded.model.generation_config is not None:
-            loaded.model.generation_config.save_pretrained(folder)
+            # `save_pretrained` refuses what Transformers itself loads and publishes, such as a temperature alone.
+            loaded.model.generation_config.to_json_file(folder / "generation_config.json")
         return
     for path in sorted([*source.iterdir(), *(source / TEMPLATE_FOLDER).glob("*.jinja")]):
         if not path.is_file() or path.name.startswith(".") or path.name in OWN_FILES:

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
-from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
+from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
     round_parameters,
@@ -91,12 +91,12 @@ class LoadedModel:
             InvalidLayerError: the layer is not in `0..layers - 1`.
         """
         block = self.block(layer)
-        names = zip(self.family.full_names(layer), self.family.modules(), strict=True)
+        names = zip(self.family.full_names(layer), self.family.modules(layer), strict=True)
         return {full: block.get_submodule(relative) for full, relative in names}
 
 
 def load_model(
-    name: str,
+    name: str | ModelFiles,
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -110,7 +110,8 @@ def load_model(
     would store it. The model is in evaluation mode and takes no gradients.
 
     Args:
-        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id; or the files that
+            `resolve_model` returned for one, which are not resolved again.
         dtype: what the model computes in; None is float32.
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run the model code that the checkpoint brings along.
@@ -125,7 +126,7 @@ def load_model(
     """
     compute = compute_dtype(dtype)
     check_device(device)
-    files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    files = resolved(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     storage = storage_dtype(files)
     model = _load_weights(files, trust_remote_code)
     family = detect_family(model)
@@ -152,7 +153,7 @@ def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> L
     family = detect_family(model)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    weight = linear_weight(blocks[0].get_submodule(family.modules()[0]))
+    weight = linear_weight(blocks[0].get_submodule(family.modules(0)[0]))
     if weight.is_meta or weight.dtype not in _COMPUTE:
         raise UnsupportedModelError(
             f"the model's weights are {'on the meta device' if weight.is_meta else weight.dtype}; allowed are float16, "

@@ -7,27 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
+from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts
+from quant_fairness_plugin.model.gguf import gguf_folder
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
 from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
 
 BUNDLED = ("demo", "demo-gpt2")
 
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_EXPERTS_KEY = re.compile(r"(\w+_)?(n|num)_(\w+_)?experts")
-"""`num_experts`, `num_local_experts`, `n_routed_experts`, `moe_num_experts`, …, but not `num_experts_per_tok`."""
-MIXTURE_ADVICE = (
-    "which calibration would reach with few tokens; allowed are dense models. Use a dense model of the family, or "
-    "quantize this one with a tool that knows its experts (gptqmodel, llm-compressor)."
-)
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _QUANTIZED_ENDINGS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax")
 
@@ -55,7 +49,7 @@ def resolve_model(
     """Find a model and check its files, without importing torch or reading a weight.
 
     Args:
-        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model), a `.gguf` file or a Hub id.
         revision: branch, tag or commit of a Hub id.
         allow_pickle: accept `pytorch_model.bin` where there is no safetensors file.
         trust_remote_code: accept a config that names code of its own.
@@ -77,6 +71,15 @@ def resolve_model(
     if weights[0].suffix == ".safetensors":
         _refuse_quantized_tensors(folder, read_shapes(weights))
     return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit)
+
+
+def resolved(
+    name: str | ModelFiles, *, revision: str | None, allow_pickle: bool, trust_remote_code: bool
+) -> ModelFiles:
+    """Return the files of a model: those that are given, or what `resolve_model` finds for a name."""
+    if isinstance(name, ModelFiles):
+        return name
+    return resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
 
 
 def tensor_shapes(files: ModelFiles) -> TensorShapes:
@@ -163,11 +166,11 @@ def _local_folder(name: str, hint: str) -> Path | None:
     path = Path(name).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises on a name that is too long
         return path
-    if path.suffix == ".gguf":
-        raise UnsupportedModelError(f"{name}: GGUF weights are not read. Use the model's safetensors folder.")
+    if path.suffix == ".gguf" and os.path.isfile(path):
+        return gguf_folder(path)
     if os.path.isfile(path):
         return _folder_of_file(path, hint)
-    if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".json"}:
+    if path.suffix in {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json"}:
         raise ArtifactError(f"{name}: no such file. {hint}")
     return None
 
@@ -196,7 +199,10 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _no_config(folder: Path) -> ArtifactError | UnsupportedModelError:
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        return UnsupportedModelError(f"{folder}: GGUF weights are not read. Use the model's safetensors folder.")
+        first = min(folder.glob("*.gguf")).name
+        return UnsupportedModelError(
+            f"{folder}: holds GGUF files and no model folder's config.json. Name one of the files, such as {first}."
+        )
     return ArtifactError(
         f"{folder}: no config.json; a model folder holds config.json, its weights and its tokenizer. Complete it."
     )
@@ -212,7 +218,7 @@ def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool)
             f"{path}: the model is already quantized ({method}); allowed are 16- or 32-bit models. Use the original."
         )
     _check_custom_code(folder, config, trust_remote_code)
-    for key, count in _expert_counts(config):
+    for key, count in expert_counts(config):
         raise UnsupportedModelError(f"{path}: the model holds a mixture of experts ({key} {count}), {MIXTURE_ADVICE}")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -223,19 +229,6 @@ def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool)
         raise UnsupportedModelError(
             f"{path}: {what} is not a decoder-only language model; allowed are causal models (…ForCausalLM). Use one."
         )
-
-
-def _expert_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """The config's counts of more than one expert, also those of its parts (`text_config`, `ffn_config`)."""
-    if config.get("is_moe") is False:  # Doge: the counts are those that it would have
-        return
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _expert_counts(value)
-        elif _EXPERTS_KEY.fullmatch(key):  # a list has one count per layer
-            counts = [count for count in (value if isinstance(value, list) else [value]) if type(count) is int]
-            if max(counts, default=0) > 1:
-                yield key, max(counts)
 
 
 def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -265,11 +258,11 @@ def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
 
 
 def _layer_count(folder: Path, config: dict[str, Any]) -> int:
-    given = {key: config[key] for key in _LAYER_KEYS if key in config}
+    given = {key: config[key] for key in LAYER_KEYS if key in config}
     counts = {value for value in given.values() if type(value) is int and value > 0}
     if len(counts) != 1 or any(value not in counts for value in given.values()):
         raise ArtifactError(
             f"{folder / 'config.json'}: does not say how many layers the model has ({given or 'no such key'}); looked "
-            f"for a whole number in one of {', '.join(_LAYER_KEYS)}. Restore the model's own file."
+            f"for a whole number in one of {', '.join(LAYER_KEYS)}. Restore the model's own file."
         )
     return counts.pop()

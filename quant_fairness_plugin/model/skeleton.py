@@ -15,12 +15,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFFERS
 from quant_fairness_plugin.model.load import check_keys
 from quant_fairness_plugin.model.reading import Place, read_parts, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles
 
-_OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-"""Buffers that old checkpoints hold and that models now make themselves."""
 _COMPARED_VALUES = 1 << 22
 
 
@@ -42,7 +41,7 @@ def match_tensors(model: PreTrainedModel, files: ModelFiles, stored: Mapping[str
     names = {_renamed(model, name, wanted): name for name in stored}
     found = {name: stored[source] for name, source in names.items() if name in wanted}
     _join_tied(model, found)
-    ignored = [*_OBSOLETE, *(model._keys_to_ignore_on_load_unexpected or ())]
+    ignored = [*OBSOLETE_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]
     unexpected = {name for name in names if name not in wanted and not any(re.search(p, name) for p in ignored)}
     mismatched = [(name,) for name, place in found.items() if place.shape != tuple(wanted[name].shape)]
     missing = wanted.keys() - found.keys()

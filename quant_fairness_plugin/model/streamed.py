@@ -26,7 +26,7 @@ from quant_fairness_plugin.model.load import (
     load_tokenizer,
 )
 from quant_fairness_plugin.model.reading import Place, find_tensors, read_parts, read_rows, read_tensor
-from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
+from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
 from quant_fairness_plugin.model.storage import rounded, storage_dtype
 
@@ -144,7 +144,7 @@ class StreamedModel(LoadedModel):
 
 
 def open_streamed(
-    name: str,
+    name: str | ModelFiles,
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -166,7 +166,7 @@ def open_streamed(
     """
     compute = compute_dtype(dtype)
     check_device(device)
-    files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    files = resolved(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     storage = storage_dtype(files)
     # Buffers are made in float32, as in a model that is loaded; parameters are replaced below.
     model = empty_model(files, trust_remote_code=trust_remote_code, dtype=torch.float32)

@@ -152,7 +152,7 @@ def _no_weights(folder: Path, allow_pickle: bool) -> ArtifactError | Unsupported
         )
     if any(folder.glob("*.gguf")):
         return UnsupportedModelError(
-            f"{folder}: GGUF weights, which are quantized and not read here. Use the model's safetensors folder."
+            f"{folder}: GGUF weights, which are quantized. Name the file itself, or use the model's safetensors folder."
         )
     return ArtifactError(
         f"{folder}: no weights; looked for model.safetensors or model.safetensors.index.json. Download them "

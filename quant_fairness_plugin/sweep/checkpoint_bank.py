@@ -28,7 +28,6 @@ from quant_fairness_plugin.sweep.bank_rules import check_bank, checkpoint_grid
 from quant_fairness_plugin.sweep.jobs import BankRecipe
 
 _logger = logging.getLogger(__name__)
-_HEAD_ON_DISK = {"embed_out.weight": "lm_head.weight"}
 
 
 def bank_recipe(folder: Path, grid: Grid) -> BankRecipe:
@@ -108,7 +107,7 @@ def _folded(folder: Path, loaded: LoadedModel, checkpoint: Checkpoint) -> Iterat
     """
     parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
     for stored in checkpoint.plain:
-        name = _HEAD_ON_DISK.get(stored, stored)
+        name = loaded.family.architecture.loaded_name(stored)
         if name not in parameters:
             continue
         value = checkpoint.tensor(stored)

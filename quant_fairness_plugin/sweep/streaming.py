@@ -215,7 +215,7 @@ def _pieces(nodes: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def _open_stacks(folder: Path, store: Store | None, job: Job, batches: Sequence[Batch], allowance: int) -> Stacks:
     model, family = job.loaded.model, job.loaded.family
-    weight = job.loaded.block(0).get_submodule(family.modules()[0]).weight
+    weight = job.loaded.block(0).get_submodule(family.modules(0)[0]).weight
     assert isinstance(weight, Tensor)
     width = weight.shape[0 if family.conv1d else 1]
     shapes = [(*batch.ids.shape, width) for batch in batches]

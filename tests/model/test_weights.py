@@ -64,13 +64,12 @@ def test_a_safetensors_file_that_is_not_the_models_is_refused(folder: Path) -> N
     assert "other.safetensors: not the weights of the model in its folder" in refused(folder / "other.safetensors")
 
 
-def test_gguf_is_refused_as_file_and_as_folder(folder: Path) -> None:
+def test_a_folder_of_gguf_files_is_refused_and_names_one(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model.gguf")
     assert "UnsupportedModelError" in refused(folder)
-    assert "GGUF weights" in refused(folder)
-    assert "UnsupportedModelError" in refused(folder / "model.gguf")
+    assert "GGUF" in refused(folder)
     (folder / "config.json").unlink()
-    assert "GGUF weights are not read" in refused(folder)
+    assert "Name one of the files, such as model.gguf" in refused(folder)
 
 
 def test_an_adapter_is_refused_even_beside_whole_weights(folder: Path) -> None:

@@ -72,14 +72,15 @@ def test_the_planted_layer_is_found_by_both_modes(report: SweepReport) -> None:
         assert isinstance(ranking, Ranking)
         assert ranking.layers[0] == PLANTED_LAYER
         assert ranking.units[0] == f"layers.{PLANTED_LAYER}"
+        # In every resample: protecting it saves 1.3 bits per byte of 1.4, the next layer 0.02.
         assert ranking.top_probability[0] == 1.0
 
 
 def test_the_planted_language_is_hurt_most_by_the_planted_layer(report: SweepReport) -> None:
     plan = f"quantize {PLANTED_LAYER}"
-    assert kl(report, plan, "he") > 2 * kl(report, plan, "en")
+    assert kl(report, plan, "he") > 2 * kl(report, plan, "en")  # 7.7 times
     others = [kl(report, f"quantize {i}", "he") for i in range(LAYERS) if i != PLANTED_LAYER]
-    assert kl(report, plan, "he") > 3 * max(others)
+    assert kl(report, plan, "he") > 3 * max(others)  # 25 times
 
 
 def test_an_idle_layer_costs_almost_nothing(report: SweepReport) -> None:
@@ -148,7 +149,7 @@ def test_other_precisions_are_rows_with_bytes_and_are_not_ranked(mixed: SweepRep
     assert [(row.mode, row.units, row.precision) for row in mixed.rows if row.plan == "int8 2"] == [
         ("protect-one", ("layers.2",), "int8")
     ]
-    assert kl(mixed, "none", "he") > 2 * kl(mixed, f"int8 {PLANTED_LAYER}", "he")
+    assert kl(mixed, "none", "he") > 2 * kl(mixed, f"int8 {PLANTED_LAYER}", "he")  # 15 times
     ranking = mixed.rankings["protect-one worst"]
     assert isinstance(ranking, Ranking)
     assert len(ranking.units) == LAYERS
@@ -199,7 +200,7 @@ def test_the_planted_unit_is_found(loaded: LoadedModel, by_unit: SweepReport) ->
     assert by_unit.units == tuple(f"layers.{layer}.{group}" for layer in range(LAYERS) for group in groups)
     ranking = by_unit.rankings["protect-one worst"]
     assert isinstance(ranking, Ranking)
-    assert ranking.units[0] == f"layers.{PLANTED_LAYER}.down"
+    assert ranking.units[0] == f"layers.{PLANTED_LAYER}.down"  # saves 1.3 bits per byte, the next unit 0.2
     with pytest.raises(ConfigError, match="of fusion groups, not of whole layers"):
         _ = ranking.layers
 

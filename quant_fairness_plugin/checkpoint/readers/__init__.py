@@ -15,7 +15,7 @@ from quant_fairness_plugin.artifacts import CheckpointFormat as CheckpointFormat
 from quant_fairness_plugin.artifacts import Grid, Precision, Reader
 from quant_fairness_plugin.checkpoint.formats import check_format_name
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.model.architectures import LAYOUTS
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.families import Family
 
 READERS: tuple[Reader, ...] = get_args(Reader)
@@ -229,7 +229,8 @@ def find_refusal(
         return None
     name, conv1d = (None, False) if family is None or isinstance(family, str) else (family.name, family.conv1d)
     if isinstance(family, str):
-        name, conv1d = family, any(layout.conv1d and family in layout.families for layout in LAYOUTS)
+        architecture = find_architecture(family)
+        name, conv1d = family, architecture is not None and architecture.conv1d
     request = Request(format, grid, reader, overrides, name, conv1d)
     for applies, refusal in RULES:
         if applies(request):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quant_fairness_plugin.artifacts import Grid, Method
-from quant_fairness_plugin.model.families import KNOWN_FAMILIES
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.quantize.backends import Job, require
 from quant_fairness_plugin.quantize.backends.rules import llmcompressor_recipe
 from quant_fairness_plugin.quantize.backends.running import running
@@ -36,12 +36,15 @@ class LlmCompressorBackend:
 
     def refuse(self, family: str, method: Method, grid: Grid) -> str | None:
         """The reason why llm-compressor fails on a family, or None."""
-        if family == "gpt2":
+        architecture = find_architecture(family)
+        if architecture is None:
+            return None
+        if architecture.conv1d:
             return (
-                "llm-compressor quantizes Linear modules only, and GPT-2 has Conv1D; allowed are other families. "
+                f"llm-compressor quantizes Linear modules only, and {family} has Conv1D; allowed are other families. "
                 "Use --backend native, or --backend gptqmodel with --method gptq."
             )
-        if method == "awq" and family in set(KNOWN_FAMILIES) - AWQ_FAMILIES:
+        if method == "awq" and family not in AWQ_FAMILIES:
             return (
                 f"llm-compressor has no AWQ mapping for {family}; allowed are {', '.join(sorted(AWQ_FAMILIES))}. "
                 "Use --method gptq, or --backend native."
