@@ -49,7 +49,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import Grid, TextSet
+from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, TextSet
 from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.load import LoadedModel, load_model
@@ -149,14 +149,15 @@ def run_draw(
     seed, grid = arguments.seed + draw, grid_of(arguments)
     sample = calibration_draw(texts, arguments.sentences, seed)
     calibration = equal_rows(loaded.tokenizer, sample, arguments.row_tokens, seed)
+    plan = ProtectionPlan.unprotected(loaded.files.name, loaded.layers, grid)
     started = time.monotonic()
-    ours = quantize_model(loaded, (), method="awq", grid=grid, calibration=calibration)
+    ours = quantize_model(loaded, plan, method="awq", calibration=calibration)
     seconds = {"ours": time.monotonic() - started}
     started, out = time.monotonic(), folder / f"draw-{draw}"
     peer = run_peer(arguments, loaded.files.folder, calibration, grid, out)
     if not peer["reused_folder"]:
         seconds["gptqmodel"] = time.monotonic() - started
-    rounded = quantize_model(loaded, (), method="rtn", grid=grid)
+    rounded = quantize_model(loaded, plan, method="rtn")
     states = {
         "ours": ours.dense_weights(),
         "gptqmodel": read_peer(out, loaded, grid),

@@ -167,13 +167,14 @@ def quality(arguments: argparse.Namespace, command: Sequence[str]) -> None:
     loaded, texts = load_model(arguments.model), load_texts("bundled")
     grid = Grid(group_size=arguments.group_size)
     shared = context(loaded, texts, grid=grid, seed=arguments.seed, command=command)
-    plain = quantize_model(loaded, (), method="rtn", grid=grid).dense_weights()
+    plan = ProtectionPlan.unprotected(loaded.files.name, loaded.layers, grid)
+    plain = quantize_model(loaded, plan, method="rtn").dense_weights()
     collected: dict[str, list[Any]] = {name: [] for name in BACKENDS}
     for draw in range(arguments.draws):
         seed = arguments.seed + draw
         sample = calibration_draw(texts, arguments.sentences, seed)
         calibration = build_calibration(loaded.tokenizer, sample, seed=seed)
-        made, timers = quantize_by_all(loaded, grid, calibration)
+        made, timers = quantize_by_all(loaded, plan, calibration)
         states = {name: quantized.dense_weights() for name, quantized in made.items()} | {"rtn": plain}
         series, scored = series_of_draw(loaded, texts.part("confirm"), states, arguments.seed)
         for name in BACKENDS:
@@ -211,33 +212,18 @@ def quality(arguments: argparse.Namespace, command: Sequence[str]) -> None:
 
 
 def quantize_by_all(
-    loaded: LoadedModel, grid: Grid, calibration: CalibrationSet
+    loaded: LoadedModel, plan: ProtectionPlan, calibration: CalibrationSet
 ) -> tuple[dict[str, QuantizedModel], Timers]:
     """The whole model by our core and by every backend, each timed with its loading and reading back."""
     timers = Timers()
     made: dict[str, QuantizedModel] = {}
     with timers.running("ours"):
-        made["ours"] = quantize_model(loaded, (), method="gptq", grid=grid, calibration=calibration)
+        made["ours"] = quantize_model(loaded, plan, method="gptq", calibration=calibration)
     for name in BACKENDS:
         import_module(name)
         with timers.running(name):
-            made[name] = quantize_with(name, loaded, nothing(loaded, grid), method="gptq", calibration=calibration)
+            made[name] = quantize_with(name, loaded, plan, method="gptq", calibration=calibration)
     return made, timers
-
-
-def nothing(loaded: LoadedModel, grid: Grid) -> ProtectionPlan:
-    """The plan that protects nothing."""
-    return ProtectionPlan(
-        model=loaded.files.name,
-        units={f"layers.{layer}": "int4" for layer in range(loaded.layers)},
-        grid=grid,
-        source="none",
-        reasons=(),
-        stable=True,
-        predicted=False,
-        extra_bytes=0,
-        overhead=0.0,
-    )
 
 
 def rounded(seconds: dict[str, float]) -> dict[str, float]:

@@ -80,6 +80,7 @@ def time_rules() -> Iterator[dict[str, Any]]:
 def measure_width(bits: int) -> Iterator[dict[str, Any]]:
     """One row per rule and language, and one per rule for the summary."""
     from quant_fairness_plugin import FairQuantizer
+    from quant_fairness_plugin.artifacts import ProtectionPlan
     from quant_fairness_plugin.measure.scoring import ModelState
     from quant_fairness_plugin.model.exchange import swapped
     from quant_fairness_plugin.quantize.calibration import build_calibration
@@ -90,8 +91,9 @@ def measure_width(bits: int) -> Iterator[dict[str, Any]]:
     states, losses, seconds = [], {}, {}
     for clip in CLIPS:
         grid = replace(base.config.grid, clip=clip)
+        plan = ProtectionPlan.unprotected(MODEL, base.loaded.layers, grid)
         start = time.process_time()
-        quantized = quantize_model(base.loaded, (), method="gptq", grid=grid, calibration=calibration)
+        quantized = quantize_model(base.loaded, plan, method="gptq", calibration=calibration)
         seconds[clip] = time.process_time() - start
         losses[clip] = sum(quantized.losses.values()) / len(quantized.losses)
         weights = quantized.dense_weights()

@@ -42,7 +42,15 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Part, StateScores, TextSet, package_versions, write_atomically
+from quant_fairness_plugin.artifacts import (
+    Grid,
+    Part,
+    ProtectionPlan,
+    StateScores,
+    TextSet,
+    package_versions,
+    write_atomically,
+)
 from quant_fairness_plugin.measure.damage import measure_damage, objective_draws, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import significant
@@ -51,6 +59,7 @@ from quant_fairness_plugin.model.exchange import stored_form, swapped
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.texts.load import load_texts
 
@@ -218,14 +227,15 @@ def run_draw(
     seed, grid = arguments.seed + draw, Grid(bits=arguments.bits, group_size=arguments.group_size)
     sample = calibration_draw(texts, arguments.sentences, seed)
     calibration = build_calibration(loaded.tokenizer, sample, row_tokens=arguments.row_tokens, seed=seed)
+    plan = ProtectionPlan.unprotected(loaded.files.name, loaded.layers, grid)
     started = time.monotonic()
-    ours = quantize_model(loaded, (), method="gptq", grid=grid, calibration=calibration, damp=arguments.damp)
+    ours = quantize_model(loaded, plan, method=Gptq(damp=arguments.damp), calibration=calibration)
     seconds = {"ours": time.monotonic() - started}
     started, out = time.monotonic(), folder / f"draw-{draw}"
     peer = run_peer(arguments, loaded.files.folder, calibration, grid, out)
     seconds["gptqmodel"] = time.monotonic() - started
     theirs = read_peer(out, loaded, grid)
-    rounded = quantize_model(loaded, (), method="rtn", grid=grid)
+    rounded = quantize_model(loaded, plan, method="rtn")
     states = {"ours": ours.dense_weights(), "gptqmodel": theirs, "rtn": rounded.dense_weights()}
     if states["ours"].keys() != theirs.keys() or ours.kept:
         raise RefusedError(f"the two quantized different modules; ours left out {sorted(ours.kept)}")

@@ -3,8 +3,8 @@
     model and texts → measure → sweep → recommend → quantize → export → serve
 
 Each step is a package of that name, takes plain data and returns plain data, and can be used alone. Here a step takes
-the result of the one before as an optional argument. Without it, it uses the result that the quantizer remembers, and
-makes that result first where there is none. How a configuration becomes the arguments of a step is in `steps.py`.
+the result of the one before as an optional argument; without it, it uses the result that the quantizer remembers, or
+makes it first. How a configuration becomes the arguments of a step is in `steps.py`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.stream import QuantizedModel
-from quant_fairness_plugin.steps import EXPORTED, Execution, exported_state
-from quant_fairness_plugin.sweep.config import SweepChoices, answers
+from quant_fairness_plugin.steps import EXPORTED, exported_state
+from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor
 
 Progress = Callable[[str, int, int], None]
@@ -46,8 +47,7 @@ class FairQuantizer:
     A new sweep forgets the plan; a new plan forgets the quantized model and the export. The model is never changed.
 
     Example:
-        quantizer = FairQuantizer.from_pretrained("demo", protect_layers="auto")
-        quantizer.save_pretrained("demo-int4-fair")
+        FairQuantizer.from_pretrained("demo", protect_layers="auto").save_pretrained("demo-int4-fair")
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class FairQuantizer:
         bank: Path | None = None,
         work: Path | None = None,
         executor: Executor | None = None,
-        **choices: Unpack[SweepChoices],
+        **options: Unpack[SweepOptions],
     ) -> SweepReport:
         """Measure every plan on the search part and rank the units; the last sweep is returned if it holds all plans.
 
@@ -175,13 +175,14 @@ class FairQuantizer:
             bank: a quantized checkpoint of this model, whose weights are the quantized side; None rounds to nearest.
             work: a folder of finished trials, from which an interrupted sweep goes on.
             executor: where the trials run; None is this process.
-            **choices: fields of `SweepChoices`; `top` is the configuration's, or 3, where it is not given.
+            **options: fields of `SweepConfig`; `top` is the configuration's, or 3, where it is not given.
         """
-        choices.setdefault("top", self.config.top or 3)
-        if self._report is None or bank != self._bank or not answers(self._report, modes, choices):
+        options.setdefault("top", self.config.top or 3)
+        config = SweepConfig.make(modes, **options)
+        if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
             run, progress = Execution(work, executor, self._memory_budget), partial(self._progress, "sweep")
             self._report = steps.sweep(
-                self.loaded, self.texts, self.config, modes, choices, bank=bank, execution=run, progress=progress
+                self.loaded, self.texts, self.config, config, bank=bank, execution=run, progress=progress
             )
             self._bank = bank
             self._remember_plan(None)
@@ -248,10 +249,11 @@ class FairQuantizer:
             ArtifactError: what was written is not what was quantized; nothing is left behind.
         """
         if quantized is not None and quantized is not self._quantized:
-            self._remember_plan(steps.plan_of_quantized(quantized, self.loaded, self.config))
+            self._remember_plan(steps.plan_of_quantized(quantized, self.loaded))
             self._quantized = quantized
         measured = self.measure_folder if measure == "exported" else measure
-        return self._export(self._exportable_plan(), Path(out), overwrite=overwrite, measure=measured)
+        self._exportable_plan()
+        return self._export(Path(out), overwrite=overwrite, measure=measured)
 
     def push_to_hub(self, repo_id: str, folder: Path | None = None, **options: Unpack[PushOptions]) -> str:
         """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
@@ -268,7 +270,7 @@ class FairQuantizer:
             both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
             return both[0].measurements[EXPORTED]
 
-        record = self._export(plan, Path(out), overwrite=overwrite, measure=measure)
+        record = self._export(Path(out), overwrite=overwrite, measure=measure)
         return steps.compare(record, both[0])
 
     def _remember_plan(self, plan: ProtectionPlan | None) -> None:
@@ -288,10 +290,8 @@ class FairQuantizer:
             steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
         return plan
 
-    def _export(
-        self, plan: ProtectionPlan, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None
-    ) -> ExportRecord:
-        record = steps.write(self.quantize(), out, plan, self.texts, self.config, overwrite=overwrite, measure=measure)
+    def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:
+        record = steps.write(self.quantize(), out, self.texts, self.config, overwrite=overwrite, measure=measure)
         self._exported = out
         return record
 

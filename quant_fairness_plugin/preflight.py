@@ -15,7 +15,7 @@ from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.quantize.backends import check_backend
-from quant_fairness_plugin.quantize.grid_rules import check_clip
+from quant_fairness_plugin.quantize.methods import check_method
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -112,7 +112,7 @@ def preflight(
     if out is not None:
         check_output(out.resolve(), overwrite=overwrite)
         check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
-    check_clip(config.grid, method=config.method, sweeps=config.protect_layers == "auto")
+    check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
     check_model(config, files)
     return Checked(files, open_texts(config, texts))

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Evidence,
     ExportRecord,
     Measurement,
-    Mode,
     Part,
     Precision,
     ProtectionPlan,
@@ -43,30 +42,20 @@ from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
-from quant_fairness_plugin.sweep.config import SweepChoices
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
-from quant_fairness_plugin.sweep.executors import Executor
+from quant_fairness_plugin.sweep.execution import Execution
 
 EXPORTED = "exported"
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
-
-
-class Execution(NamedTuple):
-    """How the trials of a sweep are run."""
-
-    work: Path | None = None
-    """A folder of finished trials, from which an interrupted sweep goes on."""
-    executor: Executor | None = None
-    """Where the trials run; None is this process."""
-    memory_budget: int | None = None
-    """Bytes, for a model whose blocks stay in their files."""
 
 
 def load_checked(
@@ -140,8 +129,7 @@ def sweep(
     loaded: LoadedModel,
     texts: TextSet,
     config: FairConfig,
-    modes: Sequence[Mode],
-    choices: SweepChoices,
+    plans: SweepConfig,
     *,
     bank: Path | None = None,
     execution: Execution,
@@ -151,17 +139,12 @@ def sweep(
     return sweep_units(
         loaded,
         texts.part("search"),
+        plans,
         grid=config.grid,
+        bootstrap=Bootstrap(config.reference, config.draws, config.seed),
         bank_recipe=None if bank is None else bank_recipe(bank, config.grid),
-        modes=modes,
-        reference=config.reference,
-        draws=config.draws,
-        seed=config.seed,
+        execution=execution,
         progress=progress,
-        work=execution.work,
-        executor=execution.executor,
-        memory_budget=execution.memory_budget,
-        **choices,
     )
 
 
@@ -210,8 +193,8 @@ def plan_of_layers(
     )
 
 
-def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel, config: FairConfig) -> ProtectionPlan:
-    """Return a plan that says what a quantized model of this model holds.
+def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel) -> ProtectionPlan:
+    """Return the plan that a quantized model of this model was made by.
 
     Raises:
         ConfigError: another model, or another instance of it, was quantized.
@@ -221,8 +204,7 @@ def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel, config: Fa
             f"the quantized model was made from another instance of {quantized.loaded.files.name}; one made by this "
             "quantizer or a copy of it is accepted. Export it with the quantizer that made it"
         )
-    plan = plan_of_layers(loaded, config, tuple(sorted(quantized.protected)), quantized.overrides)
-    return with_columns(plan, loaded, config.protect_columns if quantized.columns else 0.0)
+    return quantized.plan
 
 
 def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> None:
@@ -317,7 +299,7 @@ def quantize(
         QuantFairnessError: as `quantize_model` and `quantize_with`.
     """
     calibration = None
-    if config.method != "rtn":
+    if find_method(config.method).needs_calibration:
         calibration = build_calibration(
             loaded.tokenizer,
             texts.part("calibrate"),
@@ -329,11 +311,8 @@ def quantize(
     with_our_core = partial(
         quantize_model,
         loaded,
-        plan.protected_layers,
+        plan,
         method=config.method,
-        grid=config.grid,
-        overrides=plan.overrides,
-        columns=plan.protect_columns,
         progress=progress,
     )
     if calibration is None:
@@ -344,7 +323,6 @@ def quantize(
 def write(
     quantized: QuantizedModel,
     out: Path,
-    plan: ProtectionPlan,
     texts: TextSet,
     config: FairConfig,
     *,
@@ -355,7 +333,6 @@ def write(
     return export(
         quantized,
         out,
-        plan=plan,
         texts=texts,
         format=config.format,
         reader=config.reader,

@@ -15,10 +15,10 @@ PACKAGE = "quant_fairness_plugin"
 RANKS = [
     {"quant_fairness_kernels", "errors"},
     {"artifacts"},
-    {"config"},
     {"model", "texts"},
     {"measure"},
     {"quantize"},
+    {"config"},
     {"plans"},
     {"statistics"},
     {"checkpoint"},
@@ -148,7 +148,7 @@ def test_what_must_be_quick_does_not_import_torch(statement: str, loads_torch: b
     assert out.strip() == str(loads_torch)
 
 
-@pytest.mark.parametrize("package", ["plans", "statistics"])
+@pytest.mark.parametrize("package", ["plans", "statistics", "checkpoint.formats"])
 def test_packages_that_do_without_torch(package: str) -> None:
     folder = ROOT / PACKAGE / Path(*package.split("."))
     names = [f"{PACKAGE}.{package}.{path.stem}".removesuffix(".__init__") for path in sorted(folder.glob("*.py"))]

@@ -104,7 +104,7 @@ def test_lists_become_tuples() -> None:
         ({"bits": True}, "bits True is not an integer"),
         ({"bits": "4"}, "bits '4' is not an integer"),
         ({"group_size": 100}, "group size 100 is read by no server; use 32, 64, 128, or -1"),
-        ({"method": "magic"}, "method 'magic': Input should be 'rtn', 'gptq' or 'awq'"),
+        ({"method": "magic"}, "method 'magic' is unknown; use 'rtn', 'gptq' or 'awq'"),
         ({"protect_layers": "most"}, "protect_layers 'most': Input should be 'auto' or 'none'"),
         ({"max_overhead": -0.1}, r"max_overhead -0\.1 is no share"),
         ({"draws": 10}, "draws 10 are too few"),

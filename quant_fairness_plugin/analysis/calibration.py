@@ -17,13 +17,13 @@ from typing import Literal
 from quant_fairness_plugin.analysis.effects import WORST, Effects, TwoByTwo, effects_of, undefined_effects
 from quant_fairness_plugin.analysis.matrix import CalibrationMatrix, calibration_matrix, single_language_sets
 from quant_fairness_plugin.analysis.outcomes import CalibrationOutcome, Judge, Scored
-from quant_fairness_plugin.artifacts import Method, ProtectionPlan, Provenance, TextSet, Weighting
+from quant_fairness_plugin.artifacts import ProtectionPlan, Provenance, TextSet, Weighting
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
-from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 
 CALIBRATIONS: tuple[Weighting, ...] = ("english", "uniform", "minimax")
@@ -36,7 +36,7 @@ class CalibrationComparison:
     schema_version: Literal[1] = 1
     kind: Literal["calibration-comparison"] = "calibration-comparison"
     provenance: Provenance
-    method: Method
+    method: str
     plan: ProtectionPlan
     outcomes: tuple[CalibrationOutcome, ...]
     tables: tuple[TwoByTwo, ...]
@@ -49,7 +49,7 @@ def compare_calibrations(
     texts: TextSet,
     plan: ProtectionPlan,
     *,
-    method: Method = "gptq",
+    method: str = "gptq",
     calibrations: Sequence[Weighting] = CALIBRATIONS,
     tokens_per_language: int | None = None,
     matrix: bool = False,
@@ -117,14 +117,17 @@ def to_json(comparison: CalibrationComparison) -> str:
     return json.dumps(asdict(comparison), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
-def check_calibrations(method: Method, calibrations: Sequence[Weighting]) -> None:
+def check_calibrations(method: str, calibrations: Sequence[Weighting]) -> None:
     """Refuse what cannot be compared, before a model is loaded.
 
     Raises:
         ConfigError: no calibration or the same one twice, or a method without calibration.
     """
-    if method == "rtn":
-        raise ConfigError("method 'rtn' uses no calibration text, so there is nothing to compare; use 'gptq' or 'awq'")
+    if not find_method(method).needs_calibration:
+        raise ConfigError(
+            f"method {method!r} uses no calibration text, so there is nothing to compare; use "
+            f"{method_names(lambda other: other.needs_calibration)}"
+        )
     if not calibrations or len(set(calibrations)) < len(calibrations):
         raise ConfigError(
             f"calibrations {', '.join(calibrations) or '(none)'}: name at least one, each once, "
@@ -133,16 +136,10 @@ def check_calibrations(method: Method, calibrations: Sequence[Weighting]) -> Non
 
 
 def _quantizer(
-    loaded: LoadedModel, plan: ProtectionPlan, protected: bool, method: Method
+    loaded: LoadedModel, plan: ProtectionPlan, protected: bool, method: str
 ) -> Callable[[CalibrationSet], QuantizedModel]:
-    layers, overrides = (plan.protected_layers, plan.overrides) if protected else ((), NO_OVERRIDES)
-
-    def quantize(calibration: CalibrationSet) -> QuantizedModel:
-        return quantize_model(
-            loaded, layers, method=method, grid=plan.grid, calibration=calibration, overrides=overrides
-        )
-
-    return quantize
+    followed = plan if protected else ProtectionPlan.unprotected(plan.model, plan.layers, plan.grid)
+    return lambda calibration: quantize_model(loaded, followed, method=method, calibration=calibration)
 
 
 def _cross(judge: Judge, scored: Mapping[tuple[str, bool], Scored], first: str, other: str, crossed: bool) -> TwoByTwo:

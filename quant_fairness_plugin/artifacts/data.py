@@ -25,13 +25,13 @@ Granularity = Literal["layer", "unit"]
 """What a sweep singles out: whole layers, or the fusion groups in them."""
 SearchMethod = Literal["greedy", "backward", "beam"]
 """How sets of units are looked for: one more at a time, one fewer from all, or as `greedy` with the best few kept."""
-Method = Literal["rtn", "gptq", "awq"]
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
 """How much each language counts in calibration."""
-Reader = Literal["transformers", "vllm", "gptqmodel"]
-CheckpointFormat = Literal["compressed-tensors", "gptq", "awq", "fp16-twin"]
-"""`fp16-twin` is a plain 16-bit checkpoint with the dequantized values."""
+Reader = str
+"""A name in `checkpoint.readers.READERS`, which checks it."""
+CheckpointFormat = str
+"""A name in `checkpoint.formats.FORMATS`, which checks it: a new format touches no type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +237,22 @@ class ProtectionPlan:
     protect_columns: float = 0.0
     """Share of the input channels of each quantized module that keeps 16 bit beside the integers; in `extra_bytes`."""
 
+    @classmethod
+    def unprotected(cls, model: str, layers: int, grid: Grid) -> ProtectionPlan:
+        """Return the plan that quantizes every layer of a model."""
+        quantized = precision_of_bits(grid.bits)
+        return cls(
+            model=model,
+            units={f"layers.{i}": quantized for i in range(layers)},
+            grid=grid,
+            source="none",
+            reasons=(),
+            stable=True,
+            predicted=False,
+            extra_bytes=0,
+            overhead=0.0,
+        )
+
     @property
     def protected_layers(self) -> tuple[int, ...]:
         """Layers that are wholly in 16 bit, ascending."""
@@ -277,7 +293,8 @@ class ExportRecord:
     schema_version: Literal[1] = 1
     kind: Literal["export"] = "export"
     provenance: Provenance
-    method: Method
+    method: str
+    """Who computed the integers: a name of `quantize.methods.METHODS`."""
     format: CheckpointFormat
     plan: ProtectionPlan
     family: str

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from quant_fairness_plugin.errors import ConfigError
 
+# A group of an architecture that is not listed is a module of its own, whose name can have dots: `self_attn.q_proj`.
 _NAME = re.compile(r"(?:layers\.)?(0|[1-9][0-9]{0,8})(?:\.([A-Za-z_]\w*(?:\.\w+)*))?", re.ASCII)
 
 
@@ -21,7 +22,8 @@ class Unit:
     layer: int
     """Counted from 0."""
     group: str | None = None
-    """The fusion group, such as `qkv` or `down`, or `attn.q_proj` in an unknown architecture; None: the whole layer."""
+    """The fusion group, such as `qkv` or `down`, or a module (`self_attn.q_proj`) where no groups are known; None for
+    the whole layer."""
 
     @classmethod
     def parse(cls, name: str) -> Unit:

@@ -24,6 +24,7 @@ from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.resolve import BUNDLED, model_sha256, resolve_model
 from quant_fairness_plugin.quantize.columns import KeptColumns
+from quant_fairness_plugin.quantize.methods import find_method
 
 COLUMNS_FILE = "quant_fairness_columns.safetensors"
 SUFFIXES = ("idx", "delta")
@@ -160,8 +161,8 @@ def _compare_with_record(folder: Path, found: dict[str, KeptColumns], record: Ex
 
 
 def _compare_with_source(folder: Path, found: dict[str, KeptColumns], record: ExportRecord) -> str:
-    """Compare with the weights that the export was made from; AWQ changed them, and few are known by their name."""
-    weights = None if record.method == "awq" else _source_weights(record)
+    """Compare with the weights that the export was made from, where no scale was moved and the name says which."""
+    weights = None if find_method(record.method).moves_scales else _source_weights(record)
     if weights is None:
         return "not compared with the source, which is not at hand or has been scaled"
     checkpoint = open_checkpoint(folder)

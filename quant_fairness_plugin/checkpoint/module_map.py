@@ -25,7 +25,7 @@ def stored_name(name: str, family: Family) -> str:
 def module_map(
     model: nn.Module, family: Family, quantized: Iterable[str], *, bits: Mapping[str, int] = NO_WIDTHS
 ) -> ModuleMap:
-    """Sort a model's linear modules into quantized and kept ones. The model may live on the meta device.
+    """Sort a model's linear modules into quantized and 16-bit ones. The model may live on the meta device.
 
     Args:
         model: the 16-bit model.
@@ -33,7 +33,7 @@ def module_map(
         quantized: full names of the quantized modules, in any order.
         bits: those of them that have other bits than the grid, with their bits.
     """
-    from quant_fairness_plugin.model.linear import is_linear  # torch: what is asked at plan time does without
+    from quant_fairness_plugin.model.linear import is_linear  # torch, which plan-time code does without
 
     done = set(quantized)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
@@ -49,24 +49,23 @@ def module_map(
 
 
 def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
-    """The modules among `bits` (module → bits) that have other bits than the grid, as `module_map` takes them."""
+    """Return those modules of `bits` (module → bits) that have other bits than the grid; see `module_map`."""
     return {name: width for name, width in bits.items() if width != grid.bits}
 
 
-def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
-    """Return the tensors that Transformers wants in an `awq` file beside the model's: full name → length.
+def activation_scales(model: nn.Module) -> dict[str, int]:
+    """Return the tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
 
     Its AWQ integration divides some activations by scales, in every block, quantized or not. Ours are ones.
 
     Args:
         model: the unquantized model, on any device.
-        format_name: the checkpoint format.
     """
     from quant_fairness_plugin.model.linear import linear_weight  # torch, see `module_map`
 
     architecture = find_architecture(str(getattr(model.config, "model_type", "")))
     scaled = None if architecture is None else architecture.scaled_activation
-    if format_name != "awq" or scaled is None:
+    if scaled is None:
         return {}
     return {
         f"{name}.{scaled.activation}.scales": len(linear_weight(getattr(module, scaled.before)))
@@ -87,7 +86,7 @@ class ModuleMap:
     fused: Mapping[str, tuple[str, ...]]
     """Name of a module that servers merge → the modules that it is merged from."""
     bits: Mapping[str, int] = field(default_factory=dict)
-    """Quantized module → bits, where they are not the grid's own (INT8 units)."""
+    """Quantized module → bits, where they are not those of the grid (INT8 units)."""
     aliases: tuple[str, ...] = ()
     """Further names under which servers know kept modules, such as GPT-NeoX's `embed_out`."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import typer
 
@@ -16,7 +16,7 @@ LISTS = ("languages", "calibrations")
 Offer = Callable[[typer.Context, str], list[str]]
 
 
-def complete(field: str, names: Sequence[str]) -> Offer | None:
+def complete(field: str, names: Collection[str]) -> Offer | None:
     """Return what offers a field's values for the start of one; None where the values are no names."""
     if not names and field not in LANGUAGES:
         return None

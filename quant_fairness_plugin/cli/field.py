@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from quant_fairness_plugin.checkpoint.formats import FORMATS
+from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.completion import complete
 from quant_fairness_plugin.config.option import Option
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.config.parsers import enumerate_names, one_of
+
+REGISTRIES: dict[str, Collection[str]] = {"format": FORMATS, "reader": READERS}
+"""Names that fields of `FairConfig` accept and that lie above it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,11 @@ class Declared:
         return get_args(kinds[0]) if kinds and self.option.parse is None else ()
 
     @property
+    def names(self) -> Collection[str]:
+        """Return the names that help lists and the shell completes."""
+        return self.accepted or self.option.names or REGISTRIES.get(self.name, ())
+
+    @property
     def flag(self) -> str:
         """Return the option's name on the command line."""
         return self.option.flag or f"--{self.name.replace('_', '-')}"
@@ -43,8 +53,8 @@ class Declared:
         """
         if self.option.parse is not None:
             return self.option.parse(value)
-        if self.accepted and value not in self.accepted:
-            raise ConfigError(f"{self.flag} {value!r} is unknown; use {_enumerate(self.accepted)}")
+        if self.accepted:
+            return one_of(self.flag, self.accepted)(value)
         return value
 
     def parameter(self, default: Any) -> inspect.Parameter:
@@ -52,10 +62,10 @@ class Declared:
         sentence, is_text = self.option.help, self.option.parse is not None or bool(self.accepted)
         info = typer.Option(
             self.flag,
-            help=f"{sentence} {_enumerate(self.accepted)}." if sentence.endswith(":") else sentence,
+            help=f"{sentence} {enumerate_names(self.names)}." if sentence.endswith(":") else sentence,
             rich_help_panel=self.option.panel,
-            metavar=self.option.metavar or ("NAME" if self.accepted else None),
-            autocompletion=complete(self.name, self.option.names or self.accepted),
+            metavar=self.option.metavar or ("NAME" if self.names else None),
+            autocompletion=complete(self.name, self.names),
             min=self.option.minimum,
             show_default=not isinstance(default, bool),
         )
@@ -93,8 +103,3 @@ def _as_text(value: Any) -> str | None:
     if isinstance(value, tuple):
         return ",".join(map(str, value)) or None
     return None if value is None else str(value)
-
-
-def _enumerate(names: Sequence[str]) -> str:
-    """Return `a, b or c`."""
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

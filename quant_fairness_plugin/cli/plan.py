@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, Reader
+from quant_fairness_plugin.checkpoint.formats import FORMATS
+from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, ModelOption
 from quant_fairness_plugin.cli.sweep_options import MemoryBudget, PlansOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
+from quant_fairness_plugin.config.parsers import one_of
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.sweep.memory import parse_size
 
@@ -25,9 +27,14 @@ def plan(
     access: Access,
     model: ModelOption = None,
     format_: Annotated[
-        CheckpointFormat | None, Option("Only this checkpoint format:", "Output", flag="--format")
+        str | None,
+        Option(
+            "Only this checkpoint format:", "Output", flag="--format", parse=one_of("--format", FORMATS), names=FORMATS
+        ),
     ] = None,
-    reader: Annotated[Reader | None, Option("Only this reader:", "Output")] = None,
+    reader: Annotated[
+        str | None, Option("Only this reader:", "Output", parse=one_of("--reader", READERS), names=READERS)
+    ] = None,
     memory_budget: MemoryBudget = None,
     as_json: Json = False,
 ) -> None:
@@ -42,15 +49,10 @@ def plan(
         files,
         sentences,
         config,
-        modes=plans.mode,
-        granularity=plans.granularity,
-        combine=plans.combine,
-        max_plans=plans.max_plans,
-        precisions=plans.precisions or config.precisions,
-        also=plans.also,
+        plans.to_sweep(config),
         memory_budget=budget,
-        formats=get_args(CheckpointFormat) if format_ is None else (format_,),
-        readers=get_args(Reader) if reader is None else (reader,),
+        formats=FORMATS if format_ is None else (format_,),
+        readers=READERS if reader is None else (reader,),
         trust_remote_code=access.trust_remote_code,
     )
     typer.echo(json.dumps(asdict(expected), indent=1) if as_json else "\n".join(forecast_lines(expected)))

@@ -48,14 +48,14 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Measure every layer's or unit's part in the damage, language by language, and rank them."""
-    kinds, search = plans.precisions or config.precisions, sets.to_search(config.objective)
-    # `precisions` are the plans' from here on, and `top` is about stability: the two need not fit as in a plan.
+    wanted = plans.to_sweep(config, search=sets.to_search(config.objective), top=sets.top)
+    check_precisions(wanted.precisions, wanted.modes, precision_of_bits(config.bits))
+    # A plan cannot have both several precisions and a number of layers; a sweep's `top` is about stability alone.
     config = replace(config, precisions=("fp16",), top=sets.top if plans.granularity == "layer" else None)
-    check_precisions(kinds, plans.mode, precision_of_bits(config.bits))
     source = access.source(model)
     checked = preflight(source, config)
-    check_sets(checked.files, config, plans, search)
-    budget = check_execution(checked.files, config, execution, also=plans.also, precisions=kinds)
+    check_sets(checked.files, config, wanted)
+    budget = check_execution(checked.files, config, execution, wanted)
 
     # Load torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
@@ -68,14 +68,14 @@ def sweep(
             source, config, checked=checked, progress=shown, memory_budget=budget, dtype=execution.dtype
         )
         report = quantizer.sweep(
-            plans.mode,
-            granularity=plans.granularity,
-            precisions=kinds,
-            combine=plans.combine,
-            search=search,
-            max_plans=plans.max_plans,
-            top=sets.top,
-            also=plans.also,
+            wanted.modes,
+            granularity=wanted.granularity,
+            precisions=wanted.precisions,
+            combine=wanted.combine,
+            search=wanted.search,
+            max_plans=wanted.max_plans,
+            top=wanted.top,
+            also=wanted.also,
             bank=execution.bank,
             work=execution.work,
             executor=runner,

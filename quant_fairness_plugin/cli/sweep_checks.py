@@ -2,44 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from quant_fairness_plugin.artifacts import Precision, Unit
-from quant_fairness_plugin.cli.sweep_options import ExecutionOptions, PlansOptions
+from quant_fairness_plugin.artifacts import Unit
+from quant_fairness_plugin.cli.sweep_options import ExecutionOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
-from quant_fairness_plugin.plans.plan_set import check_around, check_plans
-from quant_fairness_plugin.plans.search import Search
-from quant_fairness_plugin.plans.units import name_units
+from quant_fairness_plugin.plans.plan_set import check_plans
+from quant_fairness_plugin.plans.units import check_around, name_units
 from quant_fairness_plugin.sweep.bank_rules import check_bank
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.memory import check_budget, parse_size
 
 
-def check_sets(files: ModelFiles, config: FairConfig, plans: PlansOptions, search: Search | None) -> None:
-    """Refuse sets of all layers, and units around the layers that the model does not have.
+def check_sets(files: ModelFiles, config: FairConfig, wanted: SweepConfig) -> None:
+    """Refuse plans that single out every layer, and names around the layers that the model does not have.
 
     Raises:
         ConfigError: as said.
     """
-    if plans.granularity == "layer":
-        check_plans(plans.mode, [str(Unit(layer)) for layer in range(files.layers)], plans.combine)
-        if search is not None:
-            search.check(files.layers)
-    if plans.also:
+    if wanted.granularity == "layer":
+        check_plans(wanted.modes, [str(Unit(layer)) for layer in range(files.layers)], wanted.combine)
+        if wanted.search is not None:
+            wanted.search.check(files.layers)
+    if wanted.also:
         outline = outline_model(files)
         units = name_units(outline.family, outline.layers, outline.shapes)
-        check_around(plans.also, units, outline.shapes, config.grid)
+        check_around(wanted.also, units, outline.shapes, config.grid)
 
 
 def check_execution(
-    files: ModelFiles,
-    config: FairConfig,
-    execution: ExecutionOptions,
-    *,
-    also: Sequence[str],
-    precisions: Sequence[Precision],
+    files: ModelFiles, config: FairConfig, execution: ExecutionOptions, wanted: SweepConfig
 ) -> int | None:
     """Return the memory budget in bytes, checked against the model's files, like the bank.
 
@@ -49,7 +42,7 @@ def check_execution(
     """
     bank, budget = execution.bank, execution.memory_budget
     if bank is not None:
-        if also or budget is not None or tuple(precisions) != ("fp16",):
+        if wanted.also or budget is not None or wanted.precisions != ("fp16",):
             raise ConfigError(
                 "--bank goes without --memory-budget, --precisions and --also: a checkpoint has one precision, and "
                 "what is around its layers is 16 bit. Leave one of them out."
@@ -63,5 +56,5 @@ def check_execution(
             "executor takes the whole model. Leave one of them out."
         )
     size = parse_size(budget)
-    check_budget(outline_model(files), size, precisions=len({*precisions, config.bits} - {"fp16"}))
+    check_budget(outline_model(files), size, precisions=len({*wanted.precisions, config.bits} - {"fp16"}))
     return size

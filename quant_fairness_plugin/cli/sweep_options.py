@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 from quant_fairness_plugin.artifacts import Granularity, Mode, Precision, SearchMethod
+from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names, parse_precisions
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS
 from quant_fairness_plugin.plans.search import Search, SearchObjective
+from quant_fairness_plugin.sweep.config import SweepConfig
 
 MemoryBudget = Annotated[
     str | None,
@@ -103,6 +105,23 @@ class PlansOptions:
             metavar="LIST",
         ),
     ] = ()
+
+    def to_sweep(self, config: FairConfig, *, search: Search | None = None, top: int = 3) -> SweepConfig:
+        """Return the plans of the sweep, with the configuration's precisions where none were typed.
+
+        Raises:
+            ConfigError: what no model can be swept with.
+        """
+        return SweepConfig(
+            modes=self.mode,
+            granularity=self.granularity,
+            precisions=self.precisions or config.precisions,
+            combine=self.combine,
+            search=search,
+            max_plans=self.max_plans,
+            also=self.also,
+            top=top,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
     Clip,
     Grid,
-    Method,
     Objective,
     Precision,
     Reader,
@@ -26,10 +25,8 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.config.checks import (
     bits_of_rest,
     check_always_16_bit,
-    check_bits,
     check_calibration,
     check_columns,
-    check_group_size,
     check_overrides,
     check_precisions,
     check_rest,
@@ -47,6 +44,8 @@ from quant_fairness_plugin.config.parsers import (
     parse_share,
 )
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
+from quant_fairness_plugin.quantize.methods import METHODS, find_method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,9 @@ class FairConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    method: Annotated[Method, Option("How weights are rounded:", "How to quantize")] = "gptq"
+    method: Annotated[str, Option("How weights are rounded:", "How to quantize", metavar="NAME", names=METHODS)] = (
+        "gptq"
+    )
     bits: Annotated[
         int, Option("Bits of a quantized weight.", "How to quantize", parse=parse_bits, metavar="INTEGER")
     ] = 4
@@ -211,6 +212,7 @@ class FairConfig:
     ] = False
 
     def __post_init__(self) -> None:
+        find_method(self.method)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
         check_group_size(self.group_size)
@@ -229,7 +231,7 @@ class FairConfig:
     @property
     def grid(self) -> Grid:
         """Return the integer grid of the quantized layers."""
-        symmetric = self.method != "awq" if self.symmetric is None else self.symmetric
+        symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
         return Grid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, clip=self.clip)
 
     @property
@@ -264,7 +266,7 @@ class FairOptions(TypedDict, total=False):
     `texts`, which can be a set, comes apart.
     """
 
-    method: Method
+    method: str
     bits: int
     quantize_rest_to: str | None
     group_size: int

@@ -5,35 +5,13 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from quant_fairness_plugin.artifacts import Method, Precision, Unit, Weighting
+from quant_fairness_plugin.artifacts import Precision, Unit, Weighting
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.quantize.methods import find_method, method_names
 
-GROUP_SIZES = (32, 64, 128, -1)
 MOST_COLUMNS = 0.5
 """At three quarters, 4 bits and the channels in 16 are as large as the module in 16."""
 _WIDTH = re.compile(r"int([2-8])", re.ASCII | re.IGNORECASE)
-
-
-def check_bits(bits: object) -> None:
-    """Refuse a bit width that no integer grid has.
-
-    Raises:
-        ConfigError: not an integer from 2 to 8 (3.5, "4", True).
-    """
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 2 <= bits <= 8:
-        raise ConfigError(f"bits {bits!r} is not an integer from 2 to 8; checkpoints are written with 4, use --bits 4")
-
-
-def check_group_size(group_size: object) -> None:
-    """Refuse a group size that no server reads.
-
-    Raises:
-        ConfigError: not one of 32, 64, 128, -1.
-    """
-    if type(group_size) is not int or group_size not in GROUP_SIZES:
-        raise ConfigError(
-            f"group size {group_size!r} is read by no server; use 32, 64, 128, or -1 for one scale per output channel"
-        )
 
 
 def bits_of_rest(quantize_rest_to: str) -> int:
@@ -127,7 +105,7 @@ def check_precisions(precisions: tuple[Precision, ...], *, bits: int, top: int |
         raise ConfigError(f"precisions {given}: {problem}; leave int8 out, or give a budget with max_overhead")
 
 
-def check_columns(share: float, *, method: Method, backend: str) -> None:
+def check_columns(share: float, *, method: str, backend: str) -> None:
     """Refuse a share of 16-bit input channels that cannot be selected, or that costs more than 16 bit for the module.
 
     Raises:
@@ -138,23 +116,24 @@ def check_columns(share: float, *, method: Method, backend: str) -> None:
             f"protect_columns {share} is no share of the input channels up to {MOST_COLUMNS:g}; use 0.01 for 1 %, or "
             "protect whole units with protect_units"
         )
-    if share and (method == "rtn" or backend != "native"):
+    if share and (not find_method(method).keeps_columns or backend != "native"):
         raise ConfigError(
             f"protect_columns {share:g} cannot be used with method {method!r} and backend {backend!r}: which input "
-            "channels matter only our own calibration tells; use method 'gptq' or 'awq' with backend 'native'"
+            "channels matter only our calibration says; use method "
+            f"{method_names(lambda m: m.keeps_columns)} with backend 'native'"
         )
 
 
-def check_calibration(calibration: Weighting, *, method: Method, tokens_per_language: int | None) -> None:
+def check_calibration(calibration: Weighting, *, method: str, tokens_per_language: int | None) -> None:
     """Refuse a weighting of languages that has no effect, or that fixes the number of tokens itself.
 
     Raises:
         ConfigError: a weighting with a method that does not calibrate; `proportional` with a number of tokens.
     """
-    if method == "rtn" and calibration != "uniform":
+    if not find_method(method).needs_calibration and calibration != "uniform":
         raise ConfigError(
-            f"calibration {calibration!r} has no effect on method 'rtn', which uses no calibration text; use method "
-            "'gptq' or 'awq', or leave calibration out"
+            f"calibration {calibration!r} has no effect on method {method!r}, which uses no calibration text; use "
+            f"method {method_names(lambda m: m.needs_calibration)}, or leave calibration out"
         )
     if calibration == "proportional" and tokens_per_language is not None:
         raise ConfigError(

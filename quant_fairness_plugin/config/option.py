@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ class Option:
     """A command-line option for a field of a dataclass, as `Annotated[int, Option("What it does.", "More")]`."""
 
     help: str
-    """A sentence. Where it ends with a colon, the names that the field accepts are added."""
+    """A sentence. Where it ends with a colon, the names that the field accepts are added to it."""
     panel: Panel
     flag: str | None = None
     """The option's name where it is not the field's with dashes: `--langs`, or `--sym/--asym` for a switch."""
@@ -24,6 +24,6 @@ class Option:
     """Text → value, where the field is no plain number, name, path or switch. Raises `ConfigError`."""
     metavar: str | None = None
     """What stands for the value in `--help`."""
-    names: tuple[str, ...] = ()
-    """Values to complete at the prompt; those of a `Literal` are known from the type."""
+    names: Collection[str] = ()
+    """Values to complete at the prompt, such as a registry; those of a `Literal` are known from the type."""
     minimum: int | None = None

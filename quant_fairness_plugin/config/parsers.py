@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Literal, cast, get_args
 
 from quant_fairness_plugin.artifacts import Precision
-from quant_fairness_plugin.config.checks import check_bits, check_group_size
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -115,6 +116,23 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     if not set(names) <= set(known):
         raise ConfigError(f"--precisions {text!r}: write some of {', '.join(known)} with commas between")
     return cast(tuple[Precision, ...], names)
+
+
+def enumerate_names(names: Collection[str]) -> str:
+    """Return the names as a sentence has them: `a, b or c`."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def one_of(flag: str, names: Collection[str]) -> Callable[[str], str]:
+    """Return the parser of an option that takes one of the names. Raises `ConfigError` for another one."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            raise ConfigError(f"{flag} {text!r} is unknown; use {enumerate_names(names)}")
+        return text
+
+    return parse
 
 
 def _integer(text: str) -> int | str:

@@ -1,4 +1,4 @@
-"""Between steps 6 and 7: a plan and a backend in, a `QuantizedModel` read back from what the tool wrote out.
+"""A plan and a backend in, a `QuantizedModel` read back from what the tool wrote out.
 
 What a tool writes is not passed on. Its integers, scales and zero points are read into the same form as ours and its
 unquantized tensors are compared with the model's; from there on nothing differs: every format can be written, with our
@@ -16,10 +16,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Method, ProtectionPlan
+from quant_fairness_plugin.artifacts import ProtectionPlan
 from quant_fairness_plugin.checkpoint.dense_modules import tensor_layout
 from quant_fairness_plugin.checkpoint.folder import check_headers, read_config
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import FORMATS, READ_ONLY, format_of_layout
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import module_map, stored_name
 from quant_fairness_plugin.errors import ArtifactError
@@ -30,6 +30,7 @@ from quant_fairness_plugin.model.weights import find_weights
 from quant_fairness_plugin.quantize.backends import Job, backend_versions, check_backend, find_backend
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.selection import Selection, select_modules
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
@@ -37,7 +38,7 @@ _AGAIN = "Use --backend native, or report it to the tool."
 
 
 def quantize_with(
-    backend: str, loaded: LoadedModel, plan: ProtectionPlan, *, method: Method, calibration: CalibrationSet
+    backend: str, loaded: LoadedModel, plan: ProtectionPlan, *, method: str, calibration: CalibrationSet
 ) -> QuantizedModel:
     """Quantize a model by a plan with another tool. The model in memory is not changed.
 
@@ -73,11 +74,9 @@ def quantize_with(
         tensors, folded = read_foreign(tool.quantize(job, out), loaded, job, tool=backend)
     return QuantizedModel(
         loaded=loaded,
+        plan=plan,
         method=method,
-        grid=plan.grid,
-        protected=selection.protected,
         tensors=tensors,
-        overrides=plan.overrides,
         folded=folded,
         kept=selection.kept,
         losses={},
@@ -120,7 +119,7 @@ def _job(
     loaded: LoadedModel,
     selection: Selection,
     plan: ProtectionPlan,
-    method: Method,
+    method: str,
     calibration: CalibrationSet,
     work: Path,
 ) -> Job:
@@ -153,10 +152,11 @@ def _source(loaded: LoadedModel, folder: Path) -> Path:
 
 def _layout(folder: Path) -> Format:
     _, quantization = read_config(folder)
-    name = tensor_layout(quantization or {})
-    if name == "gptq_v2":
-        raise ArtifactError(f"{folder}: gptq version 2, whose zero points are stored otherwise; needed is version 1.")
-    return checkpoint_format(name)
+    layout = format_of_layout(tensor_layout(quantization or {}))
+    if layout.name in READ_ONLY:
+        known = ", ".join(name for name, entry in FORMATS.items() if entry.packs)
+        raise ArtifactError(f"{folder}: layout {layout.name} is read and not written; needed is one of {known}.")
+    return layout
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -204,7 +204,7 @@ def _compare_rest(files: Mapping[str, Tensor], loaded: LoadedModel, job: Job, to
             raise _wrong(tool, name, f"is {list(value.shape)}", f"{list(own[name].shape)}")
         if torch.equal(value, own[name].cpu()):
             continue
-        if job.method != "awq" or not name.startswith(f"{job.blocks}."):
+        if not find_method(job.method).moves_scales or not name.startswith(f"{job.blocks}."):
             raise _wrong(tool, name, "was changed", "the model's 16-bit values in everything that is not quantized")
         changed[name] = value.to(getattr(torch, job.dtype)).to(own[name])
     _check_all_there(own, seen, job, tool)

@@ -1,4 +1,4 @@
-"""Step 7: a `QuantizedModel` in, a verified checkpoint folder and its `ExportRecord` out; complete, or not there."""
+"""A `QuantizedModel` in, a verified checkpoint folder and its `ExportRecord` out; complete, or not there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
     ExportRecord,
     Measurement,
-    ProtectionPlan,
     TextSet,
     save,
 )
@@ -26,6 +25,7 @@ from quant_fairness_plugin.checkpoint.columns import check_difference, read_colu
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths, stored_name
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
@@ -37,6 +37,7 @@ from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.weights import check_inside
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 OWN_FILES = frozenset({"config.json", "quantize_config.json", RECORD, "README.md"})
@@ -54,7 +55,6 @@ def export(
     quantized: QuantizedModel,
     out: str | Path,
     *,
-    plan: ProtectionPlan,
     texts: TextSet,
     format: CheckpointFormat = "compressed-tensors",
     reader: str = "transformers",
@@ -67,10 +67,9 @@ def export(
     Args:
         quantized: the quantized model; not changed.
         out: the folder to make.
-        plan: the plan that was quantized.
         texts: the text set that the plan, the calibration and the measurement come from.
-        format: `compressed-tensors`, `gptq`, `awq`, or `fp16-twin` (plain 16 bit with the dequantized values).
-        reader: who must be able to load it, `transformers`, `vllm` or `gptqmodel`.
+        format: one of `checkpoint.formats.FORMATS`.
+        reader: who must be able to load it, one of `checkpoint.readers.READERS`.
         seed: the seed of the whole line, recorded.
         overwrite: replace an earlier export of that name.
         measure: measures a written folder; its result goes into the record and the card.
@@ -79,15 +78,16 @@ def export(
         The content of `quant_fairness.json`.
 
     Raises:
-        ConfigError: `out` exists, or the plan is not the one that was quantized.
+        ConfigError: `out` exists, or holds the source model.
         UnsupportedModelError: the reader cannot load this model in this format, or computes something else.
         ArtifactError: what was written is not what was quantized.
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
-    out, loaded = Path(out), quantized.loaded
-    check_exportable(loaded.family, format=format, grid=quantized.grid, reader=reader, overrides=quantized.overrides)
+    out, loaded, plan = Path(out), quantized.loaded, quantized.plan
+    check_exportable(loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides)
+    layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
-    _check_plan(quantized, plan, out)
+    _check_source(quantized, out)
     arguments = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
     made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     record = ExportRecord(
@@ -100,14 +100,14 @@ def export(
         kept_modules=quantized.kept,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
-        protected_columns={} if format == "fp16-twin" else {n: len(c.index) for n, c in quantized.columns.items()},
+        protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
     )
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
-        _write_model(quantized, folder, format)
+        _write_model(quantized, folder, layout)
         _copy_companions(loaded, folder)
         record = _describe(record, folder)
-        _compare_with_memory(quantized, folder, format)
+        _compare_with_memory(quantized, folder, layout)
         verify(folder)
         if measure is not None:
             evaluated = replace(plan, predicted=False)
@@ -117,19 +117,8 @@ def export(
     return record
 
 
-def _check_plan(quantized: QuantizedModel, plan: ProtectionPlan, out: Path) -> None:
-    """The plan must be the quantized one, and the output must not swallow the source."""
-    if (
-        tuple(plan.protected_layers) != tuple(sorted(quantized.protected))
-        or plan.grid != quantized.grid
-        or (plan.overrides != dict(quantized.overrides))
-        or (plan.protect_columns > 0) != bool(quantized.columns)
-    ):
-        raise ConfigError(
-            f"the plan protects layers {plan.protected_layers} with {plan.grid} and {plan.overrides}, quantized was "
-            f"{quantized.protected} with {quantized.grid} and {dict(quantized.overrides)}; they must be the same. "
-            "Quantize by that plan first."
-        )
+def _check_source(quantized: QuantizedModel, out: Path) -> None:
+    """Refuse an output that would swallow the source."""
     source = quantized.loaded.files.folder.resolve()
     if out.resolve() in (source, *source.parents):
         raise ConfigError(f"{out} holds the source model; the output must be another folder. Choose another name.")
@@ -147,17 +136,16 @@ def _check_space(quantized: QuantizedModel, folder: Path) -> None:
         )
 
 
-def _write_model(quantized: QuantizedModel, folder: Path, format_name: str) -> None:
+def _write_model(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """Weights, `config.json`, and the format's side files."""
     loaded = quantized.loaded
-    layout = None if format_name == "fp16-twin" else checkpoint_format(format_name)
-    columns = quantized.columns if layout is not None else {}
+    columns = quantized.columns if layout.packs else {}
     write_shards(checkpoint_tensors(quantized, layout), folder, indexed=bool(columns))
     write_columns(columns, folder)
     dtype = str(loaded.storage_dtype).removeprefix("torch.")
     old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
     config = loaded.files.config | old_key | {"dtype": dtype}
-    if layout is not None:
+    if layout.packs:
         bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
         modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
         config["quantization_config"] = layout.quantization_config(modules, quantized.grid)
@@ -198,9 +186,9 @@ def _describe(record: ExportRecord, folder: Path) -> ExportRecord:
     return record
 
 
-def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: str) -> None:
+def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """What the files say must be the integers that were quantized and the values that were folded, bit for bit."""
-    expected = _expected_values(quantized, format_name)
+    expected = _expected_values(quantized, twin=not layout.packs)
     for name, found in iterate_dense(folder):
         value = expected.pop(name, None)
         if value is not None and not torch.equal(found, value()):
@@ -209,25 +197,25 @@ def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: s
         raise ArtifactError(
             f"{folder}: {len(expected)} tensors were not written, first {min(expected)}. Report this as a bug."
         )
-    if format_name != "fp16-twin":
+    if layout.packs:
         _compare_columns(quantized, folder)
 
 
 def _compare_columns(quantized: QuantizedModel, folder: Path) -> None:
-    """The side file must hold what the integers lack; AWQ, which scales the weights, is compared with memory alone."""
+    """The side file must hold what the integers lack; where scales were moved, it is compared with memory alone."""
     found = read_columns(folder)
     for name in sorted(found.keys() | quantized.columns.keys()):
         kept, written = quantized.columns.get(name), found.get(name)
         if kept is None or written is None or not torch.equal(kept.delta.cpu(), written.delta):
             raise ArtifactError(f"{folder}: the columns of {name} are not what was kept. Report this as a bug.")
-        if quantized.method != "awq":
+        if not find_method(quantized.method).moves_scales:
             weight = linear_weight(quantized.loaded.model.get_submodule(name)).cpu()
             check_difference(name, written, weight, quantized.tensors[name].dequantize().cpu())
 
 
-def _expected_values(quantized: QuantizedModel, format_name: str) -> dict[str, partial[Tensor]]:
+def _expected_values(quantized: QuantizedModel, *, twin: bool) -> dict[str, partial[Tensor]]:
     """Tensor name on disk → how to compute its float32 value, one at a time."""
-    loaded, twin = quantized.loaded, format_name == "fp16-twin"
+    loaded = quantized.loaded
 
     def weight(module: str) -> Tensor:
         dense = (quantized.dense_weight(module) if twin else quantized.tensors[module].dequantize()).cpu()

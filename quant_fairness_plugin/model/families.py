@@ -1,7 +1,7 @@
 """The map of one model: its architecture's record, its head, and whether that is tied.
 
 An architecture is recognised by structure: which linear and norm modules the blocks hold, under which names. Class
-names are never looked at; `config.model_type` only picks between families of the same structure. Importing this module
+names are never read; `config.model_type` only picks between families of the same structure. Importing this module
 does not import torch; `detect_family` does, when it is called.
 """
 
@@ -109,11 +109,11 @@ def detect_family(model: PreTrainedModel) -> Family:
 
     Returns:
         A known family, or one named `generic` for an architecture without a record that has exactly one list of two or
-        more equal blocks: every linear module of a block is then its own unit.
+        more equal blocks: every linear module of a block is then a unit.
 
     Raises:
         UnsupportedModelError: no output head, experts, adapters, blocks that differ or share weights, an encoder, or
-            no list of blocks; says what was looked for.
+            no list of blocks; says what is expected.
     """
     path, blocks = _block_list(model)
     _refuse_adapters_and_experts(model, path, blocks)
@@ -121,7 +121,7 @@ def detect_family(model: PreTrainedModel) -> Family:
     if len(set(structures)) > 1:
         other = next(i for i, structure in enumerate(structures) if structure != structures[0])
         raise UnsupportedModelError(
-            f"{_kind(model)}: blocks 0 and {other} of {path} hold different modules; looked for a list of equal "
+            f"{_kind(model)}: blocks 0 and {other} of {path} hold different modules; expected a list of equal "
             f"decoder blocks. Supported are {', '.join(known_families())} and models of that shape."
         )
     record = match_architecture(lambda record: structures[0] if record.blocks == path else None, _kind(model))
@@ -141,20 +141,20 @@ def _block_list(model: nn.Module) -> tuple[str, list[nn.Module]]:
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside and any(True for _ in _linears(module)):
             lists[name] = module
-    looked_for = f"Looked for one list of decoder blocks, as in {', '.join(known_families())}"
+    expected = f"Expected one list of decoder blocks, as in {', '.join(known_families())}"
     if len(lists) != 1:
         problem = f"several lists of blocks ({', '.join(lists)})" if lists else "no list of blocks with linear modules"
-        raise UnsupportedModelError(f"{_kind(model)}: {problem}. {looked_for}; use a decoder-only model of that shape.")
+        raise UnsupportedModelError(f"{_kind(model)}: {problem}. {expected}; use a decoder-only model of that shape.")
     [(path, blocks)] = lists.items()
     if "encoder" in path.split("."):
         raise UnsupportedModelError(
-            f"{_kind(model)}: the blocks at {path} are an encoder's. {looked_for}; use such a model."
+            f"{_kind(model)}: the blocks at {path} are an encoder's. {expected}; use such a model."
         )
     weights = [id(module.weight) for block in blocks for _, module in _linears(block)]
     if len(set(weights)) != len(weights):
         raise UnsupportedModelError(
             f"{_kind(model)}: blocks of {path} share weights, so that one layer cannot be protected alone. "
-            f"{looked_for}; use a model in which every block has weights for itself."
+            f"{expected}; use a model in which every block has weights for itself."
         )
     return path, list(blocks)
 
@@ -223,7 +223,7 @@ def _known(model: PreTrainedModel, record: Architecture) -> Family:
     missing = [name for name in record.embeddings if name not in present]
     if missing:
         raise UnsupportedModelError(
-            f"{_kind(model)}: the blocks are those of {record.families[0]}, but {missing[0]} is missing; looked for "
+            f"{_kind(model)}: the blocks are those of {record.families[0]}, but {missing[0]} is missing; expected "
             f"{', '.join(record.embeddings)}. Use a model with the embeddings of its family."
         )
     head, tied = _head(model)
@@ -234,7 +234,7 @@ def _known(model: PreTrainedModel, record: Architecture) -> Family:
 def _generic(model: PreTrainedModel, path: str, blocks: list[Block]) -> Family:
     if len(blocks) < 2:
         raise UnsupportedModelError(
-            f"{_kind(model)}: an unknown architecture with a single block; looked for two or more equal blocks, or for "
+            f"{_kind(model)}: an unknown architecture with a single block; expected two or more equal blocks, or "
             f"one of {', '.join(known_families())}. Use a model of that shape."
         )
     from torch import nn
@@ -261,7 +261,7 @@ def _head(model: PreTrainedModel) -> tuple[str, bool]:
     names = [name for name, module in model.named_modules() if module is head]
     if head is None or not names:
         raise UnsupportedModelError(
-            f"{_kind(model)}: no output head; looked for a causal language model that predicts the next token. "
+            f"{_kind(model)}: no output head; expected a causal language model that predicts the next token. "
             "Use its ForCausalLM checkpoint."
         )
     return names[0], head.weight is model.get_input_embeddings().weight

@@ -79,7 +79,7 @@ def _block_of(shapes: Mapping[str, Sizes], record: Architecture) -> Block | None
 def _whole_names(shapes: Mapping[str, Sizes], record: Architecture) -> Mapping[str, Sizes]:
     """Return the tensors under the names of the whole model.
 
-    Checkpoints of a model without its head (such as GPT-2's own) leave out the first part of every name.
+    Checkpoints of a model without its head (GPT-2 is published so) leave out the first part of every name.
     """
     prefix, _, rest = record.blocks.partition(".")
     if any(name.startswith(f"{record.blocks}.0.") for name in shapes) or not any(
@@ -112,7 +112,7 @@ def _structures(shapes: Mapping[str, Sizes], record: Architecture) -> Iterator[B
 
 
 def _is_buffer(name: str, shape: Sizes) -> bool:
-    """Return whether a tensor is no parameter: a rotary table, or a mask of GPT-2 (`attn.bias`, four dimensions)."""
+    """Return whether a tensor is not a parameter: a rotary table, or a mask of GPT-2 (`attn.bias`, four dimensions)."""
     return not 1 <= len(shape) <= 3 or any(re.search(pattern, name) for pattern in OBSOLETE_BUFFERS)
 
 

@@ -8,7 +8,7 @@ only note their arguments and pass the hidden state on, which costs an embedding
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from quant_fairness_plugin.model.load import LoadedModel
 
 
-class _EnoughError(Exception):
+class EnoughError(Exception):
     """Ends a forward pass at the place up to which it is needed."""
 
 
@@ -63,7 +63,7 @@ def rehearse(loaded: LoadedModel, ids: Tensor, mask: Tensor | None = None) -> Re
             entered.append(hidden)
         calls.append(BlockCall(positional, named))
         if layer == loaded.layers - 1:
-            raise _EnoughError
+            raise EnoughError
         return hidden
 
     with _played_by(loaded, note):
@@ -88,7 +88,7 @@ def head_input(loaded: LoadedModel, ids: Tensor, mask: Tensor | None, hidden: Te
 
     def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
         found.append(positional[0])
-        raise _EnoughError
+        raise EnoughError
 
     handle = loaded.model.get_submodule(loaded.family.head).register_forward_pre_hook(note)
     try:
@@ -101,12 +101,10 @@ def head_input(loaded: LoadedModel, ids: Tensor, mask: Tensor | None, hidden: Te
 
 def _run(loaded: LoadedModel, ids: Tensor, mask: Tensor | None) -> None:
     device = loaded.model.device
-    try:
+    with suppress(EnoughError):
         loaded.model(
             input_ids=ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False
         )
-    except _EnoughError:
-        pass
 
 
 Part = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -141,7 +139,7 @@ def _returns_tuple(loaded: LoadedModel) -> bool:
 
     def note(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         outputs.append(output)
-        raise _EnoughError
+        raise EnoughError
 
     handle = loaded.block(0).register_forward_hook(note)
     try:

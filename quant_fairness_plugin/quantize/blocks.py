@@ -1,7 +1,7 @@
-"""Run a model block by block on calibration rows, and watch what its linear modules are given. Step 6 (quantize).
+"""Calibration rows on their way through a model, block by block.
 
-Takes a loaded model and a `CalibrationSet`; holds one hidden state per row and hands each block the same other
-arguments (masks, rotary embeddings, ALiBi, …) that the model itself hands it, whatever its family calls them.
+Each row has one hidden state. A block gets the same other arguments (masks, rotary embeddings, ALiBi, …) that the model
+itself hands it, whatever its family calls them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,6 @@ from quant_fairness_plugin.model.rehearsal import BlockCall, rehearse
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 
 
-class _EnoughError(Exception):
-    """Ends a forward pass at the place up to which it is needed."""
-
-
 @dataclass(slots=True)
 class Batch:
     """Rows of one language and one length on their way through the blocks."""
@@ -30,16 +26,16 @@ class Batch:
     hidden: Tensor
     """`[rows, tokens, width]`, the input of the next block."""
     calls: tuple[BlockCall, ...]
-    """Per layer, what the block takes besides the hidden state."""
+    """Per layer, what the block takes beside the hidden state."""
 
     def run(self, block: nn.Module, layer: int) -> Tensor:
-        """The output of a block, `[rows, tokens, width]`."""
+        """Return the output of a block, `[rows, tokens, width]`."""
         return self.calls[layer].run(block, self.hidden)
 
 
 @torch.no_grad()
 def first_inputs(loaded: LoadedModel, calibration: CalibrationSet, *, batch_tokens: int) -> list[Batch]:
-    """The calibration rows as they reach the first block, with every block's other arguments.
+    """Return the calibration rows as they reach the first block, with every block's other arguments.
 
     Rows of equal length are run together, without padding, so every token counts once and nothing else does.
 

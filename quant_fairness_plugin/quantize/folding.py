@@ -1,4 +1,4 @@
-"""Where the input scale of a fusion group can go without changing what the model computes. Step 6 (quantize), AWQ.
+"""Where the input scale of a fusion group can go without changing what the model computes. For AWQ.
 
 AWQ multiplies the input channels of a weight by a scale, and whatever produces these inputs must be divided by it: the
 norm in front, or a linear module whose output reaches them through nothing but products (up → down of a gated MLP,
@@ -84,7 +84,7 @@ class Source:
     """The integers, where the module is quantized already."""
 
     def effective(self, scale: Tensor) -> Tensor:
-        """The scale, `[cols]`, that the source is divided by when it is asked for `scale`.
+        """Return the scale, `[cols]`, that the source is divided by where `scale` is wanted.
 
         For a norm it differs from `scale` by the rounding of the new weight, for a linear module by what its rounded
         row has in common. It is 1 for a channel that 16 bit cannot hold after the division: one that overflows, falls
@@ -110,7 +110,7 @@ class Source:
         return Folded(parameters, tensor)
 
     def _divided(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The rounded quotient of the source's rows, `[rows, n]`, and the scale `[rows]` that fits it best."""
+        """Return the rounded quotient of the source's rows, `[rows, n]`, and the scale `[rows]` that fits it best."""
         old = self._lead()
         wanted = scale.to(old).unsqueeze(1)
         new = (old / wanted - self.offset).to(self.dtype).float() + self.offset

@@ -1,4 +1,4 @@
-"""GPTQ: choose the integers of a weight so that its *outputs* change least. Step 6 (quantize), one linear module.
+"""GPTQ: choose the integers of a weight so that its *outputs* change least.
 
 Takes a weight `[rows, cols]` and the second moment of its inputs `[cols, cols]`; returns the integers on their grid.
 Written from Frantar et al., "GPTQ" (arXiv 2210.17323, Algorithm 1): columns are rounded one by one, and each one's
@@ -21,7 +21,6 @@ from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
 from quant_fairness_plugin.quantize.moments import GroupMoments, working_dtype
 
-DEFAULT_DAMP = 0.05
 MAX_DAMP = 100.0
 """Past this the Hessian is all but a multiple of the identity: the solution is plain rounding."""
 
@@ -43,7 +42,7 @@ def solve_gptq(
     grid: Grid,
     *,
     scale_dtype: torch.dtype,
-    damp: float = DEFAULT_DAMP,
+    damp: float,
     block: int = 128,
     act_order: bool = True,
     inputs: GroupMoments | None = None,

@@ -1,16 +1,16 @@
-"""Which integer grids exist and which weights they fit. Step 6 (quantize), the part that can be checked before torch.
-
-Takes a `Grid` and the shape of a weight; returns nothing (or raises), a number of groups, or the reason why not.
-"""
+"""Which integer grids exist and which weights they fit: what can be checked before torch is loaded."""
 
 from __future__ import annotations
 
 from typing import get_args
 
-from quant_fairness_plugin.artifacts import Clip, Grid, Method
-from quant_fairness_plugin.config import check_bits, check_group_size
+from quant_fairness_plugin.artifacts import Clip, Grid
 from quant_fairness_plugin.errors import ConfigError
 
+BITS = tuple(range(2, 9))
+"""Widths of an integer."""
+GROUP_SIZES = (32, 64, 128, -1)
+"""Input channels that share a scale; -1 for all of a row."""
 CLIPS: tuple[Clip, ...] = get_args(Clip)
 PACKED_MULTIPLE = 8
 """Packed checkpoints store eight 4-bit values a word, along either axis."""
@@ -34,28 +34,25 @@ def check_grid(grid: Grid) -> None:
         raise ConfigError(f"clip {grid.clip!r} cannot be used; use {', '.join(map(repr, CLIPS))}")
 
 
-def check_clip(grid: Grid, *, method: Method, sweeps: bool) -> None:
-    """Refuse the language-aware clip where nothing is known of the languages.
-
-    Args:
-        grid: a checked grid.
-        method: how the weights are quantized.
-        sweeps: whether the layers are first swept, which is done by rounding to nearest.
+def check_bits(bits: object) -> None:
+    """Refuse a bit width that no integer grid has.
 
     Raises:
-        ConfigError: clip `minimax` with a method or a sweep that does without calibration.
+        ConfigError: not an integer from 2 to 8 (3.5, "4", True).
     """
-    if grid.clip != "minimax":
-        return
-    if method != "gptq":
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
+        raise ConfigError(f"bits {bits!r} is not an integer from 2 to 8; checkpoints are written with 4, use --bits 4")
+
+
+def check_group_size(group_size: object) -> None:
+    """Refuse a group size that no server reads.
+
+    Raises:
+        ConfigError: not one of 32, 64, 128, -1.
+    """
+    if type(group_size) is not int or group_size not in GROUP_SIZES:
         raise ConfigError(
-            f"clip 'minimax' goes with method 'gptq', which knows what each language feeds into a module, and not with "
-            f"{method!r}; use method 'gptq', or clip 'mse'"
-        )
-    if sweeps:
-        raise ConfigError(
-            "clip 'minimax' cannot be swept: a sweep rounds without calibration; give the protected layers "
-            "(--protect-layers 0,9,11 or none), or use clip 'mse'"
+            f"group size {group_size!r} is read by no server; use 32, 64, 128, or -1 for one scale per output channel"
         )
 
 

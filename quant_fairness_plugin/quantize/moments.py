@@ -1,14 +1,17 @@
-"""What each group of input channels is given in each language, for the language-aware clip. Step 6 (quantize).
+"""The second moments of what a linear module is given, language by language, and what the methods need of them.
 
-Takes the stream of per-language second moments on its way to `fair_moments`, and keeps only their diagonal blocks: the
-whole matrices pass through one at a time.
+A block is run on the calibration rows of one language after the other (`language_moments`), so that one matrix
+`[cols, cols]` is held at a time. As the stream passes, three things are made of it: the Hessian of the fair objective
+(`fair_moments`: GPTQ, AWQ), the mean input magnitude (`FairMagnitude`: AWQ), and, for the language-aware clip, the
+diagonal blocks of every language's matrix (`MomentWatch`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +19,121 @@ from torch.nn.functional import pad
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.quantize.blocks import Batch, _EnoughError
+from quant_fairness_plugin.model.rehearsal import EnoughError
+from quant_fairness_plugin.quantize.blocks import Batch
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
-
-if TYPE_CHECKING:
-    pass
 
 WIDEST_BLOCK = 128
 """Channels of a block where one scale serves a whole row: what lies between the blocks is left out there."""
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageMoment:
+    """What a module is given on the calibration text of one language. Modules of a fusion group share it."""
+
+    language: str
+    moment: Tensor
+    """`[cols, cols]`: mean over tokens of xxᵀ."""
+    magnitude: Tensor
+    """`[cols]`: mean over tokens of |x|."""
+
+
+@torch.no_grad()
+def language_moments(
+    block: nn.Module, module: nn.Module, layer: int, batches: Sequence[Batch], calibration: CalibrationSet
+) -> Iterator[LanguageMoment]:
+    """Yield the statistics of a module's inputs, one language at a time, so that only one matrix is held here.
+
+    Raises:
+        UnsupportedModelError: the block does not give the module every token exactly once.
+    """
+    for language, tokens in calibration.coverage.items():
+        seen = 0
+        moment = magnitude = torch.empty(0)
+
+        def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
+            nonlocal seen, moment, magnitude
+            inputs = positional[0].detach().flatten(0, -2).float()
+            if not seen:
+                columns, kind = inputs.shape[1], working_dtype(inputs.device)
+                moment = torch.zeros(columns, columns, dtype=kind, device=inputs.device)
+                magnitude = torch.zeros(columns, dtype=kind, device=inputs.device)
+            seen += len(inputs)
+            moment.add_(inputs.T @ inputs)
+            magnitude.add_(inputs.abs().sum(0))
+            raise EnoughError
+
+        handle = module.register_forward_pre_hook(note)
+        try:
+            for batch in batches:
+                if batch.language == language:
+                    with suppress(EnoughError):
+                        batch.run(block, layer)
+        finally:
+            handle.remove()
+        if seen != tokens:
+            raise UnsupportedModelError(
+                f"the block gave the module {seen} of {tokens} calibration tokens of {language}; "
+                "only blocks that give every module every token can be calibrated. Quantize with method 'rtn'"
+            )
+        yield LanguageMoment(language, moment.div_(tokens), magnitude.div_(tokens))
+
+
+def fair_moments(
+    moments: Iterable[LanguageMoment], weights: Mapping[str, Tensor], shares: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Return Σ w_λ H_λ / tr(W H_λ Wᵀ), `[cols, cols]`: the Hessian of the fair objective, per weight of a fusion group.
+
+    Dividing by each language's output energy leaves the shares alone to decide how much a language counts:
+    otherwise one with larger activations would weigh more, whatever its share.
+
+    Args:
+        moments: one per language, used up one after another.
+        weights: module → 16-bit weight `[rows, cols]`.
+        shares: language → w_λ.
+
+    Returns:
+        Module → Hessian, in the order of `weights`.
+    """
+    totals: dict[str, Tensor] = {}
+    for statistics in moments:
+        for name, weight in weights.items():
+            energy = output_energy(weight, statistics.moment)
+            term = statistics.moment * (shares[statistics.language] / energy if energy > 0 else 0.0)
+            totals[name] = totals[name].add_(term) if name in totals else term
+    return totals
+
+
+def output_energy(weight: Tensor, moment: Tensor) -> float:
+    """Return tr(W H Wᵀ): the mean squared output of a weight `[rows, cols]` on inputs of second moment H."""
+    wide = weight.to(moment.dtype)
+    return float(((wide @ moment) * wide).sum())
+
+
+def working_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of Hessians and solutions: float64 on a CPU; GPUs may run it 64 times slower than float32."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+class FairMagnitude:
+    """Σ w_λ a_λ / mean(a_λ): the input magnitude per channel, mixed over languages as their moments pass by."""
+
+    def __init__(self, shares: Mapping[str, float]) -> None:
+        self._shares = shares
+        self._total = torch.zeros(())
+
+    def watch(self, moments: Iterable[LanguageMoment]) -> Iterator[LanguageMoment]:
+        """Yield the same moments; each language's magnitude is noted, so that its moment need not be held."""
+        for statistics in moments:
+            mean = statistics.magnitude.mean()
+            share = self._shares[statistics.language] / mean if mean > 0 else 0.0
+            self._total = self._total.to(statistics.magnitude) + statistics.magnitude * share
+            yield statistics
+
+    @property
+    def value(self) -> Tensor:
+        """`[cols]`, mean 1."""
+        return self._total.float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +146,7 @@ class GroupMoments:
     """float32 `[languages]`: mean squared output of the 16-bit module, tr(W H Wᵀ)."""
 
     def worst_error(self, error: Tensor) -> Tensor:
-        """The largest over languages of each group's output error, as a share of the language's output energy.
+        """Return the largest over languages of each group's output error, as a share of the language's output energy.
 
         Args:
             error: 16-bit minus quantized weight `[rows, groups, group size]`.
@@ -59,16 +169,16 @@ class GroupMoments:
         worst = torch.zeros(rows, groups, device=error.device)
         for blocks, energy in zip(self.blocks, self.energies.tolist(), strict=True):
             if energy > 0:  # a language in which the module has no output cannot be hurt
-                found = (torch.bmm(by_block, blocks) * by_block).sum(2).T.reshape(rows, groups, -1).sum(2)
-                worst = torch.maximum(worst, found / energy)
+                lost = (torch.bmm(by_block, blocks) * by_block).sum(2).T.reshape(rows, groups, -1).sum(2)
+                worst = torch.maximum(worst, lost / energy)
         return worst
 
 
 class MomentWatch:
-    """Notes the blocks of the moments that pass, for the modules of one fusion group."""
+    """The diagonal blocks of the moments that pass, for the modules of one fusion group."""
 
     def __init__(self, weights: Mapping[str, Tensor], grids: Mapping[str, Grid]) -> None:
-        """Watch for the modules whose grid clips by language; for none of them nothing is kept.
+        """Watch for the modules whose grid clips by language; without one, nothing is held.
 
         Args:
             weights: module → 16-bit weight `[rows, cols]`; they share their inputs.
@@ -80,18 +190,16 @@ class MomentWatch:
         self._energies: dict[str, list[float]] = {name: [] for name in self._weights}
 
     def watch(self, moments: Iterable[LanguageMoment]) -> Iterator[LanguageMoment]:
-        """The same moments, one after another, none of them held."""
-        pass
-
-        for found in moments:
+        """Yield the same moments, one after another, none of them held."""
+        for statistics in moments:
             if self._weights:
-                self._blocks.append(diagonal_blocks(found.moment, self._group_size))
+                self._blocks.append(diagonal_blocks(statistics.moment, self._group_size))
             for name, weight in self._weights.items():
-                self._energies[name].append(output_energy(weight, found.moment))
-            yield found
+                self._energies[name].append(output_energy(weight, statistics.moment))
+            yield statistics
 
     def inputs(self, name: str) -> GroupMoments | None:
-        """What has passed, for one module; None where its grid has no use for it."""
+        """Return what has passed, for one module; None where its grid has no use for it."""
         if name not in self._weights:
             return None
         blocks = torch.stack(self._blocks)
@@ -99,7 +207,7 @@ class MomentWatch:
 
 
 def diagonal_blocks(moment: Tensor, group_size: int) -> Tensor:
-    """The diagonal blocks of a matrix, one per group, or of `WIDEST_BLOCK` channels where a row is one group.
+    """Return the diagonal blocks of a matrix, one per group, or of `WIDEST_BLOCK` channels where a row is one group.
 
     Args:
         moment: `[cols, cols]`, not changed.
@@ -113,118 +221,3 @@ def diagonal_blocks(moment: Tensor, group_size: int) -> Tensor:
     starts = range(0, columns, width)
     blocks = [moment[start : start + width, start : start + width].float() for start in starts]
     return torch.stack([pad(block, (0, width - len(block), 0, width - len(block))) for block in blocks])
-
-
-@dataclass(frozen=True, slots=True)
-class LanguageMoment:
-    """What a module is given on the calibration text of one language. Modules of a fusion group share it."""
-
-    language: str
-    moment: Tensor
-    """`[cols, cols]`: mean over tokens of xxᵀ."""
-    magnitude: Tensor
-    """`[cols]`: mean over tokens of |x|."""
-
-
-@torch.no_grad()
-def language_moments(
-    block: nn.Module, module: nn.Module, layer: int, batches: Sequence[Batch], calibration: CalibrationSet
-) -> Iterator[LanguageMoment]:
-    """The statistics of a module's inputs, one language at a time, so that only one matrix is held here.
-
-    Raises:
-        UnsupportedModelError: the block does not give the module every token exactly once.
-    """
-    for language, tokens in calibration.coverage.items():
-        seen = 0
-        moment = magnitude = torch.empty(0)
-
-        def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
-            nonlocal seen, moment, magnitude
-            inputs = positional[0].detach().flatten(0, -2).float()
-            if not seen:
-                columns, kind = inputs.shape[1], working_dtype(inputs.device)
-                moment = torch.zeros(columns, columns, dtype=kind, device=inputs.device)
-                magnitude = torch.zeros(columns, dtype=kind, device=inputs.device)
-            seen += len(inputs)
-            moment.add_(inputs.T @ inputs)
-            magnitude.add_(inputs.abs().sum(0))
-            raise _EnoughError
-
-        handle = module.register_forward_pre_hook(note)
-        try:
-            for batch in batches:
-                if batch.language == language:
-                    _run_until_seen(block, layer, batch)
-        finally:
-            handle.remove()
-        if seen != tokens:
-            raise UnsupportedModelError(
-                f"the block gave the module {seen} of {tokens} calibration tokens of {language}; "
-                "only blocks that give every module every token can be calibrated. Quantize with method 'rtn'"
-            )
-        yield LanguageMoment(language, moment.div_(tokens), magnitude.div_(tokens))
-
-
-def fair_moments(
-    moments: Iterable[LanguageMoment], weights: Mapping[str, Tensor], shares: Mapping[str, float]
-) -> dict[str, Tensor]:
-    """Σ w_λ H_λ / tr(W H_λ Wᵀ), `[cols, cols]`: the Hessian of the fair objective, for each weight of a fusion group.
-
-    Dividing by each language's own output energy leaves the shares alone to decide how much a language counts:
-    otherwise one with larger activations would weigh more, whatever its share.
-
-    Args:
-        moments: one per language, used up one after another.
-        weights: module → 16-bit weight `[rows, cols]`.
-        shares: language → w_λ.
-
-    Returns:
-        Module → Hessian, in the order of `weights`.
-    """
-    totals: dict[str, Tensor] = {}
-    for found in moments:
-        for name, weight in weights.items():
-            energy = output_energy(weight, found.moment)
-            term = found.moment * (shares[found.language] / energy if energy > 0 else 0.0)
-            totals[name] = totals[name].add_(term) if name in totals else term
-    return totals
-
-
-def output_energy(weight: Tensor, moment: Tensor) -> float:
-    """tr(W H Wᵀ): the mean squared output of a weight `[rows, cols]` on inputs of second moment H."""
-    wide = weight.to(moment.dtype)
-    return float(((wide @ moment) * wide).sum())
-
-
-def _run_until_seen(block: nn.Module, layer: int, batch: Batch) -> None:
-    try:
-        batch.run(block, layer)
-    except _EnoughError:
-        pass
-
-
-def working_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of Hessians and solutions: float64 on a CPU, where it is cheap; GPUs may run it 64 times slower."""
-    return torch.float64 if device.type == "cpu" else torch.float32
-
-
-class FairMagnitude:
-    """Σ w_λ a_λ / mean(a_λ): the input magnitude per channel, mixed over languages as their moments pass by."""
-
-    def __init__(self, shares: Mapping[str, float]) -> None:
-        self._shares = shares
-        self._total = torch.zeros(())
-
-    def watch(self, moments: Iterable[LanguageMoment]) -> Iterator[LanguageMoment]:
-        """The same moments; each language's magnitude is noted, so that its moment need not be kept."""
-        for found in moments:
-            mean = found.magnitude.mean()
-            share = self._shares[found.language] / mean if mean > 0 else 0.0
-            self._total = self._total.to(found.magnitude) + found.magnitude * share
-            yield found
-
-    @property
-    def value(self) -> Tensor:
-        """`[cols]`, mean 1."""
-        return self._total.float()

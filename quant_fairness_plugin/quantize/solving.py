@@ -1,6 +1,7 @@
-"""One fusion group on given inputs: integers, kept channels and folded scales. Step 6 (quantize).
+"""Solve one fusion group: integers, 16-bit channels and folded scales.
 
-`stream` walks through the model and collects the moments of the inputs; this solves a group by GPTQ or AWQ with them.
+`stream` walks through the model, collects the moments of the inputs and hands a `Problem` to the method, which adds
+what it computes to `Solved`.
 """
 
 from __future__ import annotations
@@ -13,40 +14,64 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Method
+from quant_fairness_plugin.artifacts import Grid, Unit
 from quant_fairness_plugin.errors import QuantFairnessError
-from quant_fairness_plugin.model.architectures import Fold
 from quant_fairness_plugin.model.linear import set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.awq import solve_awq
 from quant_fairness_plugin.quantize.columns import KeptColumns, Target, choose_columns, decoupled
-from quant_fairness_plugin.quantize.folding import fold_source
+from quant_fairness_plugin.quantize.folding import fold_source, model_folds
 from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, solve_gptq
-from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import has_columns
 from quant_fairness_plugin.quantize.moments import MomentWatch
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What every module of a run is solved with."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What calibration says of the common inputs of a fusion group."""
 
-    method: Method
-    folds: Mapping[str, Fold]
-    """AWQ: fusion group → where its input scale goes."""
+    hessians: Mapping[str, Tensor]
+    """Module → second moment `[cols, cols]`, as `fair_moments` weighs it."""
+    magnitude: Tensor
+    """`[cols]`: mean of the magnitude, mixed over languages."""
+    groups: MomentWatch
+    """Of the modules whose grid clips by language."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One fusion group to solve."""
+
+    loaded: LoadedModel
+    """The model; its block at hand holds what earlier groups left there."""
+    unit: Unit
+    weights: Mapping[str, Tensor]
+    """Full module name → 16-bit weight `[rows, cols]`, not to be changed."""
     grids: Mapping[str, Grid]
-    scale_dtype: torch.dtype
-    damp: float
-    act_order: bool
+    """Full module name → its grid."""
     columns: float
     """Share of the input channels of each module that keeps 16 bit."""
+    measured: Inputs | None
+    """None for a method without calibration."""
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which scales will be stored."""
+        return self.loaded.storage_dtype
+
+    @property
+    def inputs(self) -> Inputs:
+        """What calibration says, for methods that need it."""
+        assert self.measured is not None, "`quantize_model` calibrates for every method that needs it"
+        return self.measured
 
 
 @dataclass(slots=True)
 class Solved:
-    """What a run has found so far; the fields are those of `QuantizedModel`."""
+    """What a run has computed so far; the fields are those of `QuantizedModel`."""
 
     tensors: dict[str, QuantizedTensor] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
@@ -61,36 +86,42 @@ class Solved:
         self.targets[name], self.columns[name] = target, target.columns(self.tensors[name])
 
     def dense(self, name: str) -> Tensor:
-        """What a solved module computes with."""
+        """Return what a solved module computes with, float32 `[rows, cols]`."""
         return dense_values(self.tensors[name], self.columns.get(name))
 
 
 def dense_values(tensor: QuantizedTensor, columns: KeptColumns | None) -> Tensor:
-    """The weight that integers and kept channels stand for together, float32 `[rows, cols]`."""
+    """Return the weight that integers and 16-bit channels stand for together, float32 `[rows, cols]`."""
     weight = tensor.dequantize()
     return weight if columns is None else columns.added_to(weight)
 
 
-def solve_gptq_unit(
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    groups: MomentWatch,
-    settings: Settings,
-    solved: Solved,
-) -> None:
-    """Solve a fusion group with GPTQ; twice where channels are kept, because the first solution says which."""
-    results = _gptq(weights, hessians, groups, settings)
-    index = _chosen(
-        {name: result.tensor.dequantize() - weights[name].float() for name, result in results.items()},
-        hessians,
-        settings,
-    )
+def solve_rtn_unit(problem: Problem, solved: Solved) -> None:
+    """Round the modules of a fusion group to nearest."""
+    for name, weight in problem.weights.items():
+        with error_prefix(name):
+            solved.tensors[name] = quantize_rtn(weight, problem.grids[name], scale_dtype=problem.scale_dtype)
+
+
+def solve_gptq_unit(problem: Problem, solved: Solved, *, damp: float, act_order: bool) -> None:
+    """Solve a fusion group with GPTQ; twice where channels stay in 16 bit, because the first solution says which.
+
+    Args:
+        problem: the group.
+        solved: gets its integers, losses and damping.
+        damp: share of the mean Hessian diagonal that is added to the diagonal.
+        act_order: largest Hessian diagonal first.
+    """
+    hessians, weights = problem.inputs.hessians, problem.weights
+    results = _gptq(problem, hessians, damp=damp, act_order=act_order)
+    errors = {name: result.tensor.dequantize() - weights[name].float() for name, result in results.items()}
+    index = _columns_in_16_bit(problem, errors)
     if index is not None:
         apart = {name: decoupled(hessian, index) for name, hessian in hessians.items()}
-        results = _gptq(weights, apart, groups, settings)
+        results = _gptq(problem, apart, damp=damp, act_order=act_order)
     for name, result in results.items():
-        if result.damp_used > settings.damp:
-            log.warning("%s: damping raised from %g to %g", name, settings.damp, result.damp_used)
+        if result.damp_used > damp:
+            log.warning("%s: damping raised from %g to %g", name, damp, result.damp_used)
         solved.tensors[name], solved.damping[name] = result.tensor, result.damp_used
         solved.losses[name] = result.loss_relative_to_output_energy
         if index is not None:
@@ -99,81 +130,67 @@ def solve_gptq_unit(
             solved.losses[name] = output_loss(wide, solved.dense(name), hessians[name])
 
 
-def _gptq(
-    weights: Mapping[str, Tensor], hessians: Mapping[str, Tensor], groups: MomentWatch, settings: Settings
-) -> dict[str, GptqResult]:
+def _gptq(problem: Problem, hessians: Mapping[str, Tensor], *, damp: float, act_order: bool) -> dict[str, GptqResult]:
     results: dict[str, GptqResult] = {}
     for name, hessian in hessians.items():
-        with naming(name):
+        with error_prefix(name):
             results[name] = solve_gptq(
-                weights[name].float(),
+                problem.weights[name].float(),
                 hessian,
-                settings.grids[name],
-                scale_dtype=settings.scale_dtype,
-                damp=settings.damp,
-                act_order=settings.act_order,
-                inputs=groups.inputs(name),
+                problem.grids[name],
+                scale_dtype=problem.scale_dtype,
+                damp=damp,
+                act_order=act_order,
+                inputs=problem.inputs.groups.inputs(name),
             )
     return results
 
 
-def _chosen(
-    errors: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    settings: Settings,
-    *,
-    scale: Tensor | None = None,
-) -> Tensor | None:
-    """The channels that a fusion group keeps in 16 bit; None if none."""
-    if not has_columns(settings.grids[next(iter(errors))], settings.columns):
+def _columns_in_16_bit(problem: Problem, errors: Mapping[str, Tensor], *, scale: Tensor | None = None) -> Tensor | None:
+    """Return the channels that the fusion group keeps in 16 bit; None if none."""
+    if not has_columns(problem.grids[next(iter(errors))], problem.columns):
         return None
-    return choose_columns(errors, hessians, settings.columns, scale=scale)
+    return choose_columns(errors, problem.inputs.hessians, problem.columns, scale=scale)
 
 
-def solve_awq_unit(
-    loaded: LoadedModel,
-    layer: int,
-    weights: Mapping[str, Tensor],
-    hessians: Mapping[str, Tensor],
-    magnitude: Tensor,
-    settings: Settings,
-    solved: Solved,
-) -> None:
+def solve_awq_unit(problem: Problem, solved: Solved) -> None:
     """Solve a fusion group with AWQ and fold its scale; a source that is quantized already gets other scales."""
+    loaded, unit, weights, hessians = problem.loaded, problem.unit, problem.weights, problem.inputs.hessians
     names = tuple(weights)
-    unit = next(unit for unit in loaded.family.units if names[0].endswith(f".{layer}.{unit.modules[0]}"))
-    fold = settings.folds.get(unit.name)
-    source = None if fold is None else fold_source(loaded, layer, fold, solved.tensors)
-    with naming(names[0]):
+    fold = model_folds(loaded).get(unit.group or "")
+    source = None if fold is None else fold_source(loaded, unit.layer, fold, solved.tensors)
+    with error_prefix(names[0]):
         results, scale = solve_awq(
             weights,
             hessians,
-            magnitude,
-            settings.grids,
-            scale_dtype=settings.scale_dtype,
+            problem.inputs.magnitude,
+            problem.grids,
+            scale_dtype=problem.scale_dtype,
             effective=None if source is None else source.effective,
-            clipped=names if unit.name != "qkv" else names[2:],
+            # The products of q and k magnify what is clipped in either.
+            clipped=names if unit.group != "qkv" else names[2:],
         )
     scaled = {name: weight.float() * scale for name, weight in weights.items()}
     errors = {name: result.tensor.dequantize() - scaled[name] for name, result in results.items()}
-    index = _chosen(errors, hessians, settings, scale=scale)
+    index = _columns_in_16_bit(problem, errors, scale=scale)
     for name, result in results.items():
         solved.tensors[name], solved.losses[name] = result.tensor, result.loss_relative_to_output_energy
         if index is not None:
             solved.keep(name, Target(scaled[name], index))
             solved.losses[name] = output_loss(weights[name].float(), solved.dense(name) / scale, hessians[name])
-    if source is not None:
-        folded = source.fold(scale)
-        solved.folded |= folded.parameters
-        if folded.tensor is not None:
-            solved.tensors[source.name] = folded.tensor
-        if source.name in solved.targets:
-            solved.keep(source.name, solved.targets[source.name].divided(scale))
-            set_linear_weight(source.module, solved.dense(source.name))
+    if source is None:
+        return
+    folded = source.fold(scale)
+    solved.folded |= folded.parameters
+    if folded.tensor is not None:
+        solved.tensors[source.name] = folded.tensor
+    if source.name in solved.targets:
+        solved.keep(source.name, solved.targets[source.name].divided(scale))
+        set_linear_weight(source.module, solved.dense(source.name))
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
+def error_prefix(name: str) -> Iterator[None]:
     """Put the module's name in front of an error's message."""
     try:
         yield

@@ -1,25 +1,23 @@
-"""Quantize a model block by block. Step 6 (quantize): takes a `LoadedModel`, returns a `QuantizedModel`.
+"""Quantize a model block by block: takes a `LoadedModel` and a plan, returns a `QuantizedModel`.
 
-With GPTQ, every module is solved on the inputs that it will get in the quantized model: those that come out of the
-quantized blocks before it and, within its block, of the modules before it (*true sequential*: attention output is
+With calibration, every module is solved on the inputs that it will get in the quantized model: those that come out of
+the quantized blocks before it and, within its block, of the modules before it (*true sequential*: attention output is
 calibrated with quantized q, k, v). Modules of one fusion group share their inputs, so they share a Hessian.
-AWQ goes the same way, and folds each group's input scale into the module in front of it, which may be quantized by
-then: its integers stay and its scales are divided.
-Which input channels keep 16 bit (`columns`) is chosen when a group is solved; GPTQ then solves it again without them.
+AWQ folds each group's input scale into the module in front of it, which may be quantized by then: its integers stay and
+its scales are divided.
 Protected layers run in 16 bit and are left alone. At any time at most one block differs from the model passed in.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import Grid, Method, Precision
+from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
@@ -27,23 +25,15 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.blocks import Batch, first_inputs
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.columns import KeptColumns
-from quant_fairness_plugin.quantize.folding import model_folds
-from quant_fairness_plugin.quantize.gptq import DEFAULT_DAMP
-from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
+from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.quantize.methods import check_method_grid, find_method, method_names
+from quant_fairness_plugin.quantize.methods.method import Method
 from quant_fairness_plugin.quantize.moments import FairMagnitude, MomentWatch, fair_moments, language_moments
-from quant_fairness_plugin.quantize.selection import NO_OVERRIDES, Selection, select_modules
-from quant_fairness_plugin.quantize.solving import (
-    Settings,
-    Solved,
-    dense_values,
-    naming,
-    solve_awq_unit,
-    solve_gptq_unit,
-)
-
-log = logging.getLogger(__name__)
+from quant_fairness_plugin.quantize.selection import Selection, select_modules
+from quant_fairness_plugin.quantize.solving import Inputs, Problem, Solved, dense_values, error_prefix
 
 BATCH_TOKENS = 2048
+Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +41,12 @@ class QuantizedModel:
     """A model and the integers that replace some of its weights. The model object itself still is in 16 bit."""
 
     loaded: LoadedModel
-    method: Method
-    grid: Grid
-    protected: tuple[int, ...]
+    plan: ProtectionPlan
+    """What it was made by."""
+    method: str
+    """A name of `methods.METHODS`."""
     tensors: dict[str, QuantizedTensor]
-    """Full module name → integers, each with its own grid (an INT8 unit has other bits than `grid`)."""
-    overrides: Mapping[str, Precision]
-    """Units with a precision of their own, as in `ProtectionPlan.overrides`."""
+    """Full module name → integers, each with its own grid (an INT8 unit has other bits than the plan's grid)."""
     folded: dict[str, Tensor]
     """AWQ: full parameter name (`….input_layernorm.weight`, `….v_proj.bias`) → 16-bit value that replaces the model's,
     as the module stores it, float32 with values of the storage dtype; empty otherwise."""
@@ -75,12 +64,17 @@ class QuantizedModel:
     columns: Mapping[str, KeptColumns] = field(default_factory=dict)
     """Full module name → the input channels that keep 16 bit beside its integers."""
 
+    @property
+    def grid(self) -> Grid:
+        """The grid of everything that the plan does not single out."""
+        return self.plan.grid
+
     def dense_weight(self, name: str) -> Tensor:
-        """What a quantized module computes with, kept channels included: float32 `[rows, cols]`."""
+        """Return what a quantized module computes with, 16-bit channels included: float32 `[rows, cols]`."""
         return dense_values(self.tensors[name], self.columns.get(name))
 
     def dense_weights(self) -> dict[str, Tensor]:
-        """Everything that `bank.swapped` needs to compute the quantized model.
+        """Return everything that `exchange.swapped` needs to compute the quantized model.
 
         Full module name → dequantized weight as the module stores it, and full parameter name → folded value, in the
         parameter's own dtype and device.
@@ -92,146 +86,149 @@ class QuantizedModel:
         return dense | {name: value.to(self.loaded.model.get_parameter(name)) for name, value in self.folded.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What stays the same from the first block to the last."""
+
+    loaded: LoadedModel
+    method: Method
+    selection: Selection
+    columns: float
+    report: Report
+
+    def units(self, layer: int) -> Iterator[tuple[Unit, dict[str, nn.Module]]]:
+        """Yield the fusion groups to quantize in a layer, in forward order, with their modules by full name."""
+        modules = self.loaded.linears(layer)
+        names = {f"{self.loaded.family.blocks}.{layer}.{u.modules[0]}": u.name for u in self.loaded.family.units}
+        for group in self.selection.units.get(layer, ()):
+            yield Unit(layer, names[group[0]]), {name: modules[name] for name in group}
+
+    def solve(self, unit: Unit, weights: Mapping[str, Tensor], measured: Inputs | None, solved: Solved) -> None:
+        """Hand a fusion group to the method."""
+        problem = Problem(
+            loaded=self.loaded, unit=unit, weights=weights, grids=self.selection.grids, columns=self.columns,
+            measured=measured,
+        )  # fmt: skip
+        self.method.solve(problem, solved)
+
+
 def quantize_model(
     loaded: LoadedModel,
-    protected: Collection[int],
+    plan: ProtectionPlan,
     *,
-    method: Method,
-    grid: Grid,
+    method: str | Method,
     calibration: CalibrationSet | None = None,
-    overrides: Mapping[str, Precision] = NO_OVERRIDES,
-    columns: float = 0.0,
-    damp: float = DEFAULT_DAMP,
-    act_order: bool = True,
     batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> QuantizedModel:
-    """Quantize the linear modules of all layers but the protected ones.
+    """Quantize the linear modules of all layers that a plan does not protect.
 
     The model is bit-identical afterwards, also when an error or an interrupt ends the work.
 
     Args:
         loaded: the model; changed one block at a time while the work lasts.
-        protected: layers that stay in 16 bit.
-        method: `rtn` (no calibration), `gptq` or `awq`.
-        grid: the integer grid; modules that it does not fit stay in 16 bit and are listed in `kept`.
-        calibration: token rows and language weights for `gptq` and `awq`; must be None for `rtn`.
-        overrides: units with another precision than the grid's, as in `ProtectionPlan.overrides`.
-        columns: share of the input channels of each module that keeps 16 bit; `rtn` cannot tell which they should be.
-        damp: GPTQ's damping, as a share of the mean Hessian diagonal.
-        act_order: GPTQ's column order by Hessian diagonal (static; nothing of it shows in the result's layout).
+        plan: which layers and units keep which precision, the grid of the others, and the share of input channels that
+            keep 16 bit. Modules that their grid does not fit stay in 16 bit and are listed in `kept`.
+        method: a name of `methods.METHODS`, or a method with other options, such as `Gptq(damp=0.1)`.
+        calibration: token rows and language weights; None for a method that needs none.
         batch_tokens: most calibration tokens that are run at once.
         progress: called with (layers done, layers) after each layer.
 
     Raises:
-        ConfigError: an unknown method, a calibration that is missing or not needed, columns without a calibration, or a
-            grid that fits no module.
+        ConfigError: an unknown method, a calibration that is missing or not needed, a plan of another model, a grid
+            that fits no module, or one that the method cannot be used with.
         InvalidLayerError: a protected layer that the model lacks, or all of them.
         ArtifactError: a weight holds NaN or infinity (names the module).
-        UnsupportedModelError: a module cannot be solved (names it), or AWQ does not know the architecture.
+        UnsupportedModelError: a module cannot be solved (names it), or the method does not know the architecture.
     """
-    selection = select_modules(loaded, grid, protected=protected, overrides=overrides)
-    _check_method(method, calibration, grid)
-    if columns and calibration is None:
+    solver = find_method(method) if isinstance(method, str) else method
+    selection = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
+    if plan.layers != loaded.layers:
         raise ConfigError(
-            f"columns {columns} cannot be used with method 'rtn': which channels matter only calibration tells; use "
-            "'gptq' or 'awq'"
+            f"the plan is for {plan.layers} layers, and the model has {loaded.layers}; use a plan of this model"
         )
-    report = progress or (lambda done, total: None)
-    settings = Settings(
-        method=method, folds=model_folds(loaded) if method == "awq" else {}, grids=selection.grids,
-        scale_dtype=loaded.storage_dtype, damp=damp, act_order=act_order, columns=columns,
-    )  # fmt: skip
-    empty = QuantizedModel(
-        loaded=loaded, method=method, grid=grid, protected=selection.protected, tensors={}, kept=selection.kept,
-        losses={}, damping={}, calibration=calibration, overrides=dict(overrides), folded={},
-    )  # fmt: skip
+    _check(solver, plan, selection, calibration)
+    solver.check_model(loaded)
+    work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None))
     if calibration is None:
-        return replace(empty, tensors=_round_all(loaded, selection, settings, report))
-    solved = _solve_all(loaded, selection, settings, calibration, batch_tokens=batch_tokens, report=report)
-    return replace(
-        empty, tensors=solved.tensors, losses=solved.losses, damping=solved.damping, folded=solved.folded,
+        solved = _solve_from_weights(work)
+    else:
+        solved = _solve_on_inputs(work, calibration, batch_tokens=batch_tokens)
+    return QuantizedModel(
+        loaded=loaded, plan=plan, method=solver.name, tensors=solved.tensors, folded=solved.folded,
+        kept=selection.kept, losses=solved.losses, damping=solved.damping, calibration=calibration,
         columns=solved.columns,
     )  # fmt: skip
 
 
-def _check_method(method: Method, calibration: CalibrationSet | None, grid: Grid) -> None:
-    if method not in {"rtn", "gptq", "awq"}:
-        raise ConfigError(f"method {method!r} cannot be used here; use 'rtn', 'gptq' or 'awq'")
-    if method != "rtn" and calibration is None:
+def _check(method: Method, plan: ProtectionPlan, selection: Selection, calibration: CalibrationSet | None) -> None:
+    """Refuse a method for a plan and a calibration that do not go with it."""
+    if method.needs_calibration and calibration is None:
         raise ConfigError(
-            f"method {method!r} needs calibration text and got none; pass build_calibration(…), or use 'rtn'"
+            f"method {method.name!r} needs calibration text and got none; pass build_calibration(…), or use "
+            f"{method_names(lambda other: not other.needs_calibration)}"
         )
-    if method == "awq" and grid.clip == "minimax":
+    if calibration is not None and not method.needs_calibration:
         raise ConfigError(
-            "clip 'minimax' cannot be used with method 'awq', which clips by its own search; use clip 'absmax', or "
-            "method 'gptq'"
+            f"method {method.name!r} uses no calibration text but got some; pass None, or use "
+            f"{method_names(lambda other: other.needs_calibration)}"
         )
-    if method == "rtn" and calibration is not None:
-        raise ConfigError("method 'rtn' uses no calibration text but got some; pass None, or use 'gptq' or 'awq'")
+    if plan.protect_columns and not method.keeps_columns:
+        raise ConfigError(
+            f"columns {plan.protect_columns} cannot be used with method {method.name!r}: which channels matter only "
+            f"calibration tells; use {method_names(lambda other: other.keeps_columns)}"
+        )
+    for grid in dict.fromkeys(selection.grids.values()):
+        check_method_grid(method, grid)
 
 
-def _round_all(
-    loaded: LoadedModel, selection: Selection, settings: Settings, report: Callable[[int, int], None]
-) -> dict[str, QuantizedTensor]:
-    tensors: dict[str, QuantizedTensor] = {}
-    for layer in range(loaded.layers):
-        modules = loaded.linears(layer)
-        for name in (name for unit in selection.units.get(layer, ()) for name in unit):
-            with naming(name):
-                weight = linear_weight(modules[name])
-                tensors[name] = quantize_rtn(weight, settings.grids[name], scale_dtype=settings.scale_dtype)
-        report(layer + 1, loaded.layers)
-    return tensors
-
-
-def _solve_all(
-    loaded: LoadedModel,
-    selection: Selection,
-    settings: Settings,
-    calibration: CalibrationSet,
-    *,
-    batch_tokens: int,
-    report: Callable[[int, int], None],
-) -> Solved:
+@torch.no_grad()
+def _solve_from_weights(work: _Work) -> Solved:
+    """Solve by a method without calibration, for which the model is not run."""
     solved = Solved()
-    last = max(selection.units)
+    for layer in range(work.loaded.layers):
+        for unit, modules in work.units(layer):
+            weights = {name: linear_weight(module) for name, module in modules.items()}
+            work.solve(unit, weights, None, solved)
+        work.report(layer + 1, work.loaded.layers)
+    return solved
+
+
+def _solve_on_inputs(work: _Work, calibration: CalibrationSet, *, batch_tokens: int) -> Solved:
+    """Solve by a method with calibration, block after block as the rows reach it."""
+    loaded, solved = work.loaded, Solved()
+    last = max(work.selection.units)
     with _evaluating(loaded.model):
         batches = first_inputs(loaded, calibration, batch_tokens=batch_tokens)
         for layer in range(loaded.layers):
-            units = selection.units.get(layer, ())
             with _restored(loaded, layer):
                 solved.targets.clear()
-                for names in units:
-                    _solve_unit(loaded, layer, names, settings, batches, calibration, solved)
+                for unit, modules in work.units(layer):
+                    _solve_unit(work, unit, modules, batches, calibration, solved)
                 if layer < last:  # what follows the last quantized layer needs no inputs
                     _advance(loaded, layer, batches)
-            report(layer + 1, loaded.layers)
+            work.report(layer + 1, loaded.layers)
     return solved
 
 
 @torch.no_grad()
 def _solve_unit(
-    loaded: LoadedModel,
-    layer: int,
-    names: tuple[str, ...],
-    settings: Settings,
+    work: _Work,
+    unit: Unit,
+    modules: Mapping[str, nn.Module],
     batches: list[Batch],
     calibration: CalibrationSet,
     solved: Solved,
 ) -> None:
     """Solve the modules of one fusion group and leave their dequantized weights in the block."""
-    modules = loaded.linears(layer)
-    weights = {name: linear_weight(modules[name]) for name in names}
-    magnitude, groups = FairMagnitude(calibration.shares), MomentWatch(weights, settings.grids)
-    with naming(names[0]):
-        moments = language_moments(loaded.block(layer), modules[names[0]], layer, batches, calibration)
+    weights = {name: linear_weight(module) for name, module in modules.items()}
+    first, module = next(iter(modules.items()))
+    magnitude, groups = FairMagnitude(calibration.shares), MomentWatch(weights, work.selection.grids)
+    with error_prefix(first):
+        moments = language_moments(work.loaded.block(unit.layer), module, unit.layer, batches, calibration)
         hessians = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
-    if settings.method == "awq":
-        solve_awq_unit(loaded, layer, weights, hessians, magnitude.value, settings, solved)
-    else:
-        solve_gptq_unit(weights, hessians, groups, settings, solved)
-    for name in names:
+    work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
+    for name in modules:
         set_linear_weight(modules[name], solved.dense(name))
 
 
@@ -254,7 +251,7 @@ def _restored(loaded: LoadedModel, layer: int) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule gets its own mode back."""
+    """Set evaluation mode for a while; every submodule gets back the mode that it had."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Step 5 to elsewhere: a plan as the configuration of another tool, for those who quantize with that tool themselves.
+"""To elsewhere: a plan as the configuration of another tool, for those who quantize with that tool themselves.
 
 Takes a plan and the model's files (weights are not read); returns text. What gptqmodel and llm-compressor get is tested
 by using it; AutoRound's, optimum's and llama.cpp's follow their documentation:
@@ -63,7 +63,7 @@ def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_
 
     if plan.layers != files.layers:
         raise ConfigError(
-            f"the plan is for {plan.layers} layers, {files.name} has {files.layers}; give the plan's own model "
+            f"the plan is for {plan.layers} layers, {files.name} has {files.layers}; give the plan's model "
             f"({plan.model}) with --model"
         )
     model = empty_model(files, trust_remote_code=trust_remote_code)

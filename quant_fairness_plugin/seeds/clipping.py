@@ -21,9 +21,9 @@ from scipy.special import lambertw, ndtr
 from scipy.stats import kurtosis as sample_kurtosis
 from scipy.stats import norm
 
-from quant_fairness_plugin.config import check_bits
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.quantize.clipping.theory import alpha_by_tail, dof_of_kurtosis, optimal_alpha
+from quant_fairness_plugin.quantize.grid_rules import check_bits
 
 Array = npt.NDArray[np.float64]
 Regime = Literal["low", "middle", "high"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import Grid, Ranking, SweepReport, TextSet, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Ranking, SweepReport, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import percent_change
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
@@ -59,7 +59,9 @@ def layer_sweep(
     if method == "legacy":
         return _legacy_sweep(model, tokenizer, one_text_each(texts), reference_lang)
     sentences = text_set(texts, reference_lang).part("search")
-    return sweep_units(_in_float32(from_loaded(model, tokenizer)), sentences, grid=grid, reference=reference_lang)
+    return sweep_units(
+        _in_float32(from_loaded(model, tokenizer)), sentences, grid=grid, bootstrap=Bootstrap(reference_lang)
+    )
 
 
 def quick_sweep(

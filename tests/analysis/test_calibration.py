@@ -24,8 +24,8 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.minimax import quantized_state
-from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.recommend import explicit_plan
+from tests.planning import quantize_layers
 from tests.planted_model import PLANTED_LAYER, planted_texts
 
 GRID = Grid(bits=3, group_size=32)
@@ -53,7 +53,7 @@ def kl_series(
 ) -> Array:
     """KL in bits per byte under every resample, sentence by sentence, the estimate first; written out naively."""
     calibration = build_calibration(loaded.tokenizer, texts, languages=["en"] if calibrated_on == "english" else None)
-    quantized = quantize_model(loaded, protected, method="gptq", grid=GRID, calibration=calibration)
+    quantized = quantize_layers(loaded, protected, method="gptq", grid=GRID, calibration=calibration)
     part = texts.part("confirm")
     scores = score_states([fixed_state("a", loaded.model), quantized_state("b", quantized)], loaded.tokenizer, part)
     found = scores["b"].languages[language]

@@ -18,13 +18,13 @@ from quant_fairness_plugin.checkpoint import columns as checking
 from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE, read_columns
 from quant_fairness_plugin.checkpoint.dequantize import load_dense_model, read_dense_state
 from quant_fairness_plugin.checkpoint.folder import RECORD, file_record, list_files
-from quant_fairness_plugin.errors import ArtifactError, ConfigError
+from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.resolve import model_sha256, resolve_model
 from quant_fairness_plugin.quantize.stream import QuantizedModel
-from tests.export.build import TEXTS, plan_of, quantize_tiny, quantize_with_columns
+from tests.export.build import TEXTS, quantize_tiny, quantize_with_columns
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -37,7 +37,7 @@ def quantized(tiny_model: Callable[..., Path]) -> QuantizedModel:
 @pytest.fixture(scope="module")
 def written(quantized: QuantizedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("columns") / "out"
-    export(quantized, out, plan=plan_of(quantized), texts=TEXTS)
+    export(quantized, out, texts=TEXTS)
     return out
 
 
@@ -86,7 +86,7 @@ def test_other_formats_and_orientations(
     tiny_model: Callable[..., Path], tmp_path: Path, family: str, format_name: CheckpointFormat
 ) -> None:
     quantized = quantize_with_columns(tiny_model(family), method="awq" if format_name == "awq" else "gptq")
-    export(quantized, tmp_path / "out", plan=plan_of(quantized), texts=TEXTS, format=format_name, reader="vllm")
+    export(quantized, tmp_path / "out", texts=TEXTS, format=format_name, reader="vllm")
     found = read_columns(tmp_path / "out")
     assert found.keys() == quantized.columns.keys()
     for name, kept in found.items():
@@ -95,9 +95,7 @@ def test_other_formats_and_orientations(
 
 
 def test_a_twin_holds_the_channels_itself(quantized: QuantizedModel, tmp_path: Path) -> None:
-    record = export(
-        quantized, tmp_path / "out", plan=plan_of(quantized), texts=TEXTS, format="fp16-twin", reader="vllm"
-    )
+    record = export(quantized, tmp_path / "out", texts=TEXTS, format="fp16-twin", reader="vllm")
     assert record.protected_columns == {}
     assert not (tmp_path / "out" / COLUMNS_FILE).exists()
     stored = read_dense_state(tmp_path / "out")[f"{Q_PROJ}.weight"]
@@ -194,17 +192,11 @@ def test_the_source_of_a_bundled_model_is_at_hand(written: Path, name: str) -> N
     assert checking._source_weights(replace(record, provenance=replace(made, model_sha256="0" * 64))) is None
 
 
-def test_the_plan_must_be_the_quantized_one(quantized: QuantizedModel, tmp_path: Path) -> None:
-    plan = replace(plan_of(quantized), protect_columns=0.0)
-    with pytest.raises(ConfigError, match="they must be the same"):
-        export(quantized, tmp_path / "out", plan=plan, texts=TEXTS)
-
-
 def test_the_card_says_who_reads_them(written: Path, tiny_model: Callable[..., Path]) -> None:
     card = (written / "README.md").read_text()
     assert "24 input channels of 7 of these modules" in " ".join(card.split())
     assert "Only the loader of quant-fairness reads that file" in card
     assert "| Input channels in 16 bit | 10 % of each quantized module |" in card
     record = load(ExportRecord, written / RECORD)
-    plain = replace(record, protected_columns={}, plan=plan_of(quantize_tiny(tiny_model("llama"))))
+    plain = replace(record, protected_columns={}, plan=quantize_tiny(tiny_model("llama")).plan)
     assert "nput channels" not in render_card(plain)

@@ -15,7 +15,7 @@ from quant_fairness_plugin.checkpoint.dequantize import iterate_dense, load_dens
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.export.writer import export
 from tests.export import foreign_folders as tools
-from tests.export.build import TEXTS, plan_of, quantize_tiny
+from tests.export.build import TEXTS, quantize_tiny
 from tests.export.conftest import Exported, rewrite_json
 
 NAME = "model.layers.10.mlp.down_proj"
@@ -92,7 +92,7 @@ def test_other_grids_and_dtypes_load_in_transformers_and_here(
     tiny_model: Callable[..., Path], tmp_path: Path, grid: Grid, dtype: str
 ) -> None:
     quantized = quantize_tiny(tiny_model("llama", layers=2, dtype=dtype), protected=(0,), grid=grid)
-    record = export(quantized, tmp_path / "out", plan=plan_of(quantized), texts=TEXTS)  # verifies the logits
+    record = export(quantized, tmp_path / "out", texts=TEXTS)  # verifies the logits
     state = read_dense_state(tmp_path / "out")
     for name, weight in quantized.dense_weights().items():
         assert torch.equal(state[f"{name}.weight"], weight)

@@ -11,6 +11,7 @@ import torch
 
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats.format import StoredGrid
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
@@ -227,12 +228,17 @@ def test_kept_layers_are_those_without_any_quantized_module() -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="unknown format 'gguf'; allowed are compressed-tensors, gptq, awq, fp16-twin"
-    ):
+    with pytest.raises(ConfigError, match="unknown format 'gguf'; known are compressed-tensors, gptq, awq, fp16-twin"):
         checkpoint_format("gguf")
+
+
+def test_the_twin_is_a_format_that_packs_nothing() -> None:
+    twin = checkpoint_format("fp16-twin")
+    assert not twin.packs
+    assert twin.quantization_config(llama_map(), Grid()) == {}
+    tensor = quantize_rtn(torch.randn(8, 32), Grid(group_size=32), scale_dtype=torch.float16)
     with pytest.raises(ConfigError, match="stores no quantized modules"):
-        checkpoint_format("fp16-twin")
+        twin.tensors("a.b", tensor)
 
 
 @pytest.mark.parametrize("reader", ["transformers", "vllm", "gptqmodel", None])
@@ -315,8 +321,32 @@ def test_the_plain_twin_is_always_exportable(family: str, grid: Grid) -> None:
         check_exportable(family_of(family), format="fp16-twin", grid=grid, reader=reader)
 
 
+def test_sglang_reads_int8_layers_of_gptq_and_not_of_compressed_tensors() -> None:
+    overrides: dict[str, Precision] = {"layers.5": "int8"}
+    check_exportable(LLAMA, format="gptq", grid=Grid(), reader="sglang", overrides=overrides)
+    with pytest.raises(UnsupportedModelError, match=r"as 4 bit; allowed is gptq\. Use --format gptq"):
+        check_exportable(LLAMA, format="compressed-tensors", grid=Grid(), reader="sglang", overrides=overrides)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize(("rows", "cols", "group"), [(8, 32, 32), (24, 64, 32), (40, 72, -1)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_shapes_are_those_of_the_packed_tensors(name: str, rows: int, cols: int, group: int, symmetric: bool) -> None:
+    layout = checkpoint_format(name)
+    generator = torch.Generator().manual_seed(0)
+    grid = Grid(group_size=group, symmetric=symmetric)
+    tensor = quantize_rtn(torch.randn(rows, cols, generator=generator), grid, scale_dtype=torch.float16)
+    stored = {key.removeprefix("m."): value for key, value in layout.tensors("m", tensor).items()}
+    expected = StoredGrid(rows, cols, 4, tensor.scales.shape[1])
+    assert layout.grid_of(stored) == expected
+    assert layout.grid({suffix: tuple(value.shape) for suffix, value in stored.items()}, rows, cols) == expected
+    dtypes = {torch.int32: "I32", torch.int64: "I64", torch.float16: None}
+    kinds = {suffix: (dtypes[value.dtype], tuple(value.shape)) for suffix, value in stored.items()}
+    assert layout.expected(expected, symmetric=symmetric) == kinds
+
+
 def test_an_unknown_reader_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown reader 'llama.cpp'; allowed are transformers, vllm"):
+    with pytest.raises(ConfigError, match="unknown reader 'llama.cpp'; known are transformers, vllm, gptqmodel, sg"):
         check_exportable(LLAMA, format="gptq", grid=Grid(), reader="llama.cpp")
 
 

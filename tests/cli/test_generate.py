@@ -13,14 +13,14 @@ from quant_fairness_plugin.cli.main import app, run_guarded
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.serve.generate import generate_text, load_tokenizer
 from quant_fairness_plugin.serve.load import load_quantized
-from tests.export.build import TEXTS, plan_of, quantize_tiny
+from tests.export.build import TEXTS, quantize_tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("generate") / "out"
     quantized = quantize_tiny(tiny_model("llama"))
-    export(quantized, out, plan=plan_of(quantized), texts=TEXTS, reader="transformers")
+    export(quantized, out, texts=TEXTS, reader="transformers")
     return out
 
 

@@ -10,19 +10,17 @@ from quant_fairness_plugin.artifacts import (
     Interval,
     LanguageDamage,
     Measurement,
-    Method,
     Precision,
-    ProtectionPlan,
     Provenance,
     TextSet,
     Undefined,
-    precision_of_bits,
 )
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+from tests.planning import quantize_layers
 from tests.tiny import byte_tokenizer
 
 TEXTS = TextSet(
@@ -45,13 +43,13 @@ def quantize_tiny(
     overrides: Mapping[str, Precision] = NO_OVERRIDES,
 ) -> QuantizedModel:
     loaded = load_model(str(folder))
-    return quantize_model(loaded, tuple(protected), method="rtn", grid=grid, overrides=overrides)
+    return quantize_layers(loaded, tuple(protected), method="rtn", grid=grid, overrides=overrides)
 
 
 def quantize_with_columns(
     folder: Path,
     *,
-    method: Method = "gptq",
+    method: str = "gptq",
     share: float = 0.1,
     protected: Collection[int] = (1,),
     grid: Grid | None = None,
@@ -60,7 +58,7 @@ def quantize_with_columns(
     loaded = load_model(str(folder))
     grid = grid or Grid(group_size=32, symmetric=method == "gptq")
     calibration = build_calibration(byte_tokenizer(), TEXTS, row_tokens=8)
-    return quantize_model(
+    return quantize_layers(
         loaded,
         tuple(protected),
         method=method,
@@ -68,25 +66,6 @@ def quantize_with_columns(
         overrides=overrides,
         calibration=calibration,
         columns=share,
-    )
-
-
-def plan_of(quantized: QuantizedModel) -> ProtectionPlan:
-    on_the_grid = precision_of_bits(quantized.grid.bits)
-    whole: dict[str, Precision] = {
-        f"layers.{i}": "fp16" if i in quantized.protected else on_the_grid for i in range(quantized.loaded.layers)
-    }
-    return ProtectionPlan(
-        model=quantized.loaded.files.name,
-        units=whole | dict(quantized.overrides),
-        grid=quantized.grid,
-        source="explicit",
-        reasons=("chosen by the test",),
-        stable=True,
-        predicted=False,
-        extra_bytes=1024,
-        overhead=0.125,
-        protect_columns=0.1 if quantized.columns else 0.0,
     )
 
 

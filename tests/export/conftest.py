@@ -17,7 +17,7 @@ Exported = Callable[..., Path]
 def exported(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Export a tiny model (once per argument list): twelve layers, layer 1 in 16 bit."""
     from quant_fairness_plugin.export.writer import export
-    from tests.export.build import TEXTS, plan_of, quantize_tiny
+    from tests.export.build import TEXTS, quantize_tiny
 
     root = tmp_path_factory.mktemp("exports")
 
@@ -25,7 +25,7 @@ def exported(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         out = root / f"{family}-{format_name}"
         if not out.exists():
             quantized = quantize_tiny(tiny_model(family, layers=12))
-            export(quantized, out, plan=plan_of(quantized), texts=TEXTS, format=format_name, reader=reader)
+            export(quantized, out, texts=TEXTS, format=format_name, reader=reader)
         return out
 
     return build

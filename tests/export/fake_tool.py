@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from quant_fairness_plugin.artifacts import Grid, Method
+from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.quantize import backends
@@ -32,7 +32,7 @@ class FakeTool:
     """Installed, willing and able; `mistake` changes the tensors before they are written."""
 
     name = "fake"
-    methods: tuple[Method, ...] = ("gptq", "awq")
+    methods: tuple[str, ...] = ("gptq", "awq")
     packages = ("torch",)
 
     def __init__(self, layout: str = "gptq", mistake: Callable[[Tensors], None] = lambda tensors: None) -> None:
@@ -41,7 +41,7 @@ class FakeTool:
 
     def check(self) -> None: ...
 
-    def refuse(self, family: str, method: Method, grid: Grid) -> str | None:
+    def refuse(self, family: str, method: str, grid: Grid) -> str | None:
         return "the fake tool cannot do opt. Use another." if family == "opt" else None
 
     def quantize(self, job: Job, out: Path) -> Path:

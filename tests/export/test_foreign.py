@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_fairness_plugin.artifacts import Grid, Method, ProtectionPlan
+from quant_fairness_plugin.artifacts import Grid, ProtectionPlan
 from quant_fairness_plugin.checkpoint.dequantize import read_dense_state
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_model
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.texts.load import load_texts
 from tests.export.fake_tool import FakeTool, Tensors, register
+from tests.planning import quantize_layers
 
 SYMMETRIC, ASYMMETRIC = Grid(group_size=32), Grid(group_size=32, symmetric=False)
 NORM = "model.layers.0.input_layernorm.weight"
@@ -56,7 +57,7 @@ def quantized_by(
     monkeypatch: pytest.MonkeyPatch,
     *,
     plan: ProtectionPlan | None = None,
-    method: Method = "gptq",
+    method: str = "gptq",
 ) -> QuantizedModel:
     register(monkeypatch, fake=tool)
     return quantize_with("fake", loaded, plan or plan_of(layers_1="fp16"), method=method, calibration=calibration)
@@ -79,8 +80,8 @@ def test_integers_scales_and_zeros_are_those_that_the_tool_chose(
 ) -> None:
     plan = plan_of(grid, layers_1="fp16", layers_2_down="fp16")
     found = quantized_by(FakeTool(layout), loaded, calibration, monkeypatch, plan=plan)
-    assert_same(found, quantize_model(loaded, (1,), method="rtn", grid=grid, overrides=plan.overrides))
-    assert (found.folded, found.protected, found.backend) == ({}, (1,), "fake")
+    assert_same(found, quantize_layers(loaded, (1,), method="rtn", grid=grid, overrides=plan.overrides))
+    assert (found.folded, found.plan, found.backend) == ({}, plan, "fake")
     assert found.versions == {"torch": torch.__version__}
 
 
@@ -106,7 +107,7 @@ def test_a_model_in_memory_is_written_for_the_tool_and_removed_again(
     memory = from_loaded(loaded.model.half(), loaded.tokenizer)  # type: ignore[arg-type] # as in model/load.py
     tool = FakeTool()
     found = quantized_by(tool, memory, calibration, monkeypatch)
-    assert_same(found, quantize_model(memory, (1,), method="rtn", grid=SYMMETRIC))
+    assert_same(found, quantize_layers(memory, (1,), method="rtn", grid=SYMMETRIC))
     assert tool.jobs[0].source.is_relative_to(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +187,7 @@ def test_a_tied_head_may_be_stored_once_or_twice_but_not_changed(
     assert tied.family.tied_head
     for mistake in (lambda tensors: None, _drop("lm_head.weight")):
         found = quantized_by(FakeTool(mistake=mistake), tied, calibration, monkeypatch)
-        assert_same(found, quantize_model(tied, (1,), method="rtn", grid=SYMMETRIC))
+        assert_same(found, quantize_layers(tied, (1,), method="rtn", grid=SYMMETRIC))
     with pytest.raises(ArtifactError, match=r"lm_head\.weight was changed"):
         quantized_by(FakeTool(mistake=_set("lm_head.weight", _double)), tied, calibration, monkeypatch)
 
@@ -216,6 +217,6 @@ def test_an_export_names_the_backend_and_holds_its_values(
     assert record.provenance.arguments["backend"] == "fake"
     assert record.provenance.versions["torch"] == torch.__version__
     dense = read_dense_state(tmp_path / "out")
-    expected = quantize_model(quantizer.loaded, (1,), method="rtn", grid=SYMMETRIC)
+    expected = quantize_layers(quantizer.loaded, (1,), method="rtn", grid=SYMMETRIC)
     for name, tensor in expected.tensors.items():
         assert torch.equal(dense[f"{name}.weight"], tensor.dequantize())

@@ -27,8 +27,9 @@ from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.load import from_loaded, load_model
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
-from tests.export.build import GRID, TEXTS, measurement, plan_of, quantize_tiny
+from tests.export.build import GRID, TEXTS, measurement, quantize_tiny
 from tests.export.conftest import Exported
+from tests.planning import plan_of_layers, quantize_layers
 from tests.tiny import tiny_config
 
 PACKED_FORMATS = ("compressed-tensors", "gptq", "awq")
@@ -41,7 +42,7 @@ def small(tiny_model: Callable[..., Path]) -> QuantizedModel:
 
 
 def write(quantized: QuantizedModel, out: Path, **options: Any) -> ExportRecord:
-    return export(quantized, out, plan=plan_of(quantized), texts=TEXTS, **options)
+    return export(quantized, out, texts=TEXTS, **options)
 
 
 @pytest.mark.parametrize("family", TRANSFORMERS_FAMILIES)
@@ -324,7 +325,7 @@ def test_a_model_that_is_only_in_memory_can_be_exported(tmp_path: Path, small: Q
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(tiny_config("llama", layers=2, width=32)).half().float()
     loaded = from_loaded(model, small.loaded.tokenizer)
-    record = write(quantize_model(loaded, (1,), method="rtn", grid=GRID), tmp_path / "out")
+    record = write(quantize_layers(loaded, (1,), method="rtn", grid=GRID), tmp_path / "out")
     assert {"tokenizer.json", "generation_config.json", "config.json"} <= set(record.files)
     assert verify(tmp_path / "out").complete
 
@@ -440,16 +441,13 @@ def test_an_earlier_export_that_is_the_source_is_not_overwritten(small: Quantize
         write(again, tmp_path / "twin", overwrite=True)
 
 
-def test_another_plan_than_the_quantized_one_is_refused(small: QuantizedModel, tmp_path: Path) -> None:
-    plan = plan_of(small)
-    for other in (
-        replace(plan, units={"layers.0": "fp16", "layers.1": "int4"}),
-        replace(plan, units=plan.units | {"layers.0.down": "fp16"}),
-        replace(plan, units=plan.units | {"layers.0": "int8"}),
-        replace(plan, grid=Grid()),
-    ):
-        with pytest.raises(ConfigError, match="Quantize by that plan first"):
-            export(small, tmp_path / "out", plan=other, texts=TEXTS)
+def test_the_plan_of_the_record_is_the_one_that_was_quantized(small: QuantizedModel, tmp_path: Path) -> None:
+    plan = plan_of_layers(
+        small.loaded, (1,), grid=Grid(group_size=32, symmetric=False), overrides={"layers.0.down": "int8"}
+    )
+    record = write(quantize_model(small.loaded, plan, method="rtn"), tmp_path / "out")
+    assert record.plan == plan
+    assert {bits for name, bits in record.quantized_modules.items() if name.endswith("down_proj")} == {8}
 
 
 def test_a_full_disk_is_told_before_anything_is_written(

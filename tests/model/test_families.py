@@ -168,7 +168,7 @@ def test_an_unknown_family_of_equal_blocks_gets_a_generic_map(config: Pretrained
 
 def test_a_known_family_may_have_a_single_block_but_an_unknown_one_may_not() -> None:
     assert detect_family(tiny("llama", layers=1)).name == "llama"
-    with pytest.raises(UnsupportedModelError, match="gemma2: an unknown architecture with a single block; looked for"):
+    with pytest.raises(UnsupportedModelError, match="gemma2: an unknown architecture with a single block; expected"):
         detect_family(build(Gemma2Config(**(SMALL | {"num_hidden_layers": 1}), head_dim=8)))
 
 
@@ -296,12 +296,12 @@ def test_a_model_without_a_head_is_refused() -> None:
     wrapped = nn.Module()
     wrapped.model = model
     wrapped.get_output_embeddings = model.get_output_embeddings  # type: ignore[assignment]
-    with pytest.raises(UnsupportedModelError, match="no output head; looked for a causal language model"):
+    with pytest.raises(UnsupportedModelError, match="no output head; expected a causal language model"):
         detect_family(wrapped)  # type: ignore[arg-type]
 
 
 def test_a_model_without_blocks_names_what_was_looked_for() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Linear: no list of blocks.*Looked for.*as in bloom, gemma, gpt2"):
+    with pytest.raises(UnsupportedModelError, match=r"Linear: no list of blocks.*Expected.*as in bloom, gemma, gpt2"):
         detect_family(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

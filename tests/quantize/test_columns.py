@@ -16,7 +16,8 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.columns import choose_columns, decoupled
 from quant_fairness_plugin.quantize.grid_rules import column_bytes, column_count
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+from tests.planning import quantize_layers
 from tests.quantize.test_stream import assert_untouched, state
 from tests.quantize.test_stream_awq import make_loud
 
@@ -27,7 +28,7 @@ SHARE = 0.1
 
 def kept(loaded: LoadedModel, rows: CalibrationSet, method: str = "gptq", share: float = SHARE) -> QuantizedModel:
     grid = GRID if method == "gptq" else Grid(bits=3, group_size=32, symmetric=False)
-    return quantize_model(loaded, [], method=method, grid=grid, calibration=rows, columns=share)  # type: ignore[arg-type]
+    return quantize_layers(loaded, [], method=method, grid=grid, calibration=rows, columns=share)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def logits(loaded: LoadedModel, rows: CalibrationSet, weights: dict[str, Tensor]
 
 
 def test_modules_of_8_bits_keep_none(load: Load, rows: CalibrationSet) -> None:
-    quantized = quantize_model(
+    quantized = quantize_layers(
         load("llama"), [], method="gptq", grid=GRID, calibration=rows, columns=SHARE, overrides={"layers.1": "int8"}
     )
     assert {name.split(".")[2] for name in quantized.columns} == {"0"}
@@ -138,4 +139,4 @@ def test_modules_of_8_bits_keep_none(load: Load, rows: CalibrationSet) -> None:
 
 def test_rounding_without_calibration_keeps_none(load: Load) -> None:
     with pytest.raises(ConfigError, match="columns 0.1 cannot be used with method 'rtn': which channels matter only"):
-        quantize_model(load("llama"), [], method="rtn", grid=GRID, columns=0.1)
+        quantize_layers(load("llama"), [], method="rtn", grid=GRID, columns=0.1)

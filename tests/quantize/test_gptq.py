@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,8 +9,12 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
-from quant_fairness_plugin.quantize.gptq import output_loss, solve_gptq
+from quant_fairness_plugin.quantize import gptq
+from quant_fairness_plugin.quantize.gptq import output_loss
 from quant_fairness_plugin.quantize.grid import fit_grid, quantize_rtn, to_integers
+from quant_fairness_plugin.quantize.methods.gptq import Gptq
+
+solve_gptq = partial(gptq.solve_gptq, damp=Gptq().damp)
 
 
 def sample(rows: int, cols: int, *, tokens: int = 512, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,8 @@ from quant_fairness_plugin.quantize.minimax import (
     quantized_state,
     raised_weights,
 )
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+from tests.planning import quantize_layers
 from tests.planted_model import planted_texts
 
 GRID = Grid(bits=3, group_size=32)
@@ -55,7 +56,7 @@ class Recorder:
 
     def __call__(self, calibration: CalibrationSet) -> QuantizedModel:
         self.weights.append(calibration.shares)
-        self.models.append(replace(quantize_model(self._loaded, (), method="rtn", grid=GRID), calibration=calibration))
+        self.models.append(replace(quantize_layers(self._loaded, (), method="rtn", grid=GRID), calibration=calibration))
         return self.models[-1]
 
     def damage(self, quantized: QuantizedModel, part: TextSet) -> dict[str, float]:
@@ -102,7 +103,7 @@ def test_rounds_are_bounded(
 
 
 def test_damage_is_kl_per_byte_on_the_given_sentences(loaded: LoadedModel, texts: TextSet) -> None:
-    quantized = quantize_model(loaded, (), method="rtn", grid=GRID)
+    quantized = quantize_layers(loaded, (), method="rtn", grid=GRID)
     part = texts.part("calibrate")
     scores = score_states([fixed_state("a", loaded.model), quantized_state("b", quantized)], loaded.tokenizer, part)
     expected = {
@@ -115,7 +116,7 @@ def test_damage_is_kl_per_byte_on_the_given_sentences(loaded: LoadedModel, texts
 def test_a_language_that_the_model_does_not_know_keeps_its_weight(loaded: LoadedModel, texts: TextSet) -> None:
     wider = replace(texts, sentences=texts.sentences | {"hi": NOISE})
     calibration = build_calibration(loaded.tokenizer, wider, weighting="minimax")
-    quantize = partial(quantize_model, loaded, (), method="gptq", grid=GRID)
+    quantize = partial(quantize_layers, loaded, (), method="gptq", grid=GRID)
     found = quantize_minimax(lambda given: quantize(calibration=given), calibration, wider, rounds=2)
     assert found.calibration is not None
     first, second = found.calibration.rounds
@@ -128,7 +129,7 @@ def test_a_language_that_the_model_does_not_know_keeps_its_weight(loaded: Loaded
 def test_a_model_that_supports_no_language_has_no_worst_one(loaded: LoadedModel, texts: TextSet) -> None:
     unknown = replace(texts, sentences={"hi": NOISE})
     calibration = build_calibration(loaded.tokenizer, unknown, weighting="minimax")
-    quantize = partial(quantize_model, loaded, (), method="gptq", grid=GRID)
+    quantize = partial(quantize_layers, loaded, (), method="gptq", grid=GRID)
     with pytest.raises(QualityGateError, match="16-bit model supports none of hi.*or with uniform weights"):
         quantize_minimax(lambda given: quantize(calibration=given), calibration, unknown)
 
@@ -141,7 +142,7 @@ def test_sentences_to_choose_or_judge_on_are_never_read(loaded: LoadedModel, tex
     results = []
     for given in (texts, replace(texts, sentences=garbled)):
         calibration = build_calibration(loaded.tokenizer, given, weighting="minimax")
-        quantize = partial(quantize_model, loaded, (), method="gptq", grid=GRID)
+        quantize = partial(quantize_layers, loaded, (), method="gptq", grid=GRID)
         results.append(quantize_minimax(lambda c, run=quantize: run(calibration=c), calibration, given, rounds=2))
     assert results[0].calibration == results[1].calibration
     for name, tensor in results[0].tensors.items():
@@ -160,7 +161,7 @@ def test_other_weightings_quantize_once(
 
 
 def test_no_rounds_or_no_step_are_errors(loaded: LoadedModel, texts: TextSet, calibration: CalibrationSet) -> None:
-    quantize = partial(quantize_model, loaded, (), method="gptq", grid=GRID)
+    quantize = partial(quantize_layers, loaded, (), method="gptq", grid=GRID)
     for chosen in ({"rounds": 0}, {"step": 0.0}):
         with pytest.raises(ConfigError, match="use at least 1 round and a step above 0"):
             quantize_minimax(lambda given: quantize(calibration=given), calibration, texts, **chosen)  # type: ignore[arg-type] # one of the two

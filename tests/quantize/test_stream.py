@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from quant_fairness_plugin.quantize import solving, stream
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import solve_gptq
 from quant_fairness_plugin.quantize.grid import quantize_rtn
-from quant_fairness_plugin.quantize.stream import quantize_model
+from tests.planning import quantize_layers
 from tests.tiny import FAMILIES
 
 Load = Callable[..., LoadedModel]
@@ -67,7 +67,7 @@ def solve_naively(loaded: LoadedModel, protected: set[int], rows: CalibrationSet
             for name in names:
                 module = loaded.linears(layer)[name]
                 hessian = fair_hessian(linear_weight(module), inputs, rows.shares)
-                solved = solve_gptq(linear_weight(module), hessian, GRID, scale_dtype=torch.float16)
+                solved = solve_gptq(linear_weight(module), hessian, GRID, scale_dtype=torch.float16, damp=0.05)
                 integers[name] = solved.tensor.integers
                 set_linear_weight(module, solved.tensor.dequantize())
     return integers
@@ -80,7 +80,7 @@ def test_gptq_quantizes_every_family_and_leaves_the_model_as_it_was(
     loaded = load(family)
     before = state(loaded)
     done: list[tuple[int, int]] = []
-    quantized = quantize_model(
+    quantized = quantize_layers(
         loaded, [0], method="gptq", grid=GRID, calibration=rows, progress=lambda n, total: done.append((n, total))
     )
     assert_untouched(loaded, before)
@@ -89,7 +89,7 @@ def test_gptq_quantizes_every_family_and_leaves_the_model_as_it_was(
     assert all(0 < loss < 0.2 for loss in quantized.losses.values())
     assert set(quantized.damping.values()) == {0.05}
     assert quantized.kept == {}
-    assert quantized.protected == (0,)
+    assert quantized.plan.protected_layers == (0,)
     assert done == [(1, 2), (2, 2)]
 
 
@@ -98,7 +98,7 @@ def test_integers_equal_those_from_whole_forward_passes(
     load: Load, rows: CalibrationSet, family: str, protected: set[int]
 ) -> None:
     loaded = load(family, layers=3)
-    streamed = quantize_model(loaded, protected, method="gptq", grid=GRID, calibration=rows).tensors
+    streamed = quantize_layers(loaded, protected, method="gptq", grid=GRID, calibration=rows).tensors
     naive = solve_naively(loaded, protected, rows)
     assert streamed.keys() == naive.keys()
     for name, integers in naive.items():
@@ -117,8 +117,8 @@ def test_gptq_is_nearer_to_the_16_bit_model_than_rounding(load: Load, rows: Cali
             changed = loaded.model(ids).logits.log_softmax(-1)
         return float((reference.exp() * (reference - changed)).sum(-1).mean())
 
-    solved = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
-    rounded = quantize_model(loaded, (), method="rtn", grid=GRID)
+    solved = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    rounded = quantize_layers(loaded, (), method="rtn", grid=GRID)
     assert 0 < divergence(solved.dense_weights()) < 0.8 * divergence(rounded.dense_weights())
 
 
@@ -126,7 +126,7 @@ def test_gptq_is_nearer_to_the_16_bit_model_than_rounding(load: Load, rows: Cali
 def test_rtn_rounds_every_unprotected_module(load: Load, family: str) -> None:
     loaded = load(family)
     before = state(loaded)
-    quantized = quantize_model(loaded, [1], method="rtn", grid=GRID)
+    quantized = quantize_layers(loaded, [1], method="rtn", grid=GRID)
     assert_untouched(loaded, before)
     assert tuple(quantized.tensors) == loaded.family.full_names(0)
     for name, module in loaded.linears(0).items():
@@ -140,15 +140,15 @@ def test_rtn_rounds_every_unprotected_module(load: Load, family: str) -> None:
 
 
 def test_the_same_calibration_gives_the_same_integers(load: Load, rows: CalibrationSet) -> None:
-    first, again = (quantize_model(load(), (), method="gptq", grid=GRID, calibration=rows) for _ in range(2))
+    first, again = (quantize_layers(load(), (), method="gptq", grid=GRID, calibration=rows) for _ in range(2))
     assert first.losses == again.losses
     assert all(torch.equal(first.tensors[name].integers, again.tensors[name].integers) for name in first.tensors)
 
 
 def test_later_layers_see_the_quantized_earlier_ones(load: Load, rows: CalibrationSet) -> None:
     loaded = load()
-    both = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
-    second = quantize_model(loaded, [0], method="gptq", grid=GRID, calibration=rows)
+    both = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    second = quantize_layers(loaded, [0], method="gptq", grid=GRID, calibration=rows)
     name = "model.layers.1.self_attn.q_proj"
     assert not torch.equal(both.tensors[name].integers, second.tensors[name].integers)
 
@@ -177,23 +177,23 @@ def test_an_error_midway_leaves_the_model_as_it_was(
 
     monkeypatch.setattr(solving, "solve_gptq", fail_after)
     with pytest.raises(error, match="planted"):
-        quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+        quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
     assert_untouched(loaded, before)
     assert [module.training for module in loaded.model.modules()] == modes
 
 
 def test_dropout_is_off_while_calibrating_and_modes_are_given_back(load: Load, rows: CalibrationSet) -> None:
     loaded = load("gpt2")  # has dropout 0.1
-    calm = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    calm = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
     loaded.model.train()
-    trained = quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    trained = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
     assert trained.losses == calm.losses
     assert all(module.training for module in loaded.model.modules())
 
 
 def test_modules_that_the_group_does_not_fit_stay_in_16_bit(load: Load, rows: CalibrationSet) -> None:
     loaded = load(width=48)
-    quantized = quantize_model(loaded, [1], method="gptq", grid=GRID, calibration=rows)
+    quantized = quantize_layers(loaded, [1], method="gptq", grid=GRID, calibration=rows)
     assert list(quantized.tensors) == ["model.layers.0.mlp.down_proj"]
     assert quantized.kept["model.layers.0.mlp.up_proj"] == "48 input channels are not a multiple of group size 32"
 
@@ -209,7 +209,7 @@ def test_raised_damping_is_reported(
     loaded = load()
     monkeypatch.setattr(loaded.family.__class__, "units", loaded.family.units[:1])
     monkeypatch.setattr(stream, "fair_moments", indefinite)
-    quantized = quantize_model(loaded, [1], method="gptq", grid=GRID, calibration=rows)
+    quantized = quantize_layers(loaded, [1], method="gptq", grid=GRID, calibration=rows)
     assert quantized.damping["model.layers.0.self_attn.q_proj"] == pytest.approx(5.0)
     assert "model.layers.0.self_attn.q_proj: damping raised from 0.05 to 5" in caplog.text
 
@@ -219,7 +219,7 @@ def test_inputs_that_are_not_finite_name_the_module(load: Load, rows: Calibratio
     with torch.no_grad():
         loaded.model.get_parameter("model.layers.1.input_layernorm.weight").fill_(math.nan)
     with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.self_attn\.q_proj: the inputs .* NaN"):
-        quantize_model(loaded, (), method="gptq", grid=GRID, calibration=rows)
+        quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
@@ -229,20 +229,20 @@ def test_weights_that_are_not_finite_name_the_module(load: Load, rows: Calibrati
         loaded.model.get_parameter("model.layers.0.self_attn.v_proj.weight")[0, 0] = math.inf
     calibration = rows if method == "gptq" else None
     with pytest.raises(ArtifactError, match=r"^model\.layers\.0\.self_attn\.v_proj: the weight holds NaN"):
-        quantize_model(loaded, (), method=method, grid=GRID, calibration=calibration)
+        quantize_layers(loaded, (), method=method, grid=GRID, calibration=calibration)
 
 
 def test_arguments_that_do_not_go_together_are_errors(load: Load, rows: CalibrationSet) -> None:
     loaded = load()
     with pytest.raises(ConfigError, match="'gptq' needs calibration text"):
-        quantize_model(loaded, (), method="gptq", grid=GRID)
+        quantize_layers(loaded, (), method="gptq", grid=GRID)
     with pytest.raises(ConfigError, match="'rtn' uses no calibration text"):
-        quantize_model(loaded, (), method="rtn", grid=GRID, calibration=rows)
+        quantize_layers(loaded, (), method="rtn", grid=GRID, calibration=rows)
     with pytest.raises(ConfigError, match="'awq' needs calibration text"):
-        quantize_model(loaded, (), method="awq", grid=GRID)
-    with pytest.raises(ConfigError, match="method 'hqq' cannot be used here; use 'rtn', 'gptq' or 'awq'"):
-        quantize_model(loaded, (), method=cast(Any, "hqq"), grid=GRID)
+        quantize_layers(loaded, (), method="awq", grid=GRID)
+    with pytest.raises(ConfigError, match="method 'hqq' is unknown; use 'rtn', 'gptq' or 'awq'"):
+        quantize_layers(loaded, (), method="hqq", grid=GRID)
     with pytest.raises(ConfigError, match="group size 100 is read by no server"):
-        quantize_model(loaded, (), method="rtn", grid=Grid(group_size=100))
+        quantize_layers(loaded, (), method="rtn", grid=Grid(group_size=100))
     with pytest.raises(InvalidLayerError, match="layer 2 does not exist"):
-        quantize_model(loaded, [2], method="rtn", grid=GRID)
+        quantize_layers(loaded, [2], method="rtn", grid=GRID)

@@ -17,7 +17,7 @@ from quant_fairness_plugin.model.linear import is_linear, linear_weight, set_lin
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.awq import solve_awq
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
-from quant_fairness_plugin.quantize.stream import quantize_model
+from tests.planning import quantize_layers
 from tests.quantize.test_stream import assert_untouched, fair_hessian, own_inputs, state
 from tests.tiny import FAMILIES
 
@@ -49,7 +49,7 @@ def test_awq_quantizes_every_family_and_leaves_the_model_as_it_was(
     loaded = load(family)
     make_loud(loaded)
     before = state(loaded)
-    quantized = quantize_model(loaded, [0], method="awq", grid=ASYMMETRIC, calibration=rows)
+    quantized = quantize_layers(loaded, [0], method="awq", grid=ASYMMETRIC, calibration=rows)
     assert_untouched(loaded, before)
     assert set(quantized.tensors) == set(loaded.family.full_names(1))
     assert quantized.losses.keys() == quantized.tensors.keys()
@@ -112,7 +112,7 @@ def quotient(lead: Tensor, scale: Tensor) -> Tensor:
 def test_awq_computes_what_a_search_on_whole_forward_passes_finds(load: Load, rows: CalibrationSet) -> None:
     loaded = load("llama", layers=3)
     ours = logits(
-        loaded, rows, quantize_model(loaded, [0, 2], method="awq", grid=ASYMMETRIC, calibration=rows).dense_weights()
+        loaded, rows, quantize_layers(loaded, [0, 2], method="awq", grid=ASYMMETRIC, calibration=rows).dense_weights()
     )
     original = logits(loaded, rows, {})
     awq_naively(loaded, rows, 1)
@@ -123,7 +123,7 @@ def test_awq_computes_what_a_search_on_whole_forward_passes_finds(load: Load, ro
 def test_protected_units_of_a_quantized_layer_carry_the_folded_weights(load: Load, rows: CalibrationSet) -> None:
     loaded = load("opt")
     overrides: dict[str, Precision] = {"layers.1.qkv": "fp16", "layers.1.fc_in": "fp16"}
-    quantized = quantize_model(loaded, [0], method="awq", grid=ASYMMETRIC, calibration=rows, overrides=overrides)
+    quantized = quantize_layers(loaded, [0], method="awq", grid=ASYMMETRIC, calibration=rows, overrides=overrides)
     block = "model.decoder.layers.1"
     assert set(quantized.tensors) == {f"{block}.self_attn.out_proj", f"{block}.fc2"}
     assert set(quantized.folded) == {
@@ -137,7 +137,7 @@ def test_awq_with_int8_units_and_on_a_symmetric_grid(load: Load, rows: Calibrati
     loaded = load("llama")
     overrides: dict[str, Precision] = {"layers.0": "int8", "layers.1.down": "int8"}
     grid = Grid(bits=4, group_size=32, symmetric=True)
-    quantized = quantize_model(loaded, (), method="awq", grid=grid, calibration=rows, overrides=overrides)
+    quantized = quantize_layers(loaded, (), method="awq", grid=grid, calibration=rows, overrides=overrides)
     bits = {name: tensor.grid.bits for name, tensor in quantized.tensors.items()}
     assert {name for name, found in bits.items() if found == 8} == {
         *loaded.family.full_names(0),
@@ -153,8 +153,8 @@ def test_awq_beats_rounding_where_a_few_channels_are_loud(load: Load, rows: Cali
     loaded = load(family, width=64)
     make_loud(loaded)
     original = logits(loaded, rows, {})
-    found = quantize_model(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows)
-    rounded = quantize_model(loaded, (), method="rtn", grid=ASYMMETRIC)
+    found = quantize_layers(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows)
+    rounded = quantize_layers(loaded, (), method="rtn", grid=ASYMMETRIC)
     error, plain = ((logits(loaded, rows, q.dense_weights()) - original).norm() for q in (found, rounded))
     assert 0 < error < 0.9 * plain
 
@@ -162,14 +162,14 @@ def test_awq_beats_rounding_where_a_few_channels_are_loud(load: Load, rows: Cali
 def test_awq_refuses_what_it_does_not_know(load: Load, rows: CalibrationSet) -> None:
     loaded = load("llama")
     with pytest.raises(ConfigError, match="clip 'minimax' .* 'awq'"):
-        quantize_model(loaded, (), method="awq", grid=Grid(group_size=32, clip="minimax"), calibration=rows)
+        quantize_layers(loaded, (), method="awq", grid=Grid(group_size=32, clip="minimax"), calibration=rows)
     with torch.no_grad():
         loaded.model.get_parameter("model.layers.1.input_layernorm.weight").fill_(math.nan)
     with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.self_attn\.q_proj: the inputs .* NaN"):
-        quantize_model(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows)
+        quantize_layers(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows)
     loaded.model.config.model_type = "granite"
     try:
         with pytest.raises(UnsupportedModelError, match="granite: it is not known where AWQ's scales can be folded"):
-            quantize_model(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows)
+            quantize_layers(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows)
     finally:
         del loaded.model.config.model_type

@@ -142,7 +142,7 @@ def main() -> None:
             )
         left = sorted(path.name for path in Path(scratch).iterdir() if not path.name.startswith("torchinductor"))
         tempfile.tempdir = None
-        record = export(quantized, request["out"], plan=plan, texts=texts)
+        record = export(quantized, request["out"], texts=texts)
         recipe = {}
         if config.method == "gptq":
             text = plan_for_tool(check_tool(config.backend), plan, loaded.files)

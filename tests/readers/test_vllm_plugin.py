@@ -16,7 +16,7 @@ from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
 from quant_fairness_plugin.checkpoint.readers.compare import compare_reading, fixed_prompts
 from quant_fairness_plugin.checkpoint.readers.running import Reading, reader_script
 from quant_fairness_plugin.export.writer import export
-from tests.export.build import TEXTS, plan_of, quantize_tiny, quantize_with_columns
+from tests.export.build import TEXTS, quantize_tiny, quantize_with_columns
 from tests.readers.session import ENVIRONMENT
 from tests.tiny import write_tiny_model
 
@@ -64,7 +64,7 @@ def test_asked_for_it_computes_what_the_files_say(
     model: Path, tmp_path: Path, environment: dict[str, str], format_name: CheckpointFormat
 ) -> None:
     quantized = quantize_tiny(model, grid=Grid(group_size=32, symmetric=format_name != "awq"))
-    export(quantized, tmp_path / "out", plan=plan_of(quantized), texts=TEXTS, format=format_name, reader="vllm")
+    export(quantized, tmp_path / "out", texts=TEXTS, format=format_name, reader="vllm")
     reading = read(tmp_path / "out", tmp_path, environment, "quant_fairness")
     assert {method for name, method in reading.methods.items() if ".layers.0." in name} == {OURS}
     assert {method for name, method in reading.methods.items() if ".layers.1." in name} == {"UnquantizedLinearMethod"}
@@ -76,7 +76,7 @@ def test_not_asked_for_it_does_nothing_and_vllm_overlooks_the_side_file(
     model: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     quantized = quantize_with_columns(model)
-    export(quantized, tmp_path / "out", plan=plan_of(quantized), texts=TEXTS, reader="vllm")
+    export(quantized, tmp_path / "out", texts=TEXTS, reader="vllm")
     reading = read(tmp_path / "out", tmp_path, environment, None)
     assert OURS not in reading.methods.values()
     found = compare_reading(reading, load_dense_model(tmp_path / "out"))

@@ -327,7 +327,8 @@ def test_what_a_call_cannot_do_is_refused_before_the_model_is_changed(load: Load
 
 def test_an_unknown_final_norm_cannot_be_protected(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("gpt2", layers=3).model
-    unknown = replace(detect_family(model), name="generic", final_norm=None)
+    known = detect_family(model)
+    unknown = replace(known, name="generic", architecture=replace(known.architecture, final_norm=None))
     monkeypatch.setattr("quant_fairness_plugin.seeds.simulation.detect_family", lambda _: unknown)
     with pytest.raises(UnsupportedModelError, match="final norm of this generic architecture is not known"):
         simulate_int4(model, protect_final_ln=True)

@@ -17,7 +17,7 @@ Served = Callable[..., Path]
 def served(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Served:
     """Export a tiny model of a family in a format, with further arguments of `quantize_tiny`."""
     from quant_fairness_plugin.export.writer import export
-    from tests.export.build import TEXTS, plan_of, quantize_tiny
+    from tests.export.build import TEXTS, quantize_tiny
 
     root, made = tmp_path_factory.mktemp("served"), dict[str, Path]()
 
@@ -27,7 +27,7 @@ def served(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
             made[key] = root / str(len(made))
             quantized = quantize_tiny(tiny_model(family, layers=2, width=width), **{"grid": GRID} | how)
             reader = "vllm" if family == "gpt2" or "overrides" in how else "transformers"
-            export(quantized, made[key], plan=plan_of(quantized), texts=TEXTS, format=format_name, reader=reader)
+            export(quantized, made[key], texts=TEXTS, format=format_name, reader=reader)
         return made[key]
 
     return build

@@ -24,7 +24,7 @@ from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.serve.load import load_quantized
-from tests.export.build import TEXTS, plan_of, quantize_with_columns
+from tests.export.build import TEXTS, quantize_with_columns
 
 ROW = torch.arange(1, 18).unsqueeze(0)
 CASES = [("llama", "compressed-tensors", "gptq"), ("gpt2", "gptq", "gptq"), ("llama", "awq", "awq")]
@@ -40,7 +40,7 @@ def case(
 
 def build(source: Path, out: Path, format_name: CheckpointFormat, method: Any) -> tuple[Path, QuantizedModel]:
     quantized = quantize_with_columns(source, method=method)
-    export(quantized, out, plan=plan_of(quantized), texts=TEXTS, format=format_name, reader="vllm")
+    export(quantized, out, texts=TEXTS, format=format_name, reader="vllm")
     return out, quantized
 
 

@@ -26,7 +26,7 @@ from quant_fairness_plugin.serve.fusing import (
 )
 from quant_fairness_plugin.serve.linear import QuantizedLinear
 from quant_fairness_plugin.serve.load import load_quantized
-from tests.export.build import TEXTS, plan_of, quantize_with_columns
+from tests.export.build import TEXTS, quantize_with_columns
 from tests.serve.conftest import Served
 from tests.serve.test_linear import random_weight
 
@@ -74,7 +74,7 @@ def test_biases_that_only_some_modules_have_are_zero_for_the_others() -> None:
 
 def test_columns_are_in_the_same_launch(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     quantized = quantize_with_columns(tiny_model("llama"))
-    export(quantized, tmp_path / "out", plan=plan_of(quantized), texts=TEXTS)
+    export(quantized, tmp_path / "out", texts=TEXTS)
     model = load_quantized(tmp_path / "out", kernel="cpu", dtype=torch.float32, fuse=True)
     assert len(linears(model)) == 4
     assert difference(logits(model), logits(load_quantized(tmp_path / "out", kernel="reference"))) < 1e-5

@@ -24,7 +24,7 @@ from quant_fairness_plugin.model.linear import is_linear, linear_weight
 from quant_fairness_plugin.serve.linear import QuantizedLinear
 from quant_fairness_plugin.serve.load import load_quantized
 from tests.export import foreign_folders as tools
-from tests.export.build import TEXTS, plan_of, quantize_tiny
+from tests.export.build import TEXTS, quantize_tiny
 from tests.serve.conftest import Served
 from tests.tiny import FAMILIES
 
@@ -44,7 +44,7 @@ def case(
     format_name: CheckpointFormat = request.param[1]
     quantized = quantize_tiny(tiny_model(family, layers=2), protected=(1,))
     out = tmp_path_factory.mktemp("serve") / family
-    export(quantized, out, plan=plan_of(quantized), texts=TEXTS, format=format_name, reader="vllm")
+    export(quantized, out, texts=TEXTS, format=format_name, reader="vllm")
     return out, quantized
 
 

@@ -1,4 +1,4 @@
-"""Step 6, quantize with another tool: gptqmodel, llm-compressor, or one that a third party registers.
+"""Quantize with another tool: gptqmodel, llm-compressor, or one that a third party registers.
 
 A backend gets our plan and exactly our calibration rows and writes the tool's own folder; `export/foreign.py` reads
 that back into a `QuantizedModel`, so that record, card, formats, verification and measurement are the same as ours.
@@ -18,7 +18,7 @@ from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from quant_fairness_plugin.artifacts import Clip, Grid, Method, Weighting
+from quant_fairness_plugin.artifacts import Clip, Grid, Weighting
 from quant_fairness_plugin.errors import ConfigError, MissingExtraError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Job:
     """Folder of the 16-bit model: safetensors weights, `config.json`, tokenizer."""
     dtype: str
     """`float16` or `bfloat16`: what the 16-bit model is stored in, and what everything unquantized must stay in."""
-    method: Method
+    method: str
     grid: Grid
     blocks: str
     """Full name of the list of decoder blocks."""
@@ -69,7 +69,7 @@ class Backend(Protocol):
         """The name of `--backend`."""
 
     @property
-    def methods(self) -> tuple[Method, ...]:
+    def methods(self) -> tuple[str, ...]:
         """What the tool can do for us."""
 
     @property
@@ -83,7 +83,7 @@ class Backend(Protocol):
             MissingExtraError: it is not; holds the line that installs it.
         """
 
-    def refuse(self, family: str, method: Method, grid: Grid) -> str | None:
+    def refuse(self, family: str, method: str, grid: Grid) -> str | None:
         """Why the tool cannot quantize this family in this way, and the way out; None where it can.
 
         Args:
@@ -131,7 +131,7 @@ def find_backend(name: str) -> Backend:
 
 
 def check_backend(
-    name: str, *, method: Method, grid: Grid, clip: Clip = "absmax", weighting: Weighting = "uniform", family: str = ""
+    name: str, *, method: str, grid: Grid, clip: Clip = "absmax", weighting: Weighting = "uniform", family: str = ""
 ) -> None:
     """Refuse what a backend cannot do, before anything is loaded. `native` can do everything.
 

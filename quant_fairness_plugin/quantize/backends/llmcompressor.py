@@ -7,23 +7,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant_fairness_plugin.artifacts import Grid, Method
+from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.quantize.backends import Job, require
-from quant_fairness_plugin.quantize.backends.rules import llmcompressor_recipe
+from quant_fairness_plugin.quantize.backends.rules import LLMCOMPRESSOR_MODIFIERS, llmcompressor_recipe
 from quant_fairness_plugin.quantize.backends.running import running
 
 INSTALL = "pip install torch==2.13.0 && pip install torch==2.13.0 'quant-fairness[llmcompressor]'"
-AWQ_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})
-"""Families whose names its smoothing mappings fit. For OPT and GPT-NeoX it takes Llama's and fails on the names; in
-BLOOM it looks for a weight of the activation."""
+MAPPED_FAMILIES = {"awq": frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma"})}
+"""Method with smoothing mappings → the families whose names they fit. For OPT and GPT-NeoX it takes Llama's and fails
+on the names; in BLOOM it looks for a weight of the activation."""
 
 
 class LlmCompressorBackend:
     """Hands our plan to llm-compressor as `ignore` and our rows as a data loader, one row a batch."""
 
     name = "llmcompressor"
-    methods: tuple[Method, ...] = ("gptq", "awq")
+    methods: tuple[str, ...] = tuple(LLMCOMPRESSOR_MODIFIERS)
     packages = ("llmcompressor",)
 
     def check(self) -> None:
@@ -34,19 +34,20 @@ class LlmCompressorBackend:
         """
         require(("llmcompressor",), backend=self.name, install=INSTALL)
 
-    def refuse(self, family: str, method: Method, grid: Grid) -> str | None:
-        """The reason why llm-compressor fails on a family, or None."""
+    def refuse(self, family: str, method: str, grid: Grid) -> str | None:
+        """Return the reason why llm-compressor fails on a family, or None."""
         architecture = find_architecture(family)
         if architecture is None:
             return None
         if architecture.conv1d:
             return (
-                f"llm-compressor quantizes Linear modules only, and {family} has Conv1D; allowed are other families. "
+                f"llm-compressor quantizes Linear modules only, and {family} has Conv1D; other families are accepted. "
                 "Use --backend native, or --backend gptqmodel with --method gptq."
             )
-        if method == "awq" and family not in AWQ_FAMILIES:
+        mapped = MAPPED_FAMILIES.get(method)
+        if mapped is not None and family not in mapped:
             return (
-                f"llm-compressor has no AWQ mapping for {family}; allowed are {', '.join(sorted(AWQ_FAMILIES))}. "
+                f"llm-compressor has no AWQ mapping for {family}; accepted: {', '.join(sorted(mapped))}. "
                 "Use --method gptq, or --backend native."
             )
         return None

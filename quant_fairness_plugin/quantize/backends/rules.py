@@ -10,13 +10,24 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from quant_fairness_plugin.artifacts import Grid, Method
+from quant_fairness_plugin.artifacts import Grid
 
 DynamicRules = dict[str, dict[str, int]]
 
+GPTQMODEL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "gptq": {"desc_act": False},  # no server reads permuted groups
+    "awq": {},
+}
+"""Method → what its configuration takes beside the grid."""
+LLMCOMPRESSOR_MODIFIERS: Mapping[str, tuple[str, ...]] = {
+    "gptq": ("GPTQModifier",),
+    "awq": ("AWQModifier", "QuantizationModifier"),
+}
+"""Method → the modifiers that do it, in their order; the last one rounds and takes the scheme."""
+
 
 def gptqmodel_config(
-    grids: Mapping[str, Grid], kept: Iterable[str], *, grid: Grid, blocks: str, method: Method
+    grids: Mapping[str, Grid], kept: Iterable[str], *, grid: Grid, blocks: str, method: str
 ) -> dict[str, Any]:
     """Arguments of gptqmodel's `QuantizeConfig` (`gptq`) or `AWQConfig` (`awq`).
 
@@ -28,9 +39,7 @@ def gptqmodel_config(
         method: `gptq` or `awq`.
     """
     config: dict[str, Any] = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
-    if method == "gptq":
-        config["desc_act"] = False  # no server reads permuted groups
-    return config | {"dynamic": dynamic_rules(grids, kept, grid=grid, blocks=blocks)}
+    return config | GPTQMODEL_OPTIONS[method] | {"dynamic": dynamic_rules(grids, kept, grid=grid, blocks=blocks)}
 
 
 def dynamic_rules(grids: Mapping[str, Grid], kept: Iterable[str], *, grid: Grid, blocks: str) -> DynamicRules:
@@ -67,16 +76,15 @@ def compressed_groups(grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
     }
 
 
-def llmcompressor_recipe(grids: Mapping[str, Grid], kept: Iterable[str], *, method: Method) -> dict[str, Any]:
+def llmcompressor_recipe(grids: Mapping[str, Grid], kept: Iterable[str], *, method: str) -> dict[str, Any]:
     """The recipe that llm-compressor's `oneshot` takes, as it is written in YAML.
 
     `ignore` holds full names, which match exactly; `actorder` stays the tool's `static`, which changes nothing at run
     time.
     """
     scheme = {"config_groups": compressed_groups(grids), "ignore": list(kept)}
-    modifiers: dict[str, Any] = {"GPTQModifier": scheme}
-    if method == "awq":
-        modifiers = {"AWQModifier": {}, "QuantizationModifier": scheme}
+    *before, last = LLMCOMPRESSOR_MODIFIERS[method]
+    modifiers: dict[str, Any] = {name: {} for name in before} | {last: scheme}
     return {"quantization_stage": {"quantization_modifiers": modifiers}}
 
 

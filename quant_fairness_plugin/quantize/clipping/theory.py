@@ -23,8 +23,8 @@ import numpy.typing as npt
 from scipy.optimize import minimize_scalar
 from scipy.special import ndtr, stdtr
 
-from quant_fairness_plugin.config import check_bits
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.quantize.grid_rules import check_bits
 
 Shape = Literal["gaussian", "laplace", "student-t"]
 Array = npt.NDArray[np.float64]
