@@ -1,6 +1,6 @@
-"""Which linear modules a plan quantizes, and which stay in 16 bit although their layer is quantized. Step 6 (quantize).
+"""Which linear modules a plan quantizes, and which stay in 16 bit although their layer is quantized.
 
-Takes a loaded model, the protected layers and a grid; returns a `Selection`, before any tensor is touched.
+Known before any tensor is touched.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def select_modules(
     protected: Collection[int] = (),
     overrides: Mapping[str, Precision] = NO_OVERRIDES,
 ) -> Selection:
-    """The modules that a grid fits in all layers but the protected ones.
+    """Return the modules that a grid fits in all layers but the protected ones.
 
     A fusion group is quantized as a whole or not at all: servers merge it into one matrix of one precision.
 
@@ -83,7 +83,7 @@ def select_modules(
     checked = check_layers(list(protected), loaded.layers) if protected else ()
     _check_overrides(loaded, overrides)
     units: dict[int, tuple[tuple[str, ...], ...]] = {}
-    kept: dict[str, str] = {}
+    in_16_bit: dict[str, str] = {}
     grids: dict[str, Grid] = {}
     for layer in range(loaded.layers):
         if layer in checked:
@@ -99,12 +99,12 @@ def select_modules(
         }
         fitting, misfits = _select_units(loaded, layer, by_unit)
         units[layer] = tuple(names for names, _ in fitting)
-        grids |= {name: own for names, own in fitting for name in names}
-        kept |= misfits
+        grids |= {name: unit_grid for names, unit_grid in fitting for name in names}
+        in_16_bit |= misfits
     if not any(units.values()):
-        name, reason = next(iter(kept.items()), ("all units", "in 16 bit by the plan"))
+        name, reason = next(iter(in_16_bit.items()), ("all units", "in 16 bit by the plan"))
         raise ConfigError(f"{grid} fits no module of the model: {name}: {reason}; use another group size, or -1")
-    return Selection(units=units, kept=kept, protected=checked, grids=grids)
+    return Selection(units=units, kept=in_16_bit, protected=checked, grids=grids)
 
 
 def _check_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> None:
@@ -114,7 +114,7 @@ def _check_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> Non
         layer, _, unit = rest.partition(".")
         if not layer.isdigit() or int(layer) >= loaded.layers or (unit and unit not in names):
             raise ConfigError(
-                f"{override!r} is no unit of the model; layers are 0..{loaded.layers - 1}, their units "
+                f"{override!r} is not a unit of the model; layers are 0..{loaded.layers - 1}, their units "
                 f"{', '.join(names)}. Write layers.0 or layers.0.{names[-1]}"
             )
 
@@ -122,18 +122,20 @@ def _check_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> Non
 def _select_units(
     loaded: Modules, layer: int, grids: Mapping[str, Grid]
 ) -> tuple[list[tuple[tuple[str, ...], Grid]], dict[str, str]]:
-    """The fusion groups of a layer that have a grid and fit it, and what does not fit."""
+    """Return the fusion groups of a layer that have a grid and fit it, and what does not fit."""
     fitting: list[tuple[tuple[str, ...], Grid]] = []
-    kept: dict[str, str] = {}
+    in_16_bit: dict[str, str] = {}
     for unit in loaded.family.units:
         if unit.name not in grids:
             continue
         names = tuple(f"{loaded.family.blocks}.{layer}.{name}" for name in unit.modules)
         reasons = {name: misfit(grids[unit.name], *loaded.matrix(name)) for name in names}
-        found = {name: reason for name, reason in reasons.items() if reason is not None}
-        if not found:
+        misfits = {name: reason for name, reason in reasons.items() if reason is not None}
+        if not misfits:
             fitting.append((names, grids[unit.name]))
             continue
-        first = next(iter(found))
-        kept |= {name: found.get(name, f"shares a fusion group with {first}: {found[first]}") for name in names}
-    return fitting, kept
+        first = next(iter(misfits))
+        in_16_bit |= {
+            name: misfits.get(name, f"shares a fusion group with {first}: {misfits[first]}") for name in names
+        }
+    return fitting, in_16_bit
