@@ -31,7 +31,7 @@ class KeptColumns:
     """16-bit float `[rows, C]`: the original weight minus the dequantized one."""
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """Return a copy of the dequantized weight, float32 `[rows, cols]`, with 16-bit values in the channels `index`."""
+        """Return a copy of the dequantized weight, float32 `[rows, cols]`, with 16-bit values in these channels."""
         return weight.index_add(1, self.index.long(), self.delta.to(weight))
 
 
