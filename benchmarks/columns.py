@@ -24,6 +24,7 @@ from quant_fairness_plugin.artifacts import Interval, package_versions, write_at
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.plans.costs import with_columns
 from quant_fairness_plugin.quantize.minimax import quantized_state
+from quant_fairness_plugin.steps import plan_of_layers
 
 ROWS = Path(__file__).parent / "results" / "cpu" / "columns.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
@@ -51,7 +52,7 @@ def measure(options: argparse.Namespace, bits: int, share: float) -> dict[str, A
         draws=options.draws,
     )
     quantized = quantizer.quantize()
-    plan = with_columns(quantizer._explicit(()), quantizer.loaded, share)
+    plan = with_columns(plan_of_layers(quantizer.loaded, quantizer.config, ()), quantizer.loaded, share)
     ours, others = quantized_state("ours", quantized), quantized_state("others", replace(quantized, columns={}))
     found = quantizer.measure(ours, others).measurements
     damage = {

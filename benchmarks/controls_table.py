@@ -52,16 +52,18 @@ def read_rows() -> list[dict[str, Any]]:
 
 def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
     """One row per plan, and one for what they say together."""
-    from quant_fairness_plugin.artifacts import Grid
+    from quant_fairness_plugin.artifacts import Bootstrap, Grid
     from quant_fairness_plugin.evidence import gather_evidence
     from quant_fairness_plugin.model.load import load_model
     from quant_fairness_plugin.recommend import recommend_plan
+    from quant_fairness_plugin.sweep.config import SweepConfig
     from quant_fairness_plugin.sweep.engine import sweep_units
     from quant_fairness_plugin.texts.load import load_texts
 
     loaded, texts = load_model(model), load_texts("bundled")
     grid = Grid(bits=bits, group_size=group)
-    report = sweep_units(loaded, texts.part("search"), grid=grid, precisions=("fp16", "int8"), top=TOP, seed=SEED)
+    wanted = SweepConfig(precisions=("fp16", "int8"), top=TOP)
+    report = sweep_units(loaded, texts.part("search"), wanted, grid=grid, bootstrap=Bootstrap(seed=SEED))
     plan = recommend_plan(report, top=TOP)
     floor = round(plan.extra_bytes / plan.overhead)
     rival = recommend_plan(report, max_bytes=floor + plan.extra_bytes)

@@ -50,9 +50,9 @@ def read_rows() -> list[dict[str, Any]]:
 def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
     """One row per plan and language, and one per plan for the summary."""
     from quant_fairness_plugin import FairQuantizer
-    from quant_fairness_plugin.fair_quantizer import exported_state
     from quant_fairness_plugin.measure.scoring import ModelState
     from quant_fairness_plugin.model.exchange import swapped
+    from quant_fairness_plugin.steps import exported_state
 
     # GPT-2 in compressed-tensors is read by vLLM only; Transformers would load it as silent garbage.
     reader = "transformers" if model == "demo" else "vllm"

@@ -33,7 +33,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from quant_fairness_plugin.artifacts import Grid, Precision, StateScores, TextSet, package_versions, write_atomically
+from quant_fairness_plugin.artifacts import (
+    Bootstrap,
+    Grid,
+    Precision,
+    StateScores,
+    TextSet,
+    package_versions,
+    write_atomically,
+)
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_model
 from quant_fairness_plugin.plans.plan_set import combined_plans, single_plans
 from quant_fairness_plugin.plans.units import UnitMap, map_units
@@ -126,7 +134,7 @@ def measure_bfloat16(model: str) -> list[dict[str, Any]]:
     texts = load_texts("bundled").part("search")
     values = {}
     for dtype in (torch.float32, torch.bfloat16):
-        swept = sweep_units(load_model(model, dtype=dtype), texts, grid=RANKED_GRID, draws=100)
+        swept = sweep_units(load_model(model, dtype=dtype), texts, grid=RANKED_GRID, bootstrap=Bootstrap(draws=100))
         single = [row for row in swept.rows if len(row.units) == 1]
         values[dtype] = {
             name: [row.objectives[name].estimate for row in single]  # type: ignore[union-attr] # both are defined

@@ -119,6 +119,7 @@ def sweep(options: argparse.Namespace) -> None:
     from quant_fairness_plugin.model.streamed import open_streamed
     from quant_fairness_plugin.plans.units import map_units
     from quant_fairness_plugin.sweep.bank import RtnBank
+    from quant_fairness_plugin.sweep.execution import Execution
     from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
     from quant_fairness_plugin.texts.load import load_texts
 
@@ -135,7 +136,7 @@ def sweep(options: argparse.Namespace) -> None:
     done: list[tuple[int, int]] = [(0, 0)]
     scores = score_plans_layerwise(
         loaded, plans, texts, units=units, bank=RtnBank(loaded, units, Grid(), keep=False),
-        memory_budget=parse_size(options.memory_budget),
+        execution=Execution(memory_budget=parse_size(options.memory_budget)),
         progress=lambda *step: done.append(step),
     )  # fmt: skip
     result = {

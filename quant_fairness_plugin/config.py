@@ -114,7 +114,7 @@ class FairConfig:
 
 
 class FairOptions(TypedDict, total=False):
-    """The fields of `FairConfig` as keyword arguments, each optional."""
+    """The fields of `FairConfig` as keyword arguments, each optional; `texts`, which can be a set, comes apart."""
 
     method: str
     bits: int
@@ -131,7 +131,6 @@ class FairOptions(TypedDict, total=False):
     objective: Objective
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
-    texts: str
     tokens_per_language: int | None
     calibration: Weighting
     backend: str

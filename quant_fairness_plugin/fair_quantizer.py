@@ -1,62 +1,42 @@
-"""The whole line in one class, in the order of the eight steps. Read this first.
+"""One model from measurement to a verified checkpoint, in the order of the steps. Read this first.
 
-    model (1) and texts (2) → measure (3) → sweep (4) → recommend (5) → quantize (6) → export (7) → serve (8)
+    model and texts → measure → sweep → recommend → quantize → export → serve
 
-Each step is a package or module of that name, takes plain data and returns plain data, and can be used alone.
+Each step is a package of that name, takes plain data and returns plain data, and can be used alone. Here a step takes
+the result of the one before as an optional argument; without it, it uses the result that the quantizer remembers, or
+makes it first. How a configuration becomes the arguments of a step is in `steps.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from quant_fairness_plugin.artifacts import (
-    Evidence,
-    ExportRecord,
-    Measurement,
-    Mode,
-    Part,
-    Precision,
-    ProtectionPlan,
-    SweepReport,
-    TextSet,
-)
-from quant_fairness_plugin.artifacts.evidence import RunResult
-from quant_fairness_plugin.checkpoint.readers import check_exportable
-from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
+from quant_fairness_plugin import steps
+from quant_fairness_plugin.artifacts import ExportRecord, Measurement, Mode, Part, ProtectionPlan, SweepReport, TextSet
+from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
+from quant_fairness_plugin.config import FairConfig, FairOptions
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.evidence import gather_evidence
-from quant_fairness_plugin.export.foreign import quantize_with
-from quant_fairness_plugin.export.writer import export
-from quant_fairness_plugin.measure.measurement import Measured, measure_states
-from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
-from quant_fairness_plugin.model.exchange import swapped
+from quant_fairness_plugin.export.push import PushOptions, push_folder
+from quant_fairness_plugin.measure.measurement import Measured
+from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.model.layers import check_layers
-from quant_fairness_plugin.model.load import LoadedModel, load_model
-from quant_fairness_plugin.model.provenance import provenance
-from quant_fairness_plugin.model.streamed import open_streamed
-from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
-from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
-from quant_fairness_plugin.preflight import ModelSource, check_units, preflight
-from quant_fairness_plugin.quantize.backends import NATIVE
-from quant_fairness_plugin.quantize.calibration import build_calibration
-from quant_fairness_plugin.quantize.methods import find_method
-from quant_fairness_plugin.quantize.minimax import quantize_calibrated
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
-from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
-from quant_fairness_plugin.serve.load import load_quantized
-from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
-from quant_fairness_plugin.sweep.config import SweepChoices, answers
-from quant_fairness_plugin.sweep.engine import sweep_units
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.plans.plan_set import BASELINE
+from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.steps import EXPORTED, exported_state
+from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor
 
-EXPORTED = "exported"
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
 
@@ -64,40 +44,52 @@ Progress = Callable[[str, int, int], None]
 class FairQuantizer:
     """A model, a text set and a configuration; every method is one step and remembers its result for the next.
 
-    The model itself is never changed.
+    A new sweep forgets the plan; a new plan forgets the quantized model and the export. The model is never changed.
 
     Example:
-        quantizer = FairQuantizer.from_pretrained("demo", protect_layers="auto")
-        quantizer.save_pretrained("demo-int4-fair")
+        FairQuantizer.from_pretrained("demo", protect_layers="auto").save_pretrained("demo-int4-fair")
     """
 
     def __init__(
-        self, loaded: LoadedModel, texts: TextSet, config: FairConfig, *, progress: Progress | None = None
+        self,
+        loaded: LoadedModel,
+        texts: TextSet,
+        config: FairConfig,
+        *,
+        progress: Progress | None = None,
+        memory_budget: int | None = None,
     ) -> None:
+        steps.check_config(config, loaded)
         self.loaded, self.texts, self.config = loaded, texts, config
         self._progress = progress or (lambda step, done, total: None)
-        self._memory_budget: int | None = None
+        self._memory_budget = memory_budget
         self._report: SweepReport | None = None
         self._bank: Path | None = None
         self._plan: ProtectionPlan | None = None
         self._quantized: QuantizedModel | None = None
+        self._exported: Path | None = None
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str,
+        model: str | Path | PreTrainedModel,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        texts: str | Path | TextSet | None = None,
         config: FairConfig | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         progress: Progress | None = None,
         **options: Unpack[FairOptions],
-    ) -> FairQuantizer:
-        """Steps 1 and 2: load a model and the texts, after checking everything that can be known before.
+    ) -> Self:
+        """Load a model by name, or copy one in memory, and load the texts; check first all that can be known before.
 
         Args:
-            model: `demo`, `demo-gpt2`, a Hub id, a folder, or a `.safetensors` file.
+            model: `demo`, `demo-gpt2`, a Hub id, a folder or a `.safetensors` file; or a model of Transformers, 16 or
+                32 bit, which is not changed.
+            tokenizer: of a model in memory; a model by name brings its own.
+            texts: a text set, or the name of one; None is the configuration's.
             config: a complete configuration; or give single `options`, the fields of `FairConfig`.
             revision: commit of a Hub model.
             trust_remote_code: run code that the model's folder brings.
@@ -108,8 +100,15 @@ class FairQuantizer:
         Raises:
             QuantFairnessError: one of its kinds, before the weights are read wherever that is possible.
         """
-        source = ModelSource(model, revision, trust_remote_code, allow_pickle)
-        return cls.from_source(source, config or make_config(**options), progress=progress)
+        complete = configure(config, dict(options), texts)
+        text_set = texts if isinstance(texts, TextSet) else None
+        source = ModelSource(str(model), revision, trust_remote_code, allow_pickle)
+        if isinstance(model, str | Path):
+            source.check_tokenizer(tokenizer)
+            return cls.from_source(source, complete, texts=text_set, progress=progress)
+        source.check_in_memory()
+        loaded, sentences = steps.open_in_memory(model, tokenizer, complete, text_set)
+        return cls(loaded, sentences, complete, progress=progress)
 
     @classmethod
     def from_source(
@@ -117,77 +116,48 @@ class FairQuantizer:
         source: ModelSource,
         config: FairConfig,
         *,
+        texts: TextSet | None = None,
+        checked: Checked | None = None,
         progress: Progress | None = None,
         memory_budget: int | None = None,
-        dtype: Literal["float32", "bfloat16"] = "float32",
-    ) -> FairQuantizer:
-        """Steps 1 and 2 from a complete source and configuration; see `from_pretrained`.
+        dtype: ComputeDtype = "float32",
+    ) -> Self:
+        """Load a model by name from a complete source and configuration; see `from_pretrained`.
 
         With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else. In
         bfloat16 a sweep is faster where the processor computes in it, and ranks almost alike; measure in float32.
+        `checked` is what `preflight` returned for the same source and configuration, which is then not run again.
         """
-        _, texts = preflight(source, config)
-        open_model = load_model if memory_budget is None else open_streamed
-        loaded = open_model(
-            source.name,
-            dtype=getattr(torch, dtype),
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            allow_pickle=source.allow_pickle,
-        )
-        found = cls(loaded, texts, config, progress=progress)
-        found._memory_budget = memory_budget
-        return found
+        checked = checked or preflight(source, config, texts=texts)
+        loaded = steps.load_checked(checked, source, memory_budget=memory_budget, dtype=dtype)
+        return cls(loaded, checked.texts, config, progress=progress, memory_budget=memory_budget)
 
-    def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> FairQuantizer:
-        """The same model and texts with another protection; a sweep that was made already is kept."""
-        chosen = layers if isinstance(layers, str) else (check_layers(layers, self.loaded.layers) if layers else "none")
-        other = FairQuantizer(
-            self.loaded, self.texts, replace(self.config, protect_layers=chosen), progress=self._progress
-        )
-        other._report, other._bank = self._report, self._bank
+    def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> Self:
+        """Return a copy with another protection; it remembers the sweep, and no plan."""
+        if not isinstance(layers, str):
+            layers = check_layers(layers, self.loaded.layers) if layers else "none"
+        other = copy(self)
+        other.config = replace(self.config, protect_layers=layers)
+        other._remember_plan(None)
         return other
 
-    def following(self, plan: ProtectionPlan) -> FairQuantizer:
-        """The same model and texts with a plan that was made before, instead of choosing one.
-
-        Raises:
-            ConfigError: a plan for another number of layers, or for another grid than the configuration's.
-        """
-        if (plan.layers, plan.grid) != (self.loaded.layers, self.config.grid):
-            raise ConfigError(
-                f"the plan is for {plan.layers} layers of {plan.model} and {plan.grid}; here are {self.loaded.layers} "
-                f"layers and {self.config.grid}. Name the plan's model and grid, or make another plan"
-            )
-        other = FairQuantizer(self.loaded, self.texts, self.config, progress=self._progress)
-        other._plan = plan
+    def following(self, plan: ProtectionPlan) -> Self:
+        """Return a copy with a plan that was made before; it remembers the sweep. Raises as `quantize`."""
+        other = copy(self)
+        other._remember_plan(plan)
         return other
 
     def measure(self, *states: ModelState, part: Part = "confirm") -> Measured:
-        """Step 3: damage of model states against the 16-bit model, language by language.
+        """Measure the damage of model states against the 16-bit model, language by language.
 
         Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
         """
-        self._check_whole("measured")
-        baseline = fixed_state(BASELINE, self.loaded.model)
-        states = states or (baseline,)
-        return measure_states(
-            baseline,
-            states,
-            self.loaded.tokenizer,
-            self.texts.part(part),
-            part=part,
-            vocabulary=self.loaded.model.config.vocab_size,
-            provenance=lambda given: provenance(self.loaded.files, self.texts, seed=self.config.seed, arguments=given),
-            reference=self.config.reference,
-            draws=self.config.draws,
-            seed=self.config.seed,
-            progress=partial(self._progress, f"measure {', '.join(state.name for state in states)}"),
-        )
+        progress = partial(self._progress, f"measure {', '.join(state.name for state in states) or BASELINE}")
+        return steps.measure(self.loaded, self.texts, self.config, states, part=part, progress=progress)
 
-    def measure_folder(self, folder: Path, *, part: Part = "confirm") -> Measurement:
-        """Step 3 on a written checkpoint, read back from its files (step 8) by our own dequantizer."""
-        return self.measure(exported_state(folder), part=part).measurements[EXPORTED]
+    def measure_folder(self, folder: Path | None = None, *, part: Part = "confirm") -> Measurement:
+        """Measure a written checkpoint (None: the last export), read back from its files by our own dequantizer."""
+        return self.measure(exported_state(folder or self._last_export()), part=part).measurements[EXPORTED]
 
     def sweep(
         self,
@@ -196,207 +166,136 @@ class FairQuantizer:
         bank: Path | None = None,
         work: Path | None = None,
         executor: Executor | None = None,
-        **choices: Unpack[SweepChoices],
+        **options: Unpack[SweepOptions],
     ) -> SweepReport:
-        """Step 4: damage of every plan on the search part, and the layers or units ranked by what they do alone.
+        """Measure every plan on the search part and rank the units; the last sweep is returned if it holds all plans.
 
         Args:
             modes: keep one in 16 bit, and/or quantize nothing but one.
             bank: a quantized checkpoint of this model, whose weights are the quantized side; None rounds to nearest.
             work: a folder of finished trials, from which an interrupted sweep goes on.
             executor: where the trials run; None is this process.
-            **choices: fields of `SweepChoices`; `top` is the configuration's, or 3, where it is not given.
+            **options: fields of `SweepConfig`; `top` is the configuration's, or 3, where it is not given.
         """
-        choices.setdefault("top", self.config.top or 3)
-        if self._report is None or bank != self._bank or not answers(self._report, modes, choices):
-            self._report, self._bank = None, bank
-            self._report = sweep_units(
-                self.loaded,
-                self.texts.part("search"),
-                grid=self.config.grid,
-                bank_recipe=None if bank is None else bank_recipe(bank, self.config.grid),
-                modes=modes,
-                reference=self.config.reference,
-                draws=self.config.draws,
-                seed=self.config.seed,
-                progress=partial(self._progress, "sweep"),
-                work=work,
-                executor=executor,
-                memory_budget=self._memory_budget,
-                **choices,
+        options.setdefault("top", self.config.top or 3)
+        config = SweepConfig.make(modes, **options)
+        if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
+            run, progress = Execution(work, executor, self._memory_budget), partial(self._progress, "sweep")
+            self._report = steps.sweep(
+                self.loaded, self.texts, self.config, config, bank=bank, execution=run, progress=progress
             )
+            self._bank = bank
+            self._remember_plan(None)
         return self._report
 
-    def recommend(self) -> ProtectionPlan:
-        """Step 5: what keeps 16 bit, by the configuration's layers, or by `top` or the byte budget from a sweep.
+    def recommend(self, report: SweepReport | None = None) -> ProtectionPlan:
+        """Return what keeps 16 bit: the configuration's layers, or what a sweep recommends for its `top` or budget.
 
-        The last sweep is used, whatever it singled out; without one the layers are swept.
+        Args:
+            report: the sweep; None is the last one, whatever it singled out. Without one the layers are swept.
+
+        Raises:
+            ConfigError: a report of another model or grid, or beside layers that the configuration names.
         """
-        if self._plan is None:
-            chosen, columns = self.config.protect_layers, self.config.protect_columns
-            if chosen == "auto":
-                plan = recommend_plan(
-                    self._report or self.sweep(precisions=self.config.precisions),
-                    objective=self.config.objective,
-                    top=self.config.top,
-                    max_overhead=layers_budget(self.loaded, self.config.grid, columns, self.config.max_overhead),
-                    strict=self.config.strict,
-                    overrides=self.config.overrides,
-                )
-            else:
-                plan = self._explicit(() if chosen == "none" else chosen, self.config.overrides)
-            self._plan = with_columns(plan, self.loaded, columns)
+        if report is not None:
+            steps.check_report(report, self.loaded, self.config)
+        if report is not None or self._plan is None:
+            if self.config.protect_layers == "auto":
+                report = report or self._report or self.sweep(precisions=self.config.precisions)
+            self._remember_plan(steps.recommend(self.loaded, self.config, report))
+        assert self._plan is not None
         return self._plan
 
     def evidence(self, plan: ProtectionPlan | None = None, *, work: Path | None = None) -> Evidence:
-        """Step 5, checked: the plan against random and other plans of equal bytes, on the confirm part.
+        """Compare a plan (None: the recommended one) with random and other plans of equal bytes, on the confirm part.
 
-        Args:
-            plan: what to judge; None is the recommended one.
-            work: a folder of finished trials, from which an interrupted evaluation goes on.
-
-        Raises:
-            ConfigError: the plan protects nothing.
+        An interrupted evaluation goes on from the finished trials in `work`. A plan that protects nothing is refused.
         """
-        self._check_whole("compared with controls")
-        return gather_evidence(
-            self.loaded,
-            plan or self.recommend(),
-            self.texts.part("confirm"),
-            chosen_on=self.texts.part("search"),
-            objective="mean" if self.config.objective == "mean" else "worst",
-            draws=self.config.draws,
-            seed=self.config.seed,
-            progress=partial(self._progress, "verify"),
-            work=work,
-        )
-
-    def _explicit(self, layers: tuple[int, ...], overrides: Mapping[str, Precision] = NO_OVERRIDES) -> ProtectionPlan:
-        layer_bytes, other_bytes = count_bytes(self.loaded, self.config.grid)
-        return explicit_plan(
-            layers,
-            model=self.loaded.files.name,
-            grid=self.config.grid,
-            layer_bytes=layer_bytes,
-            other_bytes=other_bytes,
-            overrides=overrides,
-        )
+        steps.check_whole(self.loaded, "compared with controls")
+        plan, progress = plan or self.recommend(), partial(self._progress, "verify")
+        return steps.evidence(self.loaded, plan, self.texts, self.config, work=work, progress=progress)
 
     def quantize(self, plan: ProtectionPlan | None = None) -> QuantizedModel:
-        """Step 6: integers and scales of every layer that the plan does not protect, calibrated as configured."""
+        """Return integers and scales of every layer that the plan (None: the recommended one) does not protect.
+
+        A plan for another number of layers, or for another grid than the configuration's, is refused (ConfigError).
+        """
+        steps.check_whole(self.loaded, "quantized")
         if plan is not None:
-            return self._quantize(plan)
+            self._remember_plan(plan)
         if self._quantized is None:
             self._quantized = self._quantize(self.recommend())
         return self._quantized
 
-    def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
-        self._check_whole("quantized")
-        calibration = None
-        if find_method(self.config.method).needs_calibration:
-            calibration = build_calibration(
-                self.loaded.tokenizer,
-                self.texts.part("calibrate"),
-                tokens_per_language=self.config.tokens_per_language,
-                weighting=self.config.calibration,
-            )
-        if self.config.backend != NATIVE and calibration is not None:
-            return quantize_with(
-                self.config.backend, self.loaded, plan, method=self.config.method, calibration=calibration
-            )
-        quantize = partial(
-            quantize_model,
-            self.loaded,
-            plan,
-            method=self.config.method,
-            progress=partial(self._progress, "quantize"),
-        )
-        if calibration is None:
-            return quantize()
-        return quantize_calibrated(lambda given: quantize(calibration=given), calibration, self.texts)
-
     def save_pretrained(
         self,
         out: str | Path,
+        quantized: QuantizedModel | None = None,
         *,
         overwrite: bool = False,
         measure: Callable[[Path], Measurement] | None | Literal["exported"] = "exported",
     ) -> ExportRecord:
-        """Steps 7 and 8: write the checkpoint beside, verify it, measure what was written, then rename it.
+        """Write the checkpoint beside its final name, verify it, measure what was written, then rename it.
 
         Args:
             out: the folder to make.
+            quantized: what to write; None is the last quantized model, made from the plan where there is none.
             overwrite: replace an earlier export of that name.
             measure: measures the written folder; None leaves the record without a measurement.
 
         Raises:
-            ConfigError: `out` exists and `overwrite` is False.
+            ConfigError: `out` exists and `overwrite` is False, or another model was quantized.
             UnsupportedModelError: the reader could not load this; said before anything is quantized.
             ArtifactError: what was written is not what was quantized; nothing is left behind.
         """
-        self._check_exportable(self.config.overrides)
-        plan = self.recommend()
-        self._check_exportable(plan.overrides)
-        return export(
-            self.quantize(),
-            Path(out),
-            texts=self.texts,
-            format=self.config.format,
-            reader=self.config.reader,
-            seed=self.config.seed,
-            overwrite=overwrite,
-            measure=self.measure_folder if measure == "exported" else measure,
-        )
+        if quantized is not None and quantized is not self._quantized:
+            self._remember_plan(steps.plan_of_quantized(quantized, self.loaded))
+            self._quantized = quantized
+        measured = self.measure_folder if measure == "exported" else measure
+        self._exportable_plan()
+        return self._export(Path(out), overwrite=overwrite, measure=measured)
 
-    def _check_whole(self, what: str) -> None:
-        if self._memory_budget is not None:
-            raise ConfigError(
-                f"{self.loaded.files.name} was opened with a memory budget, so its blocks are in their files: it can "
-                f"be swept, and not {what}. Open it without one"
-            )
-
-    def _check_exportable(self, overrides: Mapping[str, Precision]) -> None:
-        config = self.config
-        if config.protect_layers == "auto" and "int8" in config.precisions and self._plan is None:
-            # What a sweep may find must be exportable; it is checked before the sweep.
-            overrides = {"layers.0": "int8", **overrides}
-        check_units(config, units=tuple(unit.name for unit in self.loaded.family.units), layers=self.loaded.layers)
-        check_exportable(
-            self.loaded.family,
-            format=config.format,
-            grid=config.grid,
-            reader=config.reader,
-            overrides=overrides,
-        )
+    def push_to_hub(self, repo_id: str, folder: Path | None = None, **options: Unpack[PushOptions]) -> str:
+        """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
+        return push_folder(folder or self._last_export(), repo_id, **options)
 
     def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
-        """The main job: all eight steps, and the same quantization without protection for comparison.
-
-        Raises:
-            QuantFairnessError: one of its kinds; a failed run leaves nothing behind.
-        """
-        self._check_exportable(self.config.overrides)
-        plan = self.recommend()
-        self._check_exportable(plan.overrides)
+        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind."""
+        plan = self._exportable_plan()
         protects = plan.protected_layers or plan.overrides or plan.protect_columns
-        bare = self.quantize(self._explicit(())) if protects else self.quantize()
-        unprotected = ModelState(NONE, lambda: swapped(self.loaded, bare.dense_weights()))
-        measured: list[Measured] = []
+        bare = self._quantize(steps.plan_of_layers(self.loaded, self.config, ())) if protects else self.quantize()
+        both: list[Measured] = []
 
-        def compare(folder: Path) -> Measurement:
-            measured.append(self.measure(unprotected, exported_state(folder)))
-            return measured[0].measurements[EXPORTED]
+        def measure(folder: Path) -> Measurement:
+            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
+            return both[0].measurements[EXPORTED]
 
-        record = self.save_pretrained(out, overwrite=overwrite, measure=compare)
-        return RunResult(
-            plan=record.plan,
-            record=record,
-            unprotected=measured[0].measurements[NONE],
-            protected=measured[0].measurements[EXPORTED],
-            gain=measured[0].gain(NONE, EXPORTED),
-        )
+        record = self._export(Path(out), overwrite=overwrite, measure=measure)
+        return steps.compare(record, both[0])
 
+    def _remember_plan(self, plan: ProtectionPlan | None) -> None:
+        if plan is not None:
+            steps.check_plan(plan, self.loaded, self.config)
+        if plan is None or plan != self._plan:
+            self._plan, self._quantized, self._exported = plan, None, None
 
-def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:
-    """A written checkpoint as a model state, read back from its files by our own dequantizer."""
-    return fixed_state(name, load_quantized(folder, kernel="reference"))
+    def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
+        return steps.quantize(self.loaded, plan, self.texts, self.config, progress=partial(self._progress, "quantize"))
+
+    def _exportable_plan(self) -> ProtectionPlan:
+        """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""
+        checked = None if self._plan else steps.check_exportable_before_sweep(self.loaded, self.config)
+        plan = self.recommend()
+        if plan.overrides != checked:
+            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
+        return plan
+
+    def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:
+        record = steps.write(self.quantize(), out, self.texts, self.config, overwrite=overwrite, measure=measure)
+        self._exported = out
+        return record
+
+    def _last_export(self) -> Path:
+        if self._exported is None:
+            raise ConfigError("no export by this plan yet; call save_pretrained(out) first, or name a folder")
+        return self._exported

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from quant_fairness_plugin.artifacts import TextSet
+from quant_fairness_plugin.artifacts import TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable
-from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.export.staging import check_output
-from quant_fairness_plugin.model.architectures import LAYOUTS
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.methods import check_method
-from quant_fairness_plugin.texts.load import load_texts
+from quant_fairness_plugin.texts.load import choose_texts, load_texts
+
+ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,52 +30,140 @@ class ModelSource:
     trust_remote_code: bool = False
     allow_pickle: bool = False
 
+    def resolve(self) -> ModelFiles:
+        """Return the model's checked files; see `resolve_model` for what is refused."""
+        return resolve_model(
+            self.name,
+            revision=self.revision,
+            allow_pickle=self.allow_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def check_tokenizer(self, tokenizer: object) -> None:
+        """Refuse a tokenizer beside the name of a model.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if tokenizer is not None:
+            raise ConfigError(
+                f"tokenizer is accepted together with a model in memory, and {self.name!r} is a name, whose tokenizer "
+                "is loaded with it. Leave it out"
+            )
+
+    def check_in_memory(self) -> None:
+        """Refuse options of reading files for a model that is in memory already.
+
+        Raises:
+            ConfigError: one of them is given.
+        """
+        given = {
+            "revision": self.revision is not None,
+            "trust_remote_code": self.trust_remote_code,
+            "allow_pickle": self.allow_pickle,
+        }
+        if any(given.values()):
+            names = ", ".join(name for name, is_given in given.items() if is_given)
+            raise ConfigError(f"{names}: accepted together with a model's name, not with a model in memory. Leave out")
+
+
+class Checked(NamedTuple):
+    """What `preflight` resolved: a model's files and a text set, which fit the configuration."""
+
+    files: ModelFiles
+    texts: TextSet
+
+
+def configure(config: FairConfig | None, options: dict[str, Any], texts: str | Path | TextSet | None) -> FairConfig:
+    """Return the complete configuration: the given one or one made of single fields, with its texts.
+
+    Args:
+        config: a complete configuration, or None.
+        options: fields of `FairConfig`, where there is none.
+        texts: a text set, which the configuration then names, or the name of one; None is the configuration's.
+
+    Raises:
+        ConfigError: both a configuration and options, or a field that does not fit.
+    """
+    if config is not None and options:
+        raise ConfigError(
+            f"{', '.join(options)} together with config: one of the two is accepted. Use dataclasses.replace(config, …)"
+        )
+    complete = config or make_config(**options)
+    if texts is None:
+        return complete
+    return replace(complete, texts=texts.name if isinstance(texts, TextSet) else str(texts))
+
 
 def preflight(
-    source: ModelSource, config: FairConfig, *, out: Path | None = None, overwrite: bool = False
-) -> tuple[ModelFiles, TextSet]:
+    source: ModelSource,
+    config: FairConfig,
+    *,
+    texts: TextSet | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> Checked:
     """Resolve the model's files and the texts, and check the layer list and the output against them.
 
     Raises:
         QuantFairnessError: one of its kinds; nothing was loaded or written.
     """
-    check = partial(
-        check_backend,
+    _check_backend(config)
+    if out is not None:
+        check_output(out.resolve(), overwrite=overwrite)
+        check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
+    check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
+    files = source.resolve()
+    check_model(config, files)
+    return Checked(files, open_texts(config, texts))
+
+
+def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:
+    """Return the configuration's languages of a text set: of the given one, or of the one that it names.
+
+    Raises:
+        UnknownLanguageError: a language that the set does not hold.
+        ConfigError: the reference is not among the languages, or an unknown name.
+        ArtifactError: a file that is missing or malformed.
+    """
+    if texts is not None:
+        return choose_texts(texts, languages=config.languages, reference=config.reference)
+    return load_texts(config.texts, languages=config.languages, reference=config.reference)
+
+
+def check_model(config: FairConfig, files: ModelFiles) -> None:
+    """Check what the configuration says of the model against its `config.json`.
+
+    Raises:
+        ConfigError: a backend that does not know the family, or a `top` that is not a number of layers.
+        InvalidLayerError: a layer or unit that the model lacks.
+    """
+    model_type = str(files.config.get("model_type", ""))
+    _check_backend(config, family=model_type)
+    if isinstance(config.protect_layers, tuple):
+        check_layers(config.protect_layers, files.layers)
+    check_units(config, units=known_units(model_type), layers=files.layers)
+    if config.top is not None and not 1 <= config.top < files.layers:
+        raise ConfigError(
+            f"top {config.top} is not a number of layers; the model has {files.layers}, use 1..{files.layers - 1}"
+        )
+
+
+def _check_backend(config: FairConfig, *, family: str = "") -> None:
+    check_backend(
         config.backend,
         method=config.method,
         grid=config.grid,
         clip=config.clip,
         weighting=config.calibration,
+        family=family,
     )
-    check()
-    if out is not None:
-        check_output(out.resolve(), overwrite=overwrite)
-        check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
-    check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
-    files = resolve_model(
-        source.name,
-        revision=source.revision,
-        allow_pickle=source.allow_pickle,
-        trust_remote_code=source.trust_remote_code,
-    )
-    check(family=str(files.config.get("model_type", "")))
-    if isinstance(config.protect_layers, tuple):
-        check_layers(config.protect_layers, files.layers)
-    check_units(config, units=known_units(str(files.config.get("model_type", ""))), layers=files.layers)
-    if config.top is not None and not 1 <= config.top < files.layers:
-        raise ConfigError(
-            f"top {config.top} is not a number of layers; the model has {files.layers}, use 1..{files.layers - 1}"
-        )
-    texts = load_texts(config.texts, languages=config.languages, reference=config.reference)
-    return files, texts
 
 
 def known_units(model_type: str) -> tuple[str, ...] | None:
-    """The names of a layer's units in models of this type; None where only the model itself can tell."""
-    for layout in LAYOUTS:
-        if model_type in layout.families:
-            return tuple(unit.name for unit in layout.units)
-    return None
+    """Return the names of a layer's units in models of this type; None where only the model itself can tell."""
+    architecture = find_architecture(model_type)
+    return None if architecture is None else tuple(unit.name for unit in architecture.units)
 
 
 def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: int) -> None:
@@ -88,14 +178,14 @@ def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: in
         InvalidLayerError: a layer that the model lacks, or a unit that its layers lack.
     """
     for name in config.overrides:
-        layer, _, unit = name.removeprefix("layers.").partition(".")
-        if int(layer) >= layers:
+        unit = Unit.parse(name)
+        if unit.layer >= layers:
             raise InvalidLayerError(
-                f"{name.removeprefix('layers.')}: layer {layer} does not exist: the model has {layers} layers, allowed "
-                f"are 0..{layers - 1}. Layers are counted from 0; correct the list."
+                f"{unit.short}: layer {unit.layer} does not exist: the model has {layers} layers, "
+                f"accepted are 0..{layers - 1}. Layers are counted from 0; correct the list."
             )
-        if unit and units is not None and unit not in units:
+        if unit.group is not None and units is not None and unit.group not in units:
             raise InvalidLayerError(
-                f"{layer}.{unit} is no unit of the model; its layers have {', '.join(units)}. Write for example "
-                f"{layer}.{units[-1]}."
+                f"{unit.short} is not a unit of the model; its layers have {', '.join(units)}. Write for example "
+                f"{unit.whole.part(units[-1]).short}."
             )

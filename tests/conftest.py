@@ -24,6 +24,13 @@ def _one_torch_thread() -> None:
     torch.set_num_threads(1)  # two threads on a loaded machine turned 1.5 s into 52 s
 
 
+@pytest.fixture(autouse=True)
+def _own_random_numbers() -> None:
+    import torch
+
+    torch.manual_seed(0)  # what a test draws must not depend on the tests that ran before it in this process
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Build (once per family and size) a tiny random model folder; see `tests/tiny.py`."""
@@ -53,7 +60,7 @@ def load(tiny_model: Callable[..., Path]) -> Callable[..., LoadedModel]:
 
 @pytest.fixture(scope="session")
 def planted_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny trained model whose damage is known; see `tests/planted_model.py`."""
+    """A tiny model whose damage is known; see `tests/planted_model.py`."""
     from tests.planted_model import write_planted_model
 
     folder = tmp_path_factory.mktemp("planted") / "planted"

@@ -28,3 +28,4 @@ def test_the_quickstart_ends_with_a_verified_checkpoint(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in lines[2:6]] == ["en", "fr", "he", "zh"]
     assert lines[6].startswith("protection ")
     assert verify(out).complete
+    assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in out.iterdir()}

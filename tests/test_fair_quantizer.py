@@ -1,23 +1,32 @@
-"""The eight steps in one go, on a tiny trained model whose damage is planted."""
+"""The eight steps in one go, on a tiny model whose damage is planted."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from quant_fairness_plugin import fair_quantizer, preflight, steps
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, Ranking, load
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
+from quant_fairness_plugin.model import load as load_module
+from quant_fairness_plugin.model import resolve
+from quant_fairness_plugin.model import streamed as streamed_module
 from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.texts.load import load_texts
 from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
 
 
@@ -45,7 +54,7 @@ def test_auto_protects_the_planted_layer_within_its_budget(result: RunResult) ->
 
 def test_protection_helps_on_sentences_that_it_was_not_chosen_on(result: RunResult) -> None:
     assert isinstance(result.gain, Interval)
-    assert result.gain.low > 0
+    assert result.gain.low > 0  # 0.66 of 0.74 bits per byte
     assert result.verdict.startswith("protection lowered the worst language's KL")
     assert [row.language for row in result.protected.languages] == list(WORDS)
 
@@ -161,15 +170,14 @@ def test_auto_chooses_from_the_configured_precisions(planted_model: Path, plante
     )
     plan = quantizer.recommend()
     assert quantizer.sweep().precisions == ("fp16", "int8")
+    # It leaves 0.0947 bits per byte, 16 bit 0.0945: the bytes saved buy 0.01 with another layer.
     assert plan.units[f"layers.{PLANTED_LAYER}"] == "int8"
 
 
 def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
     planted_model: Path, planted_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "quant_fairness_plugin.fair_quantizer.sweep_units", lambda *_, **__: pytest.fail("it was swept")
-    )
+    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *_, **__: pytest.fail("it was swept"))
     given: dict[str, Any] = {"texts": planted_file, "group_size": 32, "format": "gptq"}
     quantizer = FairQuantizer.from_pretrained(str(planted_model), precisions=("fp16", "int8"), **given)
     with pytest.raises(UnsupportedModelError, match="8"):
@@ -184,7 +192,7 @@ def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: 
     assert report.provenance.arguments["dtype"] == "bfloat16"
     ranking = report.rankings["protect-one worst"]
     assert isinstance(ranking, Ranking)
-    assert ranking.layers[0] == PLANTED_LAYER
+    assert ranking.layers[0] == PLANTED_LAYER  # saves 1.5 bits per byte, the next layer 0.07
 
 
 def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, planted_file: str) -> None:
@@ -207,7 +215,7 @@ def test_evidence_is_of_the_confirm_part_and_of_the_plan(quantizer: FairQuantize
 
 
 def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(InvalidLayerError, match=f"layer {LAYERS} does not exist"):
         FairQuantizer.from_pretrained(str(planted_model), protect_layers=[LAYERS])
 
@@ -219,8 +227,8 @@ def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, mo
 def test_what_no_reader_loads_is_refused_before_anything_is_quantized(
     quantizer: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.quantize_model", lambda *a, **k: pytest.fail("quantized"))
-    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.sweep_units", lambda *a, **k: pytest.fail("swept"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.quantize_model", lambda *a, **k: pytest.fail("quantized"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *a, **k: pytest.fail("swept"))
     other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, **options))
     with pytest.raises(UnsupportedModelError, match=message):
         other.save_pretrained(tmp_path / "checkpoint")
@@ -238,3 +246,215 @@ def test_columns_are_paid_measured_and_not_in_the_model_to_compare_with(
     assert ran.record.protected_columns.keys() == ran.record.quantized_modules.keys()
     assert ran.unprotected.languages == result.unprotected.languages
     assert ran.protected.worst_kl != ran.unprotected.worst_kl
+
+
+@pytest.fixture
+def streamed(planted_model: Path, planted_file: str) -> FairQuantizer:
+    config = make_config(group_size=32, texts=planted_file, draws=200, max_overhead=0.4)
+    return FairQuantizer.from_source(ModelSource(str(planted_model)), config, memory_budget=10**9)
+
+
+def test_a_copy_of_a_model_that_stays_in_its_files_can_be_swept(streamed: FairQuantizer) -> None:
+    plan = streamed.recommend()
+    report = streamed.sweep()
+    for other in (streamed.protecting("auto"), streamed.protecting([0]), streamed.following(plan)):
+        assert other.sweep() is report
+        assert other.sweep(combine=2, max_plans=3).combinations[2].evaluated == 3
+        with pytest.raises(ConfigError, match="opened with a memory budget"):
+            other.quantize()
+
+
+def test_a_new_sweep_forgets_the_plan_of_the_old_one(quantizer: FairQuantizer) -> None:
+    other = quantizer.protecting("auto")
+    other.config = replace(other.config, top=2)
+    other.sweep()
+    layers = other.recommend()
+    assert len(layers.protected_layers) == 2
+    assert other.recommend() is layers
+    other.sweep(granularity="unit")
+    units = other.recommend()
+    assert units.protected_layers == ()
+    assert len(units.overrides) == 2
+    other.sweep(granularity="unit")
+    assert other.recommend() is units
+
+
+def test_a_new_plan_forgets_the_quantized_model_and_the_same_plan_does_not(quantizer: FairQuantizer) -> None:
+    other = quantizer.protecting([0])
+    other.config = replace(other.config, method="rtn")
+    first = other.quantize()
+    assert other.quantize(other.recommend()) is first
+    assert other.following(other.recommend()).quantize() is first
+    plan = quantizer.protecting([1, 3]).recommend()
+    second = other.quantize(plan)
+    assert (first.protected, second.protected) == ((0,), (1, 3))
+    assert other.recommend() is plan
+    assert other.quantize() is second
+
+
+def test_a_plan_of_another_model_is_not_quantized(quantizer: FairQuantizer) -> None:
+    plan = quantizer.protecting([0]).recommend()
+    plan = replace(plan, units=plan.units | {f"layers.{LAYERS}": "int4"})
+    with pytest.raises(ConfigError, match=f"the plan is for {LAYERS + 1} layers"):
+        quantizer.quantize(plan)
+    with pytest.raises(ConfigError, match=f"the plan is for {LAYERS + 1} layers"):
+        quantizer.following(plan)
+
+
+def test_a_plan_is_recommended_from_a_report_that_is_given(quantizer: FairQuantizer) -> None:
+    report = quantizer.protecting("auto").sweep(granularity="unit")
+    other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, top=1))
+    layers = other.recommend()
+    units = other.recommend(report)
+    assert len(layers.protected_layers) == 1
+    assert (units.protected_layers, len(units.overrides)) == ((), 1)
+    assert other.recommend() is units
+    with pytest.raises(ConfigError, match=r'protect_layers \(0,\) leaves .* "auto"'):
+        quantizer.protecting([0]).recommend(report)
+    with pytest.raises(ConfigError, match=f"the sweep is of {LAYERS + 1} layers"):
+        other.recommend(replace(report, layers=LAYERS + 1))
+
+
+def test_a_quantized_model_that_is_given_is_exported(quantizer: FairQuantizer, tmp_path: Path) -> None:
+    config = replace(quantizer.config, method="rtn", protect_layers="none")
+    other = FairQuantizer(quantizer.loaded, quantizer.texts, config)
+    quantized = other.protecting([0, 2]).quantize()
+    record = other.save_pretrained(tmp_path / "given", quantized, measure=None)
+    assert record.plan.protected_layers == (0, 2)
+    assert other.quantize() is quantized
+    foreign = FairQuantizer(replace(quantizer.loaded), quantizer.texts, config).quantize()
+    with pytest.raises(ConfigError, match="another instance"):
+        other.save_pretrained(tmp_path / "foreign", foreign, measure=None)
+
+
+def test_a_folder_is_measured_after_an_export_and_not_before(quantizer: FairQuantizer, tmp_path: Path) -> None:
+    other = quantizer.protecting([PLANTED_LAYER])
+    other.config = replace(other.config, method="rtn")
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        other.measure_folder()
+    record = other.save_pretrained(tmp_path / "checkpoint")
+    assert other.measure_folder() == record.measurement
+    with pytest.raises(ConfigError, match="save_pretrained"):
+        other.protecting("none").measure_folder()
+
+
+@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 2), ((PLANTED_LAYER,), 2)])
+def test_a_run_resolves_the_model_once_and_checks_once_before_and_once_while_writing(
+    planted_model: Path,
+    planted_file: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    protect_layers: Any,
+    checks: int,
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for module in (fair_quantizer, steps, writer, preflight, resolve, load_module, streamed_module):
+        for name in ("check_exportable", "resolve_model"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    given: dict[str, Any] = {"group_size": 32, "texts": planted_file, "draws": 200, "max_overhead": 0.4}
+    quantizer = FairQuantizer.from_pretrained(str(planted_model), method="rtn", protect_layers=protect_layers, **given)
+    quantizer.run(tmp_path / "out")
+    assert calls == {"resolve_model": 1, "check_exportable": checks}
+
+
+def test_what_preflight_resolved_is_not_resolved_again(
+    planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = ModelSource(str(planted_model)), make_config(group_size=32, texts=planted_file)
+    checked = preflight.preflight(source, config)
+    monkeypatch.setattr(preflight, "resolve_model", lambda *_, **__: pytest.fail("resolved again"))
+    monkeypatch.setattr(resolve, "resolve_model", lambda *_, **__: pytest.fail("resolved again"))
+    quantizer = FairQuantizer.from_source(source, config, checked=checked)
+    assert quantizer.loaded.files is checked.files
+    assert quantizer.texts is checked.texts
+
+
+def test_a_text_set_is_taken_as_it_is_or_in_some_languages(planted_model: Path, planted_file: str) -> None:
+    texts = load_texts(planted_file)
+    whole = FairQuantizer.from_pretrained(planted_model, texts=texts, group_size=32)
+    assert whole.texts is texts
+    assert whole.config.texts == texts.name
+    named = FairQuantizer.from_pretrained(planted_model, texts=planted_file, languages=["he", "en"], group_size=32)
+    taken = FairQuantizer.from_pretrained(planted_model, texts=texts, languages=["he", "en"], group_size=32)
+    assert taken.texts == named.texts
+    with pytest.raises(ConfigError, match="no sentences in fr"):
+        FairQuantizer.from_pretrained(planted_model, texts=texts, languages=["en", "fr"])
+
+
+def test_a_configuration_and_single_options_are_not_mixed(planted_model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"bits together with config.*dataclasses\.replace"):
+        FairQuantizer.from_pretrained(planted_model, config=make_config(), bits=3)
+
+
+def in_memory(folder: Path, dtype: torch.dtype = torch.float16) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_model_in_memory_ends_in_the_checkpoint_of_its_files(
+    planted_model: Path, planted_file: str, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    given: dict[str, Any] = {"group_size": 32, "texts": planted_file, "draws": 200, "protect_layers": [PLANTED_LAYER]}
+    pair = in_memory(planted_model, dtype)
+    pair["model"].generation_config.temperature = 0.5  # without do_sample, which a strict check refuses
+    before = {name: value.clone() for name, value in pair["model"].state_dict().items()}
+    ours = FairQuantizer.from_pretrained(**pair, **given).run(tmp_path / "memory")
+    theirs = FairQuantizer.from_pretrained(planted_model, **given).run(tmp_path / "files")
+    assert all(torch.equal(value, before[name]) for name, value in pair["model"].state_dict().items())
+    assert (ours.protected.languages, ours.gain) == (theirs.protected.languages, theirs.gain)
+    weights = "model.safetensors"
+    assert ours.record.files[weights] == theirs.record.files[weights]
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= set(ours.record.files)
+    text = "cedar ארז"
+    assert AutoTokenizer.from_pretrained(tmp_path / "memory")(text) == pair["tokenizer"](text)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("memory", "files")]
+    assert configs[0]["architectures"] == configs[1]["architectures"]
+    assert str(planted_model) not in (tmp_path / "memory" / "config.json").read_text()
+
+
+def test_what_belongs_to_a_name_is_refused_for_a_model_in_memory_and_the_other_way_round(planted_model: Path) -> None:
+    pair = in_memory(planted_model)
+    with pytest.raises(ConfigError, match="revision, allow_pickle: accepted together with a model's name"):
+        FairQuantizer.from_pretrained(**pair, revision="main", allow_pickle=True)
+    with pytest.raises(ConfigError, match="needs its tokenizer"):
+        FairQuantizer.from_pretrained(pair["model"])
+    with pytest.raises(ConfigError, match="tokenizer is accepted together with a model in memory"):
+        FairQuantizer.from_pretrained(planted_model, tokenizer=pair["tokenizer"])
+    with pytest.raises(InvalidLayerError, match=f"layer {LAYERS} does not exist"):
+        FairQuantizer.from_pretrained(**pair, protect_layers=[LAYERS])
+    with pytest.raises(InvalidLayerError, match="0.fc_in is not a unit of the model"):
+        FairQuantizer.from_pretrained(**pair, protect_units=["0.fc_in"])
+    with pytest.raises(UnsupportedModelError, match="Linear is not a Transformers model"):
+        FairQuantizer.from_pretrained(torch.nn.Linear(2, 2), tokenizer=pair["tokenizer"])  # type: ignore[arg-type]
+
+
+def test_a_push_is_of_the_last_export_or_of_a_folder(
+    quantizer: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[tuple[Any, ...]] = []
+
+    def push(folder: Path, repo_id: str, **options: Any) -> str:
+        pushed.append((folder, repo_id, options))
+        return "url"
+
+    monkeypatch.setattr("quant_fairness_plugin.fair_quantizer.push_folder", push)
+    other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, method="rtn")).protecting([0])
+    with pytest.raises(ConfigError, match=r"save_pretrained\(out\)"):
+        other.push_to_hub("tester/tiny")
+    other.save_pretrained(tmp_path / "checkpoint", measure=None)
+    assert other.push_to_hub("tester/tiny", private=False, revision="int4") == "url"
+    assert other.push_to_hub("tester/tiny", tmp_path / "earlier") == "url"
+    assert pushed == [
+        (tmp_path / "checkpoint", "tester/tiny", {"private": False, "revision": "int4"}),
+        (tmp_path / "earlier", "tester/tiny", {}),
+    ]

@@ -16,9 +16,9 @@ from quant_fairness_plugin.preflight import ModelSource, check_units, known_unit
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"int8_layers": [2]}, r"2: layer 2 does not exist: the model has 2 layers, allowed are 0\.\.1"),
+        ({"int8_layers": [2]}, r"2: layer 2 does not exist: the model has 2 layers, accepted are 0\.\.1"),
         ({"protect_units": ["5.down"]}, r"5\.down: layer 5 does not exist"),
-        ({"protect_units": ["1.fc_in"]}, r"1\.fc_in is no unit of the model; its layers have qkv, o, gate_up, down"),
+        ({"protect_units": ["1.fc_in"]}, r"1\.fc_in is not a unit of the model; its layers have qkv, o, gate_up, down"),
     ],
 )
 def test_a_unit_that_the_model_lacks_fails_early(

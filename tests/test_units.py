@@ -6,7 +6,9 @@ from quant_fairness_plugin.artifacts import Unit
 from quant_fairness_plugin.errors import ConfigError
 
 
-@pytest.mark.parametrize("name", ["layers.0", "layers.3.down", "layers.11.gate_up"])
+@pytest.mark.parametrize(
+    "name", ["layers.0", "layers.3.down", "layers.11.gate_up", "layers.1.self_attn.q_proj", "layers.1.Wqkv"]
+)
 def test_a_name_is_read_and_written_alike(name: str) -> None:
     assert str(Unit.parse(name)) == name
     assert Unit.parse(Unit.parse(name).short) == Unit.parse(name)
@@ -14,7 +16,7 @@ def test_a_name_is_read_and_written_alike(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "layers", "layers.", "layers.-1", "layers.01", "3.", "3.Down", "3.a.b", "٣", "head"]
+    "name", ["", "layers", "layers.", "layers.-1", "layers.01", "3.", "3.1down", "3.a..b", "3.a.", "٣", "head"]
 )
 def test_another_spelling_is_refused_with_its_value(name: str) -> None:
     with pytest.raises(ConfigError, match="such as 3 or 3.down"):

@@ -28,9 +28,10 @@ SearchMethod = Literal["greedy", "backward", "beam"]
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
 """How much each language counts in calibration."""
-Reader = Literal["transformers", "vllm", "gptqmodel"]
-CheckpointFormat = Literal["compressed-tensors", "gptq", "awq", "fp16-twin"]
-"""`fp16-twin` is a plain 16-bit checkpoint with the dequantized values."""
+Reader = str
+"""A name in `checkpoint.readers.READERS`, which checks it."""
+CheckpointFormat = str
+"""A name in `checkpoint.formats.FORMATS`, which checks it: a new format touches no type."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from quant_fairness_plugin.errors import ConfigError
 
-_NAME = re.compile(r"(?:layers\.)?(0|[1-9][0-9]{0,8})(?:\.([a-z][a-z0-9_]*))?", re.ASCII)
+# A group of an architecture that is not listed is a module of its own, whose name can have dots: `self_attn.q_proj`.
+_NAME = re.compile(r"(?:layers\.)?(0|[1-9][0-9]{0,8})(?:\.([A-Za-z_]\w*(?:\.\w+)*))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class Unit:
     layer: int
     """Counted from 0."""
     group: str | None = None
-    """The fusion group, such as `qkv` or `down`; None for the whole layer."""
+    """The fusion group, such as `qkv` or `down`, or a module (`self_attn.q_proj`) where no groups are known; None for
+    the whole layer."""
 
     @classmethod
     def parse(cls, name: str) -> Unit:

@@ -1,4 +1,4 @@
-"""Step 7, checks of files: sizes and checksums against `quant_fairness.json`, then safetensors headers. No torch.
+"""Checks of files: sizes and checksums against `quant_fairness.json`, then safetensors headers. No torch.
 
 Each check returns one sentence about what it saw, or raises an `ArtifactError` that names the file.
 """
@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from quant_fairness_plugin.artifacts import ExportRecord, FileRecord, load
+from quant_fairness_plugin.checkpoint.formats import FORMATS, marker_of_method
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
@@ -19,8 +20,6 @@ from quant_fairness_plugin.model.weights import check_inside, find_weights, read
 RECORD = "quant_fairness.json"
 SIDE_FILES = ("quantize_config.json", "quant_config.json")
 """Where AutoGPTQ and AutoAWQ put the metadata; some of their folders have it nowhere else."""
-PACKED_SUFFIXES = {"compressed-tensors": "weight_packed", "gptq": "qweight", "awq": "qweight"}
-"""`quant_method` → the tensor that makes a module a quantized one."""
 _OWN_NAME = re.compile(r"(gptq|awq)_model[\w.-]*\.safetensors", re.ASCII)
 """How AutoGPTQ and early AutoAWQ named the weights, which no other loader finds."""
 _AUTOAWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
@@ -50,7 +49,12 @@ def load_record(folder: Path) -> ExportRecord:
         raise ArtifactError(f"{folder} is not a folder; expected a checkpoint that was exported here. Check the path.")
     if not (folder / RECORD).is_file():
         raise ArtifactError(f"{folder} has no {RECORD}, which every export of this program has. Export it again.")
-    return load(ExportRecord, folder / RECORD)
+    record = load(ExportRecord, folder / RECORD)
+    if record.format not in FORMATS:
+        raise ArtifactError(
+            f"{folder / RECORD}: format {record.format!r} is unknown; known are {', '.join(FORMATS)}. Export it again."
+        )
+    return record
 
 
 def check_recorded_files(folder: Path, record: ExportRecord) -> str:
@@ -114,7 +118,7 @@ def packed_modules(names: Iterable[str], quantization: Mapping[str, Any]) -> set
         names: of all tensors.
         quantization: the `quantization_config`; one without a known `quant_method` holds none.
     """
-    suffix = PACKED_SUFFIXES.get(str(quantization.get("quant_method")))
+    suffix = marker_of_method(quantization.get("quant_method"))
     return {name.removesuffix(f".{suffix}") for name in names if suffix and name.endswith(f".{suffix}")}
 
 

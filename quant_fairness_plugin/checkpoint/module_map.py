@@ -8,81 +8,69 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.model.architectures import SCALED_ACTIVATIONS
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.families import Family
 
 if TYPE_CHECKING:
     from torch import nn
 
-_HEAD_ON_DISK = {"gpt_neox": "embed_out"}
-"""Families whose head has another name in files and servers than in Transformers, which renames it while loading."""
-
-
 NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
 
 
 def stored_name(name: str, family: Family) -> str:
-    """The name that checkpoints of a family use for a module or tensor of the model in memory."""
-    head = _HEAD_ON_DISK.get(family.name, family.head)
-    return head + name.removeprefix(family.head) if name.split(".")[0] == family.head else name
+    """Return the name that checkpoints of a family use for a module or tensor of the loaded model."""
+    return family.architecture.stored_name(name)
 
 
 def module_map(
     model: nn.Module, family: Family, quantized: Iterable[str], *, bits: Mapping[str, int] = NO_WIDTHS
 ) -> ModuleMap:
-    """Sort a model's linear modules into quantized and kept ones. The model may live on the meta device.
+    """Sort a model's linear modules into quantized and 16-bit ones. The model may live on the meta device.
 
     Args:
         model: the 16-bit model.
-        family: its family map.
+        family: its map.
         quantized: full names of the quantized modules, in any order.
         bits: those of them that have other bits than the grid, with their bits.
     """
-    from quant_fairness_plugin.model.linear import is_linear  # torch: what is asked at plan time does without
+    from quant_fairness_plugin.model.linear import is_linear  # torch, which plan-time code does without
 
     done = set(quantized)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
     layers = len(model.get_submodule(family.blocks))  # type: ignore[arg-type] # a ModuleList, says the family
-    fused = {
-        f"{family.blocks}.{layer}.{unit.fused}": tuple(f"{family.blocks}.{layer}.{part}" for part in unit.modules)
-        for layer in range(layers)
-        for unit in family.units
-        if unit.fused is not None
-    }
     return ModuleMap(
         blocks=family.blocks,
         quantized=tuple(name for name in linears if name in done),
         kept=tuple(name for name in linears if name not in done),
-        fused=fused,
+        fused={name: parts for layer in range(layers) for name, parts in family.fused_modules(layer).items()},
         bits={name: bits[name] for name in linears if name in bits},
         aliases=tuple({stored_name(family.head, family)} - {family.head}),
     )
 
 
 def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
-    """The modules among `bits` (module → bits) that have other bits than the grid, as `module_map` takes them."""
+    """Return those modules of `bits` (module → bits) that have other bits than the grid; see `module_map`."""
     return {name: width for name, width in bits.items() if width != grid.bits}
 
 
-def activation_scales(model: nn.Module, format_name: str) -> dict[str, int]:
-    """Tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
+def activation_scales(model: nn.Module) -> dict[str, int]:
+    """Return the tensors that Transformers wants in an `awq` file beside the model's own: full name → length.
 
     Its AWQ integration divides some activations by scales, in every block, quantized or not. Ours are ones.
 
     Args:
         model: the unquantized model, on any device.
-        format_name: the checkpoint format.
     """
     from quant_fairness_plugin.model.linear import linear_weight  # torch, see `module_map`
 
-    names = SCALED_ACTIVATIONS.get(str(getattr(model.config, "model_type", "")))
-    if format_name != "awq" or names is None:
+    architecture = find_architecture(str(getattr(model.config, "model_type", "")))
+    scaled = None if architecture is None else architecture.scaled_activation
+    if scaled is None:
         return {}
-    activation, before = names
     return {
-        f"{name}.{activation}.scales": len(linear_weight(getattr(module, before)))
+        f"{name}.{scaled.activation}.scales": len(linear_weight(getattr(module, scaled.before)))
         for name, module in model.named_modules()
-        if hasattr(module, activation) and hasattr(module, before)
+        if hasattr(module, scaled.activation) and hasattr(module, scaled.before)
     }
 
 
@@ -98,7 +86,7 @@ class ModuleMap:
     fused: Mapping[str, tuple[str, ...]]
     """Name of a module that servers merge → the modules that it is merged from."""
     bits: Mapping[str, int] = field(default_factory=dict)
-    """Quantized module → bits, where they are not the grid's own (INT8 units)."""
+    """Quantized module → bits, where they are not those of the grid (INT8 units)."""
     aliases: tuple[str, ...] = ()
     """Further names under which servers know kept modules, such as GPT-NeoX's `embed_out`."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, Reader
+from quant_fairness_plugin.checkpoint.formats import FORMATS
+from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.options import (
     DEFAULTS,
     AllowPickle,
@@ -45,6 +47,7 @@ from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS
 from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.memory import parse_size
 
 
@@ -81,8 +84,15 @@ def plan(
         reference=parse_reference(reference),
         texts=texts,
     )
-    asked = parse_modes(mode), parse_granularity(granularity), parse_combine(combine)
-    formats, readers = _only("format", format_, CheckpointFormat), _only("reader", reader, Reader)
+    plans = SweepConfig(
+        modes=parse_modes(mode),
+        granularity=parse_granularity(granularity),
+        combine=parse_combine(combine),
+        max_plans=max_plans,
+        precisions=parse_precisions(precisions),
+        also=parse_also(also),
+    )
+    formats, readers = _only("format", format_, FORMATS), _only("reader", reader, READERS)
     budget = None if memory_budget is None else parse_size(memory_budget)
     source = ModelSource(require_model(model), revision, trust_remote_code, allow_pickle)
     files, sentences = preflight(source, config)
@@ -94,25 +104,19 @@ def plan(
         files,
         sentences,
         config,
-        modes=asked[0],
-        granularity=asked[1],
-        combine=asked[2],
-        max_plans=max_plans,
-        precisions=parse_precisions(precisions),
-        also=parse_also(also),
+        plans,
         memory_budget=budget,
-        formats=cast("tuple[CheckpointFormat, ...]", formats),
-        readers=cast("tuple[Reader, ...]", readers),
+        formats=formats,
+        readers=readers,
         trust_remote_code=trust_remote_code,
     )
     typer.echo(json.dumps(asdict(found), indent=1) if as_json else "\n".join(forecast_lines(found)))
 
 
-def _only(option: str, name: str | None, known: object) -> tuple[str, ...]:
-    """All of the known names, or the one that was asked for."""
-    names: tuple[str, ...] = get_args(known)
+def _only(option: str, name: str | None, known: Collection[str]) -> tuple[str, ...]:
+    """Return all known names, or the one that the user gave."""
     if name is None:
-        return names
-    if name not in names:
-        raise ConfigError(f"--{option} {name!r} is unknown; use {', '.join(names)}")
+        return tuple(known)
+    if name not in known:
+        raise ConfigError(f"--{option} {name!r} is unknown; use {', '.join(known)}")
     return (name,)

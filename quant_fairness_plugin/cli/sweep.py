@@ -67,8 +67,8 @@ from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
-from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS, check_around, check_plans, check_precisions
-from quant_fairness_plugin.plans.units import name_units
+from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS, check_plans, check_precisions
+from quant_fairness_plugin.plans.units import check_around, name_units
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.memory import check_budget, parse_size

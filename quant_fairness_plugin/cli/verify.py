@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.options import Json
 from quant_fairness_plugin.export.verify import VerifyReport
 from quant_fairness_plugin.export.verify import verify as verify_folder
@@ -41,4 +42,5 @@ def verify(
 def show_readers(report: VerifyReport) -> None:
     """One line for each reader: whether its own rules take this folder right."""
     for reader, problem in report.problems.items():
-        typer.echo(f"{reader:<12} {'no' if problem else 'reads':<8} {problem or 'every module as it is stored'}")
+        note = f" ({READERS[reader].note})" if READERS[reader].note else ""
+        typer.echo(f"{reader:<12} {'no' if problem else 'reads':<8} {problem or 'every module as it is stored'}{note}")

@@ -64,6 +64,7 @@ from quant_fairness_plugin.statistics.series import Series, plan_series
 from quant_fairness_plugin.statistics.standing import compare_with, standing_of, verdict
 from quant_fairness_plugin.sweep.bank import Bank as Bank
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.walk import score_plans
@@ -120,7 +121,9 @@ def gather_evidence(
     wanted = {NONE: {}, THE_PLAN: chosen} | {control.name: control.precisions for control in controls}
     score = partial(score_plans, loaded, units=units, bank=bank)
     if work is not None or executor is not None:
-        score = partial(score_plans_resumably, loaded, units=units, bank=bank, work=work, executor=executor)
+        score = partial(
+            score_plans_resumably, loaded, units=units, bank=bank, execution=Execution(work=work, executor=executor)
+        )
     found = score(_whole(wanted, costs), texts, progress=progress)
     return _judge(loaded, plan, controls, found, texts, costs, bank.description, objective, random_plans, draws, seed)
 

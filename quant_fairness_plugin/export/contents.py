@@ -1,4 +1,4 @@
-"""Step 7, what goes into the weight files: every tensor once, quantized modules packed, all else in 16 bit."""
+"""What goes into the weight files: every tensor once, quantized modules packed, all else in 16 bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quant_fairness_plugin.checkpoint.formats.format import Format
-from quant_fairness_plugin.checkpoint.module_map import activation_scales, stored_name
+from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.quantize.stream import QuantizedModel
@@ -22,14 +22,14 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 
 
-def checkpoint_tensors(quantized: QuantizedModel, layout: Format | None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint by name, made one at a time.
+def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the checkpoint by name, made one at a time.
 
     Tensors that the model shares (a tied head) come once, under the name that is registered first.
 
     Args:
         quantized: the model and its quantized modules; values that its method folded replace the model's.
-        layout: how a quantized module is stored; None stores its dequantized values in 16 bit.
+        layout: how a quantized module is stored; one that packs nothing stores its dequantized values in 16 bit.
 
     Yields:
         Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype.
@@ -48,12 +48,12 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format | None) -> Iter
             kind = dtype if value.is_floating_point() else value.dtype
             # A copy, because safetensors refuses tensors that share memory.
             yield stored_name(name, quantized.loaded.family), value.to("cpu", kind, copy=True).contiguous()
-        elif layout is not None:
+        elif layout.packs:
             yield from layout.tensors(module, quantized.tensors[module]).items()
         else:
             dense = stored_form(model.get_submodule(module), quantized.dense_weight(module))
             yield name, dense.to("cpu", dtype).contiguous()
-    for name, length in activation_scales(model, layout.name if layout is not None else "").items():
+    for name, length in layout.added_tensors(model).items():
         yield name, torch.ones(length, dtype=dtype)
 
 

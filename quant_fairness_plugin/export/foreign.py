@@ -1,4 +1,4 @@
-"""Between steps 6 and 7: a plan and a backend in, a `QuantizedModel` read back from what the tool wrote out.
+"""A plan and a backend in, a `QuantizedModel` read back from what the tool wrote out.
 
 What a tool writes is not passed on. Its integers, scales and zero points are read into the same form as ours and its
 unquantized tensors are compared with the model's; from there on nothing differs: every format can be written, with our
@@ -19,7 +19,7 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import ProtectionPlan
 from quant_fairness_plugin.checkpoint.dense_modules import tensor_layout
 from quant_fairness_plugin.checkpoint.folder import check_headers, read_config
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import FORMATS, READ_ONLY, format_of_layout
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import module_map, stored_name
 from quant_fairness_plugin.errors import ArtifactError
@@ -152,10 +152,11 @@ def _source(loaded: LoadedModel, folder: Path) -> Path:
 
 def _layout(folder: Path) -> Format:
     _, quantization = read_config(folder)
-    name = tensor_layout(quantization or {})
-    if name == "gptq_v2":
-        raise ArtifactError(f"{folder}: gptq version 2, whose zero points are stored otherwise; needed is version 1.")
-    return checkpoint_format(name)
+    layout = format_of_layout(tensor_layout(quantization or {}))
+    if layout.name in READ_ONLY:
+        known = ", ".join(name for name, entry in FORMATS.items() if entry.packs)
+        raise ArtifactError(f"{folder}: layout {layout.name} is read and not written; needed is one of {known}.")
+    return layout
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

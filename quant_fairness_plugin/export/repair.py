@@ -1,4 +1,4 @@
-"""Step 7, repair: a folder that another tool wrote becomes one that Transformers, vLLM and gptqmodel all read right.
+"""Repair: a folder that another tool wrote becomes one that Transformers, vLLM and gptqmodel all read right.
 
 Only metadata changes (`repair_plan` says what); weight files are linked or copied and stay the same to the last byte.
 The result is built beside, verified there, and only then gets its name.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from quant_fairness_plugin.artifacts import Grid, write_atomically
 from quant_fairness_plugin.checkpoint.folder import RECORD, SIDE_FILES, file_record, list_files, weight_files
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import format_of_layout
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import VerifyReport, verify
@@ -257,16 +257,15 @@ def universal_quantization(found: Inspection) -> dict[str, Any]:
     grid = Grid(bits=bits, group_size=_group_size(found), symmetric=found.facts.symmetric)
     others = {name: width for name, width in widths.items() if width != bits}
     modules = module_map(found.model, found.family, found.packed, bits=others)
-    method = "awq" if found.layout == "awq" else "gptq"
-    needed = checkpoint_format(method).quantization_config(modules, grid)
-    if method == "gptq":
-        needed["checkpoint_format"] = found.layout
-    spelled_twice = {
-        "method": method,
+    assert found.layout is not None  # says `_refuse`
+    layout = format_of_layout(found.layout)
+    needed = layout.quantization_config(modules, grid)
+    other_names = {
+        "method": layout.method,
         "format": needed["checkpoint_format"],
         "block_name_to_quantize": found.family.blocks,
     }
-    needed |= {key: value for key, value in spelled_twice.items() if key in found.quantization}
+    needed |= {key: value for key, value in other_names.items() if key in found.quantization}
     dropped = _STALE | _AUTOAWQ_ONLY
     return {key: value for key, value in found.quantization.items() if key not in dropped} | needed
 

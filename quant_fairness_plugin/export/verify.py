@@ -1,4 +1,4 @@
-"""Step 7, verify: everything that can be wrong with a checkpoint folder, cheapest check first.
+"""Verify: everything that can be wrong with a checkpoint folder, cheapest check first.
 
 Files against `quant_fairness.json`, headers, metadata, tensors, each reader's rules, and last a real reader. Folders
 that other tools wrote have no such file: they are judged by their tensors. The files are checked before torch is
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quant_fairness_plugin.artifacts import ExportRecord, Reader
+from quant_fairness_plugin.artifacts import ExportRecord
 from quant_fairness_plugin.checkpoint.folder import (
     RECORD,
     check_headers,
@@ -21,17 +21,17 @@ from quant_fairness_plugin.checkpoint.folder import (
     load_record,
     read_config,
 )
-from quant_fairness_plugin.checkpoint.readers import READERS
-from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts, reader_problems
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.readers import READERS, check_metadata, find_reader, reader_problems
+from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
 from quant_fairness_plugin.checkpoint.readers.running import find_python
-from quant_fairness_plugin.checkpoint.readers.sglang import check_metadata
-from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
+from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.checkpoint.inspection import Inspection
 
 Outcome = Literal["passed", "not run"]
-_INSTALL = "pip install torch==2.13.0 gptqmodel==7.6.0 optimum==2.3.0"
 HALF_PRECISION_KERNELS = frozenset({"awq"})
 """Methods whose plainest kernel computes in float16, so that logits differ from ours by what that does."""
 _logger = logging.getLogger(__name__)
@@ -53,9 +53,9 @@ class VerifyReport:
 
     folder: str
     format: str
-    """`compressed-tensors`, `gptq`, `awq`, or `fp16-twin` for a plain checkpoint."""
+    """As recorded, else the `quant_method` of the metadata, or `fp16-twin` for a plain checkpoint."""
     checks: tuple[CheckResult, ...]
-    problems: dict[Reader, str] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
     """Reader → what it would get wrong by its own rules, in one sentence; empty where nothing."""
 
     @property
@@ -70,7 +70,10 @@ class VerifyReport:
             "format": self.format,
             "complete": self.complete,
             "checks": [{"name": c.name, "outcome": c.outcome, "detail": c.detail} for c in self.checks],
-            "readers": [{"reader": r, "reads": not text, "problem": text} for r, text in self.problems.items()],
+            "readers": [
+                {"reader": name, "reads": not text, "problem": text, "note": READERS[name].note}
+                for name, text in self.problems.items()
+            ],
         }
 
 
@@ -79,10 +82,10 @@ def verify(folder: str | Path, *, reader: str | None = None, python: Path | None
 
     Args:
         folder: a checkpoint folder, ours or another tool's.
-        reader: `transformers`, `vllm` or `gptqmodel`, which is run and must compute what the files say; None:
-            Transformers, where it can load the folder here, otherwise reported as not run.
+        reader: one of `READERS`, which is run and must compute what the files say; None: Transformers, where it can
+            load the folder here, otherwise reported as not run.
         python: the Python that has the reader; None looks in this one, then in the environment variable of the reader
-            (see `export.readers`).
+            (see `checkpoint.readers`).
 
     Returns:
         The checks that passed, those that could not be run here with the reason, and what each reader would get wrong
@@ -92,29 +95,26 @@ def verify(folder: str | Path, *, reader: str | None = None, python: Path | None
         ArtifactError: a file, tensor or metadata rule is wrong; names it.
         UnsupportedModelError: the wanted reader cannot load this checkpoint, or computes something else.
         MissingExtraError: the wanted reader is not installed where it was looked for.
-        ConfigError: an unknown reader, or a Python that cannot be run.
+        ConfigError: an unknown reader, one of which only documented rules are checked, or a Python that cannot be run.
     """
     folder = Path(folder)
-    if reader not in (None, *READERS):
-        raise ConfigError(f"unknown reader {reader!r}; allowed are {', '.join(READERS)}. Correct --reader.")
+    wanted = None if reader is None else find_reader(reader)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder; expected a checkpoint folder. Check the path.")
-    wanted: Reader | None = next((name for name in READERS if name == reader), None)
-    if wanted in ("vllm", "gptqmodel"):
-        python = find_python(wanted, python)  # first of all: an absent reader is a usage error
-    checks, case = _check_recorded(folder) if (folder / RECORD).is_file() else _check_foreign(folder)
+    if wanted is not None and wanted.script and wanted is not TRANSFORMERS:
+        python = find_python(wanted.name, python)  # first of all: an absent reader is a usage error
+    format_name, checks, case = _check_recorded(folder) if (folder / RECORD).is_file() else _check_foreign(folder)
     problems = reader_problems(case)
-    if all(problems.values()):
+    if all(problem for name, problem in problems.items() if READERS[name].script):
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise UnsupportedModelError(f"{folder}: no reader reads it right. {listed}. Try quant-fairness repair.")
-    checks.append(_check_reader(folder, case, wanted, python, problems))
+    checks.append(_check_reader(folder, case, reader, python, problems))
     for check in checks:
         _logger.info("%s: %s %s: %s", folder, check.name, check.outcome, check.detail)
-    format_name = case.method if case.quantization else "fp16-twin"
     return VerifyReport(folder=str(folder), format=format_name, checks=tuple(checks), problems=problems)
 
 
-def _check_recorded(folder: Path) -> tuple[list[CheckResult], Case]:
+def _check_recorded(folder: Path) -> tuple[str, list[CheckResult], Case]:
     """One of our exports: everything must be as recorded, and universal. Imports torch once the files are sound."""
     record = load_record(folder)
     checks = [CheckResult("files", "passed", check_recorded_files(folder, record))]
@@ -129,9 +129,10 @@ def _check_recorded(folder: Path) -> tuple[list[CheckResult], Case]:
     model = bare_model(folder)
     family = detect_family(model)
     modules = modules_by_tensors(model, family, shapes, record)
-    metadata = "none: a plain 16-bit checkpoint"
-    if quantization is not None or record.format != "fp16-twin":
-        metadata = check_metadata(modules, quantization or {})
+    layout = checkpoint_format(record.format)
+    metadata = check_metadata(layout, modules, quantization or {})
+    if not layout.packs:
+        metadata = "none: a plain 16-bit checkpoint"
     listed = check_tensor_list(model, family, modules, shapes, record, str(config.get("dtype")))
     checks += [
         CheckResult("headers", "passed", f"{len(shapes)} tensors, each once"),
@@ -141,7 +142,8 @@ def _check_recorded(folder: Path) -> tuple[list[CheckResult], Case]:
     ]
     if columns := check_columns(folder, record, model, str(config.get("dtype"))):
         checks.append(CheckResult("columns", "passed", columns))
-    return checks, Case(modules=modules, family=family, quantization=quantization or {}, facts=_checked_facts(record))
+    case = Case(modules=modules, family=family, quantization=quantization or {}, facts=_checked_facts(record))
+    return record.format, checks, case
 
 
 def _checked_facts(record: ExportRecord) -> TensorFacts:
@@ -149,7 +151,7 @@ def _checked_facts(record: ExportRecord) -> TensorFacts:
     return TensorFacts(symmetric=record.plan.grid.symmetric, ordered=True, wrapped_zeros=False)
 
 
-def _check_foreign(folder: Path) -> tuple[list[CheckResult], Case]:
+def _check_foreign(folder: Path) -> tuple[str, list[CheckResult], Case]:
     """A folder that another tool wrote: its tensors say what is quantized, and each reader is judged on its own."""
     from quant_fairness_plugin.checkpoint.inspection import inspect_checkpoint
 
@@ -159,13 +161,14 @@ def _check_foreign(folder: Path) -> tuple[list[CheckResult], Case]:
             f"{folder}: the tensors are {found.dtype}, config.json says {found.announced_dtype}; they must agree. "
             "quant-fairness repair puts that right."
         )
-    return [
+    checks = [
         CheckResult("files", "not run", f"no {RECORD}: another tool wrote this, there are no checksums to compare"),
         CheckResult("headers", "passed", f"{found.tensors} tensors, each once"),
         CheckResult("metadata", "passed", _metadata_summary(found)),
         CheckResult("tensors", "passed", f"exactly those of {found.family.name}, {found.dtype}"),
         CheckResult("values", "passed", "all finite, groups within range"),
-    ], found.case
+    ]
+    return found.case.method if found.quantization else "fp16-twin", checks, found.case
 
 
 def _metadata_summary(found: Inspection) -> str:
@@ -179,7 +182,7 @@ def _metadata_summary(found: Inspection) -> str:
 
 
 def _check_reader(
-    folder: Path, case: Case, reader: Reader | None, python: Path | None, problems: dict[Reader, str]
+    folder: Path, case: Case, reader: str | None, python: Path | None, problems: dict[str, str]
 ) -> CheckResult:
     from quant_fairness_plugin.checkpoint.readers.compare import (
         compare_with_reader,
@@ -189,7 +192,7 @@ def _check_reader(
 
     problem = problems[reader or "transformers"]
     if reader is not None and problem:
-        others = ", ".join(name for name, text in problems.items() if not text)
+        others = ", ".join(_with_note(name) for name, text in problems.items() if not text)
         raise UnsupportedModelError(f"{folder}: {reader} does not read it right: {problem}. Allowed: {others}.")
     missing = " and ".join(missing_packages(case.method))
     here = reader in (None, "transformers") and not missing and not problem and python is None
@@ -201,6 +204,13 @@ def _check_reader(
             "reader", "passed", f"Transformers: logits within {difference:.2g} of the dequantized weights"
         )
     if reader is None:
-        reason = f"Transformers needs {missing} for {case.method}, not installed here; install with: {_INSTALL}"
+        reason = (
+            f"Transformers needs {missing} for {case.method}, not installed here; install with: {TRANSFORMERS.install}"
+        )
         return CheckResult("reader", "not run", problem or reason)
     return CheckResult("reader", "passed", compare_with_reader(folder, reader, python or find_python(reader)))
+
+
+def _with_note(name: str) -> str:
+    note = READERS[name].note
+    return f"{name} ({note})" if note else name

@@ -1,4 +1,4 @@
-"""Step 7: a `QuantizedModel` in, a verified checkpoint folder and its `ExportRecord` out; complete, or not there."""
+"""A `QuantizedModel` in, a verified checkpoint folder and its `ExportRecord` out; complete, or not there."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from quant_fairness_plugin.checkpoint.columns import check_difference, read_colu
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths, stored_name
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
@@ -67,8 +68,8 @@ def export(
         quantized: the quantized model; not changed.
         out: the folder to make.
         texts: the text set that the plan, the calibration and the measurement come from.
-        format: `compressed-tensors`, `gptq`, `awq`, or `fp16-twin` (plain 16 bit with the dequantized values).
-        reader: who must be able to load it, `transformers`, `vllm` or `gptqmodel`.
+        format: one of `checkpoint.formats.FORMATS`.
+        reader: who must be able to load it, one of `checkpoint.readers.READERS`.
         seed: the seed of the whole line, recorded.
         overwrite: replace an earlier export of that name.
         measure: measures a written folder; its result goes into the record and the card.
@@ -84,6 +85,7 @@ def export(
     """
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
     check_exportable(loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides)
+    layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
     arguments = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
@@ -98,14 +100,14 @@ def export(
         kept_modules=quantized.kept,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
-        protected_columns={} if format == "fp16-twin" else {n: len(c.index) for n, c in quantized.columns.items()},
+        protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
     )
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
-        _write_model(quantized, folder, format)
+        _write_model(quantized, folder, layout)
         _copy_companions(loaded, folder)
         record = _describe(record, folder)
-        _compare_with_memory(quantized, folder, format)
+        _compare_with_memory(quantized, folder, layout)
         verify(folder)
         if measure is not None:
             evaluated = replace(plan, predicted=False)
@@ -134,17 +136,16 @@ def _check_space(quantized: QuantizedModel, folder: Path) -> None:
         )
 
 
-def _write_model(quantized: QuantizedModel, folder: Path, format_name: str) -> None:
+def _write_model(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """Weights, `config.json`, and the format's side files."""
     loaded = quantized.loaded
-    layout = None if format_name == "fp16-twin" else checkpoint_format(format_name)
-    columns = quantized.columns if layout is not None else {}
+    columns = quantized.columns if layout.packs else {}
     write_shards(checkpoint_tensors(quantized, layout), folder, indexed=bool(columns))
     write_columns(columns, folder)
     dtype = str(loaded.storage_dtype).removeprefix("torch.")
     old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
     config = loaded.files.config | old_key | {"dtype": dtype}
-    if layout is not None:
+    if layout.packs:
         bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
         modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
         config["quantization_config"] = layout.quantization_config(modules, quantized.grid)
@@ -163,7 +164,8 @@ def _copy_companions(loaded: LoadedModel, folder: Path) -> None:
     if not loaded.files.weights:  # a model that was only in memory has no folder
         loaded.tokenizer.save_pretrained(folder)
         if loaded.model.generation_config is not None:
-            loaded.model.generation_config.save_pretrained(folder)
+            # `save_pretrained` refuses what Transformers itself loads and publishes, such as a temperature alone.
+            loaded.model.generation_config.to_json_file(folder / "generation_config.json")
         return
     for path in sorted([*source.iterdir(), *(source / TEMPLATE_FOLDER).glob("*.jinja")]):
         if not path.is_file() or path.name.startswith(".") or path.name in OWN_FILES:
@@ -184,9 +186,9 @@ def _describe(record: ExportRecord, folder: Path) -> ExportRecord:
     return record
 
 
-def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: str) -> None:
+def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """What the files say must be the integers that were quantized and the values that were folded, bit for bit."""
-    expected = _expected_values(quantized, format_name)
+    expected = _expected_values(quantized, twin=not layout.packs)
     for name, found in iterate_dense(folder):
         value = expected.pop(name, None)
         if value is not None and not torch.equal(found, value()):
@@ -195,7 +197,7 @@ def _compare_with_memory(quantized: QuantizedModel, folder: Path, format_name: s
         raise ArtifactError(
             f"{folder}: {len(expected)} tensors were not written, first {min(expected)}. Report this as a bug."
         )
-    if format_name != "fp16-twin":
+    if layout.packs:
         _compare_columns(quantized, folder)
 
 
@@ -211,9 +213,9 @@ def _compare_columns(quantized: QuantizedModel, folder: Path) -> None:
             check_difference(name, written, weight, quantized.tensors[name].dequantize().cpu())
 
 
-def _expected_values(quantized: QuantizedModel, format_name: str) -> dict[str, partial[Tensor]]:
+def _expected_values(quantized: QuantizedModel, *, twin: bool) -> dict[str, partial[Tensor]]:
     """Tensor name on disk → how to compute its float32 value, one at a time."""
-    loaded, twin = quantized.loaded, format_name == "fp16-twin"
+    loaded = quantized.loaded
 
     def weight(module: str) -> Tensor:
         dense = (quantized.dense_weight(module) if twin else quantized.tensors[module].dequantize()).cpu()

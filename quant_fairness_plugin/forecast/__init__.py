@@ -7,15 +7,12 @@ parts of the work that are timed on this machine while it is made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
 from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
-    Granularity,
-    Mode,
-    Precision,
     Reader,
     TextSet,
     precision_of_bits,
@@ -29,8 +26,8 @@ from quant_fairness_plugin.forecast.passes import (
     Text,
     count_text,
     fitting_groups,
-    plan_set,
     possible_walks,
+    swept_units,
     unit_map,
 )
 from quant_fairness_plugin.forecast.speed import Speed, measure_speed
@@ -41,20 +38,17 @@ from quant_fairness_plugin.model.outline import Outline, outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.tokenizer import counting_tokenizer
 from quant_fairness_plugin.plans.costs import Disk, count_disk
-from quant_fairness_plugin.plans.plan_set import (
-    MOST_COMBINATIONS,
-    around_plans,
-    check_around,
-    check_plans,
-    check_precisions,
-)
+from quant_fairness_plugin.plans.plan_set import around_plans
+from quant_fairness_plugin.plans.tree import StateTree
+from quant_fairness_plugin.plans.units import check_around
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
 
-__all__ = ["Disk", "Forecast", "Memory", "Range", "Reading", "Speed", "Text", "Work", "forecast"]
+__all__ = ["Disk", "Forecast", "Memory", "Range", "Verdict", "Speed", "Text", "Work", "forecast"]
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Verdict:
     """Whether a reader will load the checkpoint in a format."""
 
     format: CheckpointFormat
@@ -87,26 +81,21 @@ class Forecast:
     streamed: Memory
     """Layer by layer, as under `--memory-budget`. More than the budget where that is too small."""
     disk: Disk
-    readers: tuple[Reading, ...]
+    readers: tuple[Verdict, ...]
 
 
 def forecast(
     files: ModelFiles,
     texts: TextSet,
     config: FairConfig,
+    sweep: SweepConfig = SweepConfig(),
     *,
-    modes: Sequence[Mode] = ("protect-one",),
-    granularity: Granularity = "layer",
-    combine: int = 1,
-    max_plans: int = MOST_COMBINATIONS,
-    precisions: Sequence[Precision] = ("fp16",),
-    also: Sequence[str] = (),
     memory_budget: int | None = None,
-    formats: Sequence[CheckpointFormat] = FORMATS,
-    readers: Sequence[Reader] = READERS,
+    formats: Iterable[CheckpointFormat] = FORMATS,
+    readers: Iterable[Reader] = READERS,
     trust_remote_code: bool = False,
 ) -> Forecast:
-    """What the sweep of a model takes on this machine, and what becomes of its checkpoint.
+    """Return what the sweep of a model takes on this machine, and what becomes of its checkpoint.
 
     Every language is taken to be supported by the model: those that are not are dropped by the sweep, which is then
     shorter.
@@ -115,12 +104,7 @@ def forecast(
         files: the model's files.
         texts: the whole text set; a sweep reads its `search` part.
         config: grid and protected layers; `auto` counts as none.
-        modes: as for the sweep.
-        granularity: as for the sweep.
-        combine: as for the sweep.
-        max_plans: as for the sweep.
-        precisions: as for the sweep.
-        also: as for the sweep.
+        sweep: which plans; a search is not counted, as it depends on the scores.
         memory_budget: bytes that a streamed sweep may take.
         formats: checkpoint formats to look at.
         readers: readers to look at.
@@ -133,46 +117,41 @@ def forecast(
         ArtifactError: a tokenizer that does not load, or pickled weights.
     """
     outline = outline_model(files, trust_remote_code=trust_remote_code)
-    groups, units = fitting_groups(outline, config.grid), unit_map(outline)
-    planned = plan_set(
-        units,
-        groups,
-        modes=modes,
-        granularity=granularity,
-        combine=combine,
-        max_plans=max_plans,
-        quantized=precision_of_bits(config.bits),
-        precisions=precisions,
-    )
-    check_precisions(precisions, modes, planned.quantized)
-    check_plans(modes, planned.units, combine, max_plans)
+    groups, trees = fitting_groups(outline, config.grid), _walks(outline, config, sweep)
     protected = check_layers(config.protect_layers, files.layers) if isinstance(config.protect_layers, tuple) else ()
-    check_around(also, units, outline.shapes, config.grid)
-    further = around_plans(also, units, planned.units, modes, planned.quantized)
-    least, most = possible_walks(planned, units, {plan.name: plan.quantized for plan in further})
     text = _read_text(files, outline, texts.part("search"), trust_remote_code)
     speed = measure_speed(
         outline, config.grid, row_tokens=text.padded // sum(rows for rows, _, _ in text.batches),
-        heads=_heads(files, outline), states=len(most[1].stages[-1]),
+        heads=_heads(files, outline), states=len(trees[1][1].stages[-1]),
     )  # fmt: skip
-    works = [count_work(outline, groups, trees, text, precisions=len(precisions)) for trees in (least, most)]
+    precisions = len(sweep.precisions)
+    least, most = (count_work(outline, groups, walks, text, precisions=precisions) for walks in trees)
     return Forecast(
         model=files.name,
         family=outline.family.name,
         layers=files.layers,
         parameters=outline.parameters,
-        plans=sum(len(tree.leaves) - 1 for tree in most),
+        plans=sum(len(tree.leaves) - 1 for tree in trees[1]),
         kept_groups=tuple(unit.name for unit in outline.family.units if unit.name not in groups),
         text=text,
-        least=works[0],
-        most=works[1],
-        seconds=Range(works[0].seconds(speed).low, works[1].seconds(speed).high),
+        least=least,
+        most=most,
+        seconds=Range(least.seconds(speed).low, most.seconds(speed).high),
         speed=speed,
-        memory=in_memory(outline, groups, most, text, precisions=len(precisions)),
-        streamed=streamed(outline, most, text, precisions=len(precisions), budget=memory_budget),
+        memory=in_memory(outline, groups, trees[1], text, precisions=precisions),
+        streamed=streamed(outline, trees[1], text, precisions=precisions, budget=memory_budget),
         disk=count_disk(outline, config.grid, protected),
-        readers=_readings(outline, config, formats, readers),
+        readers=_verdicts(outline, config, formats, readers),
     )
+
+
+def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[list[StateTree], list[StateTree]]:
+    """Return the trees of the walks with the least and the most block passes that a sweep can come to."""
+    units, quantized = unit_map(outline), precision_of_bits(config.bits)
+    singled_out = swept_units(units, fitting_groups(outline, config.grid), sweep.granularity)
+    planned = sweep.plan_set(singled_out, quantized)
+    check_around(sweep.also, units, outline.shapes, config.grid)
+    return possible_walks(planned, units, around_plans(sweep.also, units, singled_out, sweep.modes))
 
 
 def _read_text(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_code: bool) -> Text:
@@ -182,19 +161,19 @@ def _read_text(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote
 
 
 def _heads(files: ModelFiles, outline: Outline) -> int:
-    """Attention heads; one wide one where the config has no such number that fits."""
-    found = [files.config[key] for key in ("num_attention_heads", "n_head") if isinstance(files.config.get(key), int)]
-    return next((heads for heads in found if heads > 0 and outline.width % heads == 0), 1)
+    """Return the number of attention heads; one wide one where the config has no such number that fits."""
+    counts = [files.config[key] for key in ("num_attention_heads", "n_head") if isinstance(files.config.get(key), int)]
+    return next((heads for heads in counts if heads > 0 and outline.width % heads == 0), 1)
 
 
-def _readings(
-    outline: Outline, config: FairConfig, formats: Sequence[CheckpointFormat], readers: Sequence[Reader]
-) -> tuple[Reading, ...]:
-    found = []
+def _verdicts(
+    outline: Outline, config: FairConfig, formats: Iterable[CheckpointFormat], readers: Iterable[Reader]
+) -> tuple[Verdict, ...]:
+    verdicts = []
     for form in formats:
         for reader in readers:
             refusal = find_refusal(
                 outline.family, format=form, grid=config.grid, reader=reader, overrides=config.overrides
             )
-            found.append(Reading(form, reader, "" if refusal is None else refusal.reason))
-    return tuple(found)
+            verdicts.append(Verdict(form, reader, "" if refusal is None else refusal.reason))
+    return tuple(verdicts)

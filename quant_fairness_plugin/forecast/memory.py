@@ -28,7 +28,7 @@ class Memory:
     weights: int
     """The whole model in memory; streamed, one block in every precision and the next one."""
     rounded: int
-    """Rounded weights that are kept besides."""
+    """Rounded weights that stay in memory."""
     states: int
     """Hidden states of all plans."""
     work: int
@@ -45,7 +45,7 @@ class Memory:
 def in_memory(
     outline: Outline, groups: Sequence[str], trees: Sequence[StateTree], text: Text, *, precisions: int
 ) -> Memory:
-    """A sweep with the whole model loaded, and every rounded weight kept."""
+    """Return what a sweep with the whole model loaded takes, and every rounded weight in memory."""
     rows, width, scored = text.largest
     nodes = max(map(stacked_nodes, trees))
     leaves = max(len(tree.stages[-1]) for tree in trees)
@@ -60,7 +60,7 @@ def in_memory(
 def streamed(
     outline: Outline, trees: Sequence[StateTree], text: Text, *, precisions: int, budget: int | None
 ) -> Memory:
-    """A sweep under `--memory-budget`: one block in every precision, and all hidden states as far as they fit.
+    """Return what a sweep under a budget takes: one block in every precision, and all hidden states that fit.
 
     Args:
         outline: the model's shapes.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import Grid, LanguageScores, Mode, Precision, StateScores, TextSet
+from quant_fairness_plugin.artifacts import Granularity, Grid, LanguageScores, Precision, StateScores, TextSet, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import TokenRows
 from quant_fairness_plugin.model.outline import Outline
-from quant_fairness_plugin.plans.plan_set import BASELINE, PlanSet
+from quant_fairness_plugin.plans.plan_set import BASELINE, Plan, PlanSet, plan_name
 from quant_fairness_plugin.plans.tree import State, StateTree, build_tree
 from quant_fairness_plugin.plans.units import UnitMap, name_units
 from quant_fairness_plugin.quantize.grid_rules import misfit
@@ -65,7 +65,7 @@ class Text:
 
 
 def count_text(tokenized: TokenRows, texts: TextSet, *, batch_tokens: int) -> Text:
-    """The tokens and batches of a text set."""
+    """Return the tokens and batches of a text set."""
     batches = tokenized.batches(batch_tokens)
     return Text(
         sentences=len(texts),
@@ -76,30 +76,31 @@ def count_text(tokenized: TokenRows, texts: TextSet, *, batch_tokens: int) -> Te
 
 
 def unit_map(outline: Outline) -> UnitMap:
-    """The units of a model of which only the outline is known."""
+    """Return the units of a model of which only the outline is known."""
     return name_units(outline.family, outline.layers, outline.shapes)
 
 
 def fitting_groups(outline: Outline, grid: Grid) -> tuple[str, ...]:
-    """The fusion groups of a layer that a grid fits; the others stay in 16 bit.
+    """Return the fusion groups of a layer that a grid fits; the others stay in 16 bit.
 
     Raises:
         ConfigError: it fits none.
     """
     prefix = f"{outline.family.blocks}.0."
-    found = []
-    for unit in outline.family.units:
-        if all(misfit(grid, *outline.matrix(prefix + module)) is None for module in unit.modules):
-            found.append(unit.name)
-    if not found:
+    fitting = tuple(
+        unit.name
+        for unit in outline.family.units
+        if all(misfit(grid, *outline.matrix(prefix + module)) is None for module in unit.modules)
+    )
+    if not fitting:
         raise ConfigError(f"rtn {grid} fits no module of the model; use another group size, or -1")
-    return tuple(found)
+    return fitting
 
 
 def possible_walks(
-    planned: PlanSet, units: UnitMap, further: Plans | None = None
+    planned: PlanSet, units: UnitMap, around: Sequence[Plan] = ()
 ) -> tuple[list[StateTree], list[StateTree]]:
-    """The trees of all walks of a sweep, for the least and the most block passes that it can come to.
+    """Return the trees of all walks of a sweep, for the least and the most block passes that it can come to.
 
     They are equal where every set is evaluated. Where only sets of leading units are, the passes depend on where these
     lie: sets of late layers share most of the way.
@@ -107,21 +108,21 @@ def possible_walks(
     Args:
         planned: the plans of the sweep.
         units: the model's units.
-        further: plans of a walk of their own, where there are any.
+        around: plans that quantize what stands around the layers, in a walk of their own where there are any.
     """
     both = [_walk_all(planned, units, order) for order in (planned.units[::-1], planned.units)]
-    last = [_tree(further, units)] if further else []
+    last = [_tree(planned.precisions_of(around), units)] if around else []
     both = [[*trees, *last] for trees in both]
     return min(both, key=_total), max(both, key=_total)
 
 
 def _walk_all(planned: PlanSet, units: UnitMap, order: Sequence[str]) -> list[StateTree]:
-    """The walks of a sweep whose units count in this order."""
+    """Return the walks of a sweep whose units count in this order."""
     trees = [_tree({}, units)]  # which languages the 16-bit model supports
 
     def score(plans: Plans) -> dict[str, StateScores]:
         trees.append(_tree(plans, units))
-        return {name: _pretended(name, order) for name in (BASELINE, *plans)}
+        return {name: _scores_in_order(name, order) for name in (BASELINE, *plans)}
 
     planned.evaluate(score)
     return trees
@@ -132,13 +133,11 @@ def _tree(plans: Plans, units: UnitMap) -> StateTree:
     return build_tree(states, units.stages)
 
 
-def _pretended(name: str, order: Sequence[str]) -> StateScores:
-    """Scores by which the units count in the given order, whatever the mode."""
-    places = {unit.removeprefix("layers."): place for place, unit in enumerate(order)}
-    word, _, unit = name.partition(" ")
-    place = float(places.get(unit, 0))
-    kl = len(order) - place if word == "quantize" else place
-    row = LanguageScores(nll_nats=(0.0,), tokens=(1,), bytes_=(1,), kl_nats=(kl,), flips=(0,))
+def _scores_in_order(name: str, order: Sequence[str]) -> StateScores:
+    """Return scores of a plan by which the units count in the given order, whatever the mode."""
+    kl = {plan_name("protect-one", [unit]): float(place) for place, unit in enumerate(order)}
+    kl |= {plan_name("quantize-one", [unit]): float(len(order) - place) for place, unit in enumerate(order)}
+    row = LanguageScores(nll_nats=(0.0,), tokens=(1,), bytes_=(1,), kl_nats=(kl.get(name, 0.0),), flips=(0,))
     return StateScores(state=name, languages={"en": row})
 
 
@@ -146,18 +145,7 @@ def _total(trees: Sequence[StateTree]) -> int:
     return sum(tree.block_passes for tree in trees)
 
 
-def plan_set(
-    units: UnitMap,
-    groups: Sequence[str],
-    *,
-    modes: Sequence[Mode],
-    granularity: str,
-    combine: int,
-    max_plans: int,
-    quantized: Precision,
-    precisions: Sequence[Precision],
-) -> PlanSet:
-    """The plans that a sweep of these settings evaluates."""
-    layers = [f"layers.{layer}" for layer in range(units.layers)]
-    singled = layers if granularity == "layer" else [f"{layer}.{group}" for layer in layers for group in groups]
-    return PlanSet(tuple(singled), tuple(modes), combine, max_plans, quantized, tuple(precisions))
+def swept_units(units: UnitMap, fitting: Sequence[str], granularity: Granularity) -> tuple[str, ...]:
+    """Return the units that a sweep singles out: every layer, or every fusion group that the grid fits."""
+    layers = [Unit(layer) for layer in range(units.layers)]
+    return tuple(map(str, layers if granularity == "layer" else (layer.part(g) for layer in layers for g in fitting)))

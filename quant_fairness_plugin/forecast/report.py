@@ -4,49 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quant_fairness_plugin.forecast import Forecast, Memory, Range, Reading
+from quant_fairness_plugin.checkpoint.readers import READERS
+from quant_fairness_plugin.forecast import Forecast, Memory, Range, Verdict
 from quant_fairness_plugin.sweep.memory import shown
 
 _STEPS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 
 
-def forecast_lines(found: Forecast) -> Iterator[str]:
+def forecast_lines(result: Forecast) -> Iterator[str]:
     """The lines, in the order of the work."""
     yield (
-        f"model       {found.model}: {found.family}, {found.layers} layers, {found.parameters:,} parameters; from "
+        f"model       {result.model}: {result.family}, {result.layers} layers, {result.parameters:,} parameters; from "
         "config.json and file headers alone, nothing was loaded"
     )
-    if found.kept_groups:
-        yield f"            {', '.join(found.kept_groups)}: not fitted by the grid, 16 bit in every plan"
-    yield from _sweep_lines(found)
-    yield from _time_lines(found)
-    yield f"memory      at least {_memory(found.memory)}; Python, its libraries and freed memory come on top"
-    yield f"            layer by layer (--memory-budget): at least {_memory(found.streamed)}"
+    if result.kept_groups:
+        yield f"            {', '.join(result.kept_groups)}: not fitted by the grid, 16 bit in every plan"
+    yield from _sweep_lines(result)
+    yield from _time_lines(result)
+    yield f"memory      at least {_memory(result.memory)}; Python, its libraries and freed memory come on top"
+    yield f"            layer by layer (--memory-budget): at least {_memory(result.streamed)}"
     yield (
-        f"disk        {shown(found.disk.plan)} of tensors under the plan; all layers quantized "
-        f"{shown(found.disk.quantized)}, all in 16 bit {shown(found.disk.sixteen_bit)}"
+        f"disk        {shown(result.disk.plan)} of tensors under the plan; all layers quantized "
+        f"{shown(result.disk.quantized)}, all in 16 bit {shown(result.disk.sixteen_bit)}"
     )
-    for reading in found.readers:
-        yield _reading(reading)
+    for verdict in result.readers:
+        yield _verdict(verdict)
 
 
-def _sweep_lines(found: Forecast) -> Iterator[str]:
-    text, most = found.text, found.most
-    exact = found.least.block_passes == most.block_passes
-    passes = f"{most.block_passes:,}" if exact else f"{found.least.block_passes:,} to {most.block_passes:,}"
-    alone = len(text.batches) * found.layers * (found.plans + 1)
-    yield f"sweep       {found.plans} plans; {passes} block passes, {alone:,} if every plan were run by itself"
+def _sweep_lines(result: Forecast) -> Iterator[str]:
+    text, most = result.text, result.most
+    exact = result.least.block_passes == most.block_passes
+    passes = f"{most.block_passes:,}" if exact else f"{result.least.block_passes:,} to {most.block_passes:,}"
+    alone = len(text.batches) * result.layers * (result.plans + 1)
+    yield f"sweep       {result.plans} plans; {passes} block passes, {alone:,} if every plan were run by itself"
     yield (
         f"text        {text.sentences} sentences in {text.languages} languages: {text.scored:,} tokens, "
         f"{text.padded:,} with padding, in {len(text.batches)} batches"
     )
 
 
-def _time_lines(found: Forecast) -> Iterator[str]:
-    speed = found.speed
-    yield f"arithmetic  {found.most.flops / 1e9:,.1f} GFLOP in blocks and head"
+def _time_lines(result: Forecast) -> Iterator[str]:
+    speed = result.speed
+    yield f"arithmetic  {result.most.flops / 1e9:,.1f} GFLOP in blocks and head"
     yield (
-        f"time        {_duration(found.seconds)} on this CPU: an estimate, from matmuls, attention, scoring and "
+        f"time        {_duration(result.seconds)} on this CPU: an estimate, from matmuls, attention, scoring and "
         f"rounding in the model's shapes, timed just now for {speed.seconds:.1f} s with {speed.threads} thread(s) "
         f"({speed.flops.low / 1e9:.0f} to {speed.flops.high / 1e9:.0f} GFLOP/s in matmuls)"
     )
@@ -66,6 +67,8 @@ def _duration(seconds: Range) -> str:
     return f"{seconds.low / factor:.1f} to {seconds.high / factor:.1f} {unit}"
 
 
-def _reading(reading: Reading) -> str:
-    verdict = f"no: {reading.reason}" if reading.reason else "loads it"
-    return f"readers     {reading.format:<18} {reading.reader:<12} {verdict}"
+def _verdict(verdict: Verdict) -> str:
+    words = f"no: {verdict.reason}" if verdict.reason else "loads it"
+    note = READERS[verdict.reader].note
+    words += f" ({note})" if note else ""
+    return f"readers     {verdict.format:<18} {verdict.reader:<12} {words}"

@@ -1,4 +1,4 @@
-"""How fast this machine is at the parts that a sweep is made of: timed for a fraction of a second, never looked up.
+"""How fast this machine is at the parts that a sweep is made of: timed for a fraction of a second.
 
 Random matrices of the model's own shapes (cut where they would take longer) go through the same library calls as in a
 sweep. Every part is timed several times; the fastest and the slowest give the two ends of the estimate.
@@ -68,12 +68,12 @@ def measure_speed(outline: Outline, grid: Grid, *, row_tokens: int, heads: int, 
 def timed(call: Callable[[], object]) -> Range:
     """Seconds of the fastest and the slowest of several calls, after one that warms up."""
     call()
-    found = []
+    seconds = []
     for _ in range(REPEATS):
         before = time.perf_counter()
         call()
-        found.append(time.perf_counter() - before)
-    return Range(min(found), max(found))
+        seconds.append(time.perf_counter() - before)
+    return Range(min(seconds), max(seconds))
 
 
 def _random(generator: object, *shape: int) -> Tensor:
@@ -100,7 +100,7 @@ def _matmuls(outline: Outline, generator: object) -> tuple[Range, Range]:
 
 
 def _between(outline: Outline, generator: object, *, row_tokens: int, heads: int) -> Range:
-    """A token through what a block does besides: norms, attention, activation, additions, and stacking."""
+    """A token through what else a block does: norms, attention, activation, additions, and stacking."""
     import torch
     from torch.nn import functional
 
@@ -147,6 +147,6 @@ def _rounding(outline: Outline, grid: Grid, generator: object) -> Range:
     columns = outline.matrix(outline.family.full_names(0)[0])[1]
     rows = max(1, min(columns, (1 << 20) // columns))
     weight = _random(generator, rows, columns)
-    own = grid if grid.group_size == -1 or columns % grid.group_size == 0 else Grid(bits=grid.bits, group_size=-1)
-    seconds = timed(lambda: quantize_rtn(weight, own, scale_dtype=torch.float16).dequantize())
+    fitting = grid if grid.group_size == -1 or columns % grid.group_size == 0 else Grid(bits=grid.bits, group_size=-1)
+    seconds = timed(lambda: quantize_rtn(weight, fitting, scale_dtype=torch.float16).dequantize())
     return seconds.times(1 / weight.numel())

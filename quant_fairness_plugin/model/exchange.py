@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 
 
 def stored_form(module: nn.Module, weight: Tensor) -> Tensor:
-    """A weight `[out_features, in_features]` as the module stores it: its orientation, dtype and device."""
-    own = linear_weight(module)
-    weight = weight.to(own)
+    """Return a weight `[out_features, in_features]` as the module stores it: its orientation, dtype and device."""
+    weight = weight.to(linear_weight(module))
     return weight.t().contiguous() if is_conv1d(module) else weight
 
 
 @contextmanager
 def swapped(loaded: LoadedModel, weights: Mapping[str, Tensor]) -> Iterator[PreTrainedModel]:
-    """The model with some parameters replaced, for the time of a `with` block; bit-identical afterwards.
+    """Replace some parameters while the context is open; the model is bit-identical afterwards.
 
-    Nothing is copied: the modules point to the given tensors, then to their own again. May be nested.
+    Nothing is copied: the modules point to the given tensors, then to the former ones again. May be nested.
 
     Args:
         loaded: the model.
@@ -44,27 +43,27 @@ def swapped(loaded: LoadedModel, weights: Mapping[str, Tensor]) -> Iterator[PreT
     Raises:
         ConfigError: a name that is neither, or a value of another shape, dtype or device.
     """
-    own = dict(loaded.model.named_parameters())
+    present = dict(loaded.model.named_parameters())
     linears = {name for layer in range(loaded.layers) for name in loaded.linears(layer)}
     parameters: dict[str, Tensor] = {}
     for name, value in weights.items():
         parameter = f"{name}.weight" if name in linears else name
-        _check_fits(name, own.get(parameter), value)
+        _check_fits(name, present.get(parameter), value)
         parameters[parameter] = value
     with exchanged(loaded.model, parameters):
         yield loaded.model
 
 
-def _check_fits(name: str, own: nn.Parameter | None, value: Tensor) -> None:
-    if own is None:
+def _check_fits(name: str, old: nn.Parameter | None, value: Tensor) -> None:
+    if old is None:
         raise ConfigError(
-            f"{name!r} is no linear module of the model's blocks and no parameter; use the full names of "
+            f"{name!r} is neither a linear module of the model's blocks nor a parameter; use the full names of "
             "LoadedModel.linears, or of the model's named_parameters()"
         )
-    if (value.shape, value.dtype, value.device) != (own.shape, own.dtype, own.device):
+    if (value.shape, value.dtype, value.device) != (old.shape, old.dtype, old.device):
         raise ConfigError(
             f"{name}: a weight {list(value.shape)} {value.dtype} on {value.device} cannot replace one that is "
-            f"{list(own.shape)} {own.dtype} on {own.device}; use stored_form"
+            f"{list(old.shape)} {old.dtype} on {old.device}; use stored_form"
         )
 
 

@@ -1,96 +1,119 @@
-"""Step 1, family maps: where a model's blocks, fusion groups, embeddings, final norm and head are.
+"""The map of one model: its architecture's record, its head, and whether that is tied.
 
-A family is recognised by structure: which linear and norm modules its blocks hold, under which names. Class names are
-never looked at; `config.model_type` only picks between families of the same structure. Importing this module does not
-import torch; `detect_family` does, when it is called.
+An architecture is recognised by structure: which linear and norm modules the blocks hold, under which names. Class
+names are never read; `config.model_type` only picks between families of the same structure. Importing this module
+does not import torch; `detect_family` does, when it is called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.model.architectures import KNOWN_FAMILIES, LAYOUTS, Layout, Unit
-from quant_fairness_plugin.model.resolve import MIXTURE_ADVICE
+from quant_fairness_plugin.model.architectures import (
+    Architecture,
+    Block,
+    FusionGroup,
+    known_families,
+    match_architecture,
+)
+from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, names_experts
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-
-__all__ = ["KNOWN_FAMILIES", "Block", "Family", "Unit", "detect_family"]
-
-MIXTURE_WORDS = frozenset({"expert", "experts", "moe", "router"})
-"""Parts of module names, between dots and underscores, such as `block_sparse_moe` or `shared_expert_gate`."""
+GENERIC = "generic"
+"""The name of a family whose architecture has no record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """The map of an architecture, as found in one model."""
+    """The map of a model. What holds for its whole architecture is in the record."""
 
     name: str
-    blocks: str
-    """Full name of the list of decoder blocks."""
-    units: tuple[Unit, ...]
-    """Every linear module of a block, each exactly once, in forward order."""
-    embeddings: tuple[str, ...]
-    final_norm: str | None
-    head: str
+    """One of the record's families, or `generic`."""
+    architecture: Architecture
+    """The record, with the head and the final norm that this model has."""
     tied_head: bool
     """Whether the head's weight is the input embedding's."""
-    conv1d: bool
-    """Whether the linear modules store their weight as `[in_features, out_features]`."""
 
     @property
     def generic(self) -> bool:
-        """Whether the architecture is unknown: only whole layers can be protected, and fused names are not known."""
-        return self.name == "generic"
+        """Whether the architecture has no record: only whole layers can be protected; fused names are not known."""
+        return self.name == GENERIC
 
-    def modules(self) -> tuple[str, ...]:
-        """Names of all linear modules of a block, relative to it, in forward order."""
-        return tuple(module for unit in self.units for module in unit.modules)
+    @property
+    def blocks(self) -> str:
+        """Full name of the list of decoder blocks."""
+        return self.architecture.blocks
+
+    @property
+    def units(self) -> tuple[FusionGroup, ...]:
+        """The fusion groups of every layer, in forward order; all layers are alike today (see `units_of`)."""
+        return self.architecture.units
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Full names of the embeddings; the first one is that of the tokens."""
+        return self.architecture.embeddings
+
+    @property
+    def final_norm(self) -> str | None:
+        """Full name of the norm after the last block; None where the model has none."""
+        return self.architecture.final_norm
+
+    @property
+    def head(self) -> str:
+        """Full name of the output head in the loaded model."""
+        return self.architecture.head
+
+    @property
+    def conv1d(self) -> bool:
+        """Whether linear modules of blocks store their weight as `[in_features, out_features]`."""
+        return self.architecture.conv1d
+
+    def units_of(self, layer: int) -> tuple[FusionGroup, ...]:
+        """Return a layer's fusion groups, in forward order: every linear module of the block, each exactly once.
+
+        Whatever works on one layer asks here, not `units`, so that layers may come to differ.
+        """
+        return self.units
+
+    def modules(self, layer: int) -> tuple[str, ...]:
+        """Return the names of a layer's linear modules, relative to the block, in forward order."""
+        return tuple(module for unit in self.units_of(layer) for module in unit.modules)
 
     def full_names(self, layer: int) -> tuple[str, ...]:
-        """Full names of a layer's linear modules, in forward order."""
-        return tuple(f"{self.blocks}.{layer}.{module}" for module in self.modules())
+        """Return the full names of a layer's linear modules, in forward order."""
+        return tuple(f"{self.blocks}.{layer}.{module}" for module in self.modules(layer))
+
+    def fused_modules(self, layer: int) -> dict[str, tuple[str, ...]]:
+        """Return full name of a merged module in servers → full names of its parts; empty where nothing is merged."""
+        prefix = f"{self.blocks}.{layer}."
+        return {
+            prefix + unit.fused: tuple(prefix + module for module in unit.modules)
+            for unit in self.units_of(layer)
+            if unit.fused is not None
+        }
 
     def fused_names(self, layer: int) -> tuple[str, ...]:
-        """Full names under which servers know a layer's merged modules; empty where nothing is merged."""
-        return tuple(f"{self.blocks}.{layer}.{unit.fused}" for unit in self.units if unit.fused is not None)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """The structure of one block, names relative to it."""
-
-    linears: tuple[str, ...]
-    conv1d: frozenset[str]
-    norms: frozenset[str]
-    biased: frozenset[str]
-
-    def fits(self, layout: Layout) -> bool:
-        """Whether this is a block of one of the layout's families."""
-        modules = [module for unit in layout.units for module in unit.modules]
-        return (
-            set(self.linears) == set(modules)
-            and self.conv1d == (frozenset(modules) if layout.conv1d else frozenset())
-            and self.norms == layout.norms
-            and layout.biased in (None, self.biased)
-        )
+        """Return the full names under which servers know a layer's merged modules."""
+        return tuple(self.fused_modules(layer))
 
 
 def detect_family(model: PreTrainedModel) -> Family:
-    """The map of a model, found from the modules that it is made of. The model may live on the meta device.
+    """Return the map of a model, read from the modules that it is made of. The model may live on the meta device.
 
     Returns:
-        A known family, or one named `generic` for an unknown architecture with exactly one list of two or more equal
-        blocks: every linear module of a block is then its own unit.
+        A known family, or one named `generic` for an architecture without a record that has exactly one list of two or
+        more equal blocks: every linear module of a block is then a unit.
 
     Raises:
         UnsupportedModelError: no output head, experts, adapters, blocks that differ or share weights, an encoder, or
-            no list of blocks; says what was looked for.
+            no list of blocks; says what is expected.
     """
     path, blocks = _block_list(model)
     _refuse_adapters_and_experts(model, path, blocks)
@@ -98,13 +121,11 @@ def detect_family(model: PreTrainedModel) -> Family:
     if len(set(structures)) > 1:
         other = next(i for i, structure in enumerate(structures) if structure != structures[0])
         raise UnsupportedModelError(
-            f"{_kind(model)}: blocks 0 and {other} of {path} hold different modules; looked for a list of equal "
-            f"decoder blocks. Supported are {', '.join(KNOWN_FAMILIES)} and models of that shape."
+            f"{_kind(model)}: blocks 0 and {other} of {path} hold different modules; expected a list of equal "
+            f"decoder blocks. Supported are {', '.join(known_families())} and models of that shape."
         )
-    for layout in LAYOUTS:
-        if layout.blocks == path and structures[0].fits(layout):
-            return _known(model, layout)
-    return _generic(model, path, structures)
+    record = match_architecture(lambda record: structures[0] if record.blocks == path else None, _kind(model))
+    return _generic(model, path, structures) if record is None else _known(model, record)
 
 
 def _kind(model: nn.Module) -> str:
@@ -112,7 +133,7 @@ def _kind(model: nn.Module) -> str:
 
 
 def _block_list(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The only outermost `ModuleList` whose members hold linear modules: its full name and its blocks."""
+    """Return full name and members of the only outermost `ModuleList` whose members hold linear modules."""
     from torch import nn
 
     lists: dict[str, nn.ModuleList] = {}
@@ -120,20 +141,20 @@ def _block_list(model: nn.Module) -> tuple[str, list[nn.Module]]:
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside and any(True for _ in _linears(module)):
             lists[name] = module
-    looked_for = f"Looked for one list of decoder blocks, as in {', '.join(KNOWN_FAMILIES)}"
+    expected = f"Expected one list of decoder blocks, as in {', '.join(known_families())}"
     if len(lists) != 1:
-        found = f"several lists of blocks ({', '.join(lists)})" if lists else "no list of blocks with linear modules"
-        raise UnsupportedModelError(f"{_kind(model)}: {found}. {looked_for}; use a decoder-only model of that shape.")
+        problem = f"several lists of blocks ({', '.join(lists)})" if lists else "no list of blocks with linear modules"
+        raise UnsupportedModelError(f"{_kind(model)}: {problem}. {expected}; use a decoder-only model of that shape.")
     [(path, blocks)] = lists.items()
     if "encoder" in path.split("."):
         raise UnsupportedModelError(
-            f"{_kind(model)}: the blocks at {path} are an encoder's. {looked_for}; use such a model."
+            f"{_kind(model)}: the blocks at {path} are an encoder's. {expected}; use such a model."
         )
     weights = [id(module.weight) for block in blocks for _, module in _linears(block)]
     if len(set(weights)) != len(weights):
         raise UnsupportedModelError(
             f"{_kind(model)}: blocks of {path} share weights, so that one layer cannot be protected alone. "
-            f"{looked_for}; use a model whose blocks have their own."
+            f"{expected}; use a model in which every block has weights for itself."
         )
     return path, list(blocks)
 
@@ -150,7 +171,7 @@ def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Mo
         for name, module in block.named_modules():
             if any(part.startswith("lora_") for part in name.split(".")):
                 raise UnsupportedModelError(
-                    f"{_kind(model)}: {path}.{i}.{name} is an unmerged LoRA adapter; allowed are plain models. "
+                    f"{_kind(model)}: {path}.{i}.{name} is an unmerged LoRA adapter; plain models are accepted. "
                     "Merge it first (peft's merge_and_unload)."
                 )
             if _holds_experts(name, module):
@@ -161,7 +182,7 @@ def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Mo
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    """Whether a module is an expert, a router, a choice of several MLPs, or stacks matrices in one tensor.
+    """Return whether a module is an expert, a router, a choice of several MLPs, or stacks matrices in one tensor.
 
     By what they are called and by what they are made of, since a router with one shared expert has the linear modules
     of a dense block: quantized as one, its experts would stay as they are.
@@ -171,83 +192,76 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     stacked = not convolution and any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
     several = isinstance(module, nn.ModuleList) and sum(any(True for _ in _linears(member)) for member in module) > 1
-    named = not MIXTURE_WORDS.isdisjoint(name.replace(".", "_").split("_")) or name.split(".")[-1] == "gate"
     # Experts of rank one are rows of an embedding table; no dense block looks anything up.
-    return stacked or several or named or isinstance(module, nn.Embedding)
+    return stacked or several or names_experts(name) or isinstance(module, nn.Embedding)
 
 
 def _structure(block: nn.Module) -> Block:
     from quant_fairness_plugin.model.linear import is_conv1d
 
-    linears = list(_linears(block))
+    linears = dict(_linears(block))
+    conv1d = frozenset(name for name, module in linears.items() if is_conv1d(module))
     return Block(
-        linears=tuple(name for name, _ in linears),
-        conv1d=frozenset(name for name, module in linears if is_conv1d(module)),
+        linears=tuple(linears),
+        conv1d=conv1d,
+        plain=frozenset(linears) - conv1d,
         norms=frozenset(_norms(block)),
-        biased=frozenset(name for name, module in linears if module.bias is not None),
+        biased=frozenset(name for name, module in linears.items() if module.bias is not None),
     )
 
 
 def _norms(module: nn.Module) -> Iterator[str]:
-    """Names of the modules that own only vectors: layer norms of every kind."""
+    """Yield the names of the modules that hold only vectors: layer norms of every kind."""
     for name, child in module.named_modules():
         parameters = list(child.parameters(recurse=False))
         if parameters and all(p.dim() == 1 for p in parameters):
             yield name
 
 
-def _known(model: PreTrainedModel, layout: Layout) -> Family:
+def _known(model: PreTrainedModel, record: Architecture) -> Family:
     present = {name for name, _ in model.named_modules()}
-    missing = [name for name in layout.embeddings if name not in present]
+    missing = [name for name in record.embeddings if name not in present]
     if missing:
         raise UnsupportedModelError(
-            f"{_kind(model)}: the blocks are those of {layout.families[0]}, but {missing[0]} is missing; looked for "
-            f"{', '.join(layout.embeddings)}. Use a model with the embeddings of its family."
+            f"{_kind(model)}: the blocks are those of {record.families[0]}, but {missing[0]} is missing; expected "
+            f"{', '.join(record.embeddings)}. Use a model with the embeddings of its family."
         )
-    kind = _kind(model)
     head, tied = _head(model)
-    return Family(
-        name=kind if kind in layout.families else layout.families[0],
-        blocks=layout.blocks,
-        units=layout.units,
-        embeddings=layout.embeddings,
-        final_norm=layout.final_norm if layout.final_norm in present else None,
-        head=head,
-        tied_head=tied,
-        conv1d=layout.conv1d,
-    )
+    final_norm = record.final_norm if record.final_norm in present else None
+    return Family(record.family_name(_kind(model)), replace(record, head=head, final_norm=final_norm), tied)
 
 
 def _generic(model: PreTrainedModel, path: str, blocks: list[Block]) -> Family:
     if len(blocks) < 2:
         raise UnsupportedModelError(
-            f"{_kind(model)}: an unknown architecture with a single block; looked for two or more equal blocks, or for "
-            f"one of {', '.join(KNOWN_FAMILIES)}. Use a model of that shape."
+            f"{_kind(model)}: an unknown architecture with a single block; expected two or more equal blocks, or "
+            f"one of {', '.join(known_families())}. Use a model of that shape."
         )
     from torch import nn
 
     outside = [(name, module) for name, module in model.named_modules() if not name.startswith(f"{path}.")]
     norms = [name for name in _norms(model) if not name.startswith(f"{path}.")]
     head, tied = _head(model)
-    return Family(
-        name="generic",
+    record = Architecture(
+        families=(),
         blocks=path,
-        units=tuple(Unit(name, (name,), None) for name in blocks[0].linears),
+        units=tuple(FusionGroup(name, (name,), None) for name in blocks[0].linears),
+        norms=blocks[0].norms,
         embeddings=tuple(name for name, module in outside if isinstance(module, nn.Embedding)),
         final_norm=norms[-1] if norms else None,
-        head=head,
-        tied_head=tied,
         conv1d=bool(blocks[0].conv1d),
+        head=head,
     )
+    return Family(GENERIC, record, tied)
 
 
 def _head(model: PreTrainedModel) -> tuple[str, bool]:
-    """Full name of the output head, and whether its weight is the input embedding's."""
+    """Return the full name of the output head, and whether its weight is the input embedding's."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     names = [name for name, module in model.named_modules() if module is head]
     if head is None or not names:
         raise UnsupportedModelError(
-            f"{_kind(model)}: no output head; looked for a causal language model that predicts the next token. "
+            f"{_kind(model)}: no output head; expected a causal language model that predicts the next token. "
             "Use its ForCausalLM checkpoint."
         )
     return names[0], head.weight is model.get_input_embeddings().weight

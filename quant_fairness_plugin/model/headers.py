@@ -1,4 +1,4 @@
-"""Step 1, safetensors headers: names, dtypes and shapes of a file's tensors, read without torch and without its data.
+"""Safetensors headers: names, dtypes and shapes of a file's tensors, read without torch and without its data.
 
 Stricter than the safetensors library in one respect: it also refuses a name that is listed twice.
 """
@@ -24,17 +24,17 @@ _BITS = {
 
 
 def read_header(path: Path) -> TensorShapes:
-    """Names, dtypes and shapes of the tensors in a safetensors file, in the order of their data.
+    """Return names, dtypes and shapes of the tensors in a safetensors file, in the order of their data.
 
     Raises:
-        ArtifactError: the file is missing, or is no well-formed safetensors file: truncated, an oversized or malformed
+        ArtifactError: the file is missing, or is not a safetensors file: truncated, an oversized or malformed
             header, a name listed twice, an unknown dtype, or offsets that overlap, leave holes or miss the file's end.
     """
     raw, data_bytes = _raw_header(path)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_without_duplicates)
         if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
+            raise ValueError("the header is not a JSON object")
         header.pop("__metadata__", None)
         spans = sorted((_entry(name, entry) for name, entry in header.items()), key=lambda span: span[:2])
         _check_coverage(spans, data_bytes)
@@ -44,7 +44,7 @@ def read_header(path: Path) -> TensorShapes:
 
 
 def _raw_header(path: Path) -> tuple[bytes, int]:
-    """The header's bytes, and how many bytes of tensor data follow it."""
+    """Return the header's bytes, and how many bytes of tensor data follow it."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -70,7 +70,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any) -> tuple[int, int, str, str, tuple[int, ...]]:
-    """One tensor as (begin, end, name, dtype, shape), checked on its own."""
+    """Return one tensor as (begin, end, name, dtype, shape), checked by itself."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

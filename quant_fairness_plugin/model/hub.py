@@ -1,4 +1,4 @@
-"""Step 1, the Hugging Face Hub: a repository id in, the folder of its cached snapshot out."""
+"""The Hugging Face Hub: a repository id in, the folder of its cached snapshot out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def is_repository_id(name: str) -> bool:
-    """Whether the name could be a Hub repository (`gpt2`, `organisation/model`)."""
+    """Return whether the name could be a Hub repository (`gpt2`, `organisation/model`)."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # exported, but lazily
 
@@ -26,12 +26,12 @@ def is_repository_id(name: str) -> bool:
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether the revision is a full commit hash, the only kind that cannot change."""
+    """Return whether the revision is a full commit hash, the only kind that cannot change."""
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
 def download(name: str, *, revision: str | None, allow_pickle: bool, trust_remote_code: bool, hint: str) -> Path:
-    """The folder that holds a snapshot of a Hub repository; its name is the commit.
+    """Return the folder that holds a snapshot of a Hub repository; its name is the commit.
 
     Only config, tokenizer and weight files at the top of the repository are fetched, pickles and code only where
     allowed. Where the Hub does not answer, a cached snapshot is used, and logged.
@@ -76,7 +76,7 @@ def download(name: str, *, revision: str | None, allow_pickle: bool, trust_remot
 
 
 def _cached_snapshot(name: str, revision: str | None) -> Path | None:
-    """A snapshot in the cache that has at least a config; whether it is complete is checked file by file later.
+    """Return a snapshot in the cache that has at least a config; whether it is complete is checked file by file later.
 
     `snapshot_download` itself does not look there when a commit is given, nor where a README is all that is missing.
     """

@@ -1,4 +1,4 @@
-"""Step 1, layer lists: text or numbers in, a sorted tuple of valid layer indices out. Imports nothing heavy."""
+"""Layer lists: text or numbers in, a sorted tuple of valid layer indices out. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INDEX = re.compile(r"-?[0-9]{1,9}", re.ASCII)  # `int` alone also takes "1_0", 
 
 
 def parse_layers(text: str, layers: int) -> tuple[int, ...]:
-    """The layer indices that a comma-separated list names, ascending.
+    """Return the layer indices that a comma-separated list names, ascending.
 
     Args:
         text: `"0,9,11"`; spaces around the commas are allowed.
@@ -30,14 +30,14 @@ def parse_layers(text: str, layers: int) -> tuple[int, ...]:
     for entry in entries:
         if not _INDEX.fullmatch(entry):
             raise InvalidLayerError(
-                f"layer list {_shorten(text)!r}: {_shorten(entry)!r} is not a layer index; allowed are indices "
+                f"layer list {_shorten(text)!r}: {_shorten(entry)!r} is not a layer index; expected indices "
                 f"0..{layers - 1} separated by commas. Write for example {_example(layers)!r}."
             )
     return check_layers([int(entry) for entry in entries], layers)
 
 
 def check_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
-    """The given layer indices, ascending, after checking that they fit a model of `count` layers.
+    """Return the given layer indices, ascending, after checking that they fit a model of `count` layers.
 
     Args:
         layers: layer indices in any order; a bool is not an index, numpy integers are.
@@ -52,7 +52,7 @@ def check_layers(layers: Sequence[int], count: int) -> tuple[int, ...]:
     outside = [i for i in indices if not 0 <= i < count]
     if outside:
         raise InvalidLayerError(
-            f"layer {outside[0]} does not exist: the model has {count} layers, allowed are 0..{count - 1}. "
+            f"layer {outside[0]} does not exist: the model has {count} layers, 0..{count - 1}. "
             "Layers are counted from 0; correct the list."
         )
     twice = sorted(i for i, times in Counter(indices).items() if times > 1)
@@ -73,7 +73,7 @@ def _index(layer: object, count: int) -> int:
         return operator.index(layer)  # type: ignore[arg-type] # the TypeError is the check
     except TypeError as err:
         raise InvalidLayerError(
-            f"{_shorten(repr(layer))} is not a layer index; allowed are the integers 0..{count - 1}. Correct the list."
+            f"{_shorten(repr(layer))} is not a layer index; expected one of 0..{count - 1}. Correct the list."
         ) from err
 
 

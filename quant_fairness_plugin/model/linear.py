@@ -1,4 +1,4 @@
-"""Step 1, linear modules: one orientation, `[out_features, in_features]`, for `nn.Linear` and GPT-2's `Conv1D`."""
+"""Linear modules: one orientation, `[out_features, in_features]`, for `nn.Linear` and GPT-2's `Conv1D`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from transformers.pytorch_utils import Conv1D
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether the module is a linear map that stores its weight transposed, `[in_features, out_features]`."""
+    """Return whether the module is a linear map that stores its weight transposed, `[in_features, out_features]`."""
     return isinstance(module, Conv1D)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear map whose weight can be quantized."""
+    """Return whether the module is a linear map whose weight can be quantized."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """The weight as `[out_features, in_features]`: a detached view, so writing to it writes to the module.
+    """Return the weight as `[out_features, in_features]`: a detached view, so writing to it writes to the module.
 
     Raises:
         TypeError: the module is neither `nn.Linear` nor `Conv1D`.
@@ -28,7 +28,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def set_linear_weight(module: nn.Module, weight: Tensor) -> None:
-    """Copy a weight into the module's own storage, converted to its dtype and device; tied tensors stay tied.
+    """Copy a weight into the module's storage, converted to its dtype and device; tied tensors stay tied.
 
     Args:
         module: `nn.Linear` or `Conv1D`.

@@ -1,4 +1,4 @@
-"""Step 1, loading: a name or a model in memory in, a `LoadedModel` that every later step works on out."""
+"""Loading: a name or a model in memory in, a `LoadedModel` that every later step works on out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
-from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
+from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
     round_parameters,
@@ -43,7 +43,7 @@ __all__ = [
 
 _COMPUTE = (torch.float32, torch.float16, torch.bfloat16)
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
-"""What Transformers raises for a checkpoint or config that it cannot use; it has no base class of its own."""
+"""What Transformers raises for a checkpoint or config that it cannot use; they have no common base class."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,14 @@ class LoadedModel:
         return self.files.layers
 
     def block(self, layer: int) -> nn.Module:
-        """One decoder block.
+        """Return one decoder block.
 
         Raises:
             InvalidLayerError: the layer is not in `0..layers - 1`.
         """
         if not 0 <= layer < self.layers:
             raise InvalidLayerError(
-                f"layer {layer} does not exist: the model has {self.layers} layers, allowed are 0..{self.layers - 1}."
+                f"layer {layer} does not exist: the model has {self.layers} layers, 0..{self.layers - 1}."
             )
         return self.model.get_submodule(f"{self.family.blocks}.{layer}")
 
@@ -85,18 +85,18 @@ class LoadedModel:
         return rows, cols
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
-        """The linear modules of a layer by full name, in forward order.
+        """Return the linear modules of a layer by full name, in forward order.
 
         Raises:
             InvalidLayerError: the layer is not in `0..layers - 1`.
         """
         block = self.block(layer)
-        names = zip(self.family.full_names(layer), self.family.modules(), strict=True)
+        names = zip(self.family.full_names(layer), self.family.modules(layer), strict=True)
         return {full: block.get_submodule(relative) for full, relative in names}
 
 
 def load_model(
-    name: str,
+    name: str | ModelFiles,
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -110,7 +110,8 @@ def load_model(
     would store it. The model is in evaluation mode and takes no gradients.
 
     Args:
-        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id; or the files that
+            `resolve_model` returned for one, which are not resolved again.
         dtype: what the model computes in; None is float32.
         revision: branch, tag or commit of a Hub id.
         trust_remote_code: run the model code that the checkpoint brings along.
@@ -125,7 +126,7 @@ def load_model(
     """
     compute = compute_dtype(dtype)
     check_device(device)
-    files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    files = resolved(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     storage = storage_dtype(files)
     model = _load_weights(files, trust_remote_code)
     family = detect_family(model)
@@ -144,19 +145,19 @@ def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> L
     """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a Transformers model; allowed are causal language models of Transformers. "
+            f"{type(model).__name__} is not a Transformers model; expected a causal language model of Transformers. "
             "Unwrap it (an adapter: peft's merge_and_unload)."
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
-        raise UnsupportedModelError("the model is already quantized; allowed are 16- or 32-bit models. Load that one.")
+        raise UnsupportedModelError("the model is already quantized; expected a 16- or 32-bit model. Load that one.")
     family = detect_family(model)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    weight = linear_weight(blocks[0].get_submodule(family.modules()[0]))
+    weight = linear_weight(blocks[0].get_submodule(family.modules(0)[0]))
     if weight.is_meta or weight.dtype not in _COMPUTE:
         raise UnsupportedModelError(
-            f"the model's weights are {'on the meta device' if weight.is_meta else weight.dtype}; allowed are float16, "
-            "bfloat16 and float32 weights in memory. Load the model with its weights."
+            f"the model's weights are {'on the meta device' if weight.is_meta else weight.dtype}; expected float16, "
+            "bfloat16 or float32 weights in memory. Load the model with its weights."
         )
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     files = ModelFiles(
@@ -174,7 +175,7 @@ def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> L
 def empty_model(
     files: ModelFiles, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model's modules on the meta device: its structure without reading or allocating a weight.
+    """Return the model's modules on the meta device: its structure without reading or allocating a weight.
 
     Args:
         files: the model.
@@ -189,7 +190,7 @@ def empty_model(
         with quiet_transformers():
             config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as err:
-        raise ArtifactError(f"{files.folder / 'config.json'}: {_one_line(err)}. Restore the model's own file.") from err
+        raise ArtifactError(f"{files.folder / 'config.json'}: {_one_line(err)}. Restore the model's file.") from err
     try:
         with quiet_transformers(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -217,13 +218,13 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def compute_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype to compute in; None is float32.
+    """Return the dtype to compute in; None is float32.
 
     Raises:
         ConfigError: a dtype that is not computed in.
     """
     if dtype is not None and dtype not in _COMPUTE:
-        raise ConfigError(f"dtype {dtype} cannot be computed in; allowed are float32, float16 and bfloat16. Use those.")
+        raise ConfigError(f"dtype {dtype} cannot be computed in; use float32, float16 or bfloat16")
     return torch.float32 if dtype is None else dtype
 
 
@@ -237,7 +238,7 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:  # torch asserts that it was built for the device
         raise ConfigError(
-            f"device {device!r} cannot be used ({_one_line(err)}); allowed are cpu and this machine's accelerators. "
+            f"device {device!r} cannot be used ({_one_line(err)}); expected cpu or an accelerator of this machine. "
             "Use cpu, or install a torch build for the device."
         ) from err
 
@@ -281,10 +282,10 @@ def check_keys(files: ModelFiles, info: dict[str, Any]) -> None:
         "unexpected": sorted(info["unexpected_keys"]),
         "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
     }
-    found = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
-    if found:
+    differences = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
+    if differences:
         raise ArtifactError(
-            f"{files.folder}: the tensors are not those of the config ({'; '.join(found)}). Get matching files."
+            f"{files.folder}: the tensors are not those of the config ({'; '.join(differences)}). Get matching files."
         )
 
 
@@ -303,7 +304,7 @@ def check_layer_count(files: ModelFiles, model: PreTrainedModel, family: Family)
 
 
 def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
         ArtifactError: it does not load.

@@ -1,31 +1,23 @@
-"""Step 1, outline: a model's map and the shapes of its parameters, without the model. From its config and headers.
+"""A model's map and the shapes of its parameters, without the model: from its config and the headers of its files.
 
-The supported families are recognised by the names and shapes of their tensors, which needs neither torch nor
-Transformers; any other architecture is built on the meta device, which takes no memory but some seconds.
+Architectures with a record are recognised by the names and shapes of their tensors, which needs neither torch nor
+Transformers; any other is built on the meta device, which takes no memory but some seconds.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from quant_fairness_plugin.model.architectures import LAYOUTS, Layout
-from quant_fairness_plugin.model.families import Block, Family, detect_family
-from quant_fairness_plugin.model.headers import TensorShapes
+from quant_fairness_plugin.model.architectures import Architecture, Block, match_architecture
+from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFFERS
+from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
 
 Sizes = tuple[int, ...]
-
-_HEAD = "lm_head"
-_HEAD_ON_DISK = "embed_out"
-"""What checkpoints of GPT-NeoX call the head; Transformers renames it while loading."""
-_TIED_BY_DEFAULT = frozenset({"gemma", "opt", "gpt2", "bloom"})
-"""Families whose config class ties the head where config.json says nothing."""
-_POSITION_KEYS = ("max_position_embeddings", "n_positions")
-_GPT2_POSITIONS = 1024
-"""What Transformers takes where the config of a GPT-2 says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +39,7 @@ class Outline:
     @property
     def width(self) -> int:
         """Of the hidden state."""
-        return self.matrix(f"{self.family.blocks}.0.{self.family.units[0].modules[0]}")[1]
+        return self.matrix(self.family.full_names(0)[0])[1]
 
     @property
     def vocabulary(self) -> int:
@@ -62,93 +54,96 @@ class Outline:
 
 
 def outline_model(files: ModelFiles, *, trust_remote_code: bool = False) -> Outline:
-    """The outline of a model, from its config and the headers of its files. No weight is read.
+    """Return the outline of a model, from its config and the headers of its files. No weight is read.
 
     Raises:
         UnsupportedModelError: an architecture that is not supported.
         ArtifactError: pickled weights, or files that are malformed.
     """
-    shapes = tensor_shapes(files)
-    for layout in LAYOUTS:
-        named = _with_prefix(shapes, layout)
-        if named is not None and _block(named, layout).fits(layout):
-            return _known(files, layout, named)
-    return _built(files, trust_remote_code)
+    shapes = {name: shape for name, (_, shape) in tensor_shapes(files).items()}
+    record = match_architecture(lambda record: _block_of(shapes, record), _model_type(files))
+    outline = None if record is None else _known(files, record, shapes)
+    return outline or _built(files, trust_remote_code)
 
 
-def _with_prefix(shapes: TensorShapes, layout: Layout) -> dict[str, Sizes] | None:
-    """The tensors under the names of the whole model, or None where they are not in this layout.
+def _model_type(files: ModelFiles) -> str:
+    return str(files.config.get("model_type", ""))
 
-    Checkpoints of a model without its head (such as GPT-2's own) leave out the first part of every name.
+
+def _block_of(shapes: Mapping[str, Sizes], record: Architecture) -> Block | None:
+    """Return the structure of the blocks; None where they are not in the record's place, or differ."""
+    structures = set(_structures(_whole_names(shapes, record), record))
+    return structures.pop() if len(structures) == 1 else None
+
+
+def _whole_names(shapes: Mapping[str, Sizes], record: Architecture) -> Mapping[str, Sizes]:
+    """Return the tensors under the names of the whole model.
+
+    Checkpoints of a model without its head (GPT-2 is published so) leave out the first part of every name.
     """
-    prefix, _, rest = layout.blocks.partition(".")
-    plain = {name: shape for name, (_, shape) in shapes.items()}
-    if any(name.startswith(f"{layout.blocks}.0.") for name in plain):
-        return plain
-    if any(name.startswith(f"{rest}.0.") for name in plain):
-        return {name if name.startswith(_HEAD) else f"{prefix}.{name}": shape for name, shape in plain.items()}
-    return None
+    prefix, _, rest = record.blocks.partition(".")
+    if any(name.startswith(f"{record.blocks}.0.") for name in shapes) or not any(
+        name.startswith(f"{rest}.0.") for name in shapes
+    ):
+        return shapes
+    heads = (f"{record.head}.", f"{record.stored_name(record.head)}.")
+    return {name if name.startswith(heads) else f"{prefix}.{name}": shape for name, shape in shapes.items()}
 
 
-def _block(shapes: Mapping[str, Sizes], layout: Layout) -> Block:
-    """The structure of the first block, read off its tensors."""
-    modules: dict[str, dict[str, Sizes]] = {}
-    for name, shape in _parameters(shapes):
-        if name.startswith(f"{layout.blocks}.0."):
-            module, _, kind = name.removeprefix(f"{layout.blocks}.0.").rpartition(".")
-            modules.setdefault(module, {})[kind] = shape
-    linears = tuple(name for name, own in modules.items() if len(own.get("weight", ())) == 2)
-    vectors = {name for name, own in modules.items() if all(len(shape) == 1 for shape in own.values())}
-    return Block(
-        linears=linears,
-        # Which way round a weight is stored cannot be seen; GPT-2's names are its own.
-        conv1d=frozenset(linears) if layout.conv1d else frozenset(),
-        norms=frozenset(vectors),
-        biased=frozenset(name for name in linears if "bias" in modules[name]),
-    )
-
-
-def _parameters(shapes: Mapping[str, Sizes]) -> Iterator[tuple[str, Sizes]]:
-    """Without the buffers that old checkpoints hold: rotary tables, GPT-2's masks (`attn.bias`, four dimensions)."""
+def _structures(shapes: Mapping[str, Sizes], record: Architecture) -> Iterator[Block]:
+    """Yield the structure of every block, read off its tensors."""
+    layers: dict[str, dict[str, dict[str, Sizes]]] = {}
     for name, shape in shapes.items():
-        if name.endswith((".weight", ".bias")) and 1 <= len(shape) <= 2:
-            yield name, shape
+        if name.startswith(f"{record.blocks}.") and not _is_buffer(name, shape):
+            layer, _, rest = name.removeprefix(f"{record.blocks}.").partition(".")
+            module, _, kind = rest.rpartition(".")
+            layers.setdefault(layer, {}).setdefault(module, {})[kind] = shape
+    for modules in layers.values():
+        norms = {name for name, tensors in modules.items() if all(len(shape) == 1 for shape in tensors.values())}
+        linears = {name: tensors for name, tensors in modules.items() if name not in norms}
+        transposed = {name: _is_transposed(tensors) for name, tensors in linears.items()}
+        yield Block(
+            linears=tuple(sorted(linears)),  # files hold them in any order
+            conv1d=frozenset(name for name, known in transposed.items() if known is True),
+            plain=frozenset(name for name, known in transposed.items() if known is False),
+            norms=frozenset(norms),
+            biased=frozenset(name for name, tensors in linears.items() if "bias" in tensors),
+        )
 
 
-def _known(files: ModelFiles, layout: Layout, named: Mapping[str, Sizes]) -> Outline:
-    kind = str(files.config.get("model_type", ""))
-    shapes = {_in_memory(name): shape for name, shape in _parameters(named)}
-    head = f"{_HEAD}.weight"
-    name = kind if kind in layout.families else layout.families[0]
-    tied = head not in shapes or bool(files.config.get("tie_word_embeddings", name in _TIED_BY_DEFAULT))
-    if tied:
-        shapes.pop(head, None)
+def _is_buffer(name: str, shape: Sizes) -> bool:
+    """Return whether a tensor is not a parameter: a rotary table, or a mask of GPT-2 (`attn.bias`, four dimensions)."""
+    return not 1 <= len(shape) <= 3 or any(re.search(pattern, name) for pattern in OBSOLETE_BUFFERS)
+
+
+def _is_transposed(tensors: Mapping[str, Sizes]) -> bool | None:
+    """Return which way round a linear module stores its weight; None where it is square or has no bias to tell."""
+    weight, bias = tensors.get("weight", ()), tensors.get("bias", ())
+    if len(weight) != 2 or len(bias) != 1 or weight[0] == weight[1]:
+        return None
+    return bias[0] == weight[1]
+
+
+def _known(files: ModelFiles, record: Architecture, stored: Mapping[str, Sizes]) -> Outline | None:
+    """Return the outline by the record; None where the files lack an embedding, so that the model itself must say."""
+    shapes = {
+        record.loaded_name(name): shape
+        for name, shape in _whole_names(stored, record).items()
+        if name.endswith((".weight", ".bias")) and not _is_buffer(name, shape)
+    }
     present = {name.rpartition(".")[0] for name in shapes}
-    family = Family(
-        name=name,
-        blocks=layout.blocks,
-        units=layout.units,
-        embeddings=layout.embeddings,
-        final_norm=layout.final_norm if layout.final_norm in present else None,
-        head=_HEAD,
-        tied_head=tied,
-        conv1d=layout.conv1d,
-    )
-    return Outline(family, files.layers, shapes, _positions(files, name))
-
-
-def _in_memory(name: str) -> str:
-    return name.replace(_HEAD_ON_DISK, _HEAD, 1) if name.startswith(f"{_HEAD_ON_DISK}.") else name
-
-
-def _positions(files: ModelFiles, family: str) -> int:
-    found = [files.config[key] for key in _POSITION_KEYS if isinstance(files.config.get(key), int)]
-    default = _GPT2_POSITIONS if family == "gpt2" else sys.maxsize
-    return min(found, default=default)
+    if not present.issuperset(record.embeddings):
+        return None
+    tied = record.head not in present or bool(files.config.get("tie_word_embeddings", record.tied_by_default))
+    if tied:
+        shapes.pop(f"{record.head}.weight", None)
+    architecture = replace(record, final_norm=record.final_norm if record.final_norm in present else None)
+    family = Family(record.family_name(_model_type(files)), architecture, tied)
+    return Outline(family, files.layers, shapes, record.longest_input(files.config))
 
 
 def _built(files: ModelFiles, trust_remote_code: bool) -> Outline:
-    """By the modules of the model itself, on the meta device."""
+    """Return the outline by the modules of the model itself, on the meta device."""
     from quant_fairness_plugin.model.load import empty_model
 
     model = empty_model(files, trust_remote_code=trust_remote_code)

@@ -1,4 +1,4 @@
-"""Step 1, provenance: what a number came from, assembled in one place."""
+"""Provenance: what a number came from, assembled in one place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256
 
 
 def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[str, Any]) -> Provenance:
-    """The provenance of a result on one model and one text set, versions included.
+    """Return the provenance of a result on one model and one text set, versions included.
 
     Args:
         files: the model, named and hashed.

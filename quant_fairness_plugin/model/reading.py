@@ -1,4 +1,4 @@
-"""Step 1, reading tensors one at a time: whole ones or some of their rows, from safetensors files by their position.
+"""Reading tensors one at a time: whole ones or some of their rows, from safetensors files by their position.
 
 Nothing is mapped into memory: what has been read is the caller's, and nothing else stays behind.
 """
@@ -45,7 +45,7 @@ class Place:
 
 
 def find_tensors(files: ModelFiles) -> dict[str, Place]:
-    """Where every tensor of a checkpoint is, from the headers of its files alone.
+    """Return where every tensor of a checkpoint is, from the headers of its files alone.
 
     Raises:
         ArtifactError: pickled weights, a malformed file, or values of a type that no dense model has.
@@ -54,19 +54,19 @@ def find_tensors(files: ModelFiles) -> dict[str, Place]:
 
 
 def read_tensor(place: Place) -> Tensor:
-    """A whole tensor, as it is stored."""
+    """Return a whole tensor, as it is stored."""
     [rows] = read_parts(place, [(0, place.shape[0] if place.shape else 1)])
     return rows.view(place.shape)
 
 
 def read_rows(place: Place, rows: Iterable[int]) -> Tensor:
-    """Some rows of a tensor, `[rows, …]`, as they are stored."""
+    """Return some rows of a tensor, `[rows, …]`, as they are stored."""
     parts = list(read_parts(place, _runs(rows)))
     return torch.cat(parts) if parts else torch.empty((0, *place.shape[1:]), dtype=place.dtype)
 
 
 def read_parts(place: Place, parts: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
-    """Parts of a tensor, each from one row up to another.
+    """Yield parts of a tensor, each from one row up to another.
 
     Raises:
         ArtifactError: the file cannot be read, or ends too early.
@@ -88,7 +88,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, Place]]:
     for name, (dtype, shape) in header.items():  # in the order of the data, without holes
         if dtype not in _DTYPES:
             raise ArtifactError(
-                f"{path}: {name} holds values of type {dtype}; allowed are {', '.join(_DTYPES)}. Get the files again."
+                f"{path}: {name} holds values of type {dtype}; expected {', '.join(_DTYPES)}. Get the files again."
             )
         place = Place(path, offset, _DTYPES[dtype], shape)
         yield name, place
@@ -96,7 +96,7 @@ def _of_file(path: Path) -> Iterator[tuple[str, Place]]:
 
 
 def _runs(rows: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Consecutive rows as (first, after the last), so that each takes one read."""
+    """Yield consecutive rows as (first, after the last), so that each takes one read."""
     rows = list(rows)
     cuts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(rows)) if b != a + 1), len(rows)]
     return ((rows[start], rows[stop - 1] + 1) for start, stop in pairwise(cuts) if stop > start)

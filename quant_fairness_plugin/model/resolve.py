@@ -1,4 +1,4 @@
-"""Step 1, resolving: a model's name in, its checked files out. Everything that can be refused before torch is imported.
+"""Resolving: a model's name in, its checked files out. Everything that can be refused before torch is imported.
 
 A wrong name, a quantized or unsupported model, missing, malformed or unsafe files: all fail here, within a second.
 """
@@ -7,27 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
+from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts
+from quant_fairness_plugin.model.gguf import gguf_folder
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
 from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
 
 BUNDLED = ("demo", "demo-gpt2")
 
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_EXPERTS_KEY = re.compile(r"(\w+_)?(n|num)_(\w+_)?experts")
-"""`num_experts`, `num_local_experts`, `n_routed_experts`, `moe_num_experts`, …, but not `num_experts_per_tok`."""
-MIXTURE_ADVICE = (
-    "which calibration would reach with few tokens; allowed are dense models. Use a dense model of the family, or "
-    "quantize this one with a tool that knows its experts (gptqmodel, llm-compressor)."
-)
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _QUANTIZED_ENDINGS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax")
 
@@ -55,10 +49,10 @@ def resolve_model(
     """Find a model and check its files, without importing torch or reading a weight.
 
     Args:
-        name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id.
+        name: a bundled name, a folder, a `.safetensors` file (its folder is the model), a `.gguf` file or a Hub id.
         revision: branch, tag or commit of a Hub id.
         allow_pickle: accept `pytorch_model.bin` where there is no safetensors file.
-        trust_remote_code: accept a config that names code of its own.
+        trust_remote_code: accept a config that names code to be run.
 
     Raises:
         ConfigError: nothing of that name, or a revision that does not apply or does not pin the code to be run.
@@ -79,8 +73,17 @@ def resolve_model(
     return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit)
 
 
+def resolved(
+    name: str | ModelFiles, *, revision: str | None, allow_pickle: bool, trust_remote_code: bool
+) -> ModelFiles:
+    """Return the files of a model: those that are given, or what `resolve_model` finds for a name."""
+    if isinstance(name, ModelFiles):
+        return name
+    return resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+
+
 def tensor_shapes(files: ModelFiles) -> TensorShapes:
-    """Name → (dtype as safetensors writes it, shape) of every tensor, from the headers of the weight files alone.
+    """Return name → (dtype as safetensors writes it, shape) of every tensor, from the headers of the files alone.
 
     Raises:
         ArtifactError: pickle weights, or files that are malformed or do not fit their index.
@@ -89,7 +92,9 @@ def tensor_shapes(files: ModelFiles) -> TensorShapes:
 
 
 def model_sha256(files: ModelFiles) -> str:
-    """The checksum of config.json and the weights: sha256 of what `sha256sum config.json model….safetensors` prints.
+    """Return the checksum of config.json and the weights.
+
+    It is the sha256 of what `sha256sum config.json model….safetensors` prints.
 
     For a model that was in memory, that of its parameters at the time it was wrapped.
 
@@ -119,7 +124,7 @@ def _cached_sha256(path: Path, size: int, modified: int) -> str:
 def _locate(
     name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool
 ) -> tuple[Path, str, str | None]:
-    """The model's folder, its label, and the commit where it comes from the Hub."""
+    """Return the model's folder, its label, and the commit where it comes from the Hub."""
     hint = f"Allowed are a bundled model ({', '.join(BUNDLED)}), a folder or .safetensors file on disk, or a Hub id."
     local = _local_folder(name, hint)
     if local is not None:
@@ -130,7 +135,7 @@ def _locate(
         raise ConfigError(f"there is no model {name!r}. {hint}")
     if trust_remote_code and not is_commit(revision):
         raise ConfigError(
-            f"revision {revision!r} does not pin the code that {name!r} would run; allowed is a full commit hash. "
+            f"revision {revision!r} does not pin the code that {name!r} would run; expected a full commit hash. "
             "Pass --revision with the commit that you have read."
         )
     folder = download(
@@ -140,14 +145,14 @@ def _locate(
 
 
 def bundled_folder(name: str) -> Path:
-    """The folder of a model that comes with this package, a plain Hugging Face folder.
+    """Return the folder of a model that comes with this package, a plain Hugging Face folder.
 
     Raises:
         ConfigError: no bundled model has this name.
         ArtifactError: the installation lacks it.
     """
     if name not in BUNDLED:
-        raise ConfigError(f"there is no bundled model {name!r}; allowed are {', '.join(BUNDLED)}. Use one of them.")
+        raise ConfigError(f"there is no bundled model {name!r}; use one of {', '.join(BUNDLED)}")
     folder = Path(__file__).parent / "bundled" / name
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: the bundled model is missing from this installation. Install it again.")
@@ -155,7 +160,7 @@ def bundled_folder(name: str) -> Path:
 
 
 def _local_folder(name: str, hint: str) -> Path | None:
-    """The folder that the name stands for, or None where only the Hub can know it."""
+    """Return the folder that the name stands for, or None where only the Hub can know it."""
     if name in BUNDLED:
         return bundled_folder(name)
     if not name.strip():
@@ -163,11 +168,11 @@ def _local_folder(name: str, hint: str) -> Path | None:
     path = Path(name).expanduser()
     if os.path.isdir(path):  # not Path.is_dir, which raises on a name that is too long
         return path
-    if path.suffix == ".gguf":
-        raise UnsupportedModelError(f"{name}: GGUF weights are not read. Use the model's safetensors folder.")
+    if path.suffix == ".gguf" and os.path.isfile(path):
+        return gguf_folder(path)
     if os.path.isfile(path):
         return _folder_of_file(path, hint)
-    if path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".json"}:
+    if path.suffix in {".safetensors", ".gguf", ".bin", ".pt", ".pth", ".json"}:
         raise ArtifactError(f"{name}: no such file. {hint}")
     return None
 
@@ -177,13 +182,13 @@ def _folder_of_file(path: Path, hint: str) -> Path:
         folder = path.parent
         if (folder / "config.json").is_file() and path not in find_weights(folder, allow_pickle=False):
             raise ArtifactError(
-                f"{path}: not the weights of the model in its folder; allowed are model.safetensors and the files of "
+                f"{path}: not the weights of the model in its folder; expected model.safetensors or a file of "
                 "its index. Name the folder instead."
             )
         return folder
     if path.suffix in {".bin", ".pt", ".pth"}:
         return path.parent
-    raise ConfigError(f"{path}: a file that is no model. {hint}")
+    raise ConfigError(f"{path}: a file that is not a model. {hint}")
 
 
 def _refuse_adapter(folder: Path) -> None:
@@ -196,7 +201,10 @@ def _refuse_adapter(folder: Path) -> None:
 
 def _no_config(folder: Path) -> ArtifactError | UnsupportedModelError:
     if any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-        return UnsupportedModelError(f"{folder}: GGUF weights are not read. Use the model's safetensors folder.")
+        first = min(folder.glob("*.gguf")).name
+        return UnsupportedModelError(
+            f"{folder}: holds GGUF files and no model folder's config.json. Name one of the files, such as {first}."
+        )
     return ArtifactError(
         f"{folder}: no config.json; a model folder holds config.json, its weights and its tokenizer. Complete it."
     )
@@ -209,10 +217,10 @@ def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool)
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise UnsupportedModelError(
-            f"{path}: the model is already quantized ({method}); allowed are 16- or 32-bit models. Use the original."
+            f"{path}: the model is already quantized ({method}); expected a 16- or 32-bit model. Use the original."
         )
     _check_custom_code(folder, config, trust_remote_code)
-    for key, count in _expert_counts(config):
+    for key, count in expert_counts(config):
         raise UnsupportedModelError(f"{path}: the model holds a mixture of experts ({key} {count}), {MIXTURE_ADVICE}")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
@@ -221,21 +229,8 @@ def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool)
     if config.get("is_encoder_decoder") or not causal:
         what = ", ".join(architectures) or config.get("model_type", "the model")
         raise UnsupportedModelError(
-            f"{path}: {what} is not a decoder-only language model; allowed are causal models (…ForCausalLM). Use one."
+            f"{path}: {what} is not a decoder-only language model; expected a causal one (…ForCausalLM). Use one."
         )
-
-
-def _expert_counts(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """The config's counts of more than one expert, also those of its parts (`text_config`, `ffn_config`)."""
-    if config.get("is_moe") is False:  # Doge: the counts are those that it would have
-        return
-    for key, value in config.items():
-        if isinstance(value, dict):
-            yield from _expert_counts(value)
-        elif _EXPERTS_KEY.fullmatch(key):  # a list has one count per layer
-            counts = [count for count in (value if isinstance(value, list) else [value]) if type(count) is int]
-            if max(counts, default=0) > 1:
-                yield key, max(counts)
 
 
 def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
@@ -246,7 +241,7 @@ def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: 
             continue
         if not trust_remote_code:
             raise UnsupportedModelError(
-                f"{path}: names code of its own (auto_map), which is not run. Use a model that Transformers knows, or "
+                f"{path}: names code to be run (auto_map), which is refused. Use a model that Transformers has, or "
                 "pass --trust-remote-code (trust_remote_code=True) after reading that code."
             )
         if "--" in str(content.get("auto_map")):  # `other/repository--file.Class`
@@ -259,17 +254,17 @@ def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
     for name, (dtype, _) in shapes.items():
         if name.endswith(_QUANTIZED_ENDINGS) or dtype.startswith(("F4", "F6_", "F8_")):
             raise UnsupportedModelError(
-                f"{folder}: the model is already quantized ({name}, {dtype}); allowed are 16- or 32-bit models. "
+                f"{folder}: the model is already quantized ({name}, {dtype}); expected a 16- or 32-bit model. "
                 "Use the original."
             )
 
 
 def _layer_count(folder: Path, config: dict[str, Any]) -> int:
-    given = {key: config[key] for key in _LAYER_KEYS if key in config}
+    given = {key: config[key] for key in LAYER_KEYS if key in config}
     counts = {value for value in given.values() if type(value) is int and value > 0}
     if len(counts) != 1 or any(value not in counts for value in given.values()):
         raise ArtifactError(
-            f"{folder / 'config.json'}: does not say how many layers the model has ({given or 'no such key'}); looked "
-            f"for a whole number in one of {', '.join(_LAYER_KEYS)}. Restore the model's own file."
+            f"{folder / 'config.json'}: does not say how many layers the model has ({given or 'no such key'}); "
+            f"expected a whole number in one of {', '.join(LAYER_KEYS)}. Restore the model's file."
         )
     return counts.pop()

@@ -1,4 +1,4 @@
-"""Step 1, an empty model made ready for tensors that are read one at a time.
+"""An empty model made ready for tensors that are read one at a time.
 
 Finds which tensor of the files is which parameter, and gives buffers their real values.
 """
@@ -15,17 +15,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFFERS
 from quant_fairness_plugin.model.load import check_keys
 from quant_fairness_plugin.model.reading import Place, read_parts, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles
 
-_OBSOLETE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-"""Buffers that old checkpoints hold and that models now make themselves."""
 _COMPARED_VALUES = 1 << 22
 
 
 def match_tensors(model: PreTrainedModel, files: ModelFiles, stored: Mapping[str, Place]) -> dict[str, Place]:
-    """Parameter or persistent buffer → where it is; a tied parameter has all its names.
+    """Return parameter or persistent buffer → where it is; a tied parameter has all its names.
 
     Names are changed as Transformers changes them while loading. Where a checkpoint holds two different tensors for
     parameters that the config ties, they are untied in the model.
@@ -40,14 +39,14 @@ def match_tensors(model: PreTrainedModel, files: ModelFiles, stored: Mapping[str
     """
     wanted = model.state_dict(keep_vars=True)
     names = {_renamed(model, name, wanted): name for name in stored}
-    found = {name: stored[source] for name, source in names.items() if name in wanted}
-    _join_tied(model, found)
-    ignored = [*_OBSOLETE, *(model._keys_to_ignore_on_load_unexpected or ())]
+    places = {name: stored[source] for name, source in names.items() if name in wanted}
+    _join_tied(model, places)
+    ignored = [*OBSOLETE_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]
     unexpected = {name for name in names if name not in wanted and not any(re.search(p, name) for p in ignored)}
-    mismatched = [(name,) for name, place in found.items() if place.shape != tuple(wanted[name].shape)]
-    missing = wanted.keys() - found.keys()
+    mismatched = [(name,) for name, place in places.items() if place.shape != tuple(wanted[name].shape)]
+    missing = wanted.keys() - places.keys()
     check_keys(files, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched})
-    return found
+    return places
 
 
 def place_buffers(model: PreTrainedModel, files: ModelFiles, places: Mapping[str, Place], device: str) -> None:
@@ -69,7 +68,7 @@ def place_buffers(model: PreTrainedModel, files: ModelFiles, places: Mapping[str
     left += [f"{name} (no buffer)" for name in _loose_tensors(model)]
     if left:
         raise UnsupportedModelError(
-            f"{files.name}: nothing says what {', '.join(left[:5])} should hold; allowed are models whose "
+            f"{files.name}: nothing says what {', '.join(left[:5])} should hold; expected a model whose "
             "_init_weights computes all that is not in the checkpoint. Load the whole model (without a memory budget)."
         )
     for name in buffers:
@@ -86,15 +85,15 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _owners(model: nn.Module, name: str, parameter: nn.Parameter) -> list[nn.Module]:
-    own = model.get_submodule(name.rpartition(".")[0])
+    owner = model.get_submodule(name.rpartition(".")[0])
     if not isinstance(model, PreTrainedModel):
-        return [own]
+        return [owner]
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
-    return [own, *(end for end in ends if end is not None and end is not own and end.weight is parameter)]
+    return [owner, *(end for end in ends if end is not None and end is not owner and end.weight is parameter)]
 
 
 def _renamed(model: PreTrainedModel, name: str, wanted: Mapping[str, Tensor]) -> str:
-    """The name in the model of a tensor of the files."""
+    """Return the name in the model of a tensor of the files."""
     for transform in get_model_conversion_mapping(model):
         if isinstance(transform, WeightRenaming):  # others merge or split tensors, which is not done here
             name, _ = transform.rename_source_key(name)
@@ -105,15 +104,15 @@ def _renamed(model: PreTrainedModel, name: str, wanted: Mapping[str, Tensor]) ->
     return name
 
 
-def _join_tied(model: PreTrainedModel, found: dict[str, Place]) -> None:
+def _join_tied(model: PreTrainedModel, places: dict[str, Place]) -> None:
     for target, source in list(model.all_tied_weights_keys.items()):
-        if target in found and source in found:
-            if _same(found[target], found[source]):
-                found[target] = found[source]
+        if target in places and source in places:
+            if _same(places[target], places[source]):
+                places[target] = places[source]
             else:
                 _untie(model, target)
-        elif target in found or source in found:
-            found[target] = found[source] = found.get(target) or found[source]
+        elif target in places or source in places:
+            places[target] = places[source] = places.get(target) or places[source]
 
 
 def _same(one: Place, other: Place) -> bool:
@@ -134,7 +133,7 @@ def _untie(model: PreTrainedModel, name: str) -> None:
 
 
 def _compute(model: PreTrainedModel, names: list[str], fill: int) -> Iterator[tuple[str, Tensor]]:
-    """These buffers as the model's own code computes them in memory that held `fill`."""
+    """Yield these buffers as the model's code computes them in memory that held `fill`."""
     for name in names:
         _set_buffer(model, name, torch.full_like(model.get_buffer(name), fill, device="cpu"))
     for module in model.modules():
@@ -144,7 +143,7 @@ def _compute(model: PreTrainedModel, names: list[str], fill: int) -> Iterator[tu
 
 
 def _loose_tensors(model: nn.Module) -> list[str]:
-    """Tensors that are plain attributes of modules and have no values."""
+    """Return tensors that are plain attributes of modules and have no values."""
     return [
         f"{path}.{name}"
         for path, module in model.named_modules()

@@ -1,4 +1,4 @@
-"""Step 1, the 16-bit values: in which dtype a model is stored, and its parameters rounded to exactly that."""
+"""The 16-bit values: in which dtype a model is stored, and its parameters rounded to exactly that."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def storage_dtype(files: ModelFiles) -> torch.dtype:
-    """The 16-bit dtype of a checkpoint: that of most of its values; float16 where they have 32 bits or more.
+    """Return the 16-bit dtype of a checkpoint: that of most of its values; float16 where they have 32 bits or more.
 
     Raises:
         UnsupportedModelError: the checkpoint holds no values of 16, 32 or 64 bits.
@@ -35,14 +35,14 @@ def storage_dtype(files: ModelFiles) -> torch.dtype:
                     sizes[tensor.dtype] += tensor.numel()
     if not sizes:
         raise UnsupportedModelError(
-            f"{files.name}: no floating-point weights; allowed are float16, bfloat16 and float32. "
+            f"{files.name}: no floating-point weights; expected float16, bfloat16 or float32. "
             "Use the unquantized model."
         )
     return sixteen_bit(sizes.most_common(1)[0][0])
 
 
 def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit dtype in which values of a dtype are stored: its own, else float16."""
+    """Return the 16-bit dtype in which values of a dtype are stored: itself, or else float16."""
     return dtype if dtype in {torch.float16, torch.bfloat16} else torch.float16
 
 
@@ -58,7 +58,7 @@ def round_parameters(model: nn.Module, files: ModelFiles, *, storage: torch.dtyp
 
 
 def rounded(value: Tensor, name: str, files: ModelFiles, *, storage: torch.dtype) -> Tensor:
-    """A value in the storage dtype.
+    """Return a value in the storage dtype.
 
     Args:
         value: of any shape.
@@ -82,7 +82,7 @@ def rounded(value: Tensor, name: str, files: ModelFiles, *, storage: torch.dtype
 
 
 def parameters_sha256(model: nn.Module) -> str:
-    """The checksum of a model in memory: of every parameter's name, dtype, shape and bytes."""
+    """Return the checksum of a model in memory: of every parameter's name, dtype, shape and bytes."""
     total = hashlib.sha256()
     for name, parameter in model.named_parameters():
         total.update(f"{name} {parameter.dtype} {list(parameter.shape)}\n".encode())
@@ -92,14 +92,14 @@ def parameters_sha256(model: nn.Module) -> str:
 
 
 def _unpickle_on_meta(path: Path) -> list[Tensor]:
-    """The tensors of a pickle without their data; nothing but tensors and plain containers is constructed."""
+    """Return the tensors of a pickle without their data; nothing but tensors and plain containers is constructed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of its own deprecated storage classes in old files
+            warnings.simplefilter("ignore")  # torch warns of its deprecated storage classes in old files
             content = torch.load(path, map_location="meta", weights_only=True)
         return [value for value in content.values() if isinstance(value, Tensor)]
     except Exception as err:  # hostile bytes make the unpickler raise anything
         raise ArtifactError(
-            f"{path}: cannot be read as weights ({type(err).__name__}); allowed are pickles of plain tensors. "
+            f"{path}: cannot be read as weights ({type(err).__name__}); expected a pickle of plain tensors. "
             "Convert the model to safetensors where it comes from."
         ) from err

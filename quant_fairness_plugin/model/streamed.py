@@ -1,4 +1,4 @@
-"""Step 1, a model larger than memory: its decoder blocks are read from safetensors files while they are needed.
+"""A model larger than memory: its decoder blocks are read from safetensors files while they are needed.
 
 `open_streamed` returns what `load_model` would, with the same values in every parameter that is there. What is there:
 norms, positions and biases outside the blocks, always; a block, inside `StreamedModel.resident`. The token embedding
@@ -26,7 +26,7 @@ from quant_fairness_plugin.model.load import (
     load_tokenizer,
 )
 from quant_fairness_plugin.model.reading import Place, find_tensors, read_parts, read_rows, read_tensor
-from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
+from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
 from quant_fairness_plugin.model.storage import rounded, storage_dtype
 
@@ -46,13 +46,13 @@ class Table:
     held: Tensor | None
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Some rows, `[indices, width]`, in the compute dtype."""
+        """Return some rows, `[indices, width]`, in the compute dtype."""
         if self.held is not None:
             return self.held[indices].to(self.compute)
         return self._ready(read_rows(self.place, indices.tolist()))
 
     def part(self, part: slice) -> Tensor:
-        """Consecutive rows, `[rows, width]`, in the compute dtype."""
+        """Return consecutive rows, `[rows, width]`, in the compute dtype."""
         if self.held is not None:
             return self.held[part].to(self.compute)
         [values] = read_parts(self.place, [(part.start, part.stop)])
@@ -78,9 +78,9 @@ class StreamedModel(LoadedModel):
     _resident: set[int] = field(default_factory=set)
 
     def fetch(self, layer: int) -> dict[str, Tensor]:
-        """The parameters of a block by full name, in 16 bit, on the model's device; the model is not touched.
+        """Return the parameters of a block by full name, in 16 bit, on the model's device; the model is not touched.
 
-        May run in another thread than the model, and then uses a stream of its own.
+        May run in another thread than the model, and then uses a separate stream.
 
         Raises:
             InvalidLayerError: no such layer.
@@ -99,7 +99,7 @@ class StreamedModel(LoadedModel):
 
     @contextmanager
     def resident(self, layer: int, fetched: dict[str, Tensor] | None = None) -> Iterator[None]:
-        """A block with its parameters, for the time of a `with` block.
+        """Hold the parameters of a block in memory while the context is open.
 
         Args:
             layer: which one.
@@ -127,7 +127,7 @@ class StreamedModel(LoadedModel):
 
     @contextmanager
     def widened(self, names: Iterable[str]) -> Iterator[None]:
-        """Those of these parameters that are tables, whole in the model and in the compute dtype."""
+        """Hold those of these parameters that are tables whole in the model, in the compute dtype."""
         tables = [table for name in names if (table := self.tables.get(name)) is not None]
         parameters = {table.name: self.model.get_parameter(table.name) for table in tables}
         originals = {name: parameter.data for name, parameter in parameters.items()}
@@ -144,7 +144,7 @@ class StreamedModel(LoadedModel):
 
 
 def open_streamed(
-    name: str,
+    name: str | ModelFiles,
     *,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
@@ -166,7 +166,7 @@ def open_streamed(
     """
     compute = compute_dtype(dtype)
     check_device(device)
-    files = resolve_model(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
+    files = resolved(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
     storage = storage_dtype(files)
     # Buffers are made in float32, as in a model that is loaded; parameters are replaced below.
     model = empty_model(files, trust_remote_code=trust_remote_code, dtype=torch.float32)
@@ -204,30 +204,30 @@ def _tables(
     compute: torch.dtype,
     device: str,
 ) -> dict[str, Table]:
-    """The token embedding and the head, by all their names, with their values checked."""
-    found: dict[int, Table] = {}
+    """Return the token embedding and the head, by all their names, with their values checked."""
+    tables: dict[int, Table] = {}
     owners = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     shared = {id(owner.weight) for owner in owners}
     names: dict[str, Table] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in shared:
             continue
-        if id(parameter) not in found:
+        if id(parameter) not in tables:
             held = _check_table(places[name], name, files, storage, keep=device != "cpu")
             held = None if held is None else held.to(device)
-            found[id(parameter)] = Table(name, places[name], storage, compute, torch.device(device), held)
-        names[name] = found[id(parameter)]
+            tables[id(parameter)] = Table(name, places[name], storage, compute, torch.device(device), held)
+        names[name] = tables[id(parameter)]
     return names
 
 
 def _check_table(place: Place, name: str, files: ModelFiles, storage: torch.dtype, *, keep: bool) -> Tensor | None:
     rows, size = place.shape[0], max(1, _PART_VALUES // max(1, place.shape[1]))
     parts = read_parts(place, ((start, min(start + size, rows)) for start in range(0, rows, size)))
-    kept: list[Tensor] = []
+    checked_parts: list[Tensor] = []
     for values in parts:
         checked = rounded(values, name, files, storage=storage)
-        kept += [checked] if keep else []
-    return torch.cat(kept) if keep else None
+        checked_parts += [checked] if keep else []
+    return torch.cat(checked_parts) if keep else None
 
 
 def _place_parameters(streamed: StreamedModel, device: torch.device) -> None:
@@ -244,7 +244,7 @@ def _place_parameters(streamed: StreamedModel, device: torch.device) -> None:
 
 
 def _look_up_in_files(streamed: StreamedModel) -> None:
-    """Make the embedding read the rows that it is asked for, unless its own weights are in memory."""
+    """Make the embedding read the rows that a call needs, unless its weights are in memory."""
     embedding = streamed.model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     [name] = [f"{path}.weight" for path, module in streamed.model.named_modules() if module is embedding]

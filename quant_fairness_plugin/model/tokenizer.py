@@ -1,4 +1,4 @@
-"""Step 1, a tokenizer without the model: as fast as it can be had where only token counts are needed.
+"""A tokenizer without the model: the fastest one that will do where only token counts are needed.
 
 Importing Transformers takes seconds. Where a folder's `tokenizer.json` is all there is to its tokenizer, the
 `tokenizers` library alone, which Transformers runs on, gives the same ids; every other one is loaded as usual.
@@ -42,11 +42,11 @@ class QuickTokenizer:
         self, texts: Sequence[str], *, add_special_tokens: bool, return_offsets_mapping: bool, verbose: bool
     ) -> dict[str, list[Any]]:
         """Ids of every text, and the characters that each token stands for."""
-        found = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
-        return {"input_ids": [one.ids for one in found], "offset_mapping": [one.offsets for one in found]}
+        encoded = self._backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return {"input_ids": [one.ids for one in encoded], "offset_mapping": [one.offsets for one in encoded]}
 
     def convert_ids_to_tokens(self, identifier: int) -> str:
-        """The token of an id."""
+        """Return the token of an id."""
         token: str = self._backend.id_to_token(identifier)
         return token
 
@@ -54,7 +54,7 @@ class QuickTokenizer:
 def counting_tokenizer(
     files: ModelFiles, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase | QuickTokenizer:
-    """A tokenizer that gives the ids of the model's own.
+    """Return a tokenizer that gives the ids of the model's tokenizer.
 
     Raises:
         ArtifactError: the tokenizer does not load.
@@ -68,7 +68,7 @@ def counting_tokenizer(
 
 
 def _quick(files: ModelFiles) -> QuickTokenizer | None:
-    """The quick tokenizer, or None where it is not certain to be the model's own."""
+    """Return the quick tokenizer, or None where it is not certain to equal the model's."""
     settings, path = files.folder / "tokenizer_config.json", files.folder / "tokenizer.json"
     if not settings.is_file() or not path.is_file():
         return None

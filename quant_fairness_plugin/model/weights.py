@@ -1,4 +1,4 @@
-"""Step 1, weight files: which files of a folder hold the weights, and whether it is safe to open them. No torch."""
+"""Weight files: which files of a folder hold the weights, and whether it is safe to open them. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 def find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
-    """The weight files of a model folder: `model.safetensors`, the shards of its index, or pickles where allowed.
+    """Return the weight files of a model folder: `model.safetensors`, the shards of its index, or pickles.
+
+    Args:
+        folder: the model.
+        allow_pickle: take `pytorch_model.bin` where there is no safetensors file.
 
     Raises:
         UnsupportedModelError: the folder holds GGUF weights only.
@@ -35,7 +39,7 @@ def find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
 
 
 def read_shapes(weights: tuple[Path, ...]) -> TensorShapes:
-    """Names, dtypes and shapes of all tensors, from the headers of the files alone.
+    """Return names, dtypes and shapes of all tensors, from the headers of the files alone.
 
     Raises:
         ArtifactError: a pickle, a malformed file, a tensor in two files, or tensors that the index does not name or
@@ -71,12 +75,12 @@ def check_inside(folder: Path, file: Path) -> None:
     root = real.parent.parent if in_cache else real
     if not file.resolve().is_relative_to(root):
         raise ArtifactError(
-            f"{file}: a link that leaves the model's folder; allowed are files inside it. Copy the file in."
+            f"{file}: a link that leaves the model's folder; expected a file inside it. Copy the file in."
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a model folder.
+    """Return a JSON object from a model folder.
 
     Raises:
         ArtifactError: missing, too large, not UTF-8, or no JSON object.
@@ -86,9 +90,9 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as err:
-        raise ArtifactError(f"{path}: cannot be read as a JSON object ({err}). Restore the model's own file.") from err
+        raise ArtifactError(f"{path}: cannot be read as a JSON object ({err}). Restore the model's file.") from err
     return value
 
 
@@ -97,7 +101,7 @@ def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
     for name in names:
         if not name.endswith(suffix) or re.search(r"[/\\:\x00]", name) or name.startswith("."):
             raise ArtifactError(
-                f"{index}: names the file {name!r}; allowed are names of {suffix} files in the same folder. "
+                f"{index}: names the file {name!r}; expected names of {suffix} files in the same folder. "
                 "Get the model again from a source that you trust."
             )
     absent = [name for name in names if not (index.parent / name).is_file()]
@@ -120,9 +124,9 @@ def _compare_with_index(index: Path, where: dict[str, str]) -> None:
         "not in the index": sorted(where.keys() - named.keys()),
         "in another file than it says": sorted(k for k in named.keys() & where.keys() if named[k] != where[k]),
     }
-    found = [f"{len(keys)} tensors {what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
-    if found:
-        raise ArtifactError(f"{index}: does not fit the weight files ({'; '.join(found)}). Get matching files.")
+    differences = [f"{len(keys)} tensors {what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
+    if differences:
+        raise ArtifactError(f"{index}: does not fit the weight files ({'; '.join(differences)}). Get matching files.")
 
 
 def _refuse_strays(folder: Path, files: tuple[Path, ...]) -> None:
@@ -130,7 +134,7 @@ def _refuse_strays(folder: Path, files: tuple[Path, ...]) -> None:
     strays = sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name) and p not in files)
     if strays and files[0].suffix == ".safetensors":
         raise ArtifactError(
-            f"{folder}: holds weight files that do not belong to its model: {', '.join(strays[:5])}; allowed are "
+            f"{folder}: holds weight files that do not belong to its model: {', '.join(strays[:5])}; expected "
             "model.safetensors alone, or the files of the index alone. Remove the ones that are stale."
         )
 
@@ -139,12 +143,12 @@ def _no_weights(folder: Path, allow_pickle: bool) -> ArtifactError | Unsupported
     others = sorted(p.name for p in folder.glob("*.safetensors"))
     if others:
         return ArtifactError(
-            f"{folder}: {', '.join(others[:5])} without model.safetensors.index.json; looked for model.safetensors or "
+            f"{folder}: {', '.join(others[:5])} without model.safetensors.index.json; expected model.safetensors or "
             "that index. Rename the only file, or get the index."
         )
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles and allow_pickle:
-        return ArtifactError(f"{folder}: {pickles[0]} is not read; allowed is pytorch_model.bin. Rename or convert it.")
+        return ArtifactError(f"{folder}: {pickles[0]} is not read; expected pytorch_model.bin. Rename or convert it.")
     if pickles:
         return ArtifactError(
             f"{folder}: only pickle weights ({', '.join(pickles[:3])}), which can run code when opened. Convert them "
@@ -152,9 +156,9 @@ def _no_weights(folder: Path, allow_pickle: bool) -> ArtifactError | Unsupported
         )
     if any(folder.glob("*.gguf")):
         return UnsupportedModelError(
-            f"{folder}: GGUF weights, which are quantized and not read here. Use the model's safetensors folder."
+            f"{folder}: GGUF weights, which are quantized. Name the file itself, or use the model's safetensors folder."
         )
     return ArtifactError(
-        f"{folder}: no weights; looked for model.safetensors or model.safetensors.index.json. Download them "
+        f"{folder}: no weights; expected model.safetensors or model.safetensors.index.json. Download them "
         "(a Hub model that only has pickle weights needs --allow-pickle)."
     )

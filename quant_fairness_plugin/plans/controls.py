@@ -1,9 +1,9 @@
 """Plans that need no search, at the same true bytes as a given plan: what a searched plan has to beat. Needs no model.
 
-Step 4 (sweep). Takes the bytes of every unit in every precision and scores per layer; returns `Control` plans. Each is
-a family of sets, one per number of members; the member count whose bytes come nearest is taken, and `matched` says
-whether that is within half the smallest layer. Protecting the largest single weights is not among them: a mask needs
-bytes that no checkpoint format here can store.
+Takes the bytes of every unit in every precision and scores per layer; returns `Control` plans. Each is a family of
+sets, one per number of members; the member count whose bytes come nearest is taken, and `matched` says whether that is
+within half the smallest layer. Protecting the largest single weights is not among them: a mask needs bytes that no
+checkpoint format here can store.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GATEWAY_DEPTH = 0.75
 GATEWAY_TARGET = 0.7
 RANDOM_PLANS = 20
 TRIES_PER_PLAN = 200
-"""Random orders tried per random plan, before fewer plans than asked for are returned."""
+"""Random orders tried per random plan, before fewer plans than `count` are returned."""
 Sets = Callable[[int], Sequence[int]]
 """Number of members → the places (in forward order) of the members."""
 
@@ -42,7 +42,7 @@ class Control:
 
 
 def gateway_layers(layers: int, disparity_target: float = 0.0) -> tuple[int, ...]:
-    """The seeds' rule for any depth: the first and last layer, for a target below 0.7 also the one at 75 % depth.
+    """Return the seeds' rule at any depth: the first and last layer, below a target of 0.7 also the one at 75 % depth.
 
     Args:
         layers: how many the model has.
@@ -66,7 +66,7 @@ def controls_for(
     random_plans: int = RANDOM_PLANS,
     seed: int = 0,
 ) -> tuple[Control, ...]:
-    """All controls for a plan: random sets, patterns of depth, the highest scores, and more bits for all.
+    """Return all controls for a plan: random sets, patterns of depth, the highest scores, and more bits for all.
 
     Args:
         plan: unit → precision; the units it does not name are on the grid.
@@ -96,7 +96,7 @@ def random_controls(
     seed: int = 0,
     exclude: Mapping[str, Precision] | None = None,
 ) -> tuple[Control, ...]:
-    """Distinct random sets of units in 16 bit that all match the target.
+    """Return distinct random sets of units in 16 bit that all match the target.
 
     A set is drawn by going through the units in random order and taking each that still fits; it counts where its
     bytes match. With units of one size every set of the right number is equally likely. Fewer than `count` come back
@@ -113,9 +113,9 @@ def random_controls(
     room = target - costs.total({})
     draw = np.random.default_rng(seed)
     seen = {frozenset(unit for unit, kind in (exclude or {}).items() if kind != costs.quantized)}
-    found: list[Control] = []
+    controls: list[Control] = []
     for _ in range(TRIES_PER_PLAN * count):
-        if len(found) == count:
+        if len(controls) == count:
             break
         members, spent = [], 0
         for place in draw.permutation(len(extra)).tolist():
@@ -125,12 +125,12 @@ def random_controls(
         names = frozenset(costs.units[place] for place in members)
         if members and abs(spent - room) <= costs.tolerance and names not in seen:
             seen.add(names)
-            found.append(_control(f"random {len(found)}", sorted(members), "fp16", costs, target, f"seed {seed}"))
-    return tuple(found)
+            controls.append(_control(f"random {len(controls)}", sorted(members), "fp16", costs, target, f"seed {seed}"))
+    return tuple(controls)
 
 
 def pattern_controls(costs: Costs, target: int) -> tuple[Control, ...]:
-    """Sets that depend on depth alone, at the target's bytes."""
+    """Return sets that depend on depth alone, at the target's bytes."""
     n = len(costs.units)
     middle = (n + 1) // 2
     ends = [place for pair in zip(range(n), reversed(range(n)), strict=True) for place in pair]
@@ -152,7 +152,7 @@ def pattern_controls(costs: Costs, target: int) -> tuple[Control, ...]:
 
 
 def scored_control(name: str, scores: Sequence[float], costs: Costs, target: int) -> Control:
-    """The units with the highest scores in 16 bit, at the target's bytes.
+    """Return the units with the highest scores in 16 bit, at the target's bytes.
 
     Args:
         name: what the scores are.
@@ -171,21 +171,21 @@ def scored_control(name: str, scores: Sequence[float], costs: Costs, target: int
 
 
 def uniform_controls(costs: Costs, target: int) -> tuple[Control, ...]:
-    """More bits for all units (at their own bytes), and for as many, evenly spread, as the target's bytes pay.
+    """Return more bits for all units (at their own bytes), and for as many, evenly spread, as the target's bytes pay.
 
     Where they pay for all, the two are one.
     """
     between = {kind for options in costs.bytes_.values() for kind in options} - {"fp16"}
     between = {kind for kind in between if all(kind in options for options in costs.bytes_.values())}
     grid, n = bits_of_precision(costs.quantized), len(costs.units)
-    found = []
+    controls = []
     for kind in sorted((kind for kind in between if bits_of_precision(kind) > grid), key=bits_of_precision):
-        found.append(_control(f"uniform {kind}", range(n), kind, costs, target, f"all units in {kind}"))
+        controls.append(_control(f"uniform {kind}", range(n), kind, costs, target, f"all units in {kind}"))
         why = f"{kind} instead of {costs.quantized} for evenly spread units"
         spread = _nearest(f"spread {kind}", _spread(range(n)), n, kind, costs, target, why)
         if len(spread.precisions) < n:
-            found.append(spread)
-    return tuple(found)
+            controls.append(spread)
+    return tuple(controls)
 
 
 def _prefix(order: Sequence[int]) -> Sets:
@@ -193,17 +193,17 @@ def _prefix(order: Sequence[int]) -> Sets:
 
 
 def _spread(members: Sequence[int]) -> Sets:
-    """As many members as asked for (or all), in the middles of equal stretches."""
+    """Return sets of as many members as there are to be (or all), in the middles of equal stretches."""
 
-    def chosen(count: int) -> list[int]:
+    def middles(count: int) -> list[int]:
         taken = min(count, len(members))
         return [members[(2 * i + 1) * len(members) // (2 * taken)] for i in range(taken)]
 
-    return chosen
+    return middles
 
 
 def _nearest(name: str, sets: Sets, most: int, kind: Precision, costs: Costs, target: int, why: str) -> Control:
-    """The member of a family with the bytes nearest to the target, the smaller of equals."""
+    """Return the member of a family with the bytes nearest to the target, the smaller of equals."""
     options = [_control(name, sets(count), kind, costs, target, why) for count in range(most + 1)]
     return min(options, key=lambda control: (abs(control.difference), control.bytes_))
 
@@ -213,8 +213,8 @@ def _control(name: str, places: Sequence[int], kind: Precision, costs: Costs, ta
     total = costs.total(precisions)
     difference = total - target
     matched = abs(difference) <= costs.tolerance
-    said = "" if not difference else f"; {abs(difference)} bytes {'more' if difference > 0 else 'fewer'} than the plan"
+    off = "" if not difference else f"; {abs(difference)} bytes {'more' if difference > 0 else 'fewer'} than the plan"
     limit = "" if matched else f", beyond half of the smallest unit ({costs.tolerance:.0f})"
     return Control(
-        name=name, precisions=precisions, bytes_=total, difference=difference, matched=matched, why=why + said + limit
+        name=name, precisions=precisions, bytes_=total, difference=difference, matched=matched, why=why + off + limit
     )

@@ -1,4 +1,8 @@
-"""What a plan costs in bytes: of a matrix, a unit, a layer, a checkpoint; and its 16-bit channels. No torch."""
+"""What a plan costs in bytes: of a matrix, a unit, a layer, a checkpoint, and of its 16-bit channels. No torch.
+
+The bytes of a model are a table, `LayerBytes`: a row for every precision (`fp16`, `quantized` for the grid's own,
+`int8`, …) and one for every fusion group in it (`int8.down`), with a column for every layer.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +11,30 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
-from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, bits_of_precision, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, Unit, bits_of_precision, precision_of_bits
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.quantize.grid_rules import column_bytes, group_count, has_columns, misfit
 from quant_fairness_plugin.quantize.selection import Modules, Selection, select_modules
 
+SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
 WIDER: tuple[Precision, ...] = ("int3", "int4", "int5", "int8")
 """More bits for everything: what the bytes of a protected layer could buy instead, where the grid has fewer."""
-
-
-def layer_costs(loaded: Modules, grid: Grid) -> Costs:
-    """Bytes of every whole layer on the grid, with more bits, and in 16 bit."""
-    wider = tuple(kind for kind in WIDER if bits_of_precision(kind) > grid.bits)
-    sizes, other = count_bytes(loaded, grid, wider)
-    rows: dict[Precision, tuple[int, ...]] = {precision_of_bits(grid.bits): sizes["quantized"]}
-    rows |= {kind: sizes[kind] for kind in (*wider, "fp16")}
-    table = {f"layers.{layer}": {kind: row[layer] for kind, row in rows.items()} for layer in range(loaded.layers)}
-    return Costs(table, precision_of_bits(grid.bits), other)
-
-
-SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
-
-
 NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
 
-
 LayerBytes = dict[str, tuple[int, ...]]
-
-
 Shape = tuple[int, int]
 """Rows and columns of a weight."""
 
 
-def quantized_bytes(shapes: Sequence[Shape], grid: Grid) -> int:
-    """Bytes of the packed weights of a fusion group with their scales, and zero points where the grid has them.
+def dense_bytes(shapes: Iterable[Shape]) -> int:
+    """Return the bytes of weights in 16 bit."""
+    return sum(2 * rows * cols for rows, cols in shapes)
 
-    A group that the grid does not fit in one of its weights keeps 16 bit as a whole, as it does in the checkpoint.
+
+def quantized_bytes(shapes: Sequence[Shape], grid: Grid) -> int:
+    """Return the bytes of a fusion group's packed weights with their scales, and zero points where the grid has them.
+
+    A group that the grid does not fit in one of its weights stays in 16 bit as a whole, as it does in the checkpoint.
     """
     if any(misfit(grid, *shape) is not None for shape in shapes):
         return dense_bytes(shapes)
@@ -55,9 +47,35 @@ def _packed_bytes(rows: int, cols: int, grid: Grid) -> int:
     return rows * cols * grid.bits // 8 + rows * groups * SCALE_BYTES + zero_points
 
 
-def dense_bytes(shapes: Iterable[Shape]) -> int:
-    """Bytes of weights in 16 bit."""
-    return sum(2 * rows * cols for rows, cols in shapes)
+def count_bytes(loaded: Modules, grid: Grid, precisions: Sequence[Precision] = ()) -> tuple[LayerBytes, int]:
+    """Return the table of the bytes of each layer's linear weights, and the bytes of everything else.
+
+    Args:
+        loaded: the model.
+        grid: the grid of what is quantized.
+        precisions: what else to count, beside `fp16`, the grid and `int8`.
+    """
+    grids = {"quantized": grid, "int8": replace(grid, bits=8)}
+    grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
+    costs: dict[str, Callable[[Sequence[Shape]], int]] = {"fp16": dense_bytes}
+    costs |= {kind: partial(quantized_bytes, grid=of_kind) for kind, of_kind in grids.items()}
+    shapes = {
+        unit.name: [
+            [loaded.matrix(f"{loaded.family.blocks}.{layer}.{module}") for module in unit.modules]
+            for layer in range(loaded.layers)
+        ]
+        for unit in loaded.family.units
+    }
+    table: LayerBytes = {}
+    for kind, cost in costs.items():
+        groups = {f"{kind}.{name}": tuple(map(cost, layers)) for name, layers in shapes.items()}
+        table |= {kind: tuple(map(sum, zip(*groups.values(), strict=True)))} | groups
+    return table, 2 * loaded.parameters - sum(table["fp16"])
+
+
+def has_bytes(layer_bytes: LayerBytes, unit: str) -> bool:
+    """Return whether a table can price a unit: a layer or a fusion group, nothing around the layers and no norm."""
+    return Unit.is_name(unit) and _row("fp16", Unit.parse(unit).group) in layer_bytes
 
 
 def plan_bytes(
@@ -68,57 +86,39 @@ def plan_bytes(
     *,
     quantized: Precision = "int4",
 ) -> int:
-    """Bytes of the whole checkpoint's tensors under a plan.
+    """Return the bytes of the whole checkpoint's tensors under a plan.
 
     Args:
         layer_bytes: the table, as in `SweepReport`.
         other: bytes of everything that is never quantized.
         protected: layers that are 16 bit as a whole.
         overrides: other precisions of layers and units, as in `ProtectionPlan.overrides`; all else is on the grid.
-        quantized: the grid's own precision.
+        quantized: the grid's precision.
 
     Raises:
         ConfigError: the table has no row for an override (an older sweep, or no unit of the model).
     """
-    keep = set(protected)
+    dense = set(protected)
+    by_unit = {Unit.parse(name): "quantized" if kind == quantized else kind for name, kind in overrides.items()}
     costs = [
-        layer_bytes["fp16"][layer] if layer in keep else _layer_cost(layer_bytes, layer, overrides, quantized)
+        layer_bytes["fp16"][layer] if layer in dense else _layer_cost(layer_bytes, layer, by_unit)
         for layer in range(len(layer_bytes["fp16"]))
     ]
     return other + sum(costs)
 
 
-def placed(choice: Mapping[str, Precision]) -> tuple[tuple[int, ...], dict[str, Precision]]:
-    """A choice as `plan_bytes` takes it: layers that are wholly in 16 bit, and precisions of what is elsewhere.
-
-    Args:
-        choice: `layers.3` or `layers.3.down` → precision. A unit of a layer that is 16 bit as a whole does not count.
-    """
-    keep = sorted(int(name.split(".")[1]) for name, kind in choice.items() if name.count(".") == 1 and kind == "fp16")
-    return tuple(keep), {name: kind for name, kind in choice.items() if int(name.split(".")[1]) not in keep}
-
-
-def has_bytes(layer_bytes: LayerBytes, unit: str) -> bool:
-    """Whether a table can price a unit: a layer or a fusion group, nothing around the layers and no norm."""
-    _, _, rest = unit.partition(".")
-    _, _, group = rest.partition(".")
-    return unit.startswith("layers.") and (f"fp16.{group}" if group else "fp16") in layer_bytes
-
-
-def _layer_cost(layer_bytes: LayerBytes, layer: int, overrides: Mapping[str, Precision], quantized: Precision) -> int:
-    whole = _row(overrides.get(f"layers.{layer}", quantized), quantized)
-    cost = _bytes(layer_bytes, whole, layer)
-    prefix = f"layers.{layer}."
-    for name, precision in overrides.items():
-        if name.startswith(prefix):
-            unit = name.removeprefix(prefix)
-            cost += _bytes(layer_bytes, f"{_row(precision, quantized)}.{unit}", layer)
-            cost -= _bytes(layer_bytes, f"{whole}.{unit}", layer)
+def _layer_cost(layer_bytes: LayerBytes, layer: int, overrides: Mapping[Unit, str]) -> int:
+    whole = overrides.get(Unit(layer), "quantized")
+    cost = _bytes(layer_bytes, _row(whole), layer)
+    for unit, kind in overrides.items():
+        if unit.layer == layer and unit.group is not None:
+            cost += _bytes(layer_bytes, _row(kind, unit.group), layer)
+            cost -= _bytes(layer_bytes, _row(whole, unit.group), layer)
     return cost
 
 
-def _row(precision: Precision, quantized: Precision) -> str:
-    return "quantized" if precision == quantized else precision
+def _row(kind: str, group: str | None = None) -> str:
+    return kind if group is None else f"{kind}.{group}"
 
 
 def _bytes(layer_bytes: LayerBytes, row: str, layer: int) -> int:
@@ -130,45 +130,16 @@ def _bytes(layer_bytes: LayerBytes, row: str, layer: int) -> int:
     return layer_bytes[row][layer]
 
 
-def with_columns(plan: ProtectionPlan, loaded: Modules, share: float) -> ProtectionPlan:
-    """The plan with a share of the input channels of what it quantizes in 16 bit, their bytes and a reason added."""
-    if not share:
-        return plan
-    selected = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
-    cost = _cost(selected, loaded, share)
-    return replace(
-        plan,
-        protect_columns=share,
-        extra_bytes=plan.extra_bytes + cost,
-        overhead=round((plan.extra_bytes + cost) / _floor(loaded, plan.grid), 6),
-        reasons=(*plan.reasons, f"{100 * share:.3g}% of the input channels of each quantized module: {cost} bytes"),
-    )
+def layers_and_overrides(precisions: Mapping[str, Precision]) -> tuple[tuple[int, ...], dict[str, Precision]]:
+    """Return a plan as `plan_bytes` takes it: layers that are wholly in 16 bit, and precisions of what is elsewhere.
 
-
-def layers_budget(loaded: Modules, grid: Grid, share: float, max_overhead: float) -> float:
-    """What is left of a budget for layers, if everything is quantized but a share of the input channels.
-
-    Raises:
-        ConfigError: nothing is.
+    Args:
+        precisions: `layers.3` or `layers.3.down` → precision. A unit of a layer that is 16 bit as a whole does not
+            count.
     """
-    if not share:
-        return max_overhead
-    cost = _cost(select_modules(loaded, grid), loaded, share) / _floor(loaded, grid)
-    if cost > max_overhead:
-        raise ConfigError(
-            f"protect_columns {share:g} alone costs {cost:.1%} extra bytes, more than max_overhead {max_overhead:.1%}; "
-            "protect fewer columns, or raise the budget"
-        )
-    return max_overhead - cost
-
-
-def _cost(selected: Selection, loaded: Modules, share: float) -> int:
-    names = [name for name in selected.modules if has_columns(selected.grids[name], share)]
-    return sum(column_bytes(*loaded.matrix(name), share) for name in names)
-
-
-def _floor(loaded: Modules, grid: Grid) -> int:
-    return plan_bytes(*count_bytes(loaded, grid), ())
+    units = {name: Unit.parse(name) for name in precisions}
+    dense = sorted(unit.layer for name, unit in units.items() if unit.group is None and precisions[name] == "fp16")
+    return tuple(dense), {name: kind for name, kind in precisions.items() if units[name].layer not in dense}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +154,7 @@ class Disk:
 
 
 def count_disk(outline: Modules, grid: Grid, protected: Sequence[int]) -> Disk:
-    """The sizes under a plan that protects some layers."""
+    """Return the sizes under a plan that protects some layers."""
     table, other = count_bytes(outline, grid)
     return Disk(
         plan=plan_bytes(table, other, protected),
@@ -192,34 +163,45 @@ def count_disk(outline: Modules, grid: Grid, protected: Sequence[int]) -> Disk:
     )
 
 
-def count_bytes(
-    loaded: Modules, grid: Grid, precisions: Sequence[Precision] = ()
-) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Bytes of each layer's linear weights, whole and by unit (see `sizes`), and the bytes of everything else.
+def with_columns(plan: ProtectionPlan, loaded: Modules, share: float) -> ProtectionPlan:
+    """Return the plan with a share of the input channels of what it quantizes in 16 bit, their bytes and a reason."""
+    if not share:
+        return plan
+    selected = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
+    cost = _columns_cost(selected, loaded, share)
+    return replace(
+        plan,
+        protect_columns=share,
+        extra_bytes=plan.extra_bytes + cost,
+        overhead=round((plan.extra_bytes + cost) / _all_quantized(loaded, plan.grid), 6),
+        reasons=(*plan.reasons, f"{100 * share:.3g}% of the input channels of each quantized module: {cost} bytes"),
+    )
 
-    Args:
-        loaded: the model.
-        grid: the grid of what is quantized.
-        precisions: what else to count, besides `fp16`, the grid and `int8`.
+
+def layers_budget(loaded: Modules, grid: Grid, share: float, max_overhead: float) -> float:
+    """Return what is left of a budget for layers, if everything is quantized but a share of the input channels.
+
+    Raises:
+        ConfigError: nothing is.
     """
-    grids = {"quantized": grid, "int8": replace(grid, bits=8)}
-    grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
-    costs: dict[str, Callable[[Sequence[Shape]], int]] = {
-        "fp16": dense_bytes,
-        **{kind: partial(quantized_bytes, grid=own) for kind, own in grids.items()},
-    }
-    sizes: dict[str, tuple[int, ...]] = {}
-    by_unit = {
-        unit.name: [
-            [loaded.matrix(f"{loaded.family.blocks}.{layer}.{module}") for module in unit.modules]
-            for layer in range(loaded.layers)
-        ]
-        for unit in loaded.family.units
-    }
-    for kind, cost in costs.items():
-        own = {f"{kind}.{name}": tuple(map(cost, layers)) for name, layers in by_unit.items()}
-        sizes |= {kind: tuple(map(sum, zip(*own.values(), strict=True)))} | own
-    return sizes, 2 * loaded.parameters - sum(sizes["fp16"])
+    if not share:
+        return max_overhead
+    cost = _columns_cost(select_modules(loaded, grid), loaded, share) / _all_quantized(loaded, grid)
+    if cost > max_overhead:
+        raise ConfigError(
+            f"protect_columns {share:g} alone costs {cost:.1%} extra bytes, more than max_overhead {max_overhead:.1%}; "
+            "protect fewer columns, or raise the budget"
+        )
+    return max_overhead - cost
+
+
+def _columns_cost(selected: Selection, loaded: Modules, share: float) -> int:
+    names = [name for name in selected.modules if has_columns(selected.grids[name], share)]
+    return sum(column_bytes(*loaded.matrix(name), share) for name in names)
+
+
+def _all_quantized(loaded: Modules, grid: Grid) -> int:
+    return plan_bytes(*count_bytes(loaded, grid), ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +230,7 @@ class Costs:
 
     @property
     def tolerance(self) -> float:
-        """Half of what the cheapest unit costs to protect: no set of whole units can be told to come nearer."""
+        """Half of what the cheapest unit costs to protect: no set of whole units comes nearer for certain."""
         return min(options["fp16"] - options[self.quantized] for options in self.bytes_.values()) / 2
 
     def total(self, precisions: Mapping[str, Precision]) -> int:
@@ -263,3 +245,13 @@ class Costs:
         return self.other_bytes + sum(
             options[precisions.get(unit, self.quantized)] for unit, options in self.bytes_.items()
         )
+
+
+def layer_costs(loaded: Modules, grid: Grid) -> Costs:
+    """Return the bytes of every whole layer on the grid, with more bits, and in 16 bit."""
+    quantized = precision_of_bits(grid.bits)
+    wider = tuple(kind for kind in WIDER if bits_of_precision(kind) > grid.bits)
+    sizes, other = count_bytes(loaded, grid, wider)
+    rows = {quantized: sizes["quantized"]} | {kind: sizes[kind] for kind in (*wider, "fp16")}
+    table = {str(Unit(layer)): {kind: row[layer] for kind, row in rows.items()} for layer in range(loaded.layers)}
+    return Costs(table, quantized, other)

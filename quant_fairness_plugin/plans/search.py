@@ -1,4 +1,4 @@
-"""Looks for a good set of units to protect where all sets are too many, by evaluating sets. Step 4, plain data.
+"""Search for a good set of units to protect where all sets are too many, by evaluating sets. Plain data.
 
 A generation is all sets of one size that are compared; each is scored for real, in one walk, and the best of them are
 changed by one unit for the next.
@@ -14,17 +14,17 @@ from typing import Literal, get_args
 
 from quant_fairness_plugin.artifacts import Combinations, SearchMethod, SearchRecord, StateScores
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS, SweptPlan
+from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS, Plan
 
 Units = tuple[str, ...]
 SearchObjective = Literal["worst", "mean"]
-Evaluate = Callable[[Sequence[SweptPlan]], Mapping[str, StateScores]]
+Evaluate = Callable[[Sequence[Plan]], Mapping[str, StateScores]]
 """Plans → the scores of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """How to look for a set of units."""
+    """How to search for a set of units."""
 
     method: SearchMethod
     size: int = 3
@@ -45,8 +45,8 @@ class Search:
             )
 
     @property
-    def kept(self) -> int:
-        """Sets that are changed for the next generation."""
+    def survivors(self) -> int:
+        """Sets of a generation that are changed for the next one."""
         return self.width if self.method == "beam" else 1
 
     def check(self, units: int) -> None:
@@ -60,10 +60,10 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchResult:
     """What a search evaluated."""
 
-    plans: tuple[SweptPlan, ...]
+    plans: tuple[Plan, ...]
     """Those that were not evaluated before, in the order of their evaluation."""
     scores: dict[str, StateScores]
     """Of these plans."""
@@ -78,10 +78,10 @@ def search_sets(
     *,
     languages: Sequence[str],
     most: int = MOST_COMBINATIONS,
-) -> Found:
-    """Look for the set of `search.size` units whose protection leaves the least damage.
+) -> SearchResult:
+    """Search for the set of `search.size` units whose protection leaves the least damage.
 
-    Sets that were evaluated before are compared along with those that the search asks for.
+    Sets that were evaluated before are compared along with those that the search evaluates.
 
     Args:
         search: how.
@@ -95,49 +95,49 @@ def search_sets(
         ConfigError: a set of all units.
     """
     search.check(len(units))
-    scores, plans, counts = dict(known), list[SweptPlan](), dict[int, Combinations]()
-    kept, change, sizes = [units], _without_one, range(len(units) - 1, search.size - 1, -1)
+    scores, plans, counts = dict(known), list[Plan](), dict[int, Combinations]()
+    parents, change, sizes = [units], _without_one, range(len(units) - 1, search.size - 1, -1)
     if search.method != "backward":
-        kept = _best([(unit,) for unit in units], scores, search, languages)
+        parents = _best([(unit,) for unit in units], scores, search, languages)
         change, sizes = _with_one_more, range(2, search.size + 1)
     for size in sizes:
-        candidates = list(dict.fromkeys(chain.from_iterable(change(chosen, units) for chosen in kept)))
-        missing = [SweptPlan("protect-one", chosen) for chosen in candidates if chosen not in scores]
+        children = list(dict.fromkeys(chain.from_iterable(change(parent, units) for parent in parents)))
+        missing = [Plan("protect-one", child) for child in children if child not in scores]
         for start in range(0, len(missing), most):
             some = missing[start : start + most]
-            found = evaluate(some)
-            scores |= {plan.units: found[plan.name] for plan in some}
+            result = evaluate(some)
+            scores |= {plan.units: result[plan.name] for plan in some}
         plans += missing
-        compared = [chosen for chosen in scores if len(chosen) == size]
+        compared = [subset for subset in scores if len(subset) == size]
         counts[size] = Combinations(evaluated=len(compared), possible=comb(len(units), size))
-        kept = _best(compared, scores, search, languages)
+        parents = _best(compared, scores, search, languages)
     record = SearchRecord(
         method=search.method,
-        width=search.kept,
+        width=search.survivors,
         size=search.size,
         objective=search.objective,
         combinations=counts,
-        best=kept[0],
+        best=parents[0],
     )
-    return Found(tuple(plans), {plan.name: scores[plan.units] for plan in plans}, record)
+    return SearchResult(tuple(plans), {plan.name: scores[plan.units] for plan in plans}, record)
 
 
 def _best(
     candidates: Iterable[Units], scores: Mapping[Units, StateScores], search: Search, languages: Sequence[str]
 ) -> list[Units]:
-    """The sets with the least damage. KL is defined for collapsed states, too."""
+    """Return the sets with the least damage. KL is defined for collapsed states, too."""
 
-    def damage(chosen: Units) -> float:
-        rows = [scores[chosen].languages[language] for language in languages]
-        found = [sum(row.kl_nats) / sum(row.bytes_) for row in rows]
-        return max(found) if search.objective == "worst" else sum(found)
+    def damage(subset: Units) -> float:
+        rows = [scores[subset].languages[language] for language in languages]
+        values = [sum(row.kl_nats) / sum(row.bytes_) for row in rows]
+        return max(values) if search.objective == "worst" else sum(values)
 
-    return sorted(candidates, key=lambda chosen: (damage(chosen), chosen))[: search.kept]
-
-
-def _with_one_more(chosen: Units, units: Units) -> list[Units]:
-    return [tuple(u for u in units if u in chosen or u == new) for new in units if new not in chosen]
+    return sorted(candidates, key=lambda subset: (damage(subset), subset))[: search.survivors]
 
 
-def _without_one(chosen: Units, units: Units) -> list[Units]:
-    return [tuple(unit for unit in chosen if unit != old) for old in chosen]
+def _with_one_more(subset: Units, units: Units) -> list[Units]:
+    return [tuple(u for u in units if u in subset or u == new) for new in units if new not in subset]
+
+
+def _without_one(subset: Units, units: Units) -> list[Units]:
+    return [tuple(unit for unit in subset if unit != old) for old in subset]

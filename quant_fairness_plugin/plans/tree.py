@@ -1,4 +1,4 @@
-"""Which model states a set of plans needs: plans merged into a tree of prefixes. Step 4 (sweep). Plain data, no torch.
+"""Which model states a set of plans needs: plans merged into a tree of prefixes. Plain data, no torch.
 
 The hidden state after layer j depends only on the precisions of what comes before. Plans that agree up to there share
 it, so the engine runs every *node* of the tree once instead of every plan from the beginning. A stage is a place where
@@ -43,7 +43,7 @@ class StateTree:
     """State → index of its node in the last stage. Equal states share one."""
 
     def by_variant(self, stage: int) -> dict[Variant, tuple[int, ...]]:
-        """The nodes of a stage that run with the same weights: variant → their indices."""
+        """Return the nodes of a stage that run with the same weights: variant → their indices."""
         groups: dict[Variant, list[int]] = {}
         for index, node in enumerate(self.stages[stage]):
             groups.setdefault(node.variant, []).append(index)
@@ -81,5 +81,5 @@ def build_tree(states: Sequence[State], stages: Sequence[Sequence[str]]) -> Stat
 
 
 def _variant(state: State, units: Sequence[str]) -> Variant:
-    chosen = ((unit, state.precisions[unit]) for unit in units if unit in state.precisions)
-    return tuple(sorted((unit, precision) for unit, precision in chosen if precision != "fp16"))
+    members = ((unit, state.precisions[unit]) for unit in units if unit in state.precisions)
+    return tuple(sorted((unit, precision) for unit, precision in members if precision != "fp16"))

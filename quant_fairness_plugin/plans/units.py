@@ -1,6 +1,6 @@
-"""What a sweep can give a precision to: fusion groups, biases and norms of a layer, and what stands around the layers.
+"""What a plan can give a precision to: fusion groups, biases and norms of a layer, and what stands around the layers.
 
-Step 4 (sweep). Maps unit names to the parameters of a model; nothing is read or changed.
+Maps the names of units to the parameters of a model; nothing is read or changed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quant_fairness_plugin.artifacts import Precision
+from quant_fairness_plugin.artifacts import Grid, Precision, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 EMBEDDINGS, POSITIONS, FINAL_NORM, HEAD = "embeddings", "positions", "final_norm", "head"
 BIASES, NORMS = "biases", "norms"
 """Of one layer: `layers.3.biases`. Real checkpoints keep both in 16 bit; a sweep can simulate what that is worth."""
+AROUND = (EMBEDDINGS, POSITIONS, BIASES, NORMS, FINAL_NORM, HEAD)
+"""What further plans can quantize, by name. `biases` and `norms` are those of all layers at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +39,42 @@ class UnitMap:
         """Number of layers."""
         return len(self.stages) - 2
 
+    def group_names(self) -> tuple[str, ...]:
+        """Return the fusion groups of all layers by full name, in forward order."""
+        return tuple(str(Unit(layer, group)) for layer in range(self.layers) for group in self.groups)
+
     def expanded(self, precisions: Mapping[str, Precision]) -> dict[str, Precision]:
-        """The same choice with whole layers (`layers.3`) spelled out as their fusion groups; single units win.
+        """Return the same precisions with whole layers (`layers.3`) replaced by their fusion groups.
 
         Raises:
             ConfigError: a unit that the model does not have.
         """
-        found: dict[str, Precision] = {}
-        for unit, precision in sorted(precisions.items(), key=lambda item: item[0].count(".")):
-            whole = unit.count(".") == 1 and unit.startswith("layers.")
-            for name in (f"{unit}.{group}" for group in self.groups) if whole else (unit,):
-                if name not in self.parameters:
+        result: dict[str, Precision] = {}
+        # Layers first: where a layer and one of its groups are named, the group's precision wins.
+        for name, precision in sorted(precisions.items(), key=lambda item: not is_layer(item[0])):
+            for unit in (f"{name}.{group}" for group in self.groups) if is_layer(name) else (name,):
+                if unit not in self.parameters:
                     raise ConfigError(
-                        f"{unit!r} is no unit of the model; use layers.0 to layers.{self.layers - 1}, one of their "
-                        f"parts ({', '.join((*self.groups, BIASES, NORMS))}), or "
-                        f"{', '.join(unit for stage in (self.stages[0], self.stages[-1]) for unit in stage)}"
+                        f"the model has no {name!r}; use layers.0 to layers.{self.layers - 1}, one of their parts "
+                        f"({', '.join((*self.groups, BIASES, NORMS))}), or "
+                        f"{', '.join(other for stage in (self.stages[0], self.stages[-1]) for other in stage)}"
                     )
-                found[name] = precision
-        return found
+                result[unit] = precision
+        return result
+
+
+def is_layer(name: str) -> bool:
+    """Return whether a unit is a whole layer."""
+    return Unit.is_name(name) and Unit.parse(name).group is None
 
 
 def map_units(loaded: LoadedModel) -> UnitMap:
-    """Find the parameters of every unit of a model."""
+    """Return the parameters of every unit of a model."""
     return name_units(loaded.family, loaded.layers, [name for name, _ in loaded.model.named_parameters()])
 
 
 def name_units(family: Family, layers: int, parameters: Iterable[str]) -> UnitMap:
-    """The units of a model of which only the names are known.
+    """Return the units of a model of which only the names are known.
 
     Args:
         family: its family map.
@@ -76,33 +87,97 @@ def name_units(family: Family, layers: int, parameters: Iterable[str]) -> UnitMa
     for name in parameters:
         prefix = ".".join(name.split(".")[:depth]) + "."
         inside.get(prefix, outside).append(name)
-    around = _around(family, outside)
+    around = _around_layers(family, outside)
     entry = tuple(unit for unit in (EMBEDDINGS, POSITIONS) if unit in around)
     leave = tuple(unit for unit in (FINAL_NORM, HEAD) if unit in around)
-    found, blocks = dict(around), []
+    units, blocks = dict(around), []
     for layer, (prefix, names) in enumerate(inside.items()):
-        own = _of_layer(family, layer, prefix, names)
-        found |= own
-        blocks.append(tuple(own))
-    return UnitMap(found, (entry, *blocks, leave), tuple(unit.name for unit in family.units))
+        parts = _in_layer(family, Unit(layer), prefix, names)
+        units |= parts
+        blocks.append(tuple(parts))
+    return UnitMap(units, (entry, *blocks, leave), tuple(unit.name for unit in family.units))
 
 
-def _around(family: Family, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _around_layers(family: Family, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     embeddings = [f"{name}.weight" for name in family.embeddings]
-    found = {EMBEDDINGS: tuple(embeddings[:1]), HEAD: (f"{family.head}.weight",)}
+    units = {EMBEDDINGS: tuple(embeddings[:1]), HEAD: (f"{family.head}.weight",)}
     if embeddings[1:]:
-        found[POSITIONS] = tuple(embeddings[1:])
+        units[POSITIONS] = tuple(embeddings[1:])
     if family.final_norm is not None:
-        found[FINAL_NORM] = tuple(name for name in names if name.startswith(f"{family.final_norm}."))
-    return found
+        units[FINAL_NORM] = tuple(name for name in names if name.startswith(f"{family.final_norm}."))
+    return units
 
 
-def _of_layer(family: Family, layer: int, prefix: str, others: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    found = {
-        f"layers.{layer}.{unit.name}": tuple(f"{prefix}{module}.weight" for module in unit.modules)
-        for unit in family.units
+def _in_layer(family: Family, layer: Unit, prefix: str, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    groups = {
+        str(layer.part(group.name)): tuple(f"{prefix}{module}.weight" for module in group.modules)
+        for group in family.units
     }
-    weights = {name for names in found.values() for name in names}
-    biases = tuple(name for name in others if name.endswith(".bias"))
-    norms = tuple(name for name in others if name not in weights and name not in biases)
-    return found | {f"layers.{layer}.{kind}": names for kind, names in ((BIASES, biases), (NORMS, norms)) if names}
+    weights = {name for members in groups.values() for name in members}
+    biases = tuple(name for name in names if name.endswith(".bias"))
+    norms = tuple(name for name in names if name not in weights and name not in biases)
+    vectors = {str(layer.part(kind)): members for kind, members in ((BIASES, biases), (NORMS, norms))}
+    return groups | {unit: members for unit, members in vectors.items() if members}
+
+
+def check_around_names(names: Sequence[str]) -> None:
+    """Refuse names of what stands around the layers that no model has.
+
+    Raises:
+        ConfigError: an unknown name, or one twice.
+    """
+    for number, name in enumerate(names):
+        if name not in AROUND or name in names[:number]:
+            problem = "listed twice" if name in AROUND else "not around the layers"
+            raise ConfigError(f"{name!r} is {problem}; use {', '.join(AROUND)}, each once")
+
+
+def around_units(names: Sequence[str], units: UnitMap) -> dict[str, tuple[str, ...]]:
+    """Return the model's units that each name stands for; `biases` are those of every layer.
+
+    Raises:
+        ConfigError: an unknown name, one twice, or something that the model does not have.
+    """
+    check_around_names(names)
+    members = {name: _members(name, units) for name in AROUND}
+    for name in names:
+        if not members[name]:
+            existing = ", ".join(other for other in AROUND if members[other])
+            raise ConfigError(f"the model has no {name} of its own; use {existing}, or leave it out")
+    return {name: members[name] for name in names}
+
+
+def _members(name: str, units: UnitMap) -> tuple[str, ...]:
+    candidates = [str(Unit(layer, name)) for layer in range(units.layers)] if name in (BIASES, NORMS) else [name]
+    return tuple(unit for unit in candidates if units.parameters.get(unit))
+
+
+def check_around(names: Sequence[str], units: UnitMap, shapes: Mapping[str, tuple[int, ...]], grid: Grid) -> None:
+    """Refuse what the model does not have, and tables that the grid's groups do not divide.
+
+    Args:
+        names: what is to be quantized as well.
+        units: the model's units.
+        shapes: parameter → shape; that of a tied head may be missing, it is the embeddings'.
+        grid: the grid.
+
+    Raises:
+        ConfigError: as said.
+    """
+    for name, members in around_units(names, units).items():
+        for parameter in (parameter for unit in members for parameter in units.parameters[unit]):
+            tied = units.parameters[EMBEDDINGS][0] if name == HEAD else parameter
+            check_table(parameter, shapes.get(parameter, shapes.get(tied, ())), grid, what=name)
+
+
+def check_table(parameter: str, shape: Sequence[int], grid: Grid, *, what: str) -> None:
+    """Refuse a table of tokens or positions whose rows the grid's groups do not divide; vectors have one scale.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if len(shape) == 2 and grid.group_size != -1 and shape[1] % grid.group_size:
+        raise ConfigError(
+            f"{what}: {parameter} has rows of {shape[1]} values, which groups of {grid.group_size} do not divide; use "
+            "a group size that does, or -1"
+        )

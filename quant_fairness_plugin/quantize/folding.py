@@ -1,4 +1,4 @@
-"""Where the input scale of a fusion group can go without changing what the model computes. Step 6 (quantize), AWQ.
+"""Where the input scale of a fusion group can go without changing what the model computes. For AWQ.
 
 AWQ multiplies the input channels of a weight by a scale, and whatever produces these inputs must be divided by it: the
 norm in front, or a linear module whose output reaches them through nothing but products (up → down of a gated MLP,
@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.model.architectures import FOLDS, Fold
-from quant_fairness_plugin.model.families import KNOWN_FAMILIES
+from quant_fairness_plugin.model.architectures import Fold, known_families
 from quant_fairness_plugin.model.linear import is_linear, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.grid import SMALLEST_SCALE, QuantizedTensor
@@ -29,32 +28,34 @@ HOMOGENEOUS = frozenset({"relu"})
 
 
 def model_folds(loaded: LoadedModel) -> dict[str, Fold]:
-    """Fusion group → fold, for those groups of the model whose input scale can be folded away exactly.
+    """Return fusion group → fold, for those groups of the model whose input scale can be folded away exactly.
 
     Raises:
         UnsupportedModelError: an architecture whose norms and activations are not known.
     """
     kind = str(loaded.model.config.model_type)
-    if loaded.family.generic or kind not in FOLDS:
+    architecture = loaded.family.architecture
+    # Of another `model_type` with blocks of this structure, it is not known what its norms and activations compute.
+    if kind not in architecture.families or not architecture.folds:
         raise UnsupportedModelError(
             f"{kind}: it is not known where AWQ's scales can be folded in this architecture; method 'awq' works with "
-            f"{', '.join(KNOWN_FAMILIES)}. Use method 'gptq' or 'rtn'"
+            f"{', '.join(known_families())}. Use method 'gptq' or 'rtn'"
         )
-    return {fold.unit: fold for fold in FOLDS[kind] if _exact(loaded, fold)}
+    return {fold.unit: fold for fold in architecture.folds if _exact(loaded, fold)}
 
 
 def _exact(loaded: LoadedModel, fold: Fold) -> bool:
-    """Whether dividing the source and multiplying the unit changes nothing in this very model."""
+    """Return whether dividing the source and multiplying the unit changes nothing in this very model."""
     block, config = loaded.block(0), loaded.model.config
     source = block.get_submodule(fold.source)
     if not is_linear(source):
         # Where the norm comes after the addition, its output is the next residual as well.
         after = not getattr(config, "do_layer_norm_before", True)
         return not after and not getattr(config, "apply_residual_connection_post_layernorm", False)
-    if fold.unit == "fc_out":
+    if fold.activated:
         activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
         return activation in HOMOGENEOUS
-    unit = next(unit for unit in loaded.family.units if unit.name == fold.unit)
+    unit = next(unit for unit in loaded.family.units_of(0) if unit.name == fold.unit)
     # Grouped kv heads: several input channels of o read one output channel of v.
     return len(linear_weight(source)) == linear_weight(block.get_submodule(unit.modules[0])).shape[1]
 
@@ -83,7 +84,7 @@ class Source:
     """The integers, where the module is quantized already."""
 
     def effective(self, scale: Tensor) -> Tensor:
-        """The scale, `[cols]`, that the source is divided by when it is asked for `scale`.
+        """Return the scale, `[cols]`, that the source is divided by where `scale` is wanted.
 
         For a norm it differs from `scale` by the rounding of the new weight, for a linear module by what its rounded
         row has in common. It is 1 for a channel that 16 bit cannot hold after the division: one that overflows, falls
@@ -109,7 +110,7 @@ class Source:
         return Folded(parameters, tensor)
 
     def _divided(self, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The rounded quotient of the source's rows, `[rows, n]`, and the scale `[rows]` that fits it best."""
+        """Return the rounded quotient of the source's rows, `[rows, n]`, and the scale `[rows]` that fits it best."""
         old = self._lead()
         wanted = scale.to(old).unsqueeze(1)
         new = (old / wanted - self.offset).to(self.dtype).float() + self.offset

@@ -1,6 +1,6 @@
 """Which linear modules a plan quantizes, and which stay in 16 bit although their layer is quantized.
 
-Known before any tensor is touched.
+Takes a loaded model, the protected layers and a grid; returns a `Selection`, before any tensor is touched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
 
-from quant_fairness_plugin.artifacts import Grid, Precision, bits_of_precision
+from quant_fairness_plugin.artifacts import Grid, Precision, Unit, bits_of_precision
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
@@ -81,25 +81,16 @@ def select_modules(
     """
     check_grid(grid)
     checked = check_layers(list(protected), loaded.layers) if protected else ()
-    _check_overrides(loaded, overrides)
+    precisions = _parse_overrides(loaded, overrides)
     units: dict[int, tuple[tuple[str, ...], ...]] = {}
     in_16_bit: dict[str, str] = {}
     grids: dict[str, Grid] = {}
     for layer in range(loaded.layers):
         if layer in checked:
             continue
-        wanted = {
-            unit.name: overrides.get(f"layers.{layer}.{unit.name}", overrides.get(f"layers.{layer}"))
-            for unit in loaded.family.units
-        }
-        by_unit = {
-            name: grid if kind is None else replace(grid, bits=bits_of_precision(kind))
-            for name, kind in wanted.items()
-            if kind != "fp16"
-        }
-        fitting, misfits = _select_units(loaded, layer, by_unit)
+        fitting, misfits = _select_units(loaded, layer, _group_grids(loaded, Unit(layer), grid, precisions))
         units[layer] = tuple(names for names, _ in fitting)
-        grids |= {name: unit_grid for names, unit_grid in fitting for name in names}
+        grids |= {name: group_grid for names, group_grid in fitting for name in names}
         in_16_bit |= misfits
     if not any(units.values()):
         name, reason = next(iter(in_16_bit.items()), ("all units", "in 16 bit by the plan"))
@@ -107,16 +98,28 @@ def select_modules(
     return Selection(units=units, kept=in_16_bit, protected=checked, grids=grids)
 
 
-def _check_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> None:
+def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[Unit, Precision]) -> dict[str, Grid]:
+    """Return the grids of a layer's fusion groups; those in 16 bit by the plan are left out."""
+    kinds = {group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in loaded.family.units}
+    return {
+        name: grid if kind is None else replace(grid, bits=bits_of_precision(kind))
+        for name, kind in kinds.items()
+        if kind != "fp16"
+    }
+
+
+def _parse_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> dict[Unit, Precision]:
     names = tuple(unit.name for unit in loaded.family.units)
-    for override in overrides:
-        _, _, rest = override.partition(".")
-        layer, _, unit = rest.partition(".")
-        if not layer.isdigit() or int(layer) >= loaded.layers or (unit and unit not in names):
+    result: dict[Unit, Precision] = {}
+    for name, precision in overrides.items():
+        unit = Unit.parse(name) if Unit.is_name(name) else None
+        if unit is None or unit.layer >= loaded.layers or unit.group not in (None, *names):
             raise ConfigError(
-                f"{override!r} is not a unit of the model; layers are 0..{loaded.layers - 1}, their units "
-                f"{', '.join(names)}. Write layers.0 or layers.0.{names[-1]}"
+                f"the model has no {name!r}; layers are 0..{loaded.layers - 1}, their units {', '.join(names)}. Write "
+                f"layers.0 or layers.0.{names[-1]}"
             )
+        result[unit] = precision
+    return result
 
 
 def _select_units(

@@ -13,7 +13,7 @@ from quant_fairness_plugin.artifacts import (
     bits_of_precision,
     precision_of_bits,
 )
-from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_bytes, placed, plan_bytes
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_bytes, layers_and_overrides, plan_bytes
 
 Choice = Mapping[str, Precision]
 """Layer (`layers.3`) or unit (`layers.3.down`) → what it gets instead of the grid's own precision."""
@@ -56,7 +56,7 @@ def plan_of(
 
 def bytes_of(report: SweepReport, choice: Choice) -> int:
     """Bytes of the whole checkpoint's tensors under a choice; with an empty one all is quantized."""
-    keep, own = placed(choice)
+    keep, own = layers_and_overrides(choice)
     quantized = precision_of_bits(report.grid.bits)
     return plan_bytes(report.layer_bytes, report.other_bytes, keep, own, quantized=quantized)
 
@@ -97,7 +97,7 @@ def _assemble(
     layer_bytes: LayerBytes,
     other_bytes: int,
 ) -> ProtectionPlan:
-    keep, own = placed(choice)
+    keep, own = layers_and_overrides(choice)
     quantized = precision_of_bits(grid.bits)
     floor = plan_bytes(layer_bytes, other_bytes, ())
     extra = plan_bytes(layer_bytes, other_bytes, keep, own, quantized=quantized) - floor

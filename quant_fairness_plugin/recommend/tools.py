@@ -1,4 +1,4 @@
-"""Step 5 to elsewhere: a plan as the configuration of another tool, for those who quantize with that tool themselves.
+"""To elsewhere: a plan as the configuration of another tool, for those who quantize with that tool themselves.
 
 Takes a plan and the model's files (weights are not read); returns text. What gptqmodel and llm-compressor get is tested
 by using it; AutoRound's, optimum's and llama.cpp's follow their documentation:
@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from quant_fairness_plugin.artifacts import ProtectionPlan
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.model.architectures import GGUF_NAMES
-from quant_fairness_plugin.model.families import Family, detect_family
+from quant_fairness_plugin.model.architectures import ARCHITECTURES
+from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.quantize.backends.rules import gptqmodel_config, llmcompressor_recipe
@@ -32,7 +32,7 @@ TOOLS: tuple[Tool, ...] = get_args(Tool)
 
 
 def check_tool(name: str) -> Tool:
-    """One of the tools that a plan can be written for.
+    """Return the name of a tool that a plan can be written for.
 
     Raises:
         ConfigError: another name.
@@ -43,7 +43,7 @@ def check_tool(name: str) -> Tool:
 
 
 def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_remote_code: bool = False) -> str:
-    """The plan as a tool's own configuration: JSON, for llm-compressor YAML, for llama.cpp command line arguments.
+    """Return the plan as a tool's configuration: JSON, for llm-compressor YAML, for llama.cpp command line arguments.
 
     Modules that the plan's grid does not fit are left in 16 bit, as an export of ours would leave them.
 
@@ -63,49 +63,48 @@ def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_
 
     if plan.layers != files.layers:
         raise ConfigError(
-            f"the plan is for {plan.layers} layers, {files.name} has {files.layers}; give the plan's own model "
+            f"the plan is for {plan.layers} layers, {files.name} has {files.layers}; give the plan's model "
             f"({plan.model}) with --model"
         )
     model = empty_model(files, trust_remote_code=trust_remote_code)
-    family = detect_family(model)
     outline = outline_model(files, trust_remote_code=trust_remote_code)
+    family = outline.family
     selection = select_modules(outline, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
-    kept = [name for name, module in model.named_modules() if is_linear(module) and name not in selection.grids]
+    rest = [name for name, module in model.named_modules() if is_linear(module) and name not in selection.grids]
     match tool:
         case "gptqmodel":
-            settings = gptqmodel_config(selection.grids, kept, grid=plan.grid, blocks=family.blocks, method="gptq")
+            settings = gptqmodel_config(selection.grids, rest, grid=plan.grid, blocks=family.blocks, method="gptq")
             return _json(settings)
         case "llmcompressor":
-            return _llmcompressor(selection, kept, family)
+            return _llmcompressor(selection, rest, family)
         case "autoround":
-            return _json(_layer_config(selection, kept, plan, family))
+            return _json(_layer_config(selection, rest, plan, family))
         case "optimum":
             return _json(_optimum(selection, plan, family, files.layers))
         case "llama.cpp":
-            return _llama_cpp(selection, kept, plan, family, files)
+            return _llama_cpp(selection, rest, plan, family, files)
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def _llmcompressor(selection: Selection, kept: list[str], family: Family) -> str:
+def _llmcompressor(selection: Selection, rest: list[str], family: Family) -> str:
     import yaml
 
     if family.conv1d:
         raise UnsupportedModelError(
-            f"llm-compressor quantizes Linear modules only, and {family.name} has Conv1D; allowed is another tool. "
-            "Use --as gptqmodel."
+            f"llm-compressor quantizes Linear modules only, and {family.name} has Conv1D. Use --as gptqmodel."
         )
-    text: str = yaml.safe_dump(llmcompressor_recipe(selection.grids, kept, method="gptq"), sort_keys=False)
+    text: str = yaml.safe_dump(llmcompressor_recipe(selection.grids, rest, method="gptq"), sort_keys=False)
     return text
 
 
 def _layer_config(
-    selection: Selection, kept: list[str], plan: ProtectionPlan, family: Family
+    selection: Selection, rest: list[str], plan: ProtectionPlan, family: Family
 ) -> dict[str, dict[str, int]]:
-    """Only what differs from the scheme of the whole model; modules outside the blocks are left alone anyway."""
-    sixteen = {name: {"bits": 16} for name in kept if name.startswith(f"{family.blocks}.")}
+    """Return what differs from the scheme of the whole model; modules outside the blocks are left alone anyway."""
+    sixteen = {name: {"bits": 16} for name in rest if name.startswith(f"{family.blocks}.")}
     wider = {name: {"bits": g.bits} for name, g in selection.grids.items() if g.bits != plan.grid.bits}
     return sixteen | wider
 
@@ -116,11 +115,11 @@ def _optimum(selection: Selection, plan: ProtectionPlan, family: Family, layers:
     widths = {grid.bits for grid in selection.grids.values()}
     if len(set(per_layer)) > 1 or len(widths) > 1:
         raise UnsupportedModelError(
-            "optimum names modules relative to the block, so it cannot treat one layer otherwise than another; allowed "
-            "are plans that are the same in every layer. Use --as gptqmodel, or quantize here: quant-fairness quantize "
-            "--format gptq, which optimum reads."
+            "optimum names modules relative to the block, so it cannot treat one layer otherwise than another; it "
+            "takes plans that are the same in every layer. Use --as gptqmodel, or quantize here: quant-fairness "
+            "quantize --format gptq, which optimum reads."
         )
-    units = [[name for name in unit.modules if name in per_layer[0]] for unit in family.units]
+    units = [[name for name in unit.modules if name in per_layer[0]] for unit in family.units_of(0)]
     return {
         "bits": plan.grid.bits,
         "group_size": plan.grid.group_size,
@@ -130,21 +129,22 @@ def _optimum(selection: Selection, plan: ProtectionPlan, family: Family, layers:
     }
 
 
-def _llama_cpp(selection: Selection, kept: list[str], plan: ProtectionPlan, family: Family, files: ModelFiles) -> str:
-    names = GGUF_NAMES.get(family.name)
-    if names is None:
+def _llama_cpp(selection: Selection, rest: list[str], plan: ProtectionPlan, family: Family, files: ModelFiles) -> str:
+    names = family.architecture.gguf_names
+    if not names:
+        known = sorted(name for record in ARCHITECTURES if record.gguf_names for name in record.families)
         raise UnsupportedModelError(
             f"llama.cpp's names of the tensors of {family.name!r} are not known; known are those of "
-            f"{', '.join(sorted(GGUF_NAMES))}. Use --as with another tool."
+            f"{', '.join(known)}. Use --as with another tool."
         )
     dtype = str(files.config.get("dtype") or files.config.get("torch_dtype"))
-    types = {name: "bf16" if dtype == "bfloat16" else "f16" for name in kept}
-    types |= {name: _ggml_type(own.bits) for name, own in selection.grids.items() if own.bits != plan.grid.bits}
+    types = {name: "bf16" if dtype == "bfloat16" else "f16" for name in rest}
+    types |= {name: _ggml_type(grid.bits) for name, grid in selection.grids.items() if grid.bits != plan.grid.bits}
     lines = []
     for layer in range(files.layers):
-        found = {names[n]: types.get(f"{family.blocks}.{layer}.{n}") for n in family.modules()}
-        for kind in sorted({kind for kind in found.values() if kind is not None}):
-            same = "|".join(re.escape(name) for name, own in found.items() if own == kind)
+        given = {names[name]: types.get(f"{family.blocks}.{layer}.{name}") for name in family.modules(layer)}
+        for kind in sorted({kind for kind in given.values() if kind is not None}):
+            same = "|".join(re.escape(name) for name, type_ in given.items() if type_ == kind)
             lines.append("--tensor-type " + shlex.quote(rf"^blk\.{layer}\.({same})\.weight$={kind}"))
     return "".join(f"{line}\n" for line in lines)
 

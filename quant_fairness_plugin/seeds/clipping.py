@@ -115,7 +115,7 @@ def legacy_error(values: Array, alpha: float, bits: int) -> float:
     """`E[(|x| - alpha)²; |x| > alpha] + D²/12 P(|x| <= alpha)` with `D = 2 alpha / (2^bits - 1)`, said to be the MSE.
 
     Wrong as an equality: `legacy_quantize` does not clip at alpha but at its outermost level, so that the first term
-    is too large: 0.049 for Gaussian values at 1.5 sigma and 4 bits, where its own quantizer has 0.039.
+    is too large: 0.049 for Gaussian values at 1.5 sigma and 4 bits, where their quantizer has 0.039.
     """
     size = np.abs(values)
     overload = np.where(size > alpha, (size - alpha) ** 2, 0.0).mean()
@@ -242,24 +242,24 @@ def kurtosis_regime(excess: float) -> Regime:
 
 @dataclass(frozen=True, slots=True)
 class LanguageClip:
-    """What clipping thresholds mean for one language. Errors are shares of the language's own variance."""
+    """What clipping thresholds mean for one language. Errors are shares of the language's variance."""
 
     sigma: float
     excess: float
     regime: Regime
-    own_alpha: float
-    """The best threshold for this language alone, found on its values."""
-    own_error: float
+    best_alpha: float
+    """The best threshold for this language alone, searched on its values."""
+    best_error: float
     """No static file can give this to more than one language."""
     global_error: float
-    """With one threshold for all: the mean of the languages' own."""
+    """With one threshold for all: the mean of the languages' best ones."""
     minimax_error: float
     """With the threshold at which the worst language's error is least."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClipComparison:
-    """One threshold for all languages, chosen in two ways, against one for each."""
+    """One threshold for all languages, determined in two ways, against one for each."""
 
     languages: dict[str, LanguageClip]
     global_alpha: float
@@ -268,12 +268,12 @@ class ClipComparison:
     @property
     def worst_global(self) -> float:
         """The largest error with the global threshold."""
-        return max(found.global_error for found in self.languages.values())
+        return max(language.global_error for language in self.languages.values())
 
     @property
     def worst_minimax(self) -> float:
         """The largest error with the minimax threshold; never above `worst_global`."""
-        return max(found.minimax_error for found in self.languages.values())
+        return max(language.minimax_error for language in self.languages.values())
 
 
 def compare_languages(samples: Mapping[str, Array], bits: int) -> ClipComparison:
@@ -291,8 +291,8 @@ def compare_languages(samples: Mapping[str, Array], bits: int) -> ClipComparison
     if not spreads or not all(spread > 0 for spread in spreads.values()):
         flat = ", ".join(language for language, spread in spreads.items() if not spread > 0) or "no language"
         raise ConfigError(f"{flat}: values without spread have no threshold; give varied values of every language")
-    own = {language: _best_on(values, bits) for language, values in samples.items()}
-    shared = float(np.mean(list(own.values())))
+    best = {language: _best_on(values, bits) for language, values in samples.items()}
+    shared = float(np.mean(list(best.values())))
 
     def relative(language: str, alpha: float) -> float:
         return integer_grid_error(samples[language], alpha, bits) / spreads[language] ** 2
@@ -300,9 +300,9 @@ def compare_languages(samples: Mapping[str, Array], bits: int) -> ClipComparison
     def worst(alpha: float) -> float:
         return max(relative(language, alpha) for language in samples)
 
-    # The worst language's error may have several valleys; the languages' own optima and the global one are tried too.
-    inner = _minimise(worst, min(own.values()), max(own.values()))
-    minimax = min([inner, shared, *own.values()], key=worst)
+    # The worst language's error may have several valleys; the languages' optima and the global one are tried too.
+    inner = _minimise(worst, min(best.values()), max(best.values()))
+    minimax = min([inner, shared, *best.values()], key=worst)
     languages = {}
     for language, values in samples.items():
         excess = float(sample_kurtosis(values, bias=False))
@@ -310,8 +310,8 @@ def compare_languages(samples: Mapping[str, Array], bits: int) -> ClipComparison
             sigma=spreads[language],
             excess=excess,
             regime=kurtosis_regime(excess),
-            own_alpha=own[language],
-            own_error=relative(language, own[language]),
+            best_alpha=best[language],
+            best_error=relative(language, best[language]),
             global_error=relative(language, shared),
             minimax_error=relative(language, minimax),
         )
@@ -337,8 +337,8 @@ def _minimise(function: Callable[[float], float], low: float, high: float, *, tr
     points = np.linspace(low, high, tries)
     best = int(np.argmin([function(float(point)) for point in points]))
     bounds = (points[max(best - 1, 0)], points[min(best + 1, tries - 1)])
-    found = minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-8})
-    return float(found.x) if found.fun <= function(float(points[best])) else float(points[best])
+    result = minimize_scalar(function, bounds=bounds, method="bounded", options={"xatol": 1e-8})
+    return float(result.x) if result.fun <= function(float(points[best])) else float(points[best])
 
 
 def _mixture_mean(parts: Sequence[Component]) -> float:

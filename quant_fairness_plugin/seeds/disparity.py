@@ -1,7 +1,6 @@
-"""Step 3 of 8: the seeds' own figures under their own name: perplexity of one short text, and six "disparities".
+"""The seeds' figures, so that published numbers can be made again: perplexity of one short text, six "disparities".
 
-Kept so that published numbers can be made again, never used to rank. Takes a model or per-language figures; returns
-plain floats, or `Undefined` where the seeds' code had put a number of its own choice.
+Nothing is ranked by them. Where the seeds' code put an arbitrary number, a figure is `Undefined`.
 """
 
 from __future__ import annotations
@@ -15,33 +14,10 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
+from quant_fairness_plugin.seeds.texts import DEFAULT_TEXTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEFAULT_TEXTS: Mapping[str, str] = MappingProxyType(
-    {
-        "en": "The quick brown fox jumps over the lazy dog near the river bank.",
-        "de": "Der schnelle braune Fuchs springt über den faulen Hund nahe dem Flussufer.",
-        "fr": "Le rapide renard brun saute par-dessus le chien paresseux près de la rive du fleuve.",
-        "es": "El rápido zorro marrón salta sobre el perro perezoso cerca de la orilla del río.",
-        "he": "השועל החום המהיר קופץ מעל הכלב העצלן ליד גדת הנהר.",
-        "ar": "يقفز الثعلب البني السريع فوق الكلب الكسول بالقرب من ضفة النهر.",
-        "zh": "敏捷的棕色狐狸在河岸边跳过了那只懒狗。",
-        "ja": "素早い茶色の狐が、川岸の近くで怠け者の犬を飛び越えます。",
-        "ko": "빠른 갈색 여우가 강둑 근처에서 게으른 개를 뛰어넘습니다.",
-        "ru": "Быстрая коричневая лиса перепрыгивает через ленивую собаку у берега реки.",
-    }
-)
-"""One sentence in each of the seeds' ten languages: far too little to conclude from."""
-
-SERIES_TEXTS: Mapping[str, str] = MappingProxyType(
-    {
-        "en": "The quick brown fox jumps over the lazy dog.",
-        "he": "השועל החום המהיר קופץ מעל הכלב העצלן.",
-    }
-)
-"""The texts of the seeds' phase-4 series, which their published GPT-2 and OPT figures (214x, 153x) belong to."""
 
 Fallback = Literal["undefined", "legacy-one", "legacy-infinity", "legacy-zero"]
 """What a ratio with a denominator of 0 or less becomes.
@@ -62,7 +38,7 @@ class Groups:
 
 
 Ratio = Callable[[float, float], float | Undefined]
-"""Divides numerator by denominator, with the fallback that the caller chose."""
+"""Divides numerator by denominator, with the fallback that the caller gave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +54,7 @@ class DisparityFormula:
 
 
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> float:
-    """Exponential of the mean loss that Transformers computes on one text, in the seeds' way.
+    """Return the exponential of the mean loss that Transformers computes on one text, in the seeds' way.
 
     No BOS is prepended beyond what the tokenizer itself adds (nothing for GPT-2, `</s>` for OPT), there is no window,
     and the first token is never scored. May be infinite: the exponential is taken in float32.
@@ -100,18 +76,18 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
 def perplexities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str] = DEFAULT_TEXTS
 ) -> dict[str, float]:
-    """Legacy perplexity of one text per language."""
+    """Return the legacy perplexity of one text per language."""
     return {language: perplexity(model, tokenizer, text) for language, text in texts.items()}
 
 
 def disparity(
     name: str, values: Mapping[str, float], *, groups: Groups | None = None, fallback: Fallback = "undefined"
 ) -> float | Undefined:
-    """One of the seeds' disparities by name.
+    """Return one of the seeds' disparities by name.
 
     Args:
         name: a key of `DISPARITY_FORMULAS`.
-        values: by language, in percent; what they are says the formula's `takes`.
+        values: by language, in percent; the formula's `takes` says what they are.
         groups: reference, high-resource and low-resource languages; those of a group without a value are left out.
         fallback: what a ratio with a denominator of 0 or less becomes. The legacy ones reproduce published tables.
 
@@ -153,10 +129,10 @@ def _ratio(fallback: Fallback) -> Ratio:
 def _mean_of_ratios(
     values: Mapping[str, float], languages: Sequence[str], reference: str, ratio: Ratio
 ) -> float | Undefined:
-    found = [language for language in languages if language in values]
-    if not found:
+    present = [language for language in languages if language in values]
+    if not present:
         return Undefined(f"none of the languages to compare with {reference} has a value")
-    ratios = [ratio(values[language], values[reference]) for language in found]
+    ratios = [ratio(values[language], values[reference]) for language in present]
     undefined = [value for value in ratios if isinstance(value, Undefined)]
     return undefined[0] if undefined else fmean(value for value in ratios if not isinstance(value, Undefined))
 
@@ -166,8 +142,8 @@ def _others(values: Mapping[str, float], reference: str) -> list[str]:
 
 
 def _group_mean(values: Mapping[str, float], languages: Sequence[str]) -> float | None:
-    found = [values[language] for language in languages if language in values]
-    return fmean(found) if found else None
+    present = [values[language] for language in languages if language in values]
+    return fmean(present) if present else None
 
 
 def _mean_over_others(values: Mapping[str, float], groups: Groups, ratio: Ratio) -> float | Undefined:
@@ -201,7 +177,7 @@ def _mean_over_low_resource(values: Mapping[str, float], groups: Groups, ratio: 
 def _largest_ratio(values: Mapping[str, float], groups: Groups, ratio: Ratio) -> float | Undefined:
     others = _others(values, groups.reference)
     if not others:
-        return Undefined(f"no language besides the reference {groups.reference} has a value")
+        return Undefined(f"no language other than the reference {groups.reference} has a value")
     return ratio(max(values[language] for language in others), values[groups.reference])
 
 

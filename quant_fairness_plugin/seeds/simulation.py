@@ -1,15 +1,15 @@
-"""The seeds' `simulate_int4`, bit for bit, and a way back. Step 6 (quantize), legacy mode.
+"""The seeds' `simulate_int4`, bit for bit, and a way back.
 
 One scale per whole tensor, changed in place: scale = max|W| / (2^(bits-1) - 1), round half to even, clamp. Which
 parameters are taken is decided by substrings of their names. Three variants are in use in the seeds:
 
 - `Q1` (`protect_layers=`): every name with `weight`, but for names with `ln_f` and those with `h.<i>.` or `layers.<i>.`
   of a protected layer.
-- `Q2` (`exclude=`): the same, but every name with `ln` or `norm` is left alone, and layers are found by one
+- `Q2` (`exclude=`): the same, but every name with `ln` or `norm` is left alone, and a layer is matched by one
   pattern: `model.layers.` or `h.`, whichever a name shows first, else `layers.`.
 - `Q3`: like `Q1`, but the final norm is taken too. The seeds' published GPT-2 and OPT figures come from it.
 
-The quirks are kept because the figures depend on them: embeddings (so a tied head, too) and, in `Q1` and `Q3`, norm
+The quirks stay because the figures depend on them: embeddings (so a tied head, too) and, in `Q1` and `Q3`, norm
 gains are quantized; biases never are, whatever `protect_biases` says; and in GPT-NeoX, `dense_h_to_4h.` passes for the
 pattern `h.`, so that `exclude=` protects nothing there. New work should use `quantize_model`.
 """
@@ -17,6 +17,7 @@ pattern `h.`, so that `exclude=` protects nothing there. New work should use `qu
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.families import detect_family
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ def simulate_int4(
     *,
     exclude: Collection[int] | None = None,
     variant: Variant | None = None,
-    bits: int = 4,
+    bits: int | None = None,
     protect_biases: bool = True,
     protect_final_ln: bool | None = None,
+    quantize_rest_to: str | None = None,
 ) -> None:
     """Round a model's weights in place, as the seeds do; `undo_simulation` takes it back.
 
@@ -61,22 +63,22 @@ def simulate_int4(
         protect_layers: layers left alone by the rules of `Q1` (or of `Q3`, if that is the variant).
         exclude: layers left alone by the rules of `Q2`. Not together with `protect_layers`.
         variant: `Q1`, `Q2` or `Q3`; None means `Q2` with `exclude`, else `Q1`.
-        bits: 2 to 8.
-        protect_biases: kept for the seeds' calls; False only takes names with both `bias` and `weight`, of which the
+        bits: 2 to 8; None is what `quantize_rest_to` says, else 4.
+        protect_biases: there for the seeds' calls; False only takes names with both `bias` and `weight`, of which the
             supported architectures have none, and logs a warning.
         protect_final_ln: None for the variant's own rule; True leaves the final norm alone in every family (the seeds'
             rule only knows GPT-2's and BLOOM's `ln_f`), False takes it.
+        quantize_rest_to: the width by its name, `INT2` to `INT8`, as the seeds' documents write it.
 
     Raises:
-        ConfigError: both lists, a variant that does not go with the list, bits that are no whole number from 2 to 8, or
-            `protect_final_ln=False` with `Q2`, which leaves all norms alone.
+        ConfigError: both lists, a variant that does not go with the list, bits that are not a whole number from 2 to 8
+            or not those of `quantize_rest_to`, or `protect_final_ln=False` with `Q2`, which leaves all norms alone.
         InvalidLayerError: a layer that the model lacks.
         UnsupportedModelError: `protect_final_ln=True` on an architecture whose final norm is not known.
     """
-    chosen = _check_variant(variant, protect_layers, exclude)
-    if type(bits) is not int or not 2 <= bits <= 8:
-        raise ConfigError(f"bits {bits!r} cannot be used; use a whole number from 2 to 8")
-    if chosen == "Q2" and protect_final_ln is False:
+    variant = _check_variant(variant, protect_layers, exclude)
+    bits = _check_bits(bits, quantize_rest_to)
+    if variant == "Q2" and protect_final_ln is False:
         raise ConfigError(
             "protect_final_ln=False has no effect with exclude=, which leaves all norms alone; leave it out"
         )
@@ -84,10 +86,10 @@ def simulate_int4(
         log.warning("protect_biases=False changes nothing: the seeds' simulation takes no parameter that is a bias")
     state = _state(model)
     layers = _check_layers(model, protect_layers or exclude or ()) | state.registered
-    final_norm = detect_family(model).final_norm if protect_final_ln else None
-    marks = _layer_marks(list(model.state_dict()), chosen, layers)
+    final_norm = _final_norm(model) if protect_final_ln else None
+    marks = _layer_marks(list(model.state_dict()), variant, layers)
     for name in [name for name, _ in model.named_parameters()]:
-        if not _takes(name, chosen, biases=not protect_biases, final_norm=protect_final_ln is False):
+        if not _takes(name, variant, biases=not protect_biases, final_norm=protect_final_ln is False):
             continue
         if any(mark in name for mark in marks):
             continue
@@ -130,7 +132,7 @@ def undo_simulation(model: PreTrainedModel) -> None:
 
 @contextmanager
 def original_weights(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model as it was before its first simulation, for the time of a `with` block.
+    """Give back, inside a `with` block, the weights that the model had before its first simulation.
 
     Raises:
         ConfigError: the model carries no original weights.
@@ -159,6 +161,33 @@ def _check_variant(
         wrong, right = ("protect_layers", "exclude") if variant == "Q2" else ("exclude", "protect_layers")
         raise ConfigError(f"{wrong} does not go with variant {variant}; name the layers in {right}")
     return variant
+
+
+def _check_bits(bits: int | None, quantize_rest_to: str | None) -> int:
+    if quantize_rest_to is not None:
+        name = re.fullmatch(r"INT([2-8])", str(quantize_rest_to).upper(), re.ASCII)
+        if name is None:
+            raise ConfigError(
+                f"quantize_rest_to {quantize_rest_to!r} cannot be simulated: the seeds' grid is that of whole numbers. "
+                "INT2 to INT8 are accepted; use 'INT4'"
+            )
+        if bits not in (None, int(name[1])):
+            raise ConfigError(f"bits {bits!r} contradicts quantize_rest_to {quantize_rest_to!r}; give one of the two")
+        return int(name[1])
+    if bits is None:
+        return 4
+    if type(bits) is not int or not 2 <= bits <= 8:
+        raise ConfigError(f"bits {bits!r} cannot be used; use a whole number from 2 to 8")
+    return bits
+
+
+def _final_norm(model: PreTrainedModel) -> str:
+    family = detect_family(model)
+    if family.final_norm is None:
+        raise UnsupportedModelError(
+            f"protect_final_ln=True: the final norm of this {family.name} architecture is not known. Leave it out"
+        )
+    return family.final_norm
 
 
 def _check_layers(model: PreTrainedModel, layers: Collection[int]) -> frozenset[int]:

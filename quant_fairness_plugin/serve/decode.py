@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from quant_fairness_plugin.model.architectures import find_architecture
+
 EAGER_STEPS = 2
 """Before recording. The first one compiles kernels; the second shows that nothing is left to compile."""
-NO_STATIC_CACHE = frozenset({"bloom"})
-"""Architectures that read positions off the length of the keys, which in a static cache is that of the whole cache."""
 Step = Callable[[], None]
 _logger = logging.getLogger(__name__)
 
@@ -82,6 +82,7 @@ def cuda_graph(step: Step) -> Step:
 
 
 def _cache(model: PreTrainedModel, tokens: int) -> Cache:
-    if model.config.model_type in NO_STATIC_CACHE:
+    architecture = find_architecture(str(model.config.model_type))
+    if architecture is not None and not architecture.static_cache:
         return DynamicCache(config=model.config)
     return StaticCache(config=model.config, max_cache_len=tokens)

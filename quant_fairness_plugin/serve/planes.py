@@ -1,12 +1,11 @@
-"""Step 8, one stored module in the kernels' layout, or the reason why it has none.
+"""One stored module in the kernels' layout, or the reason why it has none.
 
-Exact: `dequantize_planes` gives the float32 weight that `export.dense_modules`, which shares no code with this, reads.
+Exact: `dequantize_planes` gives the float32 weight that `checkpoint.dense_modules` reads, without shared code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 from quant_fairness_kernels.nibble_planes import NibblePlanes, pack_planes, planes_from_gptq
@@ -14,13 +13,13 @@ from quant_fairness_kernels.packing import (
     AwqTensors,
     CompressedTensors,
     GptqTensors,
-    per_word,
     unpack_awq,
     unpack_compressed_tensors,
 )
 from torch import Tensor
 
 from quant_fairness_plugin.checkpoint.dense_modules import Layout
+from quant_fairness_plugin.checkpoint.formats import format_of_layout
 from quant_fairness_plugin.errors import ArtifactError
 
 KERNEL_BITS = 4
@@ -28,37 +27,8 @@ SMALLEST_GROUP = 32
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 
 
-class StoredGrid(NamedTuple):
-    """Sizes of a stored module."""
-
-    rows: int
-    cols: int
-    groups: int
-    four_bit: bool
-
-
-def stored_grid(parts: Mapping[str, Tensor], layout: Layout) -> StoredGrid:
-    """Sizes of a module, by the shapes of its tensors.
-
-    Args:
-        parts: its tensors by suffix, without the bias.
-        layout: how they are packed.
-
-    Raises:
-        KeyError: a tensor is missing.
-    """
-    if layout == "compressed-tensors":
-        rows, cols = (int(size) for size in parts["weight_shape"])
-        return StoredGrid(rows, cols, int(parts["weight_scale"].shape[1]), _is_four(parts["weight_packed"], cols))
-    groups, rows = parts["scales"].shape
-    if layout == "awq":
-        return StoredGrid(rows, int(parts["qweight"].shape[0]), groups, _is_four(parts["qweight"], rows))
-    four_bit = _is_four(parts["qzeros"], rows)
-    return StoredGrid(rows, int(parts["qweight"].shape[0]) * per_word(4 if four_bit else 8), groups, four_bit)
-
-
 def reason_against(parts: Mapping[str, Tensor], layout: Layout) -> str | None:
-    """Why the kernels cannot compute with a stored module, as a clause; None if they can.
+    """Return why the kernels cannot compute with a stored module, as a clause; None if they can.
 
     Args:
         parts: its tensors by suffix, without the bias.
@@ -68,10 +38,12 @@ def reason_against(parts: Mapping[str, Tensor], layout: Layout) -> str | None:
         ArtifactError: a tensor is missing.
     """
     try:
-        grid = stored_grid(parts, layout)
+        grid = format_of_layout(layout).grid_of(parts)
     except KeyError as err:
         raise ArtifactError(f"tensor {err} of a quantized module is missing. Export again.") from err
-    if not grid.four_bit:
+    except ValueError:  # 2 or 3 bits, which some tools write
+        return f"it does not have {KERNEL_BITS} bits"
+    if grid.bits != KERNEL_BITS:
         return f"it does not have {KERNEL_BITS} bits"
     size = grid.cols // grid.groups
     if grid.groups > 1 and (grid.cols % grid.groups or size % SMALLEST_GROUP):
@@ -86,7 +58,7 @@ def reason_against(parts: Mapping[str, Tensor], layout: Layout) -> str | None:
 
 
 def stored_planes(parts: Mapping[str, Tensor], layout: Layout, *, dtype: torch.dtype | None = None) -> NibblePlanes:
-    """A module that `reason_against` has nothing against, in the kernels' layout, on the CPU.
+    """Return a module that `reason_against` has nothing against, in the kernels' layout, on the CPU.
 
     Args:
         parts: its tensors by suffix, without the bias.
@@ -108,7 +80,7 @@ def stored_planes(parts: Mapping[str, Tensor], layout: Layout, *, dtype: torch.d
             return _from_compressed_tensors(here, scales)
         if layout == "awq":
             return pack_planes(*unpack_awq(AwqTensors(here["qweight"], here["qzeros"], scales)))
-        grid = stored_grid(here, layout)
+        grid = format_of_layout(layout).grid_of(here)
         in_order = torch.arange(grid.cols, dtype=torch.int32) // (grid.cols // grid.groups)
         tensors = GptqTensors(here["qweight"], here["qzeros"], scales, here.get("g_idx", in_order))
         return planes_from_gptq(tensors, version=2 if layout == "gptq_v2" else 1)
@@ -137,7 +109,3 @@ def _exact_scales(scales: Tensor) -> Tensor | None:
         return scales
     narrow = (scales.to(dtype) for dtype in SIXTEEN_BIT)
     return next((found for found in narrow if torch.equal(found.to(scales.dtype), scales)), None)
-
-
-def _is_four(words: Tensor, integers: int) -> bool:
-    return int(words.shape[1]) == -(-integers // per_word(KERNEL_BITS))

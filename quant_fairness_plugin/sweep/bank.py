@@ -1,21 +1,22 @@
-"""The weights of a unit at a precision. Step 4 (sweep): the engine asks, and does not care how they were made."""
+"""The weights of a unit at a precision: rounded to nearest, from a checkpoint, or those of one block at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Precision, bits_of_precision
+from quant_fairness_plugin.artifacts import Grid, Precision, Unit, bits_of_precision
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.plans.plan_set import check_table
+from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.plans.tree import Variant
-from quant_fairness_plugin.plans.units import UnitMap
+from quant_fairness_plugin.plans.units import UnitMap, check_table
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import misfit
 
@@ -37,7 +38,7 @@ def variant_weights(bank: Bank, variant: Variant) -> dict[str, Tensor]:
 
 
 class RtnBank:
-    """Rounds to nearest when a unit is first asked for, and keeps the result.
+    """Rounds a unit to nearest when its weights are first needed, and keeps the result.
 
     A fusion group that the grid does not fit in one of its matrices stays in 16 bit as a whole, as in a checkpoint.
     What no checkpoint format quantizes is simulation only: vectors (biases, norms) get one scale for all their values,
@@ -47,7 +48,7 @@ class RtnBank:
     def __init__(self, loaded: LoadedModel, units: UnitMap, grid: Grid, *, keep: bool = True) -> None:
         self._loaded, self._units, self._grid, self._keep = loaded, units, grid, keep
         self._made: dict[tuple[str, Precision], dict[str, Tensor]] = {}
-        self._packed = {name for unit in _groups(units) for name in units.parameters[unit]}
+        self._packed = {name for unit in units.group_names() for name in units.parameters[unit]}
         self._transposed = {f"{name}.weight" for name, module in loaded.model.named_modules() if is_conv1d(module)}
 
     @property
@@ -56,7 +57,7 @@ class RtnBank:
         return f"rtn {self._grid}"
 
     def recipe(self) -> partial[RtnBank]:
-        """Makes the same bank for a copy of the model, in another process."""
+        """Return what makes the same bank for a copy of the model, in another process."""
         return partial(RtnBank, grid=self._grid, keep=self._keep)
 
     def weights(self, unit: str, precision: Precision) -> dict[str, Tensor]:
@@ -77,18 +78,18 @@ class RtnBank:
         value = self._loaded.model.get_parameter(name).detach()
         transposed = name in self._transposed
         matrix = value.t() if transposed else value if value.dim() == 2 else value[None]
-        own = grid if value.dim() == 2 else replace(grid, group_size=-1)
-        if value.dim() == 2:
-            if name not in self._packed:
-                check_table(name, matrix.shape, own, what=self.description)
-            elif misfit(own, *matrix.shape) is not None:
-                return None
-        rounded = quantize_rtn(matrix, own, scale_dtype=self._loaded.storage_dtype).dequantize().to(value)
+        if value.dim() != 2:
+            grid = replace(grid, group_size=-1)
+        elif name not in self._packed:
+            check_table(name, matrix.shape, grid, what=self.description)
+        elif misfit(grid, *matrix.shape) is not None:
+            return None
+        rounded = quantize_rtn(matrix, grid, scale_dtype=self._loaded.storage_dtype).dequantize().to(value)
         return (rounded.t().contiguous() if transposed else rounded).view(value.shape)
 
 
 class CheckpointBank:
-    """The weights of a quantized checkpoint, dequantized when a unit is first asked for and then kept.
+    """The weights of a quantized checkpoint, dequantized when a unit's are first needed, and then in memory.
 
     What the checkpoint holds in 16 bit stays in 16 bit in every plan. It was quantized as a whole, so its blocks saw
     quantized inputs: exchanged one by one they are an approximation of what quantizing one by one would give.
@@ -134,7 +135,7 @@ class CheckpointBank:
         return self._recipe
 
     def quantizes(self, unit: str) -> bool:
-        """Whether any weight of a unit is quantized in the checkpoint."""
+        """Return whether any weight of a unit is quantized in the checkpoint."""
         return any(name in self._quantized for name in self._units.parameters[unit])
 
     def weights(self, unit: str, precision: Precision) -> dict[str, Tensor]:
@@ -145,12 +146,13 @@ class CheckpointBank:
         """
         if precision != self._precision:
             raise ConfigError(
-                f"the bank ({self._description}) holds {self._precision} weights, and {unit} was asked for in "
-                f"{precision}; allowed is {self._precision}. Sweep at that precision, or without --bank."
+                f"the bank ({self._description}) holds {self._precision} weights, and {unit} is to be in {precision}; "
+                f"sweep in {self._precision}, or without --bank"
             )
         if unit not in self._made:
-            own = {name: self._quantized[name] for name in self._units.parameters[unit] if name in self._quantized}
-            self._made[unit] = {name: read() for name, read in (own | self._carried.get(unit, {})).items()}
+            names = [name for name in self._units.parameters[unit] if name in self._quantized]
+            readers = {name: self._quantized[name] for name in names} | self._carried.get(unit, {})
+            self._made[unit] = {name: read() for name, read in readers.items()}
         return self._made[unit]
 
     def _carriers(self) -> dict[str, dict[str, Callable[[], Tensor]]]:
@@ -158,14 +160,44 @@ class CheckpointBank:
         carried: dict[str, dict[str, Callable[[], Tensor]]] = {}
         for layer in range(self._units.layers):
             names = {name for unit in self._units.stages[layer + 1] for name in self._units.parameters[unit]}
-            first = next((u for g in self._units.groups if self.quantizes(u := f"layers.{layer}.{g}")), None)
+            first = next((u for g in self._units.groups if self.quantizes(u := str(Unit(layer, g)))), None)
             if first is not None:
                 carried[first] = {name: read for name, read in self._folded.items() if name in names}
         return carried
 
 
+@dataclass(frozen=True, slots=True)
+class BlockBank:
+    """Keeps what another bank makes until it is forgotten: the weights of one block, in a layer-by-layer sweep."""
+
+    loaded: LoadedModel
+    units: UnitMap
+    bank: Bank
+    _made: dict[tuple[str, Precision], Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def description(self) -> str:
+        """That of the other bank."""
+        return self.bank.description
+
+    def weights(self, unit: str, precision: Precision) -> Mapping[str, Tensor]:
+        """Parameter → value as the model stores it."""
+        key = (unit, precision)
+        if key not in self._made:
+            with self._tables_in_memory(self.units.parameters[unit]):
+                self._made[key] = self.bank.weights(unit, precision)
+        return self._made[key]
+
+    def forget(self) -> None:
+        """Free all of it."""
+        self._made.clear()
+
+    def _tables_in_memory(self, names: tuple[str, ...]) -> AbstractContextManager[None]:
+        return self.loaded.widened(names) if isinstance(self.loaded, StreamedModel) else nullcontext()
+
+
 def fitting_units(bank: Bank, units: UnitMap, precision: Precision) -> tuple[str, ...]:
-    """The fusion groups of all layers that a bank quantizes, in forward order.
+    """Return the fusion groups of all layers that a bank quantizes, in forward order.
 
     Raises:
         ConfigError: its scales are folded across units, so that these cannot be exchanged one by one.
@@ -174,16 +206,12 @@ def fitting_units(bank: Bank, units: UnitMap, precision: Precision) -> tuple[str
         if bank.folds:
             raise ConfigError(
                 f"the bank ({bank.description}) holds scales that were folded from one unit of a layer into another "
-                "(AWQ), so that only whole layers can be exchanged; allowed is granularity 'layer'. Use that."
+                "(AWQ), so that only whole layers can be exchanged; use granularity 'layer'"
             )
-        return tuple(name for name in _groups(units) if bank.quantizes(name))
+        return tuple(name for name in units.group_names() if bank.quantizes(name))
     # All blocks are equal, so that what fits in the first one fits in all.
-    fitting = {group for group in units.groups if bank.weights(f"layers.0.{group}", precision)}
-    return tuple(name for name in _groups(units) if name.split(".", 2)[2] in fitting)
-
-
-def _groups(units: UnitMap) -> list[str]:
-    return [f"layers.{layer}.{group}" for layer in range(units.layers) for group in units.groups]
+    fitting = {group for group in units.groups if bank.weights(str(Unit(0, group)), precision)}
+    return tuple(name for name in units.group_names() if Unit.parse(name).group in fitting)
 
 
 def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
@@ -194,5 +222,5 @@ def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
     """
     if isinstance(bank, CheckpointBank):
         return  # a checkpoint without a quantized module is no bank
-    if not any(bank.weights(f"layers.0.{group}", precision) for group in units.groups):
+    if not any(bank.weights(str(Unit(0, group)), precision) for group in units.groups):
         raise ConfigError(f"{bank.description} fits no module of the model; use another group size, or -1")

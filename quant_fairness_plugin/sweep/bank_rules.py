@@ -1,6 +1,6 @@
 """Whether a checkpoint folder can be the quantized side of a model's sweep, as far as files tell it. No torch.
 
-What only the tensors tell (the same embeddings, folded scales) is checked by `export.bank` once the model is loaded.
+What only the tensors tell (the same embeddings, folded scales) `checkpoint_bank` checks once the model is loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HINT = "A bank is a checkpoint that was quantized from the very model that is s
 
 
 def check_bank(folder: Path, files: ModelFiles, grid: Grid) -> None:
-    """Refuse a folder that is no quantized checkpoint of this model on the sweep's grid.
+    """Refuse a folder that is not a quantized checkpoint of this model on the sweep's grid.
 
     Args:
         folder: the checkpoint.
@@ -43,13 +43,13 @@ def check_bank(folder: Path, files: ModelFiles, grid: Grid) -> None:
         UnsupportedModelError: a quantization method that is not read, or several widths in one checkpoint.
     """
     if not folder.is_dir():
-        raise ArtifactError(f"--bank {folder}: no such folder; allowed is a quantized checkpoint. Check the path.")
+        raise ArtifactError(f"--bank {folder}: no such folder; give the folder of a quantized checkpoint")
     config, _ = read_config(folder)
     quantization, source = read_quantization(folder)
     if not quantization:
         raise ConfigError(
-            f"--bank {folder}: not quantized ({source} has no quantization_config); allowed are GPTQ, AWQ and "
-            "compressed-tensors checkpoints. Name one, or leave --bank out to round to nearest."
+            f"--bank {folder}: not quantized ({source} has no quantization_config); give a GPTQ, AWQ or "
+            "compressed-tensors checkpoint, or leave --bank out to round to nearest"
         )
     stored = checkpoint_grid(folder, quantization)
     if stored != replace(grid, clip=stored.clip):
@@ -62,7 +62,7 @@ def check_bank(folder: Path, files: ModelFiles, grid: Grid) -> None:
 
 
 def checkpoint_grid(folder: Path, quantization: Mapping[str, Any]) -> Grid:
-    """The one grid of a checkpoint, by its metadata.
+    """Return the one grid of a checkpoint, by its metadata.
 
     Raises:
         UnsupportedModelError: several widths, or metadata of a method that is not read.
@@ -75,9 +75,9 @@ def checkpoint_grid(folder: Path, quantization: Mapping[str, Any]) -> Grid:
             f"{folder}: the quantization metadata does not say its grid ({type(err).__name__}: {err}). Export again."
         ) from err
     if len(grids) != 1:
-        found = ", ".join(sorted(_words(grid) for grid in grids)) or "none that is read here"
+        grids_in_words = ", ".join(sorted(_words(grid) for grid in grids)) or "none that is read here"
         raise UnsupportedModelError(
-            f"--bank {folder}: {len(grids)} grids ({found}); a bank has one. Use a checkpoint of one grid."
+            f"--bank {folder}: {len(grids)} grids ({grids_in_words}); a bank has one. Use a checkpoint of one grid."
         )
     return grids.pop()
 
@@ -95,12 +95,12 @@ def _grids(quantization: Mapping[str, Any]) -> Iterator[Grid]:
         symmetric = quantization.get("sym", True) if method == "gptq" else not quantization.get("zero_point", True)
         bits, size = int(quantization["bits"]), int(quantization["group_size"])
         yield Grid(bits=bits, group_size=size, symmetric=bool(symmetric))
-        for rule, own in (quantization.get("dynamic") or {}).items():
-            if not rule.startswith("-:") and isinstance(own, dict):
+        for rule, changes in (quantization.get("dynamic") or {}).items():
+            if not rule.startswith("-:") and isinstance(changes, dict):
                 yield Grid(
-                    bits=int(own.get("bits", bits)),
-                    group_size=int(own.get("group_size", size)),
-                    symmetric=bool(own.get("sym", symmetric)),
+                    bits=int(changes.get("bits", bits)),
+                    group_size=int(changes.get("group_size", size)),
+                    symmetric=bool(changes.get("sym", symmetric)),
                 )
 
 
@@ -137,8 +137,8 @@ def _check_shapes(folder: Path, quantization: Mapping[str, Any], files: ModelFil
     outside = sorted(name for name in packed if not re.search(r"\.\d+\.", name))
     if outside:
         raise UnsupportedModelError(
-            f"--bank {folder}: {outside[0]} is quantized, and lies outside of the decoder blocks; allowed are "
-            "checkpoints that quantize blocks only. Use another."
+            f"--bank {folder}: {outside[0]} is quantized, and lies outside of the decoder blocks; use a "
+            "checkpoint that quantizes blocks only"
         )
     if not packed:
         raise ConfigError(f"--bank {folder}: holds no quantized module that can be read. {_HINT}")

@@ -1,4 +1,4 @@
-"""Step 7 back to step 4: a quantized checkpoint as the bank that a sweep takes its quantized weights from."""
+"""A quantized checkpoint as the bank that a sweep takes its quantized weights from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Unit, precision_of_bits
 from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
 from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, open_checkpoint
 from quant_fairness_plugin.checkpoint.folder import (
@@ -28,16 +28,15 @@ from quant_fairness_plugin.sweep.bank_rules import check_bank, checkpoint_grid
 from quant_fairness_plugin.sweep.jobs import BankRecipe
 
 _logger = logging.getLogger(__name__)
-_HEAD_ON_DISK = {"embed_out.weight": "lm_head.weight"}
 
 
 def bank_recipe(folder: Path, grid: Grid) -> BankRecipe:
-    """What opens the bank, here or in a worker process."""
+    """Return what opens the bank, here or in a worker process."""
     return partial(open_bank, folder=folder.resolve(), grid=grid)
 
 
 def open_bank(loaded: LoadedModel, units: UnitMap, *, folder: Path, grid: Grid) -> CheckpointBank:
-    """The bank of a checkpoint folder, ours or another tool's. Weights are read when a unit is first asked for.
+    """Return the bank of a checkpoint folder, ours or another tool's. Weights are read when a unit first needs them.
 
     AWQ moves scales from one module of a layer to another and into its norms. Such a layer is exchanged as a whole,
     with all of its folded parameters: in 16 bit it computes the same as before. Its units cannot be exchanged alone.
@@ -57,7 +56,7 @@ def open_bank(loaded: LoadedModel, units: UnitMap, *, folder: Path, grid: Grid) 
     if (folder / COLUMNS_FILE).exists():
         raise UnsupportedModelError(
             f"--bank {folder}: keeps input channels in 16 bit beside its integers ({COLUMNS_FILE}), which a sweep "
-            "cannot single out; allowed are checkpoints without. Export one with --protect-columns 0."
+            "cannot single out; export one with --protect-columns 0"
         )
     checkpoint = open_checkpoint(folder)
     quantized = {f"{module}.weight": partial(_dense, loaded, checkpoint, module) for module in checkpoint.packed}
@@ -71,14 +70,14 @@ def open_bank(loaded: LoadedModel, units: UnitMap, *, folder: Path, grid: Grid) 
         description=_description(folder, checkpoint, units, set(quantized)),
         recipe=bank_recipe(folder, grid),
     )
-    kept = _kept(units, set(quantized))
-    if kept:
-        _logger.warning("bank %s: in 16 bit in every plan, as in the checkpoint: %s", folder, ", ".join(kept))
+    dense = _dense_units(units, set(quantized))
+    if dense:
+        _logger.warning("bank %s: in 16 bit in every plan, as in the checkpoint: %s", folder, ", ".join(dense))
     return bank
 
 
 def _dense(loaded: LoadedModel, checkpoint: Checkpoint, module: str) -> Tensor:
-    """A quantized module's weight as the model stores it."""
+    """Return a quantized module's weight as the model stores it."""
     original = loaded.model.get_parameter(f"{module}.weight")
     weight = checkpoint.dense(module)
     weight = weight.t().contiguous() if is_conv1d(loaded.model.get_submodule(module)) else weight
@@ -108,7 +107,7 @@ def _folded(folder: Path, loaded: LoadedModel, checkpoint: Checkpoint) -> Iterat
     """
     parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
     for stored in checkpoint.plain:
-        name = _HEAD_ON_DISK.get(stored, stored)
+        name = loaded.family.architecture.loaded_name(stored)
         if name not in parameters:
             continue
         value = checkpoint.tensor(stored)
@@ -127,20 +126,19 @@ def _plain(checkpoint: Checkpoint, stored: str, original: Tensor) -> Tensor:
     return checkpoint.tensor(stored).to(original)
 
 
-def _kept(units: UnitMap, quantized: set[str]) -> list[str]:
-    """Layers, and fusion groups of other layers, that the checkpoint holds in 16 bit: `0`, `3.down`."""
-    found: list[str] = []
-    for layer in range(units.layers):
-        names = [f"layers.{layer}.{group}" for group in units.groups]
-        kept = [name for name in names if quantized.isdisjoint(units.parameters[name])]
-        whole = [f"layers.{layer}"] if len(kept) == len(names) else kept
-        found += [name.removeprefix("layers.") for name in whole]
-    return found
+def _dense_units(units: UnitMap, quantized: set[str]) -> list[str]:
+    """Return the layers, and fusion groups of other layers, that the checkpoint holds in 16 bit: `0`, `3.down`."""
+    dense: list[Unit] = []
+    for layer in map(Unit, range(units.layers)):
+        groups = [layer.part(group) for group in units.groups]
+        unquantized = [unit for unit in groups if quantized.isdisjoint(units.parameters[str(unit)])]
+        dense += [layer] if unquantized == groups else unquantized
+    return [unit.short for unit in dense]
 
 
 def _description(folder: Path, checkpoint: Checkpoint, units: UnitMap, quantized: set[str]) -> str:
     config, _ = read_config(folder)
     files = ModelFiles(folder.name, folder, config, weight_files(folder), units.layers, None)
-    kept = _kept(units, quantized)
-    protected = f", 16 bit: {', '.join(kept)}" if kept else ""
+    dense = _dense_units(units, quantized)
+    protected = f", 16 bit: {', '.join(dense)}" if dense else ""
     return f"checkpoint {checkpoint.layout} sha256 {model_sha256(files)}{protected}"

@@ -1,4 +1,4 @@
-"""Where the trials of a sweep run: in this process, or in several that each load the model once. Step 4 (sweep).
+"""Where the trials of a sweep run: in this process, or in several that each load the model once.
 
 Every trial has the same number of threads wherever it runs, and results are put together by number, not by time: all
 executors give the same bits. `ray_executor` runs the same trials on a cluster.
@@ -20,13 +20,14 @@ from typing import Generic, Protocol, TypeVar
 
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, ResourceError
 from quant_fairness_plugin.measure.rows import Row
-from quant_fairness_plugin.sweep.jobs import Found, Job, Recipe, pack, unpack
+from quant_fairness_plugin.sweep.jobs import Job, Recipe, pack, unpack
+from quant_fairness_plugin.sweep.runner import BatchScores
 
 logger = logging.getLogger(__name__)
 
 Trials = Mapping[int, Sequence[Row]]
 """Number → rows. The number says where the result belongs."""
-Results = Generator[tuple[int, Found], None, None]
+Results = Generator[tuple[int, BatchScores], None, None]
 """Number and result, in any order, each as soon as it is there. Closing it ends the workers."""
 ATTEMPTS = 3
 """A trial that ends its worker this often is given up: it, and not its neighbours, is what the machine cannot do."""
@@ -69,7 +70,7 @@ class ProcessExecutor:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; allowed are whole numbers from 1. Use 1 or more.")
+            raise ConfigError(f"workers is {self.workers}; use a whole number from 1")
 
     def run(self, job: Job, trials: Trials) -> Results:
         """Every trial's result."""
@@ -81,16 +82,16 @@ class ProcessExecutor:
 
 
 class WorkerLostError(Exception):
-    """A worker ended before it had answered; never leaves the executor."""
+    """A worker ended before its trial did; never leaves the executor."""
 
 
 class Worker(Hashable, Protocol):
     """One process somewhere, with a copy of the job."""
 
-    def ask(self, rows: Sequence[Row]) -> None:
-        """Give it a trial. Never fails: a lost worker says so when it is asked for the answer."""
+    def start(self, rows: Sequence[Row]) -> None:
+        """Give it a trial. Never fails: that a worker is lost shows when its result is fetched."""
 
-    def answer(self) -> Found:
+    def result(self) -> BatchScores:
         """The result of the trial.
 
         Raises:
@@ -111,7 +112,7 @@ class Crew(Generic[W]):
 
     start: Callable[[], W]
     wait_for: Callable[[Sequence[W]], Sequence[W]]
-    """Those of the workers that have an answer, or are gone; waits until there is one."""
+    """Those of the workers that have a result, or are gone; waits until there is one."""
     workers: int
     _idle: list[W] = field(default_factory=list)
     _busy: dict[W, int] = field(default_factory=dict)
@@ -123,11 +124,10 @@ class Crew(Generic[W]):
         try:
             self._fill(waiting, trials)
             while self._busy:
-                found = [
-                    answer for worker in self.wait_for(list(self._busy)) for answer in self._answer(worker, waiting)
-                ]
+                ready = self.wait_for(list(self._busy))
+                results = [result for worker in ready for result in self._collect(worker, waiting)]
                 self._fill(waiting, trials)
-                yield from found
+                yield from results
         finally:
             for worker in (*self._idle, *self._busy):
                 worker.stop()
@@ -137,12 +137,12 @@ class Crew(Generic[W]):
             worker = self._idle.pop() if self._idle else self.start()
             number = waiting.popleft()
             self._busy[worker] = number
-            worker.ask(trials[number])
+            worker.start(trials[number])
 
-    def _answer(self, worker: W, waiting: deque[int]) -> list[tuple[int, Found]]:
+    def _collect(self, worker: W, waiting: deque[int]) -> list[tuple[int, BatchScores]]:
         number = self._busy[worker]
         try:
-            found = worker.answer()
+            scores = worker.result()
         except WorkerLostError as err:
             self._losses[number] += 1
             if self._losses[number] == ATTEMPTS:
@@ -157,7 +157,7 @@ class Crew(Generic[W]):
             return []
         del self._busy[worker]
         self._idle.append(worker)
-        return [(number, found)]
+        return [(number, scores)]
 
 
 class ProcessWorker:
@@ -176,23 +176,23 @@ class ProcessWorker:
         theirs.close()
         logger.info("worker process %d", self._process.pid)
 
-    def ask(self, rows: Sequence[Row]) -> None:
+    def start(self, rows: Sequence[Row]) -> None:
         """Send the rows."""
         try:
             self.connection.send(tuple(rows))
         except OSError as err:
             logger.debug("worker %s is gone: %s", self._process.pid, err)
 
-    def answer(self) -> Found:
+    def result(self) -> BatchScores:
         """Receive the result."""
         try:
-            found: Found | Exception = self.connection.recv()
+            message: BatchScores | Exception = self.connection.recv()
         except (EOFError, OSError) as err:
             self._process.join()
             raise WorkerLostError(f"exit status {self._process.exitcode}") from err
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(message, Exception):
+            raise message
+        return message
 
     def stop(self) -> None:
         """Kill the process: it holds nothing that anybody else needs."""
@@ -202,7 +202,7 @@ class ProcessWorker:
 
 
 def wait_for_processes(workers: Sequence[ProcessWorker]) -> list[ProcessWorker]:
-    """Those that have answered or ended."""
+    """Return those that have a result or have ended; wait until there is one."""
     ready = wait([worker.connection for worker in workers])
     return [worker for worker in workers if worker.connection in ready]
 
@@ -234,6 +234,6 @@ def _cores() -> int:
 
 def _memory() -> int:
     """Bytes that this process and its workers may use together: the machine's, or the container's."""
-    own = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = CONTAINER_LIMIT.read_text(encoding="ascii").strip() if CONTAINER_LIMIT.is_file() else "max"
-    return min(own, int(limit)) if limit.isdecimal() else own
+    return min(machine, int(limit)) if limit.isdecimal() else machine

@@ -1,4 +1,4 @@
-"""What the trials of a sweep have in common, here and in worker processes. Step 4 (sweep).
+"""What the trials of a sweep have in common, here and in worker processes.
 
 A trial is one batch of rows in every state: a pure function of the rows and of the job. A worker makes its own copy of
 the job from a `Recipe` (the model is loaded from its files), and refuses to start if its numbers would be others.
@@ -17,7 +17,7 @@ import torch
 
 from quant_fairness_plugin.artifacts import TextSet, digest, package_versions
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.measure.rows import Array, Row, pad_rows
+from quant_fairness_plugin.measure.rows import Row, pad_rows
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
 from quant_fairness_plugin.model.storage import parameters_sha256
@@ -25,6 +25,7 @@ from quant_fairness_plugin.model.weights import read_json
 from quant_fairness_plugin.plans.tree import StateTree
 from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.runner import BatchScores, TreeRunner
 from quant_fairness_plugin.sweep.walk import score_batch
 
 RESULT_VERSION = 1
@@ -32,8 +33,6 @@ RESULT_VERSION = 1
 
 BankRecipe = Callable[[LoadedModel, UnitMap], Bank]
 """Makes a bank for a model. Pickled, so a class or function of a module, or a `functools.partial` of one."""
-Found = dict[str, Array]
-"""State → NLL, KL and flips of each row, `[rows, 3]`."""
 
 
 @runtime_checkable
@@ -56,12 +55,15 @@ class Job:
     threads: int
     """Threads of every trial, wherever it runs: float32 sums depend on how they are split."""
 
-    def run(self, rows: Sequence[Row]) -> Found:
-        """Run one trial. The process has as many threads as before when it returns."""
+    @property
+    def runner(self) -> TreeRunner:
+        """The model and its states, to run batches through."""
+        return TreeRunner(self.loaded, self.tree, self.bank)
+
+    def run(self, rows: Sequence[Row]) -> BatchScores:
+        """Return the scores of one trial. The process has as many threads as before when it returns."""
         with fixed_threads(self.threads):
-            return score_batch(
-                self.loaded, self.tree, self.bank, pad_rows(rows), self.texts, counted=lambda passes: None
-            )
+            return score_batch(self.runner, pad_rows(rows), self.texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Recipe:
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """All that the numbers of a trial depend on besides its rows. Plain JSON data."""
+    """Return all that the numbers of a trial depend on, beside its rows. Plain JSON data."""
     model = job.loaded.model
     versions = package_versions()
     return {
@@ -102,7 +104,7 @@ def identity(job: Job) -> dict[str, Any]:
 
 
 def pack(job: Job) -> Recipe:
-    """The recipe of a job.
+    """Return the recipe of a job.
 
     Raises:
         ConfigError: the model is in memory only, or the bank cannot be made again elsewhere.
@@ -110,13 +112,12 @@ def pack(job: Job) -> Recipe:
     files = job.loaded.files
     if not files.weights:
         raise ConfigError(
-            f"the model {files.name} is in memory only, and a worker loads it from files; allowed are models loaded "
-            "from a folder or the Hub. Save it and load that folder, or use the local executor."
+            f"the model {files.name} is in memory only, and a worker loads it from files; save it and load that "
+            "folder, or use the local executor"
         )
     if not isinstance(job.bank, Portable):
         raise ConfigError(
-            f"bank {job.bank.description!r} cannot be made again in a worker; allowed are banks with a recipe(). Use "
-            "the local executor."
+            f"bank {job.bank.description!r} has no recipe() to make it again in a worker; use the local executor"
         )
     return Recipe(
         folder=files.folder.resolve(),
@@ -133,7 +134,7 @@ def pack(job: Job) -> Recipe:
 
 
 def unpack(recipe: Recipe) -> Job:
-    """A copy of the job that the recipe is of, with a model of its own.
+    """Return a copy of the job that the recipe is of, with a model of its own.
 
     Raises:
         QuantFairnessError: the model does not load.
@@ -155,7 +156,7 @@ def unpack(recipe: Recipe) -> Job:
 
 @contextmanager
 def fixed_threads(count: int) -> Iterator[None]:
-    """So many threads for torch, for the time of a `with` block."""
+    """Give torch so many threads inside the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -164,11 +165,11 @@ def fixed_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_same(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+def _check_same(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
     for field, value in expected.items():
-        if found[field] != value:
+        if actual[field] != value:
             raise ConfigError(
-                f"a worker would give other numbers: its {field} is {found[field]}, here it is {value}; every worker "
+                f"a worker would give other numbers: its {field} is {actual[field]}, here it is {value}; every worker "
                 "needs the same model files and versions. Make them equal, or use the local executor."
             )
 
@@ -186,6 +187,6 @@ def _model_identity(loaded: LoadedModel) -> dict[str, str]:
 
 
 def _brings_code(folder: Path) -> bool:
-    """Whether the model's code is its own; it was then trusted by whoever loaded it first."""
+    """Return whether the model brings code; whoever loaded it first has then agreed to run it."""
     paths = (folder / "config.json", folder / "tokenizer_config.json")
     return any({"auto_map", "model_file"} & read_json(path).keys() for path in paths if path.is_file())

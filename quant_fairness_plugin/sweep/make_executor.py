@@ -1,4 +1,4 @@
-"""The executor that a name stands for: this process, worker processes, or Ray."""
+"""Executors by name: this process, worker processes, or Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ExecutorName = Literal["local", "processes", "ray"]
 
 
 def make_executor(name: ExecutorName, *, workers: int | None = None) -> Executor:
-    """The executor of a name.
+    """Return the executor of a name.
 
     Args:
         name: `local`, `processes` or `ray`.
@@ -34,4 +34,4 @@ def make_executor(name: ExecutorName, *, workers: int | None = None) -> Executor
             from quant_fairness_plugin.sweep.ray_executor import RayExecutor
 
             return RayExecutor(workers)
-    raise ConfigError(f"executor {name!r} is unknown; allowed are local, processes and ray. Use one of them.")
+    raise ConfigError(f"executor {name!r} is unknown; use local, processes or ray")

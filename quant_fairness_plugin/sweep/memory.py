@@ -1,4 +1,4 @@
-"""How much memory a layer-by-layer sweep needs, from the shapes of a model's parameters alone. Step 4. No torch.
+"""How much memory a layer-by-layer sweep needs, from the shapes of a model's parameters alone. No torch.
 
 Counted is what the sweep itself holds; the interpreter and its libraries (about 0.4 GB with torch) come on top.
 """
@@ -32,7 +32,7 @@ _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes that are needed at once, besides the hidden states that are kept between two layers."""
+    """Bytes that are needed at once, beside the hidden states between two layers."""
 
     blocks: int
     """One block in every precision, and the next one in 16 bit."""
@@ -45,7 +45,7 @@ class Needs:
         return self.blocks + self.work
 
     def left_for_states(self, budget: int) -> int:
-        """What a budget leaves for the hidden states that are kept between two layers.
+        """Return what a budget leaves for the hidden states between two layers.
 
         Raises:
             ResourceError: the budget does not hold one block in every precision.
@@ -53,7 +53,7 @@ class Needs:
         if budget < self.least:
             raise ResourceError(
                 f"memory budget {shown(budget)}: one block in every precision and what it takes to run it need "
-                f"{shown(self.least)}; allowed is that or more. Raise the budget, or use a machine with more memory."
+                f"{shown(self.least)}; raise the budget to that or more, or use a machine with more memory"
             )
         return budget - self.least
 
@@ -67,7 +67,7 @@ def count_needs(
     tokens: int = PIECE_TOKENS,
     widened: int = 0,
 ) -> Needs:
-    """What a sweep of this model needs.
+    """Return what a sweep of this model needs.
 
     Args:
         shapes: parameter → shape.
@@ -81,11 +81,11 @@ def count_needs(
     for name, shape in shapes.items():
         if name.startswith(f"{blocks}."):
             layers.setdefault(name.removeprefix(f"{blocks}.").partition(".")[0], []).append(shape)
-    values = max(sum(map(prod, own)) for own in layers.values())
-    largest = max(prod(shape) for own in layers.values() for shape in own)
+    values = max(sum(map(prod, members)) for members in layers.values())
+    largest = max(prod(shape) for members in layers.values() for shape in members)
     # The larger side of a matrix is at least its outputs, whichever way round it is stored.
-    outputs = max(sum(max(shape) for shape in own if len(shape) == 2) for own in layers.values())
-    width = max(min(shape) for own in layers.values() for shape in own if len(shape) == 2)
+    outputs = max(sum(max(shape) for shape in members if len(shape) == 2) for members in layers.values())
+    width = max(min(shape) for members in layers.values() for shape in members if len(shape) == 2)
     work = [
         _ROUNDING_COPIES * _FLOAT32_BYTES * largest,
         value_bytes * max(tokens, PIECE_TOKENS) * outputs,
@@ -110,7 +110,7 @@ def check_budget(outline: Outline, budget: int, *, precisions: int) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as `1GB`, `1.5 GiB`, `800MB` or `123456`.
+    """Return the bytes of a size such as `1GB`, `1.5 GiB`, `800MB` or `123456`.
 
     Raises:
         ConfigError: not a size, or none of at least one byte.
@@ -118,18 +118,18 @@ def parse_size(text: str) -> int:
     >>> parse_size("1.5 GiB")
     1610612736
     """
-    found = _SIZE.fullmatch(text.strip())
+    match = _SIZE.fullmatch(text.strip())
     names = {unit.upper(): factor for unit, factor in _UNITS.items()}
-    if found is None or found[2].upper() not in names or (size := int(float(found[1]) * names[found[2].upper()])) < 1:
+    if match is None or match[2].upper() not in names or (size := int(float(match[1]) * names[match[2].upper()])) < 1:
         raise ConfigError(
-            f"size {text!r} is none; allowed are a number of bytes and KB, MB, GB, TB (thousands) or KiB, MiB, GiB, "
-            "TiB. Write for example 1GB."
+            f"size {text!r} is none; write a number of bytes, or one with KB, MB, GB, TB (thousands) or KiB, MiB, GiB, "
+            "TiB, such as 1GB"
         )
     return size
 
 
 def shown(size: int) -> str:
-    """A size for people: rounded up, so that what is asked for is enough."""
+    """Return a size for people, rounded up, so that a budget of what is printed is enough."""
     for unit in ("GB", "MB", "KB"):
         if size >= _UNITS[unit]:
             return f"{-(-size * 100 // _UNITS[unit]) / 100:.2f} {unit}"

@@ -1,7 +1,7 @@
-"""Trials on a Ray cluster (extra `ray`). Step 4 (sweep).
+"""Trials on a Ray cluster (extra `ray`).
 
 Every worker is an actor that loads the model once, from the same path on its own machine. Where no cluster is running
-or named (`RAY_ADDRESS`), Ray starts one on this machine for the time of the sweep.
+or named (`RAY_ADDRESS`), Ray starts one on this machine, which ends with the sweep.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from quant_fairness_plugin.errors import ConfigError, MissingExtraError, QuantFairnessError
 from quant_fairness_plugin.measure.rows import Row
 from quant_fairness_plugin.sweep.executors import Crew, Results, Trials, WorkerLostError
-from quant_fairness_plugin.sweep.jobs import Found, Job, Recipe, pack, unpack
+from quant_fairness_plugin.sweep.jobs import Job, Recipe, pack, unpack
+from quant_fairness_plugin.sweep.runner import BatchScores
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class RayExecutor:
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
-            raise ConfigError(f"workers is {self.workers}; allowed are whole numbers from 1. Use 1 or more.")
+            raise ConfigError(f"workers is {self.workers}; use a whole number from 1")
         _ray()
 
     def run(self, job: Job, trials: Trials) -> Results:
@@ -40,7 +41,7 @@ class RayExecutor:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         try:
             gpus = int(job.loaded.model.device.type == "cuda")
-            count = self.workers or _places(ray, job.threads, gpus)
+            count = self.workers or _fitting_actors(ray, job.threads, gpus)
             logger.info("%d trials in %d Ray actors", len(trials), min(count, len(trials)))
             actor = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_restarts=0)(Actor)
             shared = ray.put(recipe)
@@ -52,13 +53,13 @@ class RayExecutor:
 
 
 class Actor:
-    """What Ray runs: one copy of the job, made when the first trial comes, so that a refusal reaches who asked."""
+    """What Ray runs: one copy of the job, made when the first trial comes, so that a refusal reaches the sweep."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
         self._job: Job | None = None
 
-    def run(self, rows: Sequence[Row]) -> Found:
+    def run(self, rows: Sequence[Row]) -> BatchScores:
         """Run one trial."""
         job = self._job or unpack(self._recipe)
         self._job = job
@@ -72,22 +73,22 @@ class RayWorker:
         self.ray, self._actor = ray, actor
         self.reference: Any = None
 
-    def ask(self, rows: Sequence[Row]) -> None:
+    def start(self, rows: Sequence[Row]) -> None:
         """Queue the trial on the actor."""
         self.reference = self._actor.run.remote(tuple(rows))
 
-    def answer(self) -> Found:
+    def result(self) -> BatchScores:
         """Get the result."""
         errors = self.ray.exceptions
         try:
-            found: Found = self.ray.get(self.reference)
+            scores: BatchScores = self.ray.get(self.reference)
         except (errors.RayActorError, errors.WorkerCrashedError, errors.NodeDiedError, errors.OutOfMemoryError) as err:
             raise WorkerLostError(str(err).splitlines()[0]) from err
         except errors.RayTaskError as err:
             if isinstance(err.cause, QuantFairnessError):
                 raise err.cause from err
             raise
-        return found
+        return scores
 
     def stop(self) -> None:
         """Kill the actor."""
@@ -95,12 +96,12 @@ class RayWorker:
 
 
 def wait_for_actors(workers: Sequence[RayWorker]) -> list[RayWorker]:
-    """Those that have answered or are gone."""
+    """Return those that have a result or are gone; wait until there is one."""
     ready, _ = workers[0].ray.wait([worker.reference for worker in workers], num_returns=1)
     return [worker for worker in workers if worker.reference in ready]
 
 
-def _places(ray: ModuleType, threads: int, gpus: int) -> int:
+def _fitting_actors(ray: ModuleType, threads: int, gpus: int) -> int:
     resources = ray.cluster_resources()
     return max(1, int(resources.get("GPU", 0)) if gpus else int(resources.get("CPU", 0)) // threads)
 

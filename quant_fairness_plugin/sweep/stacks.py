@@ -1,4 +1,4 @@
-"""Hidden states between two layers, of every batch and every prefix: in memory while they fit, else in files. Step 4.
+"""Hidden states between two layers, of every batch and every prefix: in memory while they fit, else in files.
 
 With a folder to resume from, all of them are also written there. A batch has one file of values per layer and a small
 index that names the newest whole one; the index is replaced in one step, so that a killed sweep finds each batch either
@@ -54,15 +54,15 @@ class Stacks:
     _now: dict[int, Stack] = field(default_factory=dict)
 
     def stage(self, batch: int) -> int | None:
-        """After which stage a batch is, or None where it has to enter the model (again)."""
+        """Return after which stage a batch is, or None where it has to enter the model (again)."""
         if batch not in self._now and self.durable:
-            found = self._resumed(batch)
-            if found is not None:
-                self._now[batch] = found
+            resumed = self._resumed(batch)
+            if resumed is not None:
+                self._now[batch] = resumed
         return self._now[batch].stage if batch in self._now else None
 
     def read(self, batch: int, node: int) -> Tensor:
-        """The states of a node, `[rows, tokens, width]`."""
+        """Return the states of a node, `[rows, tokens, width]`."""
         stack = self._now[batch]
         return stack.values[node] if stack.values else self._load(batch, stack.stage, node)
 
@@ -116,7 +116,7 @@ class Stacks:
         return values.to(self.device)
 
     def _resumed(self, batch: int) -> Stack | None:
-        """The newest whole stack of a batch in the folder, checked."""
+        """Return the newest whole stack of a batch in the folder, checked."""
         path = self._index(batch)
         try:
             index: Any = json.loads(path.read_bytes())
@@ -151,7 +151,7 @@ class _Writer:
             self._file.close()
 
     def put(self, node: int, values: Tensor) -> None:
-        """Keep the states of a node."""
+        """Take in the states of a node."""
         stacks = self._stacks
         if self._batch in stacks.in_memory:
             self._stack.values[node] = values
@@ -165,7 +165,7 @@ class _Writer:
 
 
 def batches_in_memory(sizes: Sequence[int], allowance: int) -> frozenset[int]:
-    """Which batches are held in memory.
+    """Return which batches are held in memory.
 
     Args:
         sizes: the most bytes that each batch has after any stage.

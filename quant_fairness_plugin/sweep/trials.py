@@ -1,4 +1,4 @@
-"""A sweep that can be interrupted: every trial's result is a file, named by all that it depends on. Step 4 (sweep).
+"""A sweep that can be interrupted: every trial's result is a file, named by all that it depends on.
 
 A trial is one batch of rows in every state. A sweep that was killed finds the files of its finished trials and runs the
 rest; sums are made in the order of the batches, so the scores are the same bits as without the interruption.
@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,16 @@ import numpy as np
 
 from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet, digest, write_atomically
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
-from quant_fairness_plugin.measure.rows import Batch, Row, position_limit, tokenize
+from quant_fairness_plugin.measure.rows import Batch, Row
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor
-from quant_fairness_plugin.sweep.jobs import RESULT_VERSION, Found, Job, identity
-from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
-from quant_fairness_plugin.sweep.walk import add_batch, finish, plan_tree
+from quant_fairness_plugin.sweep.jobs import RESULT_VERSION, Job, identity
+from quant_fairness_plugin.sweep.memory import BATCH_TOKENS
+from quant_fairness_plugin.sweep.runner import BatchScores
+from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
 
 logger = logging.getLogger(__name__)
 
@@ -43,16 +45,14 @@ def score_plans_resumably(
     *,
     units: UnitMap,
     bank: Bank,
+    execution: Execution,
     batch_tokens: int = BATCH_TOKENS,
-    progress: Callable[[int, int], None] | None = None,
-    work: Path | None = None,
-    executor: Executor | None = None,
-    threads: int = 1,
+    progress: Progress | None = None,
 ) -> dict[str, StateScores]:
-    """The same as `score_plans`, trial by trial: what is finished is kept in `work`, and trials can run elsewhere.
+    """Return the same as `score_plans`, trial by trial: finished ones stay in a folder, and trials can run elsewhere.
 
     The result is the same bits whether or not the sweep was interrupted, and whichever executor ran it: a trial has
-    `threads` threads everywhere, also in this process, whose own number of threads is put back afterwards.
+    the same number of threads everywhere, also in this process, which gets its own number back afterwards.
 
     Args:
         loaded: the model; bit-identical afterwards.
@@ -60,11 +60,9 @@ def score_plans_resumably(
         texts: the sentences.
         units: the model's units.
         bank: their weights.
+        execution: its `work`, `executor` and `threads`.
         batch_tokens: tokens of a batch.
         progress: called with (block passes done, in all).
-        work: the folder of finished trials, made if it is missing; None keeps nothing. Sweeps can share one.
-        executor: runs the trials; None is one after another in this process.
-        threads: threads of a trial.
 
     Returns:
         `16 bit` and every plan → its scores.
@@ -74,42 +72,37 @@ def score_plans_resumably(
         ArtifactError: a plan predicts NaN or infinity.
         ResourceError: `work` cannot be written, or workers are lost again and again.
     """
-    if threads < 1:
-        raise ConfigError(f"threads is {threads}; allowed are whole numbers from 1. Use 1 or more.")
-    job = Job(loaded, plan_tree(plans, units), bank, texts, threads)
-    tokenized = tokenize(loaded.tokenizer, texts, context=min(CONTEXT, position_limit(loaded.model)))
+    job = Job(loaded, plan_tree(plans, units), bank, texts, execution.threads)
+    tokenized = tokenize_texts(loaded, texts)
     batches = tokenized.batches(batch_tokens)
-    store = None if work is None else open_store(work, job, batch_tokens=batch_tokens)
-    found = _run_all(job, batches, store, executor or LocalExecutor(), progress or (lambda done, total: None))
-    totals = {name: tokenized.empty_totals() for name in job.tree.leaves}
-    for number, batch in enumerate(batches):
-        add_batch(totals, batch, found[number])
-    return finish(tokenized, totals)
+    store = None if execution.work is None else open_store(execution.work, job, batch_tokens=batch_tokens)
+    results = _run_all(job, batches, store, execution.executor or LocalExecutor(), progress)
+    return add_up(tokenized, job.tree, batches, [results[number] for number in range(len(batches))])
 
 
 def _run_all(
-    job: Job,
-    batches: Sequence[Batch],
-    store: Store | None,
-    executor: Executor,
-    report: Callable[[int, int], None],
-) -> dict[int, Found]:
-    kept = {} if store is None else {number: store.read(batch.rows) for number, batch in enumerate(batches)}
-    found = {number: result for number, result in kept.items() if result is not None}
-    missing = {number: batch.rows for number, batch in enumerate(batches) if number not in found}
-    passes = job.tree.block_passes
-    if found:
-        logger.info("%d of %d trials were finished before", len(found), len(batches))
-        report(len(found) * passes, len(batches) * passes)
+    job: Job, batches: Sequence[Batch], store: Store | None, executor: Executor, progress: Progress | None
+) -> dict[int, BatchScores]:
+    stored = {} if store is None else {number: store.read(batch.rows) for number, batch in enumerate(batches)}
+    results = {number: scores for number, scores in stored.items() if scores is not None}
+    missing = {number: batch.rows for number, batch in enumerate(batches) if number not in results}
+
+    def report() -> None:
+        if progress is not None:
+            progress(len(results) * job.tree.block_passes, len(batches) * job.tree.block_passes)
+
+    if results:
+        logger.info("%d of %d trials were finished before", len(results), len(batches))
+        report()
     if not missing:
-        return found
-    with closing(executor.run(job, missing)) as results:  # an executor that is left in the middle ends its workers
-        for number, result in results:
+        return results
+    with closing(executor.run(job, missing)) as running:  # an executor that is left in the middle ends its workers
+        for number, scores in running:
             if store is not None:
-                store.write(missing[number], result)
-            found[number] = result
-            report(len(found) * passes, len(batches) * passes)
-    return found
+                store.write(missing[number], scores)
+            results[number] = scores
+            report()
+    return results
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +112,14 @@ class Store:
     folder: Path
     states: tuple[str, ...]
     job: Mapping[str, Any]
-    """All that results depend on besides their rows."""
+    """All that results depend on, beside their rows."""
 
     def path(self, rows: Sequence[Row]) -> Path:
-        """Where the result of a trial is."""
+        """Return where the result of a trial is."""
         return self.folder / f"{self._key(rows)}.json"
 
-    def read(self, rows: Sequence[Row]) -> Found | None:
-        """The result of a trial, or None where it must be computed (again, where its file is torn or altered)."""
+    def read(self, rows: Sequence[Row]) -> BatchScores | None:
+        """Return the result of a trial, or None where it must be computed (again, if its file is torn or altered)."""
         path = self.path(rows)
         try:
             return _decode(path.read_bytes(), self._key(rows), self.states, len(rows))
@@ -136,17 +129,17 @@ class Store:
             logger.warning("%s: not a whole result (%s); its trial is computed again", path, err)
             return None
 
-    def write(self, rows: Sequence[Row], found: Found) -> None:
-        """Keep the result of a trial. Whoever else writes it writes the same bytes.
+    def write(self, rows: Sequence[Row], scores: BatchScores) -> None:
+        """Write the result of a trial. Whoever else writes it writes the same bytes.
 
         Raises:
             ResourceError: the disk is full or read-only.
         """
         try:
-            write_atomically(self.path(rows), _encode(self._key(rows), found))
+            write_atomically(self.path(rows), _encode(self._key(rows), scores))
         except OSError as err:
             raise ResourceError(
-                f"{self.folder}: a result cannot be written ({err.strerror}); finished trials are kept there. Make "
+                f"{self.folder}: a result cannot be written ({err.strerror}); finished trials stay there. Make "
                 "room, or use another folder."
             ) from err
 
@@ -155,7 +148,7 @@ class Store:
 
 
 def trial_key(job: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """The name of a trial's result: sha256 of all that it depends on.
+    """Return the name of a trial's result: sha256 of all that it depends on.
 
     Which sentences the rows belong to is no part of it: the numbers depend on token ids alone.
     """
@@ -163,7 +156,7 @@ def trial_key(job: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def open_store(work: Path, job: Job, **further: int) -> Store:
-    """The results of a job in `work`, which is made if it is missing.
+    """Return the results of a job in `work`, which is made if it is missing.
 
     Args:
         work: the folder.
@@ -175,7 +168,7 @@ def open_store(work: Path, job: Job, **further: int) -> Store:
         ResourceError: it cannot be used.
     """
     if work.exists() and not work.is_dir():
-        raise ConfigError(f"{work}: not a folder; allowed is a folder, or a name that is free. Use another.")
+        raise ConfigError(f"{work}: not a folder; use a folder, or a name that is free")
     try:
         work.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(work)
@@ -192,15 +185,15 @@ def _remove_leftovers(work: Path) -> None:
                 path.unlink()
 
 
-def _encode(key: str, found: Found) -> bytes:
-    """Floats are written with as many digits as it takes to read the same bits."""
-    scores = {state: rows.tolist() for state, rows in found.items()}
-    document = {"schema_version": RESULT_VERSION, "key": key, "sha256": digest(scores), "scores": scores}
+def _encode(key: str, scores: BatchScores) -> bytes:
+    # Floats are written with as many digits as it takes to read the same bits.
+    rows = {state: values.tolist() for state, values in scores.items()}
+    document = {"schema_version": RESULT_VERSION, "key": key, "sha256": digest(rows), "scores": rows}
     return (json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _decode(content: bytes, key: str, states: Collection[str], rows: int) -> Found:
-    """The scores of a result file.
+def _decode(content: bytes, key: str, states: Collection[str], rows: int) -> BatchScores:
+    """Return the scores of a result file.
 
     Raises:
         ArtifactError: not exactly what was written for this key.
@@ -211,9 +204,9 @@ def _decode(content: bytes, key: str, states: Collection[str], rows: int) -> Fou
         written = document["schema_version"], document["key"], document["sha256"]
         if written != (RESULT_VERSION, key, digest(scores)):
             raise ArtifactError("its key or checksum is another")
-        found = {state: np.array(scores[state], dtype=np.float64) for state in states}
+        result = {state: np.array(scores[state], dtype=np.float64) for state in states}
     except (ValueError, TypeError, KeyError) as err:
         raise ArtifactError(f"{type(err).__name__}: {err}") from err
-    if len(scores) != len(states) or any(values.shape != (rows, 3) for values in found.values()):
+    if len(scores) != len(states) or any(values.shape != (rows, 3) for values in result.values()):
         raise ArtifactError("it holds other states or rows")
-    return found
+    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quant_fairness_plugin.artifacts import TextSet, digest
@@ -14,7 +15,7 @@ from quant_fairness_plugin.texts.parts import split_parts
 from quant_fairness_plugin.texts.sentences import RawTexts, drop_repeated
 from quant_fairness_plugin.texts.sources import parse_jsonl, read_path
 
-__all__ = ["BUNDLED", "load_texts", "normalise_language", "split_parts"]
+__all__ = ["BUNDLED", "choose_texts", "load_texts", "normalise_language", "split_parts"]
 
 BUNDLED = Path(__file__).parent / "bundled" / "parallel.jsonl"
 # One fixed split for sets that bring none, so that two runs on the same file use the same parts.
@@ -66,6 +67,31 @@ def load_texts(
         parallel=True,
         sha256=digest(content),
     )
+
+
+def choose_texts(texts: TextSet, *, languages: Sequence[str] | None = None, reference: str | None = "en") -> TextSet:
+    """Return a text set in some of its languages, as `load_texts` would have loaded it with these languages.
+
+    Args:
+        texts: a text set.
+        languages: tags of the languages, in the order to have them in; None for the set as it is.
+        reference: the language that others are compared with, which must be among them; None for no reference.
+
+    Raises:
+        UnknownLanguageError: a language that the set does not hold, or that is no language.
+        ConfigError: the reference is not among the languages.
+    """
+    names = choose_languages(texts.languages, languages=languages, reference=reference, source=texts.name)
+    if languages is None:
+        return texts
+    fewer = texts.choose(names)
+    content = {
+        "ids": fewer.ids,
+        "parts": fewer.parts,
+        "registers": fewer.registers,
+        "sentences": fewer.sentences,
+    }
+    return replace(fewer, sha256=digest(content))
 
 
 def _read(source: str | Path) -> tuple[str, RawTexts]:

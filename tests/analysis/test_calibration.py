@@ -69,7 +69,7 @@ def test_all_combinations_are_there_and_protection_is_what_the_plan_says(compari
     assert found == [(name, kept) for kept in (False, True) for name in ("english", "uniform", "minimax")]
     saved = comparison.tables[0].effects[0].protection_calibrated
     assert isinstance(saved, Interval)
-    assert saved.low > 0  # the damage is planted in the protected layer
+    assert saved.low > 0  # 0.80 bits per byte: the damage is planted in the protected layer
 
 
 def test_the_effects_are_differences_under_common_resamples(
@@ -125,9 +125,10 @@ def test_the_matrix_has_a_row_for_each_language_alone_with_equal_tokens(comparis
     for language, other in (("en", "he"), ("he", "en")):
         change = own[language].from_others
         assert isinstance(change, Interval)
-        assert change.estimate == pytest.approx(estimates[other, language] - estimates[language, language], abs=1e-7)
+        # Three figures below 10 with 7 significant digits: each is up to 5e-7 off.
+        assert change.estimate == pytest.approx(estimates[other, language] - estimates[language, language], abs=1.5e-6)
     changes = [row.from_others for row in matrix.own if isinstance(row.from_others, Interval)]
-    assert changes[1].low > 0  # the planted channels are silent in English text
+    assert changes[1].low > 0  # 0.14 bits per byte: the planted channels are silent in English text
     better = sum(change.low > 0 for change in changes)
     assert matrix.verdict.startswith(
         "of 2 languages, calibrating on the language itself lowers its KL against another single language "

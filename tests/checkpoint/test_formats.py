@@ -11,23 +11,24 @@ import torch
 
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats.format import StoredGrid
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.model.families import Family, Unit
+from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from tests.export.build import llama_map
 
-LLAMA = Family(
-    name="llama",
-    blocks="model.layers",
-    units=(Unit("o", ("self_attn.o_proj",), None),),
-    embeddings=("model.embed_tokens",),
-    final_norm="model.norm",
-    head="lm_head",
-    tied_head=False,
-    conv1d=False,
-)
+
+def family_of(name: str) -> Family:
+    """The map of a family with a record, or of blocks like Llama's of which nothing else is known."""
+    record = find_architecture("llama" if name == "generic" else name)
+    assert record is not None
+    return Family(name, replace(record, families=()) if name == "generic" else record, tied_head=False)
+
+
+LLAMA = family_of("llama")
 
 
 @pytest.mark.parametrize(
@@ -227,12 +228,17 @@ def test_kept_layers_are_those_without_any_quantized_module() -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match="unknown format 'gguf'; allowed are compressed-tensors, gptq, awq, fp16-twin"
-    ):
+    with pytest.raises(ConfigError, match="unknown format 'gguf'; known are compressed-tensors, gptq, awq, fp16-twin"):
         checkpoint_format("gguf")
+
+
+def test_the_twin_is_a_format_that_packs_nothing() -> None:
+    twin = checkpoint_format("fp16-twin")
+    assert not twin.packs
+    assert twin.quantization_config(llama_map(), Grid()) == {}
+    tensor = quantize_rtn(torch.randn(8, 32), Grid(group_size=32), scale_dtype=torch.float16)
     with pytest.raises(ConfigError, match="stores no quantized modules"):
-        checkpoint_format("fp16-twin")
+        twin.tensors("a.b", tensor)
 
 
 @pytest.mark.parametrize("reader", ["transformers", "vllm", "gptqmodel", None])
@@ -267,12 +273,12 @@ def test_int8_layers_are_written_where_every_asked_reader_knows_them(
 def test_a_unit_of_an_unknown_architecture_cannot_have_a_precision_of_its_own() -> None:
     overrides: dict[str, Precision] = {"layers.3.mlp.up": "fp16"}
     with pytest.raises(UnsupportedModelError, match=r"layers\.3\.mlp\.up cannot have a precision of its own"):
-        check_exportable(replace(LLAMA, name="generic"), format="compressed-tensors", grid=Grid(), overrides=overrides)
+        check_exportable(family_of("generic"), format="compressed-tensors", grid=Grid(), overrides=overrides)
 
 
 def test_the_table_can_be_asked_by_name_and_before_the_model_is_known() -> None:
     by_name = find_refusal("gpt2", format="gptq", grid=Grid(), reader="transformers")
-    whole = find_refusal(replace(LLAMA, name="gpt2", conv1d=True), format="gptq", grid=Grid(), reader="transformers")
+    whole = find_refusal(family_of("gpt2"), format="gptq", grid=Grid(), reader="transformers")
     assert by_name == whole
     assert by_name is not None
     assert find_refusal(None, format="gptq", grid=Grid(), reader="transformers") is None
@@ -284,39 +290,63 @@ def test_the_table_can_be_asked_by_name_and_before_the_model_is_known() -> None:
     ("family", "format_name", "reader", "grid", "message"),
     [
         (
-            {"name": "gpt2", "conv1d": True},
+            "gpt2",
             "compressed-tensors",
             "transformers",
             Grid(),
             r"--reader vllm, or --format fp16",
         ),
-        ({"name": "gpt2", "conv1d": True}, "gptq", "transformers", Grid(), "does not load"),
-        ({"name": "bloom"}, "compressed-tensors", "vllm", Grid(), "vLLM cannot load a quantized BLOOM"),
-        ({"name": "bloom"}, "gptq", "vllm", Grid(), "vLLM cannot load a quantized BLOOM"),
-        ({"name": "generic"}, "gptq", "vllm", Grid(), "merged module names of a known family"),
-        ({}, "gptq", "vllm", Grid(symmetric=False), "asymmetric"),
-        ({}, "compressed-tensors", "transformers", Grid(bits=3), "3 bits are not written"),
-        ({}, "gptq", "transformers", Grid(bits=8), "8 bits are not written"),
-        ({"name": "generic"}, "awq", "vllm", Grid(), "merged module names of a known family"),
-        ({}, "awq", "vllm", Grid(bits=8), "8 bits are not written"),
+        ("gpt2", "gptq", "transformers", Grid(), "does not load"),
+        ("bloom", "compressed-tensors", "vllm", Grid(), "vLLM cannot load a quantized BLOOM"),
+        ("bloom", "gptq", "vllm", Grid(), "vLLM cannot load a quantized BLOOM"),
+        ("generic", "gptq", "vllm", Grid(), "merged module names of a known family"),
+        ("llama", "gptq", "vllm", Grid(symmetric=False), "asymmetric"),
+        ("llama", "compressed-tensors", "transformers", Grid(bits=3), "3 bits are not written"),
+        ("llama", "gptq", "transformers", Grid(bits=8), "8 bits are not written"),
+        ("generic", "awq", "vllm", Grid(), "merged module names of a known family"),
+        ("llama", "awq", "vllm", Grid(bits=8), "8 bits are not written"),
     ],
 )
 def test_combinations_that_upstream_reads_wrongly_are_refused_with_a_way_out(
-    family: dict[str, object], format_name: str, reader: str, grid: Grid, message: str
+    family: str, format_name: str, reader: str, grid: Grid, message: str
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
-        check_exportable(replace(LLAMA, **family), format=format_name, grid=grid, reader=reader)  # type: ignore[arg-type]
+        check_exportable(family_of(family), format=format_name, grid=grid, reader=reader)
 
 
-@pytest.mark.parametrize("family", [{"name": "gpt2", "conv1d": True}, {"name": "bloom"}, {"name": "generic"}])
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "generic"])
 @pytest.mark.parametrize("grid", [Grid(), Grid(bits=3), Grid(symmetric=False)])
-def test_the_plain_twin_is_always_exportable(family: dict[str, object], grid: Grid) -> None:
+def test_the_plain_twin_is_always_exportable(family: str, grid: Grid) -> None:
     for reader in ("transformers", "vllm"):
-        check_exportable(replace(LLAMA, **family), format="fp16-twin", grid=grid, reader=reader)  # type: ignore[arg-type]
+        check_exportable(family_of(family), format="fp16-twin", grid=grid, reader=reader)
+
+
+def test_sglang_reads_int8_layers_of_gptq_and_not_of_compressed_tensors() -> None:
+    overrides: dict[str, Precision] = {"layers.5": "int8"}
+    check_exportable(LLAMA, format="gptq", grid=Grid(), reader="sglang", overrides=overrides)
+    with pytest.raises(UnsupportedModelError, match=r"as 4 bit; allowed is gptq\. Use --format gptq"):
+        check_exportable(LLAMA, format="compressed-tensors", grid=Grid(), reader="sglang", overrides=overrides)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq"])
+@pytest.mark.parametrize(("rows", "cols", "group"), [(8, 32, 32), (24, 64, 32), (40, 72, -1)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_shapes_are_those_of_the_packed_tensors(name: str, rows: int, cols: int, group: int, symmetric: bool) -> None:
+    layout = checkpoint_format(name)
+    generator = torch.Generator().manual_seed(0)
+    grid = Grid(group_size=group, symmetric=symmetric)
+    tensor = quantize_rtn(torch.randn(rows, cols, generator=generator), grid, scale_dtype=torch.float16)
+    stored = {key.removeprefix("m."): value for key, value in layout.tensors("m", tensor).items()}
+    expected = StoredGrid(rows, cols, 4, tensor.scales.shape[1])
+    assert layout.grid_of(stored) == expected
+    assert layout.grid({suffix: tuple(value.shape) for suffix, value in stored.items()}, rows, cols) == expected
+    dtypes = {torch.int32: "I32", torch.int64: "I64", torch.float16: None}
+    kinds = {suffix: (dtypes[value.dtype], tuple(value.shape)) for suffix, value in stored.items()}
+    assert layout.expected(expected, symmetric=symmetric) == kinds
 
 
 def test_an_unknown_reader_is_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown reader 'llama.cpp'; allowed are transformers, vllm"):
+    with pytest.raises(ConfigError, match="unknown reader 'llama.cpp'; known are transformers, vllm, gptqmodel, sg"):
         check_exportable(LLAMA, format="gptq", grid=Grid(), reader="llama.cpp")
 
 

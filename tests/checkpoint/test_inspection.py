@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from quant_fairness_plugin.checkpoint.inspection import Inspection, inspect_checkpoint
-from quant_fairness_plugin.checkpoint.readers.case import reader_problems
+from quant_fairness_plugin.checkpoint.readers import reader_problems
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from tests.export import foreign_folders as tools
 from tests.export.conftest import Exported, rewrite_json
@@ -72,6 +72,7 @@ def under_its_own_name(folder: Path) -> None:
 
 
 LISTS = ("dynamic", "modules_in_block_to_quantize", "modules_to_not_convert")
+SGLANG = "the metadata, as SGLang reads it, takes model.layers.1"
 OPTIMUM = "modules_in_block_to_quantize \\(as suffix\\)"
 CASES: list[tuple[str, str, str, Edit, dict[str, str]]] = [
     ("as we write it", "llama", "gptq", ours_without(), {}),
@@ -83,9 +84,15 @@ CASES: list[tuple[str, str, str, Edit, dict[str, str]]] = [
         "llama",
         "gptq",
         tools.autoround_gptq,
-        {"transformers": f"{OPTIMUM} takes", "vllm": "takes model.layers.1.mlp.gate_proj"},
+        {"transformers": f"{OPTIMUM} takes", "vllm": "takes model.layers.1.mlp.gate_proj", "sglang": SGLANG},
     ),
-    ("AutoRound", "llama", "awq", tools.autoround_awq, {"gptqmodel": "dynamic, .* takes model.layers.1"}),
+    (
+        "AutoRound",
+        "llama",
+        "awq",
+        tools.autoround_awq,
+        {"gptqmodel": "dynamic .* takes model.layers.1", "sglang": SGLANG},
+    ),
     (
         "AutoAWQ: a trailing dot takes layers 10 and 11",
         "llama",
@@ -98,26 +105,39 @@ CASES: list[tuple[str, str, str, Edit, dict[str, str]]] = [
         "llama",
         "gptq",
         under_its_own_name,
-        {"transformers": "only quantize_config.json", "vllm": "only quantize_config.json", "gptqmodel": "dynamic"},
+        {reader: "only quantize_config.json" for reader in ("transformers", "vllm", "sglang")}
+        | {"gptqmodel": "dynamic"},
     ),
-    ("only the block list", "llama", "gptq", ours_without(LISTS[0], LISTS[2]), {"gptqmodel": "dynamic, the only list"}),
+    (
+        "only the block list",
+        "llama",
+        "gptq",
+        ours_without(LISTS[0], LISTS[2]),
+        {"gptqmodel": r"dynamic \(the only list", "sglang": SGLANG},
+    ),
     (
         "no list at all: vLLM looks at the dtypes",
         "llama",
         "gptq",
         ours_without(*LISTS),
-        {"transformers": "takes", "gptqmodel": "takes"},
+        {"transformers": "takes", "gptqmodel": "takes", "sglang": SGLANG},
     ),
     (
         "no list at all: vLLM looks at the dtypes",
         "llama",
         "awq",
         ours_without(LISTS[0], LISTS[2]),
-        {"transformers": "takes", "gptqmodel": "takes"},
+        {"transformers": "takes", "gptqmodel": "takes", "sglang": SGLANG},
     ),
     ("asymmetric", "llama", "gptq", asymmetric, {"transformers": "takes", "vllm": "asymmetric gptq grid"}),
     ("act-order", "llama", "gptq", in_act_order, {"transformers": "takes", "vllm": "act-order"}),
-    ("one shard in 16 bit", "llama", "gptq", mixed_shards, {"vllm": "vLLM merges the parts", "gptqmodel": "takes"}),
+    (
+        "one shard in 16 bit",
+        "llama",
+        "gptq",
+        mixed_shards,
+        {"vllm": "vLLM merges the parts", "gptqmodel": "takes", "sglang": "SGLang merges the parts"},
+    ),
     ("Conv1D", "gpt2", "gptq", ours_without(), {"transformers": "Conv1D"}),
     ("Conv1D", "gpt2", "compressed-tensors", ours_without(), {"transformers": "Conv1D", "gptqmodel": "Conv1D"}),
     ("BLOOM", "bloom", "gptq", ours_without(), {"vllm": "BLOOM"}),
@@ -147,7 +167,7 @@ CASES: list[tuple[str, str, str, Edit, dict[str, str]]] = [
             ours_without()(folder),
             tools.change_metadata(folder, ignore=[r"re:model\.layers\.1.*", "lm_head"]),
         ),
-        dict.fromkeys(("transformers", "vllm", "gptqmodel"), "leaves out model.layers.10"),
+        dict.fromkeys(("transformers", "vllm", "gptqmodel", "sglang"), "leaves out model.layers.10"),
     ),
     (
         "regular expressions that are right, as llm-compressor takes them",
@@ -175,7 +195,7 @@ def test_each_reader_gets_its_own_verdict(
     problems = reader_problems(inspect_checkpoint(folder).case)
     assert {reader for reader, text in problems.items() if text} == set(expected), problems
     for reader, pattern in expected.items():
-        assert re.search(pattern, problems[reader]), problems  # type: ignore[index]
+        assert re.search(pattern, problems[reader]), problems
 
 
 def found(damaged: Exported, *edits: Edit, format_name: str = "gptq") -> Inspection:
@@ -258,7 +278,7 @@ def test_a_mixture_of_experts_or_an_unknown_method_is_refused(damaged: Exported)
 def test_a_plain_checkpoint_has_no_problems(tiny_model: Callable[..., Path]) -> None:
     seen = inspect_checkpoint(tiny_model("llama"))
     assert seen.layout is None
-    assert reader_problems(seen.case) == {"transformers": "", "vllm": "", "gptqmodel": ""}
+    assert reader_problems(seen.case) == {"transformers": "", "vllm": "", "gptqmodel": "", "sglang": ""}
 
 
 def test_a_file_is_not_a_checkpoint(tmp_path: Path) -> None:

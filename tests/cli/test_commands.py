@@ -1,4 +1,4 @@
-"""Commands on a tiny trained model: stdout is the result and nothing else, and artefacts are picked up again."""
+"""Commands on a tiny planted model: stdout is the result and nothing else, and artefacts are picked up again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compare` on a tiny trained model, and what `quantize` says about its calibration."""
+"""`compare` on a tiny planted model, and what `quantize` says about its calibration."""
 
 from __future__ import annotations
 

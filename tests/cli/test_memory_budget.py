@@ -54,7 +54,7 @@ def test_the_report_is_that_of_the_model_in_memory(
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--memory-budget", "lots"], 2, "size 'lots' is none; allowed are a number of bytes and KB"),
+        (["--memory-budget", "lots"], 2, "size 'lots' is none; write a number of bytes, or one with KB"),
         (["--memory-budget", "1KB"], 4, "memory budget 1.00 KB: one block in every precision"),
         (["--memory-budget", "1GB", "--executor", "local"], 2, "--memory-budget 1GB and --executor local do not go"),
     ],
@@ -81,4 +81,4 @@ def test_a_budget_that_is_too_small_is_refused_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["4", "False"]
-    assert re.search(r"need [0-9.]+ MB; allowed is that or more", done.stderr)
+    assert re.search(r"need [0-9.]+ MB; raise the budget to that or more", done.stderr)

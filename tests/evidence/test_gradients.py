@@ -103,8 +103,9 @@ def test_the_second_order_is_the_mean_squared_slope_of_single_weights(loaded: Lo
 
 def test_the_planted_layer_has_the_highest_scores_and_an_idle_one_none(loaded: LoadedModel, texts: TextSet) -> None:
     for values in scores(loaded, texts).values():
-        assert max(range(LAYERS), key=lambda layer: values[layer]) == PLANTED_LAYER
-        assert values[IDLE_LAYER] < 1e-3 * values[PLANTED_LAYER]
+        others = [values[layer] for layer in range(LAYERS) if layer != PLANTED_LAYER]
+        assert values[PLANTED_LAYER] > 3 * max(others)  # 4.5 times by first order, 13.7 by second
+        assert values[IDLE_LAYER] == 0.0  # its outputs are zero: no change, and no gradient behind them
 
 
 def test_only_so_many_sentences_are_read(loaded: LoadedModel, texts: TextSet) -> None:

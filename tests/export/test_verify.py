@@ -152,7 +152,7 @@ def test_a_folder_of_another_tool_is_judged_by_its_tensors_and_for_each_reader(d
     assert "77 modules of 4 bits, 8 in 16 bit" in report.checks[2].detail
     assert report.format == "gptq"
     readers = {entry["reader"]: entry["reads"] for entry in report.to_dict()["readers"]}
-    assert readers == {"transformers": False, "vllm": True, "gptqmodel": True}
+    assert readers == {"transformers": False, "vllm": True, "gptqmodel": True, "sglang": True}
     assert report.checks[-1].detail == report.problems["transformers"]
 
 
@@ -360,7 +360,7 @@ def test_a_config_without_quantization_config_is_refused(damaged: Exported) -> N
     folder = damaged()
     rewrite_json(folder / "config.json", lambda c: c.pop("quantization_config"))
     record_again(folder)
-    with pytest.raises(ArtifactError, match="quant_method is None"):
+    with pytest.raises(ArtifactError, match="quant_method is 'missing'"):
         verify(folder)
 
 
@@ -417,6 +417,19 @@ def test_the_reader_check_catches_one_wrong_scale(exported: Exported, monkeypatc
         compare_with_transformers(exported())
 
 
+def test_sglang_is_judged_by_its_documented_rules_and_not_run(exported: Exported, damaged: Exported) -> None:
+    report = verify(exported("llama", "gptq"))
+    [entry] = [entry for entry in report.to_dict()["readers"] if entry["reader"] == "sglang"]
+    assert (entry["reads"], entry["note"]) == (True, "documented rules; not run here")
+    assert {entry["note"] for entry in report.to_dict()["readers"] if entry["reader"] != "sglang"} == {""}
+    with pytest.raises(ConfigError, match=r"^reader 'sglang' is not run here[^\n]*transformers, vllm, gptqmodel\.$"):
+        verify(exported("llama", "gptq"), reader="sglang")
+    folder = damaged("llama", "gptq")
+    tools.autoround_gptq(folder)  # rules for unmerged names, which SGLang does not look up
+    with pytest.raises(UnsupportedModelError, match=r"sglang does not read it right: .*takes model\.layers\.1"):
+        verify(folder, reader="sglang")
+
+
 def test_an_unknown_reader_is_refused(exported: Exported) -> None:
-    with pytest.raises(ConfigError, match="unknown reader 'tgi'; allowed are transformers, vllm"):
+    with pytest.raises(ConfigError, match="unknown reader 'tgi'; known are transformers, vllm, gptqmodel, sglang"):
         verify(exported(), reader="tgi")

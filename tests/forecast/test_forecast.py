@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from quant_fairness_plugin.artifacts import Granularity, Grid, Mode
+from quant_fairness_plugin.artifacts import Bootstrap, Granularity, Grid, Mode
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.forecast import Forecast, forecast, speed
@@ -23,6 +23,7 @@ from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.plans.tree import State, build_tree
 from quant_fairness_plugin.plans.units import map_units
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
 from tests.planted_model import LAYERS, planted_texts
@@ -34,11 +35,13 @@ BOTH: tuple[Mode, ...] = ("protect-one", "quantize-one")
 
 def predict(folder: Path, **settings: Any) -> Forecast:
     config = make_config(group_size=32, protect_layers=settings.pop("protect_layers", "none"))
-    return forecast(resolve_model(str(folder)), planted_texts(), config, **settings)
+    budget = settings.pop("memory_budget", None)
+    plans = SweepConfig(**settings)
+    return forecast(resolve_model(str(folder)), planted_texts(), config, plans, memory_budget=budget)
 
 
 def passes_of_a_sweep(
-    folder: Path, *, modes: Sequence[Mode], granularity: Granularity, combine: int, max_plans: int
+    folder: Path, *, modes: tuple[Mode, ...], granularity: Granularity, combine: int, max_plans: int
 ) -> list[int]:
     """What a real sweep counts in each of its walks."""
     walks: list[int] = []
@@ -47,10 +50,9 @@ def passes_of_a_sweep(
         if done == total:
             walks.append(total)
 
-    sweep_units(
-        load_model(str(folder)), planted_texts().part("search"), grid=GRID, modes=modes, granularity=granularity,
-        combine=combine, max_plans=max_plans, top=1, draws=100, progress=note,
-    )  # fmt: skip
+    plans = SweepConfig(modes=modes, granularity=granularity, combine=combine, max_plans=max_plans, top=1)
+    loaded, texts = load_model(str(folder)), planted_texts().part("search")
+    sweep_units(loaded, texts, plans, grid=GRID, bootstrap=Bootstrap(draws=100), progress=note)
     return walks
 
 

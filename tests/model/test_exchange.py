@@ -80,7 +80,7 @@ def test_weights_that_do_not_fit_are_errors_and_change_nothing(load: Load) -> No
     for wrong in (weight.detach().t(), weight.detach().half()):
         with pytest.raises(ConfigError, match="up_proj: a weight .* cannot replace one that is"):
             swapped(loaded, {name: wrong}).__enter__()
-    with pytest.raises(ConfigError, match="'lm_head' is no linear module of the model's blocks"):
+    with pytest.raises(ConfigError, match="'lm_head' is neither a linear module of the model's blocks"):
         swapped(loaded, {name: before + 1, "lm_head": before}).__enter__()
     assert torch.equal(weight, before)
 

@@ -26,7 +26,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.model.families import KNOWN_FAMILIES, detect_family
+from quant_fairness_plugin.model.architectures import known_families
+from quant_fairness_plugin.model.families import detect_family
 from tests.tiny import FAMILIES, tiny_config
 
 SMALL: dict[str, Any] = {
@@ -52,7 +53,7 @@ def tiny(family: str, *, layers: int = 2) -> PreTrainedModel:
 
 
 def test_every_known_family_has_a_tiny_model() -> None:
-    assert sorted(KNOWN_FAMILIES) == sorted(FAMILIES)
+    assert sorted(known_families()) == sorted(FAMILIES)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,7 +142,7 @@ def test_opt_350m_shape_has_projections_and_no_final_norm() -> None:
     )
     found = detect_family(build(config))
     assert (found.name, found.final_norm) == ("opt", None)
-    assert not any("project" in name for name in found.modules())
+    assert not any("project" in name for name in found.modules(0))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_an_unknown_family_of_equal_blocks_gets_a_generic_map(config: Pretrained
     assert [unit.modules for unit in found.units] == [
         (name,) for name, module in block.named_modules() if isinstance(module, nn.Linear)
     ]
-    assert found.modules()[0].startswith(first)
+    assert found.modules(0)[0].startswith(first)
     assert found.fused_names(0) == ()
     assert found.final_norm in {"transformer.ln_f", "model.norm"}
     assert len(found.embeddings) == 1
@@ -167,7 +168,7 @@ def test_an_unknown_family_of_equal_blocks_gets_a_generic_map(config: Pretrained
 
 def test_a_known_family_may_have_a_single_block_but_an_unknown_one_may_not() -> None:
     assert detect_family(tiny("llama", layers=1)).name == "llama"
-    with pytest.raises(UnsupportedModelError, match="gemma2: an unknown architecture with a single block; looked for"):
+    with pytest.raises(UnsupportedModelError, match="gemma2: an unknown architecture with a single block; expected"):
         detect_family(build(Gemma2Config(**(SMALL | {"num_hidden_layers": 1}), head_dim=8)))
 
 
@@ -295,12 +296,12 @@ def test_a_model_without_a_head_is_refused() -> None:
     wrapped = nn.Module()
     wrapped.model = model
     wrapped.get_output_embeddings = model.get_output_embeddings  # type: ignore[assignment]
-    with pytest.raises(UnsupportedModelError, match="no output head; looked for a causal language model"):
+    with pytest.raises(UnsupportedModelError, match="no output head; expected a causal language model"):
         detect_family(wrapped)  # type: ignore[arg-type]
 
 
 def test_a_model_without_blocks_names_what_was_looked_for() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"Linear: no list of blocks.*Looked for.*as in bloom, gemma, gpt2"):
+    with pytest.raises(UnsupportedModelError, match=r"Linear: no list of blocks.*Expected.*as in bloom, gemma, gpt2"):
         detect_family(nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

@@ -103,7 +103,7 @@ def test_another_compute_dtype_converts_the_weights_but_not_the_rotary_table(fol
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float64])
 def test_other_dtypes_are_refused_before_anything_is_read(dtype: torch.dtype) -> None:
-    with pytest.raises(ConfigError, match="cannot be computed in; allowed are float32, float16 and bfloat16"):
+    with pytest.raises(ConfigError, match="cannot be computed in; use float32, float16 or bfloat16"):
         load_model("no/such/model", dtype=dtype)
 
 
@@ -203,7 +203,7 @@ def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
 
 def test_a_config_that_transformers_cannot_use_is_refused(folder: Path) -> None:
     edit(folder / "config.json", model_type="never-seen")
-    with pytest.raises(ArtifactError, match=r"config\.json: .*never-seen.*Restore the model's own file") as caught:
+    with pytest.raises(ArtifactError, match=r"config\.json: .*never-seen.*Restore the model's file") as caught:
         load_model(str(folder))
     assert "\n" not in str(caught.value)
 
@@ -297,7 +297,7 @@ def test_a_quantized_model_in_memory_is_refused(folder: Path) -> None:
 
 
 def test_a_model_on_the_meta_device_is_refused(folder: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="weights are on the meta device; allowed are"):
+    with pytest.raises(UnsupportedModelError, match="weights are on the meta device; expected"):
         from_loaded(empty_model(resolve_model(str(folder))), byte_tokenizer())
 
 

@@ -82,5 +82,5 @@ def test_pickles_are_refused(folder: Path) -> None:
 def test_types_that_no_dense_model_has_are_refused(folder: Path) -> None:
     header = json.dumps({"x": {"dtype": "C64", "shape": [1], "data_offsets": [0, 8]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
-    with pytest.raises(ArtifactError, match="x holds values of type C64; allowed are F64, F32"):
+    with pytest.raises(ArtifactError, match="x holds values of type C64; expected F64, F32"):
         find_tensors(resolve_model(str(folder)))

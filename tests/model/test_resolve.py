@@ -122,7 +122,7 @@ def test_a_weight_file_that_does_not_exist_is_not_looked_for_on_the_hub(name: st
 
 
 def test_another_file_is_no_model(folder: Path) -> None:
-    assert "config.json: a file that is no model" in refused(folder / "config.json")
+    assert "config.json: a file that is not a model" in refused(folder / "config.json")
 
 
 def test_a_bundled_name_wins_over_a_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +172,9 @@ def test_a_layer_count_that_is_no_number_is_refused(folder: Path, layers: object
 
 def test_a_missing_or_contradicting_layer_count_is_refused(folder: Path) -> None:
     edit(folder / "config.json", n_layer=3)
-    assert "({'num_hidden_layers': 2, 'n_layer': 3}); looked for a whole number in one of" in refused(folder)
+    assert "({'num_hidden_layers': 2, 'n_layer': 3}); expected a whole number in one of" in refused(folder)
     drop(folder / "config.json", "num_hidden_layers", "n_layer")
-    assert "(no such key); looked for a whole number in one of num_hidden_layers, n_layer" in refused(folder)
+    assert "(no such key); expected a whole number in one of num_hidden_layers, n_layer" in refused(folder)
 
 
 def test_a_quantized_model_is_refused_with_its_method(folder: Path) -> None:
@@ -209,7 +209,7 @@ def test_float8_weights_are_quantized(folder: Path) -> None:
 def test_a_model_that_is_no_decoder_is_refused(folder: Path, fields: dict[str, Any], what: str) -> None:
     edit(folder / "config.json", **fields)
     assert "UnsupportedModelError" in refused(folder)
-    assert f"{what} is not a decoder-only language model; allowed are causal models" in refused(folder)
+    assert f"{what} is not a decoder-only language model; expected a causal one" in refused(folder)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_code_of_the_models_own_is_refused_unless_trusted(folder: Path, name: st
     edit(folder / name, **{key: {"AutoModelForCausalLM": "modeling.Model"}})
     text = refused(folder)
     assert text.startswith("UnsupportedModelError")
-    assert f"{name}: names code of its own" in text
+    assert f"{name}: names code to be run" in text
     assert resolve_model(str(folder), trust_remote_code=True).layers == 2
 
 

@@ -11,16 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, StateScores, SweepReport, to_json
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, StateScores, SweepReport, to_json
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.outline import outline_model
-from quant_fairness_plugin.plans.plan_set import around_plans, check_around, spell_around
-from quant_fairness_plugin.plans.units import map_units, name_units
+from quant_fairness_plugin.plans.plan_set import around_plans
+from quant_fairness_plugin.plans.units import around_units, check_around, map_units, name_units
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.recommend import recommend_plan
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.walk import score_plans
 from tests.export.build import TEXTS
@@ -67,18 +68,19 @@ def gpt2(tiny_model: Callable[..., Path]) -> LoadedModel:
 @pytest.fixture(scope="module")
 def report(planted_model: Path) -> SweepReport:
     loaded, texts = load_model(str(planted_model)), planted_texts().part("search")
-    return sweep_units(
-        loaded, texts, grid=GRID, modes=("protect-one", "quantize-one"), also=("embeddings", "norms"), top=1, draws=100
-    )
+    config = SweepConfig(modes=("protect-one", "quantize-one"), also=("embeddings", "norms"), top=1)
+    return sweep_units(loaded, texts, config, grid=GRID, bootstrap=Bootstrap(draws=100))
 
 
 @pytest.mark.parametrize("what", EVERYTHING)
 def test_each_is_quantized_alone(what: str, gpt2: LoadedModel) -> None:
     units = map_units(gpt2)
-    [plan] = around_plans([what], units, ["layers.0", "layers.1"], ["quantize-one"], "int4")
+    [plan] = around_plans([what], units, ["layers.0", "layers.1"], ["quantize-one"])
     assert plan.name == f"quantize {what}"
     before = gpt2.model.transformer.wte.weight.clone()
-    found = score_plans(gpt2, {plan.name: plan.quantized}, TEXTS, units=units, bank=RtnBank(gpt2, units, GRID))
+    found = score_plans(
+        gpt2, {plan.name: plan.precisions((), "int4")}, TEXTS, units=units, bank=RtnBank(gpt2, units, GRID)
+    )
     expected = changed_by_hand(gpt2, what)
     for language, row in expected.languages.items():
         np.testing.assert_allclose(found[plan.name].languages[language].kl_nats, row.kl_nats, atol=TOLERANCE)
@@ -89,8 +91,8 @@ def test_each_is_quantized_alone(what: str, gpt2: LoadedModel) -> None:
 def test_together_with_all_layers_one_at_a_time_is_left_out(gpt2: LoadedModel) -> None:
     layers = ["layers.0", "layers.1"]
     plans = {
-        plan.name: plan.quantized
-        for plan in around_plans(["embeddings", "positions"], map_units(gpt2), layers, ["protect-one"], "int4")
+        plan.name: plan.precisions(layers, "int4")
+        for plan in around_plans(["embeddings", "positions"], map_units(gpt2), layers, ["protect-one"])
     }
     assert {name: sorted(plan) for name, plan in plans.items()} == {
         "none with embeddings+positions": ["embeddings", "layers.0", "layers.1", "positions"],
@@ -123,7 +125,8 @@ def test_a_report_keeps_them_apart(report: SweepReport) -> None:
 
 def test_they_change_nothing_else(report: SweepReport, planted_model: Path) -> None:
     loaded, texts = load_model(str(planted_model)), planted_texts().part("search")
-    plain = sweep_units(loaded, texts, grid=GRID, modes=("protect-one", "quantize-one"), top=1, draws=100)
+    config = SweepConfig(modes=("protect-one", "quantize-one"), top=1)
+    plain = sweep_units(loaded, texts, config, grid=GRID, bootstrap=Bootstrap(draws=100))
     assert plain.around == ()
     assert [to_json(row) for row in plain.rows] == [to_json(row) for row in report.rows]
     assert plain.rankings == report.rankings
@@ -141,7 +144,7 @@ def test_more_quantized_is_more_damage(report: SweepReport) -> None:
     [
         (("positions",), "llama", "has no positions"),
         (("biases",), "llama", "has no biases"),
-        (("layers",), "llama", "'layers' is no unit around the layers; use embeddings, positions, biases"),
+        (("layers",), "llama", "'layers' is not around the layers; use embeddings, positions, biases"),
         (("head", "head"), "gpt2", "'head' is listed twice"),
     ],
 )
@@ -150,7 +153,7 @@ def test_what_the_model_does_not_have_is_refused_by_name(
 ) -> None:
     loaded = load_model(str(tiny_model(family)))
     with pytest.raises(ConfigError, match=message):
-        spell_around(names, map_units(loaded))
+        around_units(names, map_units(loaded))
     outline = outline_model(loaded.files)
     with pytest.raises(ConfigError, match=message):
         check_around(names, name_units(outline.family, outline.layers, outline.shapes), outline.shapes, GRID)

@@ -12,7 +12,7 @@ from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.contents import checkpoint_tensors
 from quant_fairness_plugin.model.load import load_model
-from quant_fairness_plugin.plans.costs import count_bytes, has_bytes, placed, plan_bytes
+from quant_fairness_plugin.plans.costs import count_bytes, has_bytes, layers_and_overrides, plan_bytes
 from tests.planning import quantize_layers
 
 PLANS: list[tuple[tuple[int, ...], Mapping[str, Precision]]] = [
@@ -57,14 +57,14 @@ def test_every_swept_precision_has_its_price(tiny_model: Callable[..., Path]) ->
         plan_bytes(layer_bytes, other, (), {"layers.0": "int2"}, quantized="int3")
 
 
-def test_a_choice_is_placed_as_whole_layers_and_what_is_elsewhere() -> None:
+def test_a_plan_is_split_into_whole_layers_and_what_is_elsewhere() -> None:
     choice: dict[str, Precision] = {
         "layers.2": "fp16",
         "layers.2.down": "int8",
         "layers.0.o": "fp16",
         "layers.1": "int8",
     }
-    assert placed(choice) == ((2,), {"layers.0.o": "fp16", "layers.1": "int8"})
+    assert layers_and_overrides(choice) == ((2,), {"layers.0.o": "fp16", "layers.1": "int8"})
 
 
 @pytest.mark.parametrize(

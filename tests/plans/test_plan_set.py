@@ -8,8 +8,8 @@ import pytest
 from quant_fairness_plugin.artifacts import Combinations, Mode, Precision, StateScores
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.plan_set import (
+    Plan,
     PlanSet,
-    SweptPlan,
     check_plans,
     check_precisions,
     leading_units,
@@ -51,22 +51,34 @@ class Walks:
 def test_a_plan_is_named_and_spelled_out(
     mode: Mode | None, units: tuple[str, ...], name: str, quantized: set[int]
 ) -> None:
-    plan = SweptPlan(mode, units)
+    plan = Plan(mode, units)
     assert plan.name == name
     assert plan.precisions(UNITS[:3], "int3") == {f"layers.{i}": "int3" for i in sorted(quantized)}
 
 
 def test_units_are_named_without_what_all_share() -> None:
-    assert SweptPlan("protect-one", ("layers.3.down", "layers.5.qkv")).name == "protect 3.down+5.qkv"
+    assert Plan("protect-one", ("layers.3.down", "layers.5.qkv")).name == "protect 3.down+5.qkv"
 
 
 def test_a_unit_at_another_precision_is_named_by_it() -> None:
-    plan = SweptPlan("protect-one", ("layers.1",), "int8")
+    plan = Plan("protect-one", ("layers.1",), "int8")
     assert plan.name == "int8 1"
     assert not plan.keeps_16_bit
     assert plan.precisions(UNITS[:3], "int4") == {"layers.0": "int4", "layers.1": "int8", "layers.2": "int4"}
-    assert SweptPlan("protect-one", ("layers.1",)).keeps_16_bit
-    assert not SweptPlan("quantize-one", ("layers.1",)).keeps_16_bit
+    assert Plan("protect-one", ("layers.1",)).keeps_16_bit
+    assert not Plan("quantize-one", ("layers.1",)).keeps_16_bit
+
+
+def test_a_plan_can_quantize_what_is_around_the_layers_too() -> None:
+    around = {"embeddings": ("embeddings",), "norms": ("layers.0.norms", "layers.1.norms")}
+    vectors = dict.fromkeys(("embeddings", "layers.0.norms", "layers.1.norms"), "int4")
+    plan = Plan("protect-one", ("layers.1",), around=around)
+    assert plan.name == "protect 1 with embeddings+norms"
+    assert not plan.keeps_16_bit
+    assert plan.precisions(UNITS[:2], "int4") == {"layers.0": "int4"} | vectors
+    alone = Plan("quantize-one", ("norms",), around={"norms": around["norms"]})
+    assert alone.name == "quantize norms"
+    assert alone.precisions(UNITS[:2], "int4") == {"layers.0.norms": "int4", "layers.1.norms": "int4"}
 
 
 def test_every_unit_is_swept_at_every_precision_and_sets_in_16_bit_alone() -> None:
@@ -95,6 +107,8 @@ def test_precisions_that_single_nothing_out_are_refused(
     check_precisions(("fp16",), ("quantize-one",), "int4")
     with pytest.raises(ConfigError, match=message):
         check_precisions(precisions, modes, "int4")
+    with pytest.raises(ConfigError, match=message):
+        PlanSet(UNITS, modes, 1, 1, "int4", precisions)
 
 
 def test_sets_that_all_fit_take_one_walk() -> None:
@@ -124,7 +138,7 @@ def test_sets_that_do_not_fit_are_those_of_the_units_that_count_most() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_unit_counts_by_what_protecting_helps_or_quantizing_hurts(mode: Mode) -> None:
-    plans = [SweptPlan(mode, (unit,)) for unit in UNITS]
+    plans = [Plan(mode, (unit,)) for unit in UNITS]
     scores = added_up({plan.name: plan.precisions(UNITS, "int4") for plan in plans})
     assert leading_units(scores, UNITS, mode, 2) == UNITS[4:]
 
@@ -146,6 +160,8 @@ def test_the_limit_is_one_of_sets(size: int, limit: int, count: int) -> None:
 def test_what_cannot_be_swept_is_refused(modes: tuple[Mode, ...], combine: int, max_plans: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_plans(modes, UNITS, combine, max_plans)
+    with pytest.raises(ConfigError, match=message):
+        PlanSet(UNITS, modes, combine, max_plans, "int4")
 
 
 def test_a_set_of_all_units_is_refused() -> None:

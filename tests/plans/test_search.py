@@ -8,8 +8,8 @@ import pytest
 
 from quant_fairness_plugin.artifacts import Combinations, SearchMethod, StateScores
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.plans.plan_set import SweptPlan
-from quant_fairness_plugin.plans.search import Found, Search, Units, search_sets
+from quant_fairness_plugin.plans.plan_set import Plan
+from quant_fairness_plugin.plans.search import Search, SearchResult, Units, search_sets
 from tests.planted import LANGUAGES, state
 
 UNITS = tuple(f"layers.{i}" for i in range(6))
@@ -33,11 +33,11 @@ class Model:
         harm = dict.fromkeys(LANGUAGES, 0.01) | {self.hurt: damage(chosen, self.synergy)}
         return state(str(chosen), harm, noise=0.0)
 
-    def __call__(self, plans: Sequence[SweptPlan]) -> Mapping[str, StateScores]:
+    def __call__(self, plans: Sequence[Plan]) -> Mapping[str, StateScores]:
         self.asked.append([plan.units for plan in plans])
         return {plan.name: self.scores(plan.units) for plan in plans}
 
-    def search(self, search: Search, *, known: Sequence[Units] = (), **options: Any) -> Found:
+    def search(self, search: Search, *, known: Sequence[Units] = (), **options: Any) -> SearchResult:
         start = {units: self.scores(units) for units in (*((unit,) for unit in UNITS), *known)}
         return search_sets(search, UNITS, start, self, languages=LANGUAGES, **options)
 
@@ -98,7 +98,7 @@ def test_no_walk_has_more_plans_than_allowed() -> None:
 def test_sets_are_compared_by_the_worst_language_or_by_the_mean() -> None:
     """Protecting layer 0 helps one language much, layer 1 helps all a little."""
 
-    def evaluate(plans: Sequence[SweptPlan]) -> dict[str, StateScores]:
+    def evaluate(plans: Sequence[Plan]) -> dict[str, StateScores]:
         return {plan.name: harmed(plan.units) for plan in plans}
 
     def harmed(chosen: Units) -> StateScores:

@@ -23,7 +23,7 @@ from quant_fairness_plugin.errors import (
     ResourceError,
     UnsupportedModelError,
 )
-from quant_fairness_plugin.model.families import KNOWN_FAMILIES
+from quant_fairness_plugin.model.architectures import known_families
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.quantize.backends import (
     Job,
@@ -117,7 +117,7 @@ def test_an_option_that_a_tool_would_ignore_is_refused(
 def test_families_on_which_a_tool_fails_are_refused_with_a_way_out(
     backend: Any, method: str, refused: set[str]
 ) -> None:
-    reasons = {family: backend.refuse(family, method, INT4) for family in KNOWN_FAMILIES}
+    reasons = {family: backend.refuse(family, method, INT4) for family in known_families()}
     assert {family for family, reason in reasons.items() if reason is not None} == refused
     assert all("Use --" in reason and "accepted" in reason for reason in reasons.values() if reason is not None)
 

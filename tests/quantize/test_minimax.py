@@ -122,7 +122,7 @@ def test_a_language_that_the_model_does_not_know_keeps_its_weight(loaded: Loaded
     first, second = found.calibration.rounds
     assert set(first.kl_bits_per_byte) == {"en", "he"}
     assert second.weights["hi"] == first.weights["hi"] == pytest.approx(1 / 3)
-    assert second.weights["he"] > second.weights["en"]  # the planted damage is in he
+    assert second.weights["he"] > second.weights["en"]  # five times the damage, of which twice the weight is made
     assert sum(second.weights.values()) == pytest.approx(1, abs=1e-6)
 
 

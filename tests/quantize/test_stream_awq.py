@@ -12,7 +12,6 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.model.architectures import FOLDS
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.linear import is_linear, linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
@@ -30,7 +29,7 @@ ASYMMETRIC = Grid(bits=4, group_size=32, symmetric=False)
 def make_loud(loaded: LoadedModel) -> None:
     """Let every norm in the blocks amplify each eighth channel 8 times: AWQ has something to scale."""
     for layer in range(loaded.layers):
-        for fold in FOLDS[loaded.family.name]:
+        for fold in loaded.family.architecture.folds:
             name = f"{loaded.family.blocks}.{layer}.{fold.source}"
             if not is_linear(loaded.model.get_submodule(name)):
                 loaded.model.get_parameter(f"{name}.weight")[::8] = 8.0 - fold.offset

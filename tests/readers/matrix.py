@@ -7,13 +7,15 @@ single units, other grids and dtypes, shards, a tied head, trained models. Plain
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from quant_fairness_plugin.artifacts import CheckpointFormat, Reader
+from quant_fairness_plugin.checkpoint import readers as checkpoint_readers
 from tests.tiny import FAMILIES
 
 FORMATS: tuple[CheckpointFormat, ...] = ("compressed-tensors", "gptq", "awq")
-READERS: tuple[Reader, ...] = get_args(Reader)
+READERS = tuple(name for name, entry in checkpoint_readers.READERS.items() if entry.script)
+"""Those that are run here."""
 BUNDLED = {"demo": "llama", "demo-gpt2": "gpt2"}
 """Trained models that the package brings, and their families."""
 PROTECTED = (0, 1)

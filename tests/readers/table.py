@@ -154,9 +154,13 @@ _HEAD = _HEAD.format(no_kernel=NO_KERNEL)
 _SERVERS = """
 ## SGLang and TGI
 
-Not run here: neither has a CPU build that installs beside the others. Every checkpoint above was checked against
-their documented matching rules when it was written (`check_metadata`: exact names and substrings, merged names, no
-trailing dots), and an export that breaks one is refused. That is a check of the format, not of the servers.
+Documented rules; not run here: neither has a CPU build that installs beside the others. SGLang is a reader all the same
+(`--reader sglang` when a checkpoint is planned, a line in `verify`): which modules it leaves in 16 bit is worked out by
+the rules of its source, which are in `checkpoint/readers/sglang.py`. Every checkpoint above was checked against these
+rules and against TGI's when it was written (`check_metadata`: exact names and substrings, merged names, no trailing
+dots), and an export that breaks one is refused. That is a check of the format, not of the servers. Refused at plan time
+for SGLang: INT8 layers in `compressed-tensors`, because it gives a merged module the group of its class before that of
+its parts; `gptq` names them by rules that it follows.
 """
 
 

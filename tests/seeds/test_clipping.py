@@ -159,11 +159,11 @@ def test_one_threshold_for_all_languages_serves_the_worst_best_when_it_is_chosen
     assert found.worst_minimax < found.worst_global
     for language, values in samples.items():
         own = found.languages[language]
-        tries = np.linspace(0.3, 4, 300) * own.own_alpha
+        tries = np.linspace(0.3, 4, 300) * own.best_alpha
         best = min(clipping.integer_grid_error(values, alpha, 4) for alpha in tries) / values.var()
-        assert own.own_error <= best * (1 + 1e-3)
-        assert own.own_error <= min(own.global_error, own.minimax_error)
-    alphas = np.linspace(found.languages["en"].own_alpha, found.languages["he"].own_alpha, 300)
+        assert own.best_error <= best * (1 + 1e-3)
+        assert own.best_error <= min(own.global_error, own.minimax_error)
+    alphas = np.linspace(found.languages["en"].best_alpha, found.languages["he"].best_alpha, 300)
     worst = min(
         max(clipping.integer_grid_error(values, alpha, 4) / values.var() for values in samples.values())
         for alpha in alphas

@@ -11,15 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 from quant_fairness_plugin.seeds.disparity import (
-    DEFAULT_TEXTS,
     DISPARITY_FORMULAS,
-    SERIES_TEXTS,
     Fallback,
     Groups,
     disparity,
     perplexities,
     perplexity,
 )
+from quant_fairness_plugin.seeds.texts import DEFAULT_TEXTS, SERIES_TEXTS
 
 # Published degradations in percent of GPT-2 under per-tensor INT4 (the seeds' experiment 034, no protection).
 PUBLISHED = {"en": 4544.20, "de": 11493.20, "fr": 3517.61, "zh": 152714.16, "ar": 372591.73, "he": 971648.26}
@@ -82,7 +81,7 @@ def test_group_ratios_are_undefined_where_nothing_was_lost(name: str, values: di
         ("D2", "low-resource"),
         ("D3", "Hebrew"),
         ("D6", "languages to compare"),
-        ("max", "besides"),
+        ("max", "other than the reference"),
     ],
 )
 def test_a_formula_without_its_languages_is_undefined(name: str, reason: str) -> None:

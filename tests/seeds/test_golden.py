@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.measure.metrics import percent_change
-from quant_fairness_plugin.seeds.disparity import SERIES_TEXTS, disparity, perplexities
+from quant_fairness_plugin.seeds.disparity import disparity, perplexities
 from quant_fairness_plugin.seeds.simulation import simulate_int4
+from quant_fairness_plugin.seeds.texts import SERIES_TEXTS
 
 # phase-4 series exp001-010 of the seeds: perplexities before and after, disparity D3. OPT's perplexities were not kept.
 GOLDEN = {

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.seeds import fair_quantize, quantize_except
 from quant_fairness_plugin.seeds.simulation import (
     is_simulated,
     original_weights,
@@ -266,3 +269,67 @@ def test_arguments_that_do_not_go_together_are_errors(load: Load, arguments: dic
     with pytest.raises(ConfigError, match=message):
         simulate_int4(model, **arguments)
     assert_equal(model, before)
+
+
+def weights_after(load: Load, family: str = "gpt2", **settings: Any) -> dict[str, Tensor]:
+    model = load(family, layers=3).model
+    simulate_int4(model, **settings)
+    return dict(model.named_parameters())
+
+
+def test_the_settings_of_the_seeds_documents_are_accepted(load: Load) -> None:
+    documented = {"protect_biases": True, "protect_final_ln": True, "quantize_rest_to": "INT4"}
+    ours = weights_after(load, protect_layers=[0, 2], **documented)
+    plain = weights_after(load, protect_layers=[0, 2])  # in GPT-2, what they say is the default
+    assert all(torch.equal(value, ours[name]) for name, value in plain.items())
+    other = load("gpt2", layers=3).model
+    quantize_except(other, [0, 2], **documented)  # type: ignore[arg-type] # a dict of three types
+    excluded = weights_after(load, exclude=[0, 2])
+    assert all(torch.equal(value, excluded[name]) for name, value in other.named_parameters())
+    fair = load("gpt2", layers=3).model
+    assert fair_quantize(fair, **documented) == (0, 2)  # type: ignore[arg-type]
+    assert all(torch.equal(value, excluded[name]) for name, value in fair.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["INT8", "int8"])
+def test_the_width_can_be_given_by_its_name(load: Load, name: str) -> None:
+    ours, bits = weights_after(load, quantize_rest_to=name), weights_after(load, bits=8)
+    int4 = weights_after(load)
+    assert all(torch.equal(value, ours[key]) for key, value in bits.items())
+    assert not all(torch.equal(value, ours[key]) for key, value in int4.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quantize_rest_to": "FP8"}, "quantize_rest_to 'FP8' cannot be simulated: .*INT2 to INT8"),
+        ({"quantize_rest_to": "INT16"}, "quantize_rest_to 'INT16' cannot be simulated"),
+        ({"quantize_rest_to": "NF4"}, "quantize_rest_to 'NF4' cannot be simulated"),
+        ({"quantize_rest_to": 4}, "quantize_rest_to 4 cannot be simulated"),
+        ({"quantize_rest_to": "INT8", "bits": 4}, "bits 4 contradicts quantize_rest_to 'INT8'"),
+    ],
+)
+def test_another_width_is_refused_with_the_reason(load: Load, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        weights_after(load, **settings)
+
+
+def test_what_a_call_cannot_do_is_refused_before_the_model_is_changed(load: Load) -> None:
+    model = load("gpt2", layers=3).model
+    with pytest.raises(ConfigError, match="protect_biases=False cannot be done: .*quantizes no bias"):
+        quantize_except(model, [0], protect_biases=False)
+    with pytest.raises(ConfigError, match="protect_biases=False cannot be done"):
+        fair_quantize(model, protect_biases=False)
+    with pytest.raises(ConfigError, match="protect_final_ln=False has no effect with exclude="):
+        fair_quantize(model, protect_final_ln=False)
+    assert not is_simulated(model)
+
+
+def test_an_unknown_final_norm_cannot_be_protected(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load("gpt2", layers=3).model
+    known = detect_family(model)
+    unknown = replace(known, name="generic", architecture=replace(known.architecture, final_norm=None))
+    monkeypatch.setattr("quant_fairness_plugin.seeds.simulation.detect_family", lambda _: unknown)
+    with pytest.raises(UnsupportedModelError, match="final norm of this generic architecture is not known"):
+        simulate_int4(model, protect_final_ln=True)
+    assert not is_simulated(model)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant_fairness_plugin.artifacts import Grid, Interval, Precision, StateScores
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Interval, Precision, StateScores
 from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.export.writer import export
@@ -26,7 +26,9 @@ from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe, open_bank
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units, swept_units
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import ProcessExecutor
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.walk import score_plans
@@ -154,15 +156,19 @@ def test_the_description_tells_checkpoints_apart(folder: Path, loaded: LoadedMod
 def test_workers_make_the_same_bank(loaded: LoadedModel, checkpoint: Path) -> None:
     units = map_units(loaded)
     bank = open_bank(loaded, units, folder=checkpoint, grid=GRID)
-    found = score_plans_resumably(loaded, PLANS, TEXTS, units=units, bank=bank, executor=ProcessExecutor(1))
-    assert found == score_plans_resumably(loaded, PLANS, TEXTS, units=units, bank=bank)
+    here, there = (
+        score_plans_resumably(loaded, PLANS, TEXTS, units=units, bank=bank, execution=Execution(executor=executor))
+        for executor in (None, ProcessExecutor(1))
+    )
+    assert there == here
 
 
 def test_a_sweep_over_a_bank_ranks_as_the_sweep_that_rounds(planted_model: Path, tmp_path: Path) -> None:
     own, texts = load_model(str(planted_model)), planted_texts().part("search")
     out = write(quantize_tiny(planted_model, protected=()), tmp_path / "out")
-    rounded = sweep_units(own, texts, grid=GRID, top=1, draws=200)
-    banked = sweep_units(own, texts, grid=GRID, bank_recipe=bank_recipe(out, GRID), top=1, draws=200)
+    config, draws = SweepConfig(top=1), Bootstrap(draws=200)
+    rounded = sweep_units(own, texts, config, grid=GRID, bootstrap=draws)
+    banked = sweep_units(own, texts, config, grid=GRID, bootstrap=draws, bank_recipe=bank_recipe(out, GRID))
     for row, other in zip(rounded.rows, banked.rows, strict=True):
         worst, found = row.objectives["worst"], other.objectives["worst"]
         assert isinstance(worst, Interval)
@@ -258,10 +264,11 @@ def test_metadata_without_a_grid_is_an_error(loaded: LoadedModel, checkpoint: Pa
 
 def test_another_precision_than_the_checkpoints_is_refused(loaded: LoadedModel, checkpoint: Path) -> None:
     bank = open_bank(loaded, map_units(loaded), folder=checkpoint, grid=GRID)
-    with pytest.raises(ConfigError, match="holds int4 weights, and layers.0.down was asked for in int8"):
+    with pytest.raises(ConfigError, match="holds int4 weights, and layers.0.down is to be in int8"):
         bank.weights("layers.0.down", "int8")
 
 
 def test_a_bank_and_a_memory_budget_are_refused(loaded: LoadedModel, checkpoint: Path) -> None:
+    budget = Execution(memory_budget=10**9)
     with pytest.raises(ConfigError, match="do not go together"):
-        sweep_units(loaded, TEXTS, grid=GRID, bank_recipe=bank_recipe(checkpoint, GRID), memory_budget=10**9)
+        sweep_units(loaded, TEXTS, grid=GRID, bank_recipe=bank_recipe(checkpoint, GRID), execution=budget)

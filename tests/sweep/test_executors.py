@@ -34,8 +34,9 @@ from quant_fairness_plugin.sweep.executors import (
     ProcessWorker,
     WorkerLostError,
 )
-from quant_fairness_plugin.sweep.jobs import Found, Job, pack, unpack
+from quant_fairness_plugin.sweep.jobs import Job, pack, unpack
 from quant_fairness_plugin.sweep.make_executor import make_executor
+from quant_fairness_plugin.sweep.runner import BatchScores
 from quant_fairness_plugin.sweep.walk import plan_tree
 from tests.sweep.trial_cases import GRID, PLANS, FatalOnceBank, UnmakeableBank, sweep, texts
 
@@ -129,7 +130,7 @@ def test_what_a_worker_refuses_is_raised_here(loaded: LoadedModel) -> None:
     worker = object.__new__(ProcessWorker)  # without a process: what it receives is what counts
     worker.connection = ours
     with pytest.raises(ConfigError, match="no such checkpoint on this machine"):
-        worker.answer()
+        worker.result()
 
 
 def test_a_fault_of_ours_in_a_worker_is_shown_with_its_place(loaded: LoadedModel) -> None:
@@ -153,9 +154,11 @@ class OwnBank:
 
 def test_what_no_worker_could_load_is_refused(loaded: LoadedModel, folder: Path) -> None:
     other = load_model(str(folder))
-    with pytest.raises(ConfigError, match="is in memory only, and a worker loads it from files; allowed are models"):
+    with pytest.raises(ConfigError, match="is in memory only, and a worker loads it from files; save it and"):
         next(ProcessExecutor(1).run(job_of(from_loaded(other.model, other.tokenizer)), TRIALS))
-    with pytest.raises(ConfigError, match=r"bank 'my own' cannot be made again in a worker; .* Use the local executor"):
+    with pytest.raises(
+        ConfigError, match=r"bank 'my own' has no recipe\(\) to make it again .*; use the local executor"
+    ):
         next(ProcessExecutor(1).run(replace(job_of(loaded), bank=OwnBank()), TRIALS))
 
 
@@ -193,11 +196,11 @@ class ScriptedWorker:
     def __init__(self, script: Script) -> None:
         self.script, self.stopped, self.number = script, 0, -1
 
-    def ask(self, rows: Sequence[Row]) -> None:
+    def start(self, rows: Sequence[Row]) -> None:
         assert self.stopped == 0
         self.number = len(rows[0].ids) - 5
 
-    def answer(self) -> Found:
+    def result(self) -> BatchScores:
         if self.number == self.script.fails:
             raise ArtifactError("a plan predicts NaN")
         if self.script.lost.get(self.number, 0):
@@ -262,11 +265,11 @@ def test_there_are_no_more_workers_than_cores_or_memory_for_copies_of_the_model(
 def test_executors_are_found_by_name() -> None:
     assert isinstance(make_executor("local"), LocalExecutor)
     assert make_executor("processes", workers=3) == ProcessExecutor(3)
-    with pytest.raises(ConfigError, match="executor 'threads' is unknown; allowed are local, processes and ray"):
+    with pytest.raises(ConfigError, match="executor 'threads' is unknown; use local, processes or ray"):
         make_executor("threads")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="workers is 2, and the local executor has none"):
         make_executor("local", workers=2)
-    with pytest.raises(ConfigError, match="workers is 0; allowed are whole numbers from 1"):
+    with pytest.raises(ConfigError, match="workers is 0; use a whole number from 1"):
         make_executor("processes", workers=0)
 
 

@@ -27,7 +27,7 @@ def test_sizes_are_read_with_their_units(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "1 XB", "1e9", "0", "0.0001KB", "1GB extra", "٣GB", "inf", "1,5GB"])
 def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"size .* is none; allowed are a number of bytes"):
+    with pytest.raises(ConfigError, match=r"size .* is none; write a number of bytes"):
         parse_size(text)
 
 
@@ -55,7 +55,9 @@ def test_a_budget_below_one_block_is_refused_with_the_number_that_is_needed(tiny
     outline = outline_model(resolve_model(str(tiny_model("gpt2", layers=3))))
     needs = count_needs(outline.shapes, blocks=outline.family.blocks, precisions=1)
     check_budget(outline, needs.least, precisions=1)
-    with pytest.raises(ResourceError, match=rf"memory budget .* need {shown(needs.least)}; allowed is that or more"):
+    with pytest.raises(
+        ResourceError, match=rf"memory budget .* need {shown(needs.least)}; raise the budget to that or more"
+    ):
         check_budget(outline, needs.least - 1, precisions=1)
 
 

@@ -16,14 +16,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Precision, StateScores, TextSet
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep import stacks as stacks_module
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
+from quant_fairness_plugin.sweep.execution import Execution
+from quant_fairness_plugin.sweep.executors import LocalExecutor
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise, sweep_needs
 from quant_fairness_plugin.sweep.walk import plan_tree, score_plans
 from tests.planted_model import planted_texts
@@ -55,8 +58,10 @@ def streamed_scores(
 ) -> dict[str, StateScores]:
     units = map_units(loaded)
     bank = options.pop("bank", None) or RtnBank(loaded, units, GRID, keep=False)
+    how = {name: options.pop(name) for name in ("work", "prefetch") if name in options}
+    execution = Execution(memory_budget=budget, **how)
     options = {"batch_tokens": BATCH_TOKENS} | options
-    return score_plans_layerwise(loaded, plans, texts(), units=units, bank=bank, memory_budget=budget, **options)
+    return score_plans_layerwise(loaded, plans, texts(), units=units, bank=bank, execution=execution, **options)
 
 
 def whole_scores(folder: Path, plans: Mapping[str, Mapping[str, Precision]] = PLANS) -> dict[str, StateScores]:
@@ -138,7 +143,8 @@ def test_one_batch_with_one_long_sentence_is_enough(loaded: StreamedModel, folde
     one = texts().take([0]).choose(["en"])
     units = map_units(loaded)
     bank = RtnBank(loaded, units, GRID, keep=False)
-    found = score_plans_layerwise(loaded, PLANS, one, units=units, bank=bank, memory_budget=PLENTY)
+    execution = Execution(memory_budget=PLENTY)
+    found = score_plans_layerwise(loaded, PLANS, one, units=units, bank=bank, execution=execution)
     whole = load_model(str(folder))
     assert_close(found, score_plans(whole, PLANS, one, units=units, bank=RtnBank(whole, units, GRID)))
 
@@ -148,9 +154,11 @@ def test_a_model_in_memory_can_be_swept_the_same_way(folder: Path, expected: Sco
 
 
 def test_a_whole_sweep_is_the_same_report(planted_model: Path) -> None:
-    options: dict[str, Any] = {"grid": Grid(bits=3, group_size=32), "draws": 200, "granularity": "unit"}
-    whole = sweep_units(load_model(str(planted_model)), texts(), **options)
-    ours = sweep_units(open_streamed(str(planted_model)), texts(), memory_budget=PLENTY, **options)
+    config, options = SweepConfig(granularity="unit"), {"grid": Grid(bits=3, group_size=32)}
+    bootstrap, streamed = Bootstrap(draws=200), open_streamed(str(planted_model))
+    whole = sweep_units(load_model(str(planted_model)), texts(), config, bootstrap=bootstrap, **options)
+    execution = Execution(memory_budget=PLENTY)
+    ours = sweep_units(streamed, texts(), config, bootstrap=bootstrap, execution=execution, **options)
     assert_close(ours.scores, whole.scores)
     assert ours.layer_bytes == whole.layer_bytes
     assert ours.provenance == whole.provenance
@@ -286,7 +294,7 @@ def test_spilled_states_that_lost_their_end_are_not_filled_up(
 def test_a_budget_that_is_too_small_is_refused_before_a_block_is_read(
     loaded: StreamedModel, fetched: list[int]
 ) -> None:
-    with pytest.raises(ResourceError, match=r"memory budget .* need .*; allowed is that or more"):
+    with pytest.raises(ResourceError, match=r"memory budget .* need .*; raise the budget to that or more"):
         streamed_scores(loaded, budget=least(loaded) - 1)
     assert fetched == []
 
@@ -306,7 +314,7 @@ def test_a_streamed_model_is_not_swept_without_a_budget_nor_by_an_executor(loade
     with pytest.raises(ConfigError, match=r"block by block and no memory budget is given"):
         sweep_units(loaded, texts(), grid=GRID)
     with pytest.raises(ConfigError, match="a memory budget and an executor do not go together"):
-        sweep_units(loaded, texts(), grid=GRID, memory_budget=PLENTY, executor=object())  # type: ignore[arg-type]
+        Execution(memory_budget=PLENTY, executor=LocalExecutor())
 
 
 # Interruption

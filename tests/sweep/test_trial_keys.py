@@ -16,6 +16,7 @@ from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_mode
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep import jobs, trials
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.jobs import Job
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.walk import plan_tree
@@ -93,8 +94,7 @@ def run(
         units=units,
         bank=bank,
         batch_tokens=BATCH_TOKENS,
-        work=work,
-        executor=executor,
+        execution=Execution(work=work, executor=executor),
     )
     return executor.asked
 

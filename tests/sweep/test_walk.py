@@ -123,7 +123,7 @@ def test_biases_and_positions_are_units_where_a_model_has_them(tiny_model: Build
 
 def test_a_plan_for_an_unknown_unit_is_refused(tiny_model: Build) -> None:
     units = map_units(load_model(str(tiny_model("llama", layers=LAYERS))))
-    with pytest.raises(ConfigError, match=r"'layers\.3' is no unit of the model; use layers\.0 to layers\.2"):
+    with pytest.raises(ConfigError, match=r"the model has no 'layers\.3'; use layers\.0 to layers\.2"):
         units.expanded({"layers.3": "int4"})
     with pytest.raises(ConfigError, match="a plan is named '16 bit'"):
         plan_tree({"16 bit": {}}, units)

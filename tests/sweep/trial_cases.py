@@ -18,6 +18,7 @@ from quant_fairness_plugin.artifacts import Grid, Precision, StateScores, TextSe
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor, ProcessExecutor, Results, Trials
 from quant_fairness_plugin.sweep.jobs import BankRecipe, Job
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
@@ -102,8 +103,7 @@ def sweep(
         units=units,
         bank=bank or RtnBank(loaded, units, GRID),
         batch_tokens=BATCH_TOKENS,
-        work=work,
-        executor=executor,
+        execution=Execution(work=work, executor=executor),
     )
 
 

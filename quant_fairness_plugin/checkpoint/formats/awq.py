@@ -1,4 +1,4 @@
-"""Step 7, `awq` version gemm, for vLLM, SGLang, gptqmodel and Transformers.
+"""`awq` version gemm, for vLLM, SGLang, gptqmodel and Transformers.
 
 Integers are packed along the output features in an order of their own, zero points the same way and as they are (no
 minus one). Readers expect them, so a symmetric grid stores its zero points (8) too. 4 bit only.
@@ -14,46 +14,109 @@ Which modules are quantized is written for every reader's rule:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from quant_fairness_kernels.packing import AwqTensors, pack_awq, unpack_awq
-from torch import Tensor
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.checkpoint.formats.gptq import check_word_sizes, skip_rules
-from quant_fairness_plugin.checkpoint.module_map import ModuleMap
-from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.checkpoint.formats.format import (
+    MERGED_NAMES,
+    SINGLE_UNITS,
+    WIDTHS,
+    Format,
+    Quantization,
+    Shape,
+    StoredGrid,
+    TensorKind,
+    wrong_fields,
+)
+from quant_fairness_plugin.checkpoint.formats.gptq import (
+    check_whole_words,
+    skip_rules,
+    wrong_group_size,
+    wrong_rules,
+    wrong_skip_list,
+)
+from quant_fairness_plugin.checkpoint.module_map import activation_scales
+from quant_fairness_plugin.checkpoint.refusals import STORED_BITS, Refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from quant_fairness_plugin.checkpoint.module_map import ModuleMap
+    from quant_fairness_plugin.quantize.grid import QuantizedTensor
 
 
-class AwqFormat:
+class AwqFormat(Format):
     """Integers `[cols, rows / 8]` packed along the output features, scales and zero points `[groups, rows]`."""
 
     name = "awq"
-    suffixes = AwqTensors._fields
+    method = "awq"
+    layouts = ("awq",)
+    suffixes = ("qweight", "qzeros", "scales")
+    widths = (4,)
+    zeros = "qzeros"
+    order = "g_idx"  # which some tools write, and readers overlook
+    rules = (
+        *WIDTHS,
+        (
+            lambda r: r.int8,
+            Refusal(
+                "format 'awq' holds 4-bit integers only, and the plan has INT8 layers",
+                "are compressed-tensors and gptq",
+                "--format compressed-tensors",
+            ),
+        ),
+        MERGED_NAMES,
+        SINGLE_UNITS,
+    )
 
-    def tensors(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
-        """The tensors that stand for `<module>.weight`, by full name.
+    def shapes(self, grid: StoredGrid) -> dict[str, TensorKind]:
+        """Return every tensor that stands for a module of these sizes."""
+        return {
+            "qweight": ("I32", (grid.cols, grid.words(grid.rows))),
+            "qzeros": ("I32", (grid.groups, grid.words(grid.rows))),
+            "scales": (None, (grid.groups, grid.rows)),
+        }
+
+    def size(self, parts: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return rows by the scales, and columns by the integers."""
+        return int(parts["scales"].shape[1]), int(parts["qweight"].shape[0])
+
+    def packed(self, shapes: Mapping[str, Shape], rows: int, cols: int) -> tuple[int, int, int]:
+        """Return the words of a column, its integers, and the number of groups."""
+        return shapes["qweight"][-1], rows, shapes["scales"][0]
+
+    def check_module(self, module: str, grid: StoredGrid) -> None:
+        """Refuse a module of other bits, or whose rows or columns do not fill words.
 
         Raises:
             UnsupportedModelError: not 4 bits, or a width or height that is not a multiple of 8.
         """
-        if tensor.grid.bits != 4:
-            raise UnsupportedModelError(
-                f"{module} has {tensor.grid.bits} bits; awq checkpoints hold 4 only. Use --format compressed-tensors."
-            )
-        check_word_sizes(self.name, module, tensor)
-        packed = pack_awq(tensor.integers, tensor.scales, tensor.zeros)._asdict()
-        return {f"{module}.{suffix}": value for suffix, value in packed.items()}
+        super().check_module(module, grid)
+        check_whole_words(self.name, module, grid)
 
-    def read_back(self, module: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
-        """The module that `tensors` stored. Exact inverse."""
-        integers, scales, zeros = unpack_awq(AwqTensors(*(tensors[f"{module}.{field}"] for field in self.suffixes)))
+    def pack(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """Return the tensors that stand for a module, by suffix."""
+        from quant_fairness_kernels.packing import pack_awq  # torch
+
+        return dict(pack_awq(tensor.integers, tensor.scales, tensor.zeros)._asdict())
+
+    def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
+        """Return the module that `pack` stored. Exact inverse."""
+        from quant_fairness_kernels.packing import AwqTensors, unpack_awq  # torch
+
+        from quant_fairness_plugin.quantize.grid import QuantizedTensor  # torch
+
+        integers, scales, zeros = unpack_awq(AwqTensors(*(parts[suffix] for suffix in self.suffixes)))
         return QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
 
+    def added_tensors(self, model: PreTrainedModel) -> dict[str, int]:
+        """Return the scales of activations that Transformers wants in every block; ours are ones."""
+        return activation_scales(model)
+
     def quantization_config(self, modules: ModuleMap, grid: Grid) -> dict[str, Any]:
-        """The `quantization_config` entry of `config.json`."""
+        """Return the `quantization_config` entry of `config.json`."""
         return {
             "quant_method": "awq",
             "bits": grid.bits,
@@ -69,5 +132,16 @@ class AwqFormat:
         }
 
     def side_files(self, modules: ModuleMap, grid: Grid) -> dict[str, dict[str, Any]]:
-        """`quantize_config.json`, which older loaders read instead of `config.json`."""
+        """Return `quantize_config.json`, which older loaders read instead of `config.json`."""
         return {"quantize_config.json": self.quantization_config(modules, grid)}
+
+    def scheme_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+        """Yield what is wrong: the only scheme that all readers have in common is 4-bit gemm with zero points."""
+        expected = {"quant_method": self.method, "bits": STORED_BITS, "zero_point": True, "version": "gemm"}
+        yield from wrong_fields(quantization, expected | {"desc_act": False, "lm_head": False})
+        yield from wrong_group_size(quantization)
+        yield from wrong_rules(quantization)
+        yield from wrong_skip_list(quantization)
+        for name, bits in modules.bits.items():
+            if bits not in self.widths:
+                yield f"{name} has {bits} bits; expected: 4 bits in awq"

@@ -1,4 +1,4 @@
-"""Step 7, `compressed-tensors` pack-quantized: the most portable partially quantized format, and the default.
+"""`compressed-tensors` pack-quantized: the most portable partially quantized format, and the default.
 
 `ignore` is the only list of this format. Loaders match it exactly (vLLM and Transformers; vLLM after expanding a merged
 name into its parts) or as a substring (SGLang), so every entry is the full name of one unmerged module. No key beyond
@@ -10,43 +10,89 @@ exact names of all parts of a merged module) win over the class name `Linear` of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from quant_fairness_kernels.packing import CompressedTensors, pack_compressed_tensors, unpack_compressed_tensors
-from torch import Tensor
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.checkpoint.module_map import ModuleMap
-from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.checkpoint.formats.format import (
+    Format,
+    Quantization,
+    Shape,
+    StoredGrid,
+    TensorKind,
+    wrong_fields,
+    wrong_names,
+)
+from quant_fairness_plugin.checkpoint.refusals import STORED_BITS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quant_fairness_plugin.checkpoint.module_map import ModuleMap
+    from quant_fairness_plugin.quantize.grid import QuantizedTensor
+
+WIDE_BITS = 8
+"""The other width, of the modules that the first group names."""
+GROUP_SIZES = (32, 64, 128)
 
 
-class CompressedTensorsFormat:
+class CompressedTensorsFormat(Format):
     """Integers packed along the input features, scales `[rows, groups]`."""
 
     name = "compressed-tensors"
+    method = "compressed-tensors"
+    layouts = ("compressed-tensors",)
     suffixes = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    optional = frozenset({"weight_zero_point", "weight_g_idx"})
+    zeros = "weight_zero_point"
+    order = "weight_g_idx"
 
-    def tensors(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
-        """The tensors that stand for `<module>.weight`, by full name."""
+    def shapes(self, grid: StoredGrid) -> dict[str, TensorKind]:
+        """Return every tensor that can stand for a module of these sizes."""
+        return {
+            "weight_packed": ("I32", (grid.rows, grid.words(grid.cols))),
+            "weight_scale": (None, (grid.rows, grid.groups)),
+            "weight_shape": ("I64", (2,)),
+            "weight_zero_point": ("I32", (grid.words(grid.rows), grid.groups)),
+            "weight_g_idx": ("I32", (grid.cols,)),
+        }
+
+    def written(self, *, symmetric: bool) -> tuple[str, ...]:
+        """Return the suffixes of a module; a symmetric grid stores no zero points."""
+        return self.suffixes[:3] if symmetric else self.suffixes
+
+    def size(self, parts: Mapping[str, Tensor]) -> tuple[int, int]:
+        """Return rows and columns, which a tensor of their own holds."""
+        rows, cols = (int(size) for size in parts["weight_shape"])
+        return rows, cols
+
+    def packed(self, shapes: Mapping[str, Shape], rows: int, cols: int) -> tuple[int, int, int]:
+        """Return the words of a row, its integers, and the number of groups."""
+        return shapes["weight_packed"][-1], cols, shapes["weight_scale"][-1]
+
+    def pack(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """Return the tensors that stand for a module, by suffix."""
+        from quant_fairness_kernels.packing import pack_compressed_tensors  # torch
+
         packed = pack_compressed_tensors(
             tensor.integers, tensor.scales, tensor.zeros, bits=tensor.grid.bits, symmetric=tensor.grid.symmetric
         )._asdict()
-        return {f"{module}.{suffix}": value for suffix, value in packed.items() if value is not None}
+        return {suffix: value for suffix, value in packed.items() if value is not None}
 
-    def read_back(self, module: str, tensors: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
-        """The module that `tensors` stored. Exact inverse."""
+    def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> QuantizedTensor:
+        """Return the module that `pack` stored. Exact inverse."""
+        from quant_fairness_kernels.packing import CompressedTensors, unpack_compressed_tensors  # torch
+
+        from quant_fairness_plugin.quantize.grid import QuantizedTensor  # torch
+
         stored = CompressedTensors(
-            tensors[f"{module}.weight_packed"],
-            tensors[f"{module}.weight_scale"],
-            tensors[f"{module}.weight_shape"],
-            None if grid.symmetric else tensors[f"{module}.weight_zero_point"],
+            parts["weight_packed"], parts["weight_scale"], parts["weight_shape"], parts.get("weight_zero_point")
         )
         integers, scales, zeros = unpack_compressed_tensors(stored, bits=grid.bits)
         return QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
 
     def quantization_config(self, modules: ModuleMap, grid: Grid) -> dict[str, Any]:
-        """The `quantization_config` entry of `config.json`."""
+        """Return the `quantization_config` entry of `config.json`."""
         groups: dict[str, dict[str, Any]] = {}
         for number, bits in enumerate(sorted(set(modules.bits.values())), start=1):
             names = [name for name in modules.quantized if modules.bits.get(name) == bits]
@@ -61,9 +107,12 @@ class CompressedTensorsFormat:
             "ignore": [*modules.kept, *modules.aliases],
         }
 
-    def side_files(self, modules: ModuleMap, grid: Grid) -> dict[str, dict[str, Any]]:
-        """None: everything is in `config.json`."""
-        return {}
+    def scheme_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+        """Yield what is wrong: the groups, the names of targets, or the names to ignore."""
+        expected = {"quant_method": self.method, "format": "pack-quantized", "quantization_status": "compressed"}
+        yield from wrong_fields(quantization, expected)
+        yield from _wrong_groups(modules, quantization.get("config_groups"))
+        yield from _wrong_ignore(modules, quantization)
 
 
 def _group(targets: list[str], grid: Grid, bits: int) -> dict[str, Any]:
@@ -82,3 +131,49 @@ def _group(targets: list[str], grid: Grid, bits: int) -> dict[str, Any]:
             "actorder": None,
         },
     }
+
+
+def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
+    """One group of int4 weights for all linear modules, and before it one of int8 for named ones."""
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+        yield f"config_groups is {groups!r}; expected: a table of groups"
+        return
+    *others, last = groups.values()
+    yield from wrong_fields(last, {"targets": ["Linear"]})
+    if len(others) > 1 or any("Linear" in group.get("targets", []) for group in others):
+        yield f"config_groups holds {1 + len(others)} groups; expected: one for names, and after it one for Linear"
+    for group, bits in ((last, STORED_BITS), *((group, WIDE_BITS) for group in others)):
+        yield from _wrong_group(group, bits)
+    for group in others:
+        # Another target would match nothing, and no reader would say so.
+        for name in set(group.get("targets", ())) - {"Linear", *modules.quantized}:
+            yield f"targets hold {name!r}, which is no quantized module; expected: full names of unmerged modules"
+
+
+def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
+    """Compressed integers, weights only; in order, because servers read no group act-order."""
+    yield from wrong_fields(group, {"format": "pack-quantized", "input_activations": None, "output_activations": None})
+    weights = group.get("weights") or {}
+    yield from wrong_fields(weights, {"num_bits": bits, "type": "int", "dynamic": False})
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if (strategy, size) != ("channel", None) and (strategy != "group" or size not in GROUP_SIZES):
+        yield (
+            f"strategy is {strategy!r} with group_size {size!r}; expected: group of 32, 64 or 128, or channel without"
+        )
+    order = weights.get("actorder")
+    if order not in (None, "static"):  # `static` changes nothing at run time
+        yield f"actorder is {order!r}; expected: null or 'static'"
+
+
+def _wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+    """Every entry is the full name of one linear module: no pattern, prefix, merged name or trailing dot."""
+    malformed = list(wrong_names(quantization, "ignore"))
+    yield from malformed
+    if malformed:
+        return
+    listed = quantization["ignore"]
+    for entry in listed:
+        if entry not in {*modules.kept, *modules.aliases, *modules.quantized}:
+            yield f"ignore holds {entry!r}, which is no linear module; expected: full names of unmerged modules"
+    for name in sorted(set(modules.aliases) - set(listed)):
+        yield f"ignore lacks {name}, another name of a 16-bit module; expected: every name of the 16-bit modules"

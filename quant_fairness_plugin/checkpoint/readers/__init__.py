@@ -1,182 +1,46 @@
-"""Step 7, what can be written for which reader. Asked at plan time, before anything is quantized; imports no torch.
-
-`RULES` is the table: each row says when a combination is refused, why, and the ways out. The first row that applies
-speaks. Rows were measured with the real readers where docs/readers.md has the cell, and read in their source elsewhere.
-"""
+"""Readers, one file per loader; each is described once, by a `Reader`. Asked at plan time too; imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import get_args
 
-from quant_fairness_plugin.artifacts import CheckpointFormat as CheckpointFormat
-from quant_fairness_plugin.artifacts import Grid, Precision, Reader
-from quant_fairness_plugin.checkpoint.formats import check_format_name
-from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.model.architectures import LAYOUTS
+from quant_fairness_plugin.artifacts import Grid, Precision
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats.format import Format, Quantization
+from quant_fairness_plugin.checkpoint.module_map import ModuleMap
+from quant_fairness_plugin.checkpoint.readers.case import Case, ListRule, MetadataRule, contains, matches
+from quant_fairness_plugin.checkpoint.readers.gptqmodel import GPTQMODEL
+from quant_fairness_plugin.checkpoint.readers.reader import Reader
+from quant_fairness_plugin.checkpoint.readers.sglang import SGLANG
+from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
+from quant_fairness_plugin.checkpoint.readers.vllm import VLLM
+from quant_fairness_plugin.checkpoint.refusals import Refusal, Request, first_refusal
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.families import Family
 
-READERS: tuple[Reader, ...] = get_args(Reader)
-TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
-STORED_BITS = 4
-"""The only width of a whole checkpoint; single layers can have 8."""
+READERS: dict[str, Reader] = {reader.name: reader for reader in (TRANSFORMERS, VLLM, GPTQMODEL, SGLANG)}
+OTHERS: Mapping[str, tuple[MetadataRule, ...]] = {
+    "gptq": (
+        ListRule("modules_to_not_convert", "as regular expression or suffix", matches("modules_to_not_convert")),
+        ListRule("modules_to_not_convert", "as part of a name", contains("modules_to_not_convert")),
+        ListRule("modules_to_not_convert", "as part of a merged name", contains("modules_to_not_convert"), merged=True),
+    ),
+}
+"""How TGI and others read lists that no reader of `READERS` looks at."""
 _NOTHING: Mapping[str, Precision] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What somebody wants written, as far as it is known."""
+def find_reader(name: str) -> Reader:
+    """Return the reader of a given name.
 
-    format: str
-    grid: Grid
-    reader: str | None
-    overrides: Mapping[str, Precision]
-    family: str | None
-    """The family's name; None before the model is known."""
-    conv1d: bool
-    """Whether the linear modules store their weight transposed."""
-
-    @property
-    def int8(self) -> bool:
-        """Whether a layer or unit gets 8 bits."""
-        return "int8" in self.overrides.values()
-
-    @property
-    def simulated(self) -> tuple[str, ...]:
-        """Precisions of single layers or units that no checkpoint holds."""
-        return tuple(sorted({kind for kind in self.overrides.values() if kind not in ("fp16", "int8", "int4")}))
-
-    @property
-    def single_units(self) -> tuple[str, ...]:
-        """Overrides of single units, `layers.3.down`, rather than of whole layers."""
-        return tuple(name for name in self.overrides if name.count(".") > 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A row of the table: why not, what is allowed instead, and how to ask for it."""
-
-    reason: str
-    allowed: str
-    way_out: str
-
-    def __str__(self) -> str:
-        return f"{self.reason}; allowed {self.allowed}. Use {self.way_out}."
-
-
-Rule = tuple[Callable[[Request], bool], Refusal]
-"""When a combination is refused, and the refusal; `{r.…}` in its texts is filled from the request."""
-
-RULES: tuple[Rule, ...] = (
-    # What a format can hold.
-    (
-        lambda r: r.grid.bits != STORED_BITS,
-        Refusal(
-            "checkpoints of {r.grid.bits} bits are not written (other widths are simulation only)",
-            "is 4",
-            f"--bits 4, or {TWIN}",
-        ),
-    ),
-    (
-        lambda r: bool(r.simulated),
-        Refusal(
-            "layers of {r.simulated[0]} are not written (simulation only)",
-            "are fp16, int8 and int4",
-            f"int8 instead, or {TWIN}",
-        ),
-    ),
-    (
-        lambda r: r.format == "gptq" and not r.grid.symmetric,
-        Refusal(
-            "format 'gptq' with an asymmetric grid is refused, because vLLM reads only symmetric gptq files",
-            "is a symmetric grid",
-            "--sym, or --format compressed-tensors",
-        ),
-    ),
-    (
-        lambda r: r.format == "awq" and r.int8,
-        Refusal(
-            "format 'awq' holds 4-bit integers only, and the plan has INT8 layers",
-            "are compressed-tensors and gptq",
-            "--format compressed-tensors",
-        ),
-    ),
-    # What must be known about an architecture.
-    (
-        lambda r: r.family == "generic" and r.format in ("gptq", "awq"),
-        Refusal(
-            "format '{r.format}' needs the merged module names of a known family, and this architecture is not one",
-            "is compressed-tensors",
-            f"that, or {TWIN}",
-        ),
-    ),
-    (
-        lambda r: r.family == "generic" and bool(r.single_units),
-        Refusal(
-            "{r.single_units[0]} cannot have a precision of its own, because servers may merge it with others and this "
-            "architecture is not a known family",
-            "are whole layers",
-            f"--protect-layers, or {TWIN}",
-        ),
-    ),
-    # Transformers.
-    (
-        lambda r: r.conv1d and r.reader == "transformers",
-        Refusal(
-            "{r.family} keeps its weights in Conv1D modules, which Transformers does not load quantized (gptq, awq) or "
-            "fills with random numbers and no more than a warning (compressed-tensors)",
-            "are another reader or a plain format",
-            f"--reader vllm, or {TWIN}",
-        ),
-    ),
-    (
-        lambda r: r.format == "gptq" and r.int8 and r.reader == "transformers",
-        Refusal(
-            "format 'gptq' says by `dynamic` rules which layers are INT8, and Transformers ignores them",
-            "are the readers vllm and gptqmodel",
-            "--format compressed-tensors, or --reader vllm",
-        ),
-    ),
-    # vLLM.
-    (
-        lambda r: r.family == "bloom" and r.reader == "vllm",
-        Refusal(
-            "vLLM cannot load a quantized BLOOM in any format",
-            "is reader transformers",
-            f"--reader transformers, or {TWIN}",
-        ),
-    ),
-    (
-        lambda r: r.family == "gpt_neox" and r.format == "awq" and r.reader == "vllm",
-        Refusal(
-            "format 'awq' of {r.family} holds mlp.act.scales, without which Transformers computes NaN, and which make "
-            "vLLM fail",
-            "are another reader, or compressed-tensors and gptq",
-            "--format compressed-tensors, or --reader transformers",
-        ),
-    ),
-    # gptqmodel.
-    (
-        lambda r: r.conv1d and r.format == "compressed-tensors" and r.reader == "gptqmodel",
-        Refusal(
-            "gptqmodel hands format 'compressed-tensors' to Transformers, which fills the Conv1D modules of "
-            "{r.family} with random numbers and gives no more than a warning",
-            "is gptq",
-            f"--format gptq, --reader vllm, or {TWIN}",
-        ),
-    ),
-    (
-        lambda r: r.family == "gpt_neox" and r.format in ("gptq", "awq") and r.reader == "gptqmodel",
-        Refusal(
-            "gptqmodel leaves the head of {r.family} uninitialised: checkpoints of this family call it embed_out, and "
-            "gptqmodel looks for lm_head",
-            "are another reader, or compressed-tensors",
-            "--format compressed-tensors, or --reader transformers",
-        ),
-    ),
-)
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name not in READERS:
+        raise ConfigError(f"unknown reader {name!r}; known are {', '.join(READERS)}. Correct --reader.")
+    return READERS[name]
 
 
 def check_exportable(
@@ -191,18 +55,15 @@ def check_exportable(
 
     Args:
         family: the model's family map, or None while the model is not known (then its rows are left out).
-        format: `compressed-tensors`, `gptq`, `awq` or `fp16-twin`.
+        format: one of `FORMATS`.
         grid: the integer grid of the quantized modules.
-        reader: the loader that must read the result, `transformers`, `vllm` or `gptqmodel`; None: any.
+        reader: the loader that must read the result, one of `READERS`; None: any.
         overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`.
 
     Raises:
         ConfigError: an unknown format or reader.
         UnsupportedModelError: a combination that upstream reads wrongly or not at all; names the ways out.
     """
-    check_format_name(format)
-    if reader not in (None, *READERS):
-        raise ConfigError(f"unknown reader {reader!r}; allowed are {', '.join(READERS)}. Correct --reader.")
     refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides)
     if refusal is not None:
         raise UnsupportedModelError(str(refusal))
@@ -216,7 +77,7 @@ def find_refusal(
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
 ) -> Refusal | None:
-    """As `check_exportable`, but returns the refusal, or None where the combination can be written and read.
+    """Return why a combination cannot be written and read, or None where it can; as `check_exportable`.
 
     Args:
         family: as for `check_exportable`, or the family's name, as in `ExportRecord.family`.
@@ -224,15 +85,76 @@ def find_refusal(
         grid: the grid.
         reader: the reader.
         overrides: precisions of single layers and units.
+
+    Raises:
+        ConfigError: an unknown format or reader.
     """
-    if format == "fp16-twin":
+    layout = checkpoint_format(format)
+    rules = layout.rules if reader is None else (*layout.rules, *find_reader(reader).rules)
+    if not layout.packs:  # a plain checkpoint loads everywhere
         return None
-    name, conv1d = (None, False) if family is None or isinstance(family, str) else (family.name, family.conv1d)
-    if isinstance(family, str):
-        name, conv1d = family, any(layout.conv1d and family in layout.families for layout in LAYOUTS)
-    request = Request(format, grid, reader, overrides, name, conv1d)
-    for applies, refusal in RULES:
-        if applies(request):
-            texts = (text.format(r=request) for text in (refusal.reason, refusal.allowed, refusal.way_out))
-            return Refusal(*texts)
-    return None
+    name = family if family is None or isinstance(family, str) else family.name
+    architecture = family.architecture if isinstance(family, Family) else find_architecture(name or "")
+    scaled = None if architecture is None else architecture.scaled_activation
+    request = Request(
+        format=format,
+        grid=grid,
+        overrides=overrides,
+        family=name,
+        conv1d=architecture is not None and architecture.conv1d,
+        head_on_disk="" if architecture is None else architecture.head_on_disk or "",
+        scaled_activation="" if scaled is None else scaled.activation,
+    )
+    return first_refusal(rules, request)
+
+
+def reader_problems(case: Case) -> dict[str, str]:
+    """Return what each reader would get wrong, as one sentence; empty for a reader that gets all of it right."""
+    if not case.modules.quantized:
+        return dict.fromkeys(READERS, "")
+    return {name: next(iter(reader.problems(case)), "") for name, reader in READERS.items()}
+
+
+def metadata_problems(
+    layout: Format, modules: ModuleMap, quantization: Quantization
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield every rule that metadata of our own must keep, and what breaks it.
+
+    A folder of another tool may be right for one reader only; what is written here must be right for all of them at
+    once, each list by itself: the scheme of the format, every reader's own rules, and those of other servers.
+
+    Args:
+        layout: the format.
+        modules: which linear modules are quantized, judged by the tensors in the files.
+        quantization: the `quantization_config`.
+    """
+    yield f"scheme of {layout.name}", tuple(layout.scheme_problems(modules, quantization))
+    owners = {name: reader.metadata for name, reader in READERS.items()} | {"others": OTHERS}
+    for owner, rules in owners.items():
+        for rule in rules.get(layout.method, ()):
+            yield f"{owner}: {rule.label}", tuple(rule.problems(modules, quantization))
+
+
+def check_metadata(layout: Format, modules: ModuleMap, quantization: Quantization) -> str:
+    """Check that every loader would, by its own rules, treat exactly the right modules as quantized.
+
+    Args:
+        layout: the format that was written.
+        modules: which linear modules are quantized, judged by the tensors in the files.
+        quantization: the `quantization_config`.
+
+    Returns:
+        The names of the rules, as one sentence.
+
+    Raises:
+        ArtifactError: a rule is broken; names the module and whose rule it is.
+    """
+    rules = []
+    for rule, broken in metadata_problems(layout, modules, quantization):
+        if broken:
+            raise ArtifactError(
+                f"quantization_config: {broken[0]} ({rule}); every reader must find exactly the modules that are "
+                "quantized. Export again."
+            )
+        rules.append(rule)
+    return f"{len(rules)} rules: {'; '.join(rules)}"

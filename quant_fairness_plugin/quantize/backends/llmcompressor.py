@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.model.families import KNOWN_FAMILIES
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.quantize.backends import Job, require
 from quant_fairness_plugin.quantize.backends.rules import LLMCOMPRESSOR_MODIFIERS, llmcompressor_recipe
 from quant_fairness_plugin.quantize.backends.running import running
@@ -36,13 +36,16 @@ class LlmCompressorBackend:
 
     def refuse(self, family: str, method: str, grid: Grid) -> str | None:
         """Return the reason why llm-compressor fails on a family, or None."""
-        if family == "gpt2":
+        architecture = find_architecture(family)
+        if architecture is None:
+            return None
+        if architecture.conv1d:
             return (
-                "llm-compressor quantizes Linear modules only, and GPT-2 has Conv1D; other families are accepted. "
+                f"llm-compressor quantizes Linear modules only, and {family} has Conv1D; other families are accepted. "
                 "Use --backend native, or --backend gptqmodel with --method gptq."
             )
         mapped = MAPPED_FAMILIES.get(method)
-        if mapped is not None and family in set(KNOWN_FAMILIES) - mapped:
+        if mapped is not None and family not in mapped:
             return (
                 f"llm-compressor has no AWQ mapping for {family}; accepted: {', '.join(sorted(mapped))}. "
                 "Use --method gptq, or --backend native."

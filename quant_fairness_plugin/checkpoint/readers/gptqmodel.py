@@ -1,0 +1,63 @@
+"""gptqmodel 7.6. It reads `dynamic` alone, and hands `compressed-tensors` to Transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from quant_fairness_plugin.checkpoint.readers import transformers
+from quant_fairness_plugin.checkpoint.readers.case import (
+    Case,
+    ListRule,
+    MetadataRule,
+    WidthRule,
+    bits_by_rule,
+    no_wrapped_zeros,
+    skipped_by_rule,
+)
+from quant_fairness_plugin.checkpoint.readers.reader import Reader
+from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
+
+DYNAMIC = ListRule("dynamic", "the only list that gptqmodel reads", skipped_by_rule)
+WIDTHS = WidthRule("dynamic", bits_by_rule)
+METADATA: Mapping[str, tuple[MetadataRule, ...]] = {"gptq": (DYNAMIC, WIDTHS), "awq": (DYNAMIC,)}
+
+
+def problems(case: Case) -> Iterator[str]:
+    """Yield what gptqmodel would get wrong in a folder."""
+    if case.method == "compressed-tensors":
+        yield from transformers.problems(case)
+        return
+    yield from no_wrapped_zeros(case)
+    for rule in (DYNAMIC, WIDTHS):
+        yield from rule.problems(case.modules, case.quantization)
+
+
+GPTQMODEL = Reader(
+    name="gptqmodel",
+    metadata=METADATA,
+    problems=problems,
+    rules=(
+        (
+            lambda r: r.conv1d and r.format == "compressed-tensors",
+            Refusal(
+                "gptqmodel hands format 'compressed-tensors' to Transformers, which fills the Conv1D modules of "
+                "{r.family} with random numbers and gives no more than a warning",
+                "is gptq",
+                f"--format gptq, --reader vllm, or {TWIN}",
+            ),
+        ),
+        (
+            lambda r: bool(r.head_on_disk) and r.format in ("gptq", "awq"),
+            Refusal(
+                "gptqmodel leaves the head of {r.family} uninitialised: checkpoints of this family call it "
+                "{r.head_on_disk}, and gptqmodel looks for lm_head",
+                "are another reader, or compressed-tensors",
+                "--format compressed-tensors, or --reader transformers",
+            ),
+        ),
+    ),
+    script="gptqmodel_reader.py",
+    modules=("gptqmodel",),
+    install="pip install torch==2.13.0 gptqmodel==7.6.0",
+    variable="QUANT_FAIRNESS_GPTQMODEL_PYTHON",
+)

@@ -1,0 +1,46 @@
+"""What every reader owns: which modules it leaves in 16 bit, what it refuses and why, and how it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from quant_fairness_plugin.checkpoint.readers.case import Case, MetadataRule
+from quant_fairness_plugin.checkpoint.refusals import Rule
+
+NOT_RUN = "documented rules; not run here"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reader:
+    """A loader of quantized checkpoints."""
+
+    name: str
+    metadata: Mapping[str, tuple[MetadataRule, ...]]
+    """`quant_method` → how it finds in the metadata which modules are quantized, and with how many bits."""
+    problems: Callable[[Case], Iterable[str]]
+    """Everything that it would get wrong in a folder that any tool wrote, the most telling first."""
+    rules: tuple[Rule, ...] = ()
+    """What it would read wrongly or not at all, known at plan time. Rows were measured with the real reader where
+    docs/readers.md has the cell, and read in its source elsewhere."""
+    script: str | None = None
+    """The file in `scripts/` that runs it; None where it is not run here."""
+    modules: tuple[str, ...] = ()
+    """What the Python that runs it must be able to import."""
+    install: str = ""
+    """The command that makes such a Python's environment."""
+    variable: str = ""
+    """Environment variable that names such a Python."""
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """`quant_method` → packages that it needs in our own Python, where it can be run there."""
+
+    @property
+    def note(self) -> str:
+        """How far its verdicts go; empty where they were compared with the real reader."""
+        return "" if self.script else NOT_RUN
+
+    @property
+    def script_path(self) -> Path | None:
+        """Where the script is: SCRIPT CHECKPOINT REQUEST.json RESULT.json."""
+        return Path(__file__).parent / "scripts" / self.script if self.script else None

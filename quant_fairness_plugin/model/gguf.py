@@ -1,0 +1,117 @@
+"""A GGUF file as an ordinary model folder, written once into a cache. Transformers dequantizes; see `convert_gguf`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING
+
+from quant_fairness_plugin.errors import MissingExtraError, ResourceError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+SOURCE = "gguf_source.json"
+"""What the folder was made from: name and sha256 of the GGUF file."""
+_NEEDED = ("gguf", "accelerate")
+_INSTALL = 'pip install torch==2.13.0 && pip install torch==2.13.0 "quant-fairness[gguf]"'
+
+
+def gguf_folder(path: Path) -> Path:
+    """Return the cached model folder of a GGUF file, converting it first where there is none.
+
+    The cache is `$XDG_CACHE_HOME/quant-fairness/gguf` (`~/.cache/…`), a folder per content of the file.
+
+    Raises:
+        MissingExtraError: the packages of the extra `gguf` are not installed.
+        UnsupportedModelError: Transformers does not read this GGUF.
+        ResourceError: the cache cannot be written.
+    """
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quant-fairness" / "gguf"
+    folder = cache / f"{path.stem}-{checksum[:16]}"
+    if (folder / SOURCE).is_file():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        beside = Path(mkdtemp(prefix=f"{folder.name}.", dir=cache))
+    except OSError as err:
+        raise ResourceError(
+            f"{cache}: cannot be written ({err.strerror}); a GGUF file is converted there. Free space, or set "
+            "XDG_CACHE_HOME to another folder."
+        ) from err
+    try:
+        convert_gguf(path, beside, checksum=checksum)
+        if not folder.exists():  # another process may have been quicker
+            beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return folder
+
+
+def convert_gguf(path: Path, folder: Path, *, checksum: str) -> None:
+    """Write a GGUF file's model and tokenizer as a plain Hugging Face folder, its weights dequantized to bfloat16.
+
+    Nothing is regained: weights that had 4 bits once have the values of that 4-bit grid. Figures measured on them say
+    what a second quantization costs.
+
+    Args:
+        path: the GGUF file.
+        folder: an existing, empty folder.
+        checksum: the file's sha256, for the record in `gguf_source.json`.
+
+    Raises:
+        MissingExtraError: the packages of the extra `gguf` are not installed.
+        UnsupportedModelError: Transformers does not read this GGUF.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"{path}: reading GGUF needs {' and '.join(missing)}. Install them: {_INSTALL}")
+    log.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
+    model, tokenizer = _read(path)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _rewrite_config(folder)
+    source = {"file": path.name, "sha256": checksum, "weights": "dequantized to bfloat16"}
+    (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch  # only here: resolving a model must not load torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, ImportError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise UnsupportedModelError(
+            f"{path}: Transformers does not read this GGUF ({reason}). Use the model's safetensors folder."
+        ) from err
+    # Transformers gives the tokenizer of a chat model other end tokens than the file's own ids (SmolLM2: <|im_start|>).
+    for name in ("bos", "eos", "pad"):
+        index = getattr(model.config, f"{name}_token_id", None)
+        if isinstance(index, int) and 0 <= index < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
+    model.hf_quantizer = None  # or save_pretrained would call the dequantized weights GGUF
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _rewrite_config(folder: Path) -> None:
+    """Drop the free-text name that GGUF files carry where a Hub id is expected."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("_model_name_or_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone

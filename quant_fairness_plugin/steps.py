@@ -1,0 +1,363 @@
+"""Each step as a configuration says: a model, texts and a `FairConfig` in, the step's result out.
+
+Nothing is remembered here, and nothing is done in another order than it is called; that is `FairQuantizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quant_fairness_plugin.artifacts import (
+    Bootstrap,
+    Evidence,
+    ExportRecord,
+    Measurement,
+    Part,
+    Precision,
+    ProtectionPlan,
+    SweepReport,
+    TextSet,
+)
+from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.checkpoint.readers import check_exportable
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.evidence import gather_evidence
+from quant_fairness_plugin.export.foreign import quantize_with
+from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.measure.measurement import Measured, measure_states
+from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
+from quant_fairness_plugin.model.exchange import swapped
+from quant_fairness_plugin.model.in_memory import copy_model
+from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
+from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
+from quant_fairness_plugin.quantize.backends import NATIVE
+from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.methods import find_method
+from quant_fairness_plugin.quantize.minimax import quantize_calibrated
+from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend.assembly import Choice
+from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
+from quant_fairness_plugin.sweep.config import SweepConfig
+from quant_fairness_plugin.sweep.engine import sweep_units
+from quant_fairness_plugin.sweep.execution import Execution
+
+EXPORTED = "exported"
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+def load_checked(
+    checked: Checked, source: ModelSource, *, memory_budget: int | None = None, dtype: ComputeDtype = "float32"
+) -> LoadedModel:
+    """Load the model that `preflight` resolved; with a memory budget its blocks stay in their files."""
+    open_model = load_model if memory_budget is None else open_streamed
+    return open_model(checked.files, dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code)
+
+
+def open_in_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: FairConfig, texts: TextSet | None
+) -> tuple[LoadedModel, TextSet]:
+    """Copy a model that is in memory, check the configuration against it, and return it with the texts."""
+    sentences = open_texts(config, texts)
+    loaded = copy_model(model, tokenizer)
+    check_model(config, loaded.files)
+    return loaded, sentences
+
+
+def check_config(config: FairConfig, loaded: LoadedModel) -> None:
+    """Refuse a configuration that names layers or units that the model lacks.
+
+    Raises:
+        InvalidLayerError: says which.
+    """
+    check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+
+
+def check_whole(loaded: LoadedModel, step: str) -> None:
+    """Refuse a step that needs the whole model in memory, for one whose blocks stay in their files.
+
+    Raises:
+        ConfigError: the model was opened with a memory budget.
+    """
+    if isinstance(loaded, StreamedModel):
+        raise ConfigError(
+            f"{loaded.files.name} was opened with a memory budget, so its blocks are in their files: it can be swept, "
+            f"and not {step}. Open it without one"
+        )
+
+
+def measure(
+    loaded: LoadedModel,
+    texts: TextSet,
+    config: FairConfig,
+    states: Sequence[ModelState],
+    *,
+    part: Part,
+    progress: Progress | None = None,
+) -> Measured:
+    """Measure states against the 16-bit model on one part of the texts; without a state, the 16-bit model itself."""
+    check_whole(loaded, "measured")
+    baseline = fixed_state(BASELINE, loaded.model)
+    return measure_states(
+        baseline,
+        states or (baseline,),
+        loaded.tokenizer,
+        texts.part(part),
+        part=part,
+        vocabulary=loaded.model.config.vocab_size,
+        provenance=lambda given: provenance(loaded.files, texts, seed=config.seed, arguments=given),
+        reference=config.reference,
+        draws=config.draws,
+        seed=config.seed,
+        progress=progress,
+    )
+
+
+def sweep(
+    loaded: LoadedModel,
+    texts: TextSet,
+    config: FairConfig,
+    plans: SweepConfig,
+    *,
+    bank: Path | None = None,
+    execution: Execution,
+    progress: Progress | None = None,
+) -> SweepReport:
+    """Sweep on the search part, with round-to-nearest weights or those of a checkpoint (`bank`); see `sweep_units`."""
+    return sweep_units(
+        loaded,
+        texts.part("search"),
+        plans,
+        grid=config.grid,
+        bootstrap=Bootstrap(config.reference, config.draws, config.seed),
+        bank_recipe=None if bank is None else bank_recipe(bank, config.grid),
+        execution=execution,
+        progress=progress,
+    )
+
+
+def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | None) -> ProtectionPlan:
+    """Return the plan of a configuration, its 16-bit input channels included.
+
+    Args:
+        loaded: the model.
+        config: names the layers, or leaves them to a sweep with `protect_layers="auto"`.
+        report: the sweep, for `auto`.
+
+    Raises:
+        ConfigError: `auto` without a sweep, `top` is not a number of the units that were swept, or the objective is
+            undefined for the sweep.
+        QualityGateError: the ranking is unstable and the configuration is strict.
+    """
+    if config.protect_layers == "auto":
+        if report is None:
+            raise ConfigError('protect_layers "auto" needs a sweep; sweep first, or list the layers')
+        plan = recommend_plan(
+            report,
+            objective=config.objective,
+            top=config.top,
+            max_overhead=layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead),
+            strict=config.strict,
+            overrides=config.overrides,
+        )
+    else:
+        layers = () if config.protect_layers == "none" else config.protect_layers
+        plan = plan_of_layers(loaded, config, layers, config.overrides)
+    return with_columns(plan, loaded, config.protect_columns)
+
+
+def plan_of_layers(
+    loaded: LoadedModel, config: FairConfig, layers: tuple[int, ...], overrides: Choice = NO_OVERRIDES
+) -> ProtectionPlan:
+    """Return the plan that keeps these layers in 16 bit, and gives units the precisions of `overrides`."""
+    layer_bytes, other_bytes = count_bytes(loaded, config.grid)
+    return explicit_plan(
+        layers,
+        model=loaded.files.name,
+        grid=config.grid,
+        layer_bytes=layer_bytes,
+        other_bytes=other_bytes,
+        overrides=overrides,
+    )
+
+
+def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel) -> ProtectionPlan:
+    """Return the plan that a quantized model of this model was made by.
+
+    Raises:
+        ConfigError: another model, or another instance of it, was quantized.
+    """
+    if quantized.loaded is not loaded:
+        raise ConfigError(
+            f"the quantized model was made from another instance of {quantized.loaded.files.name}; one made by this "
+            "quantizer or a copy of it is accepted. Export it with the quantizer that made it"
+        )
+    return quantized.plan
+
+
+def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> None:
+    """Refuse a plan of another model or grid.
+
+    Raises:
+        ConfigError: a plan for another number of layers, or for another grid than the configuration's.
+    """
+    if (plan.layers, plan.grid) != (loaded.layers, config.grid):
+        raise ConfigError(
+            f"the plan is for {plan.layers} layers of {plan.model} and {plan.grid}; here are {loaded.layers} "
+            f"layers and {config.grid}. Name the plan's model and grid, or make another plan"
+        )
+
+
+def check_report(report: SweepReport, loaded: LoadedModel, config: FairConfig) -> None:
+    """Refuse a sweep that the plan cannot come from.
+
+    Raises:
+        ConfigError: the configuration names the layers, or a sweep of another number of layers or another grid.
+    """
+    if config.protect_layers != "auto":
+        raise ConfigError(
+            f"protect_layers {config.protect_layers!r} leaves a sweep nothing to decide; a report is accepted with "
+            '"auto". Call protecting("auto") first'
+        )
+    if (report.layers, report.grid) != (loaded.layers, config.grid):
+        raise ConfigError(
+            f"the sweep is of {report.layers} layers and {report.grid}; here are {loaded.layers} layers and "
+            f"{config.grid}. Sweep this model on this grid"
+        )
+
+
+def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> dict[str, Precision]:
+    """Check what is known of the plan before its sweep against format and reader, and return these precisions.
+
+    Raises:
+        UnsupportedModelError: the reader could not load a checkpoint with them; names the ways out.
+        ConfigError: the model was opened with a memory budget, so that it cannot be quantized.
+    """
+    expected = config.overrides
+    if config.protect_layers == "auto" and "int8" in config.precisions:
+        expected = {"layers.0": "int8", **expected}
+    check_exportable_plan(loaded, config, expected)
+    return expected
+
+
+def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> None:
+    """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
+    check_whole(loaded, "quantized")
+    check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
+
+
+def evidence(
+    loaded: LoadedModel,
+    plan: ProtectionPlan,
+    texts: TextSet,
+    config: FairConfig,
+    *,
+    work: Path | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Compare a plan with random and other plans of equal bytes, on the confirm part; see `gather_evidence`."""
+    return gather_evidence(
+        loaded,
+        plan,
+        texts.part("confirm"),
+        chosen_on=texts.part("search"),
+        objective="mean" if config.objective == "mean" else "worst",
+        draws=config.draws,
+        seed=config.seed,
+        progress=progress,
+        work=work,
+    )
+
+
+def quantize(
+    loaded: LoadedModel, plan: ProtectionPlan, texts: TextSet, config: FairConfig, *, progress: Progress | None = None
+) -> QuantizedModel:
+    """Quantize every layer that a plan does not protect, on the calibration part where the method has a calibration.
+
+    With our own core, or with another tool, whose integers are read back.
+
+    Args:
+        loaded: the model; bit-identical afterwards.
+        plan: what keeps 16 bit, or gets 8.
+        texts: the whole text set; `minimax` also measures on its search part.
+        config: method, grid, backend, and how much each language counts.
+        progress: called with (layers done, layers).
+
+    Raises:
+        QuantFairnessError: as `quantize_model` and `quantize_with`.
+    """
+    calibration = None
+    if find_method(config.method).needs_calibration:
+        calibration = build_calibration(
+            loaded.tokenizer,
+            texts.part("calibrate"),
+            tokens_per_language=config.tokens_per_language,
+            weighting=config.calibration,
+        )
+    if config.backend != NATIVE and calibration is not None:
+        return quantize_with(config.backend, loaded, plan, method=config.method, calibration=calibration)
+    with_our_core = partial(
+        quantize_model,
+        loaded,
+        plan,
+        method=config.method,
+        progress=progress,
+    )
+    if calibration is None:
+        return with_our_core()
+    return quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+
+
+def write(
+    quantized: QuantizedModel,
+    out: Path,
+    texts: TextSet,
+    config: FairConfig,
+    *,
+    overwrite: bool = False,
+    measure: Callable[[Path], Measurement] | None = None,
+) -> ExportRecord:
+    """Write, verify and measure a checkpoint in the configuration's format, for its reader; see `export`."""
+    return export(
+        quantized,
+        out,
+        texts=texts,
+        format=config.format,
+        reader=config.reader,
+        seed=config.seed,
+        overwrite=overwrite,
+        measure=measure,
+    )
+
+
+def compare(record: ExportRecord, measured: Measured) -> RunResult:
+    """Return what protection did: the export beside the same quantization without protection, measured together."""
+    return RunResult(
+        plan=record.plan,
+        record=record,
+        unprotected=measured.measurements[NONE],
+        protected=measured.measurements[EXPORTED],
+        gain=measured.gain(NONE, EXPORTED),
+    )
+
+
+def unprotected_state(bare: QuantizedModel) -> ModelState:
+    """Return the state of a model that was quantized without protection, in memory."""
+    return ModelState(NONE, lambda: swapped(bare.loaded, bare.dense_weights()))
+
+
+def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:
+    """Return the state of a written checkpoint, read back from its files by our own dequantizer."""
+    return fixed_state(name, load_quantized(folder, kernel="reference"))
