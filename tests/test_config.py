@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 from dataclasses import fields
-from typing import Any, get_type_hints
+from datetime import date
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
@@ -9,8 +12,82 @@ from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError
 
 
-def test_options_name_every_field_of_the_configuration() -> None:
-    assert list(get_type_hints(FairOptions)) == [field.name for field in fields(FairConfig)]
+def with_lists(hint: Any) -> set[Any]:
+    """The alternatives of a type, with a list beside each tuple."""
+    every = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+    return every | {list[get_args(kind)[0]] for kind in every if get_origin(kind) is tuple}
+
+
+def test_options_are_the_fields_of_the_configuration() -> None:
+    options, config = get_type_hints(FairOptions), get_type_hints(FairConfig)
+    names = [field.name for field in fields(FairConfig) if field.name != "texts"]  # which can be a set, and comes apart
+    assert list(options) == names
+    assert {name: with_lists(options[name]) for name in names} == {name: with_lists(config[name]) for name in names}
+
+
+def test_a_list_beside_a_tuple_would_be_missed() -> None:
+    assert with_lists(tuple[int, ...]) == {tuple[int, ...], list[int]} != {tuple[int, ...]}
+    assert with_lists(tuple[int, ...] | None) != with_lists(tuple[str, ...] | None)
+
+
+CONFIGS = [
+    {},
+    {"protect_layers": (0, 9, 11), "languages": ("en", "no"), "reference": None, "max_overhead": 0.1 + 0.2},
+    {"protect_layers": "none", "protect_units": ("3.down",), "int8_layers": (1, 2), "method": "awq", "symmetric": True},
+    {"precisions": ("fp16", "int8"), "tokens_per_language": 500, "strict": True, "seed": 7, "quantize_rest_to": "INT4"},
+]
+
+
+@pytest.mark.parametrize("values", CONFIGS, ids=str)
+def test_a_configuration_comes_back_from_plain_data_exactly(values: dict[str, Any]) -> None:
+    config = FairConfig(**values)
+    document = config.to_dict()
+    assert list(document) == [field.name for field in fields(FairConfig)]
+    assert FairConfig.from_dict(json.loads(json.dumps(document))) == FairConfig.from_dict(document) == config
+    assert not any(isinstance(value, tuple) for value in document.values())
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"colour": 1}, "colour 1: Unexpected keyword argument; known names: method, bits"),
+        ({4: 1}, "4 1: Unexpected keyword argument"),
+        ({"bits": "4"}, "bits '4' is not an integer"),
+        ({"draws": "2000"}, "draws '2000': Input should be a valid integer"),
+        ({"seed": True}, "seed True: Input should be a valid integer"),
+        ({"strict": "yes"}, "strict 'yes': Input should be a valid boolean"),
+        ({"languages": "en"}, "languages 'en': Input should be a valid"),
+        ({"languages": ["en", False]}, "languages False: Input should be a valid string"),
+        ({"protect_layers": "0,9"}, r"protect_layers '0,9': .* or a list of layer indices such as \[0, 9, 11\]"),
+        ({"max_overhead": float("nan")}, "max_overhead nan is no share"),
+        ({"seed": date(2026, 1, 1)}, "seed '2026-01-01': Input should be a valid integer"),
+    ],
+)
+def test_a_document_is_held_to_the_types(document: dict[Any, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FairConfig.from_dict(document)
+
+
+def test_the_research_scripts_settings_are_accepted() -> None:
+    typed = make_config(protect_layers=[0, 9, 11], protect_biases=True, protect_final_ln=True, quantize_rest_to="INT4")
+    assert (typed.bits, typed.protect_layers) == (4, (0, 9, 11))
+    assert make_config(quantize_rest_to="INT8").bits == FairConfig.from_dict({"quantize_rest_to": "int8"}).bits == 8
+    assert make_config(quantize_rest_to="int4", bits=4).bits == 4
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"quantize_rest_to": "INT8", "bits": 4}, "'INT8' and bits 4 contradict each other"),
+        ({"quantize_rest_to": "INT4", "bits": 3}, "'INT4' and bits 3 contradict each other"),
+        ({"quantize_rest_to": "FP4"}, "quantize_rest_to 'FP4' is not an integer type; use 'INT4' or 'INT8'"),
+        ({"protect_biases": False}, "protect_biases False .*: every checkpoint format keeps biases in 16 bit"),
+        ({"protect_final_ln": False}, "protect_final_ln False .*: every checkpoint format keeps the final norm in 16"),
+    ],
+)
+def test_what_no_checkpoint_stores_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**values)
 
 
 def test_lists_become_tuples() -> None:
@@ -56,10 +133,10 @@ def test_units_and_8_bit_layers_are_overrides_of_a_plan() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"protect_units": ["3"]}, "protect_units '3' is no unit; write LAYER.UNIT, such as 3.down"),
-        ({"protect_units": ["down.3"]}, "is no unit"),
-        ({"protect_units": ["-1.down"]}, "is no unit"),
-        ({"protect_units": [""]}, "protect_units '' is no unit"),
+        ({"protect_units": ["3"]}, "protect_units '3' is not a unit; write LAYER.UNIT, such as 3.down"),
+        ({"protect_units": ["down.3"]}, "is not a unit"),
+        ({"protect_units": ["-1.down"]}, "is not a unit"),
+        ({"protect_units": [""]}, "protect_units '' is not a unit"),
         ({"protect_units": ["3.down", "3.down"]}, r"3\.down is listed more than once"),
         ({"int8_layers": [4, 4]}, "4 is listed more than once"),
         ({"int8_layers": [-1]}, "-1 is negative"),
@@ -104,7 +181,7 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"precisions": ("int8",)}, "a checkpoint has fp16, or fp16,int8"),
+        ({"precisions": ("int8",)}, "a checkpoint holds fp16, or fp16,int8"),
         ({"precisions": ("fp16", "int5")}, "precisions fp16,int5"),
         ({"precisions": ("fp16", "int8"), "top": 3}, "top 3 is a number of layers in 16 bit"),
         ({"precisions": ("fp16", "int8"), "bits": 8}, "bits 8 is the same"),

@@ -9,15 +9,19 @@ import sys
 
 import typer
 
-from quant_fairness_plugin.cli.gptq_quantize import variant
+from quant_fairness_plugin.cli.declare import PanelCommand, options
 from quant_fairness_plugin.cli.main import run_guarded
-from quant_fairness_plugin.cli.quantize import quantize
+from quant_fairness_plugin.cli.quantize import quantize_model
 
-command = variant(quantize, fixed={"method": "awq"}, defaults={"protect_layers": "none"})
-command.__doc__ = "Quantize MODEL with AWQ, keep the given layers in 16 bit, verify and measure what was written."
+EXAMPLE = "awq-quantize demo -o demo-awq --format awq"
 
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-app.command("awq-quantize")(command)
+command = options(
+    fixed={"method": "awq"},
+    defaults={"protect_layers": "none"},
+    doc="Quantize MODEL with AWQ, keep the given layers in 16 bit, verify and measure what was written.",
+)(quantize_model)
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command("awq-quantize", cls=PanelCommand, epilog=f"Example: {EXAMPLE}")(command)
 
 
 def main() -> None:

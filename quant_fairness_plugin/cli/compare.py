@@ -2,42 +2,27 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 from rich.table import Table
 
-from quant_fairness_plugin.artifacts import Bootstrap, write_atomically
+from quant_fairness_plugin.artifacts import Bootstrap, Weighting, write_atomically
+from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
-    DEFAULTS,
-    AllowPickle,
-    Bits,
-    GroupSize,
+    GRID,
+    TEXTS,
+    Access,
     Json,
-    Languages,
-    MaxOverhead,
     ModelOption,
-    ProtectLayers,
-    Quantizer,
-    Reference,
-    Revision,
-    Seed,
-    Symmetric,
-    Texts,
-    Top,
-    TrustRemoteCode,
+    OutputFile,
     parse_calibrations,
-    parse_integer,
-    parse_languages,
-    parse_protection,
-    parse_reference,
-    require_model,
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import layer_list, number, show
-from quant_fairness_plugin.config import make_config
-from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.config.option import Option
+from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
 
 if TYPE_CHECKING:
@@ -48,61 +33,44 @@ if TYPE_CHECKING:
 EFFECTS = ("calibration", "calibration_protected", "protection", "protection_calibrated", "both", "interaction")
 
 
+@options(config=("method", *GRID, "protect_layers", "top", "max_overhead", *TEXTS))
 def compare(
+    config: FairConfig,
+    access: Access,
     model: ModelOption = None,
     calibrations: Annotated[
-        str, typer.Option(help="Weightings to compare: of english, uniform, proportional, minimax.")
-    ] = "english,uniform,minimax",
-    matrix: Annotated[bool, typer.Option("--matrix", help="Also calibrate on each language alone.")] = False,
-    method: Quantizer = DEFAULTS.method,
-    bits: Bits = str(DEFAULTS.bits),
-    group_size: GroupSize = str(DEFAULTS.group_size),
-    sym: Symmetric = DEFAULTS.symmetric,
-    protect_layers: ProtectLayers = "auto",
-    top: Top = None,
-    max_overhead: MaxOverhead = DEFAULTS.max_overhead,
-    langs: Languages = None,
-    reference: Reference = DEFAULTS.reference or "none",
-    texts: Texts = DEFAULTS.texts,
-    seed: Seed = DEFAULTS.seed,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the comparison as JSON.")] = None,
+        tuple[Weighting, ...],
+        Option(
+            "Weightings of languages to compare: some of english, uniform, proportional, minimax.",
+            "Texts",
+            parse=parse_calibrations,
+            metavar="LIST",
+            names=get_args(Weighting),
+        ),
+    ] = ("english", "uniform", "minimax"),
+    matrix: Annotated[bool, Option("Also calibrate on each language alone.", "Texts")] = False,
+    output: OutputFile = None,
     as_json: Json = False,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
 ) -> None:
-    """Quantize in memory by several calibrations, without and with protection, and print what each choice brings."""
-    weightings = parse_calibrations(calibrations)
-    config = make_config(
-        method=method,
-        bits=parse_integer("bits", bits),
-        group_size=parse_integer("group-size", group_size),
-        symmetric=sym,
-        protect_layers=parse_protection(protect_layers),
-        top=top,
-        max_overhead=max_overhead,
-        languages=parse_languages(langs),
-        reference=parse_reference(reference),
-        texts=texts,
-        seed=seed,
-    )
-    source = ModelSource(require_model(model), revision, trust_remote_code, allow_pickle)
-    preflight(source, config)
+    """Quantize in memory by several calibrations, without and with protection, and print what each one brings."""
+    source = access.source(model)
+    checked = preflight(source, config)
 
+    # Loads torch.
     from quant_fairness_plugin.analysis.calibration import Calibrations, compare_calibrations, to_json
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
-    wanted = Calibrations(weightings=weightings, tokens_per_language=config.tokens_per_language, matrix=matrix)
+    wanted = Calibrations(weightings=calibrations, tokens_per_language=config.tokens_per_language, matrix=matrix)
     wanted.check(config.method)
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, progress=shown)
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         result = compare_calibrations(
             quantizer.loaded,
             quantizer.texts,
             quantizer.recommend(),
             wanted,
             method=config.method,
-            bootstrap=Bootstrap(None, config.draws, seed),
+            bootstrap=Bootstrap(None, config.draws, config.seed),
             progress=shown,
         )
     document = to_json(result)
@@ -117,10 +85,12 @@ def compare(
 
 
 def _show(result: CalibrationComparison) -> None:
-    kept = layer_list(result.plan.protected_layers) or "none"
+    layers = layer_list(result.plan.protected_layers) or "none"
     show(_outcomes(result, title=f"{result.method} {result.plan.grid}: KL bits per byte, confirm part"))
     for table in result.tables:
-        show(_effects(table, title=f"{table.first} → {table.other} × protection of {kept}: KL lowered, bits per byte"))
+        show(
+            _effects(table, title=f"{table.first} → {table.other} × protection of {layers}: KL lowered, bits per byte")
+        )
         typer.echo(table.verdict)
     if result.matrix is not None:
         show(_matrix(result.matrix))

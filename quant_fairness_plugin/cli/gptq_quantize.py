@@ -1,42 +1,27 @@
-"""`gptq-quantize MODEL --bits 4 --protect-layers 0,9,11 --protect-biases`: the seeds' command.
+"""`gptq-quantize MODEL --bits 4 --protect-layers 0,9,11 --protect-biases`: the research scripts' command.
 
-It is `quant-fairness quantize` with the method fixed and nothing protected unless asked for.
+It is `quant-fairness quantize` with the method fixed and nothing protected by default.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import Any
 
 import typer
 
+from quant_fairness_plugin.cli.declare import PanelCommand, options
 from quant_fairness_plugin.cli.main import run_guarded
-from quant_fairness_plugin.cli.quantize import quantize
+from quant_fairness_plugin.cli.quantize import quantize_model
 
+EXAMPLE = "gptq-quantize demo -o demo-int4 --bits 4 --protect-layers 0,9,11"
 
-def variant(command: Callable[..., None], *, fixed: dict[str, Any], defaults: dict[str, Any]) -> Callable[..., None]:
-    """The same command without the `fixed` options, and with other `defaults`."""
-
-    @wraps(command)
-    def varied(*args: Any, **kwargs: Any) -> None:
-        command(*args, **(kwargs | fixed))
-
-    parameters = [
-        parameter.replace(default=defaults.get(name, parameter.default))
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-        if name not in fixed
-    ]
-    varied.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined] # typer reads it
-    varied.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    varied.__doc__ = "Quantize MODEL with GPTQ, keep the given layers in 16 bit, verify and measure what was written."
-    return varied
-
-
-app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-app.command("gptq-quantize")(variant(quantize, fixed={"method": "gptq"}, defaults={"protect_layers": "none"}))
+command = options(
+    fixed={"method": "gptq"},
+    defaults={"protect_layers": "none"},
+    doc="Quantize MODEL with GPTQ, keep the given layers in 16 bit, verify and measure what was written.",
+)(quantize_model)
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command("gptq-quantize", cls=PanelCommand, epilog=f"Example: {EXAMPLE}")(command)
 
 
 def main() -> None:

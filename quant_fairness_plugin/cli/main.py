@@ -11,31 +11,32 @@ from collections.abc import Callable, Sequence
 
 import typer
 
+from quant_fairness_plugin.cli.declare import PanelCommand
 from quant_fairness_plugin.errors import QuantFairnessError
 
-COMMANDS = (
-    "run",
-    "plan",
-    "sweep",
-    "recommend",
-    "measure",
-    "quantize",
-    "compare",
-    "verify",
-    "repair",
-    "generate",
-    "doctor",
-)
+COMMANDS = {
+    "run": "quant-fairness run --model demo -o demo-int4-fair",
+    "plan": "quant-fairness plan --model demo --langs en,he,ar,zh",
+    "sweep": "quant-fairness sweep --model demo --langs en,he,ar,zh --json > sweep.json",
+    "recommend": "quant-fairness recommend sweep.json --max-overhead 0.2",
+    "measure": "quant-fairness measure demo-int4-fair",
+    "quantize": "quant-fairness quantize demo --protect-layers 0,9,11 -o demo-int4",
+    "compare": "quant-fairness compare --model demo --calibrations english,uniform",
+    "verify": "quant-fairness verify demo-int4-fair",
+    "repair": "quant-fairness repair DIR --dry-run",
+    "generate": "quant-fairness generate demo-int4-fair --prompt 'In the beginning'",
+    "doctor": "quant-fairness doctor",
+}
+"""Every command, with the example at the end of its help."""
 
 app = typer.Typer(
     name="quant-fairness",
     help="Quantize a language model to INT4 without hurting some languages more than others.",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-for _name in COMMANDS:
+for _name, _example in COMMANDS.items():
     _module = importlib.import_module(f"quant_fairness_plugin.cli.{_name}")
-    app.command(_name)(getattr(_module, _name))
+    app.command(_name, cls=PanelCommand, epilog=f"Example: {_example}")(getattr(_module, _name))
 
 
 def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) -> int:

@@ -9,62 +9,45 @@ from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, load, save, save_run_record, to_json
-from quant_fairness_plugin.cli.options import (
-    DEFAULTS,
-    AllowPickle,
-    Json,
-    Languages,
-    ModelOption,
-    Reference,
-    Revision,
-    Seed,
-    Texts,
-    TrustRemoteCode,
-    parse_languages,
-    parse_part,
-    parse_reference,
-)
+from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Part, load, save, save_run_record, to_json
+from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import damage_table, show
-from quant_fairness_plugin.config import make_config
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.resolve import BUNDLED
 from quant_fairness_plugin.plans.plan_set import BASELINE
-from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.preflight import preflight
 
 
+@options(config=TEXTS)
 def measure(
+    config: FairConfig,
+    access: Access,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
     ] = None,
     model: ModelOption = None,
-    part: Annotated[str, typer.Option(help="Sentences to measure on: confirm, search, or all.")] = "confirm",
-    langs: Languages = None,
-    reference: Reference = DEFAULTS.reference or "none",
-    texts: Texts = DEFAULTS.texts,
-    seed: Seed = DEFAULTS.seed,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the measurement as JSON.")] = None,
+    part: Annotated[Part, Option("Sentences to measure on:", "Texts")] = "confirm",
+    output: OutputFile = None,
     as_json: Json = False,
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
-    allow_pickle: AllowPickle = False,
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
-    config = make_config(languages=parse_languages(langs), reference=parse_reference(reference), texts=texts, seed=seed)
-    chosen = parse_part(part)
-    source = ModelSource(_base_model(checkpoint, model), revision, trust_remote_code, allow_pickle)
-    preflight(source, config)
+    source = access.source(_base_model(checkpoint, model))
+    checked = preflight(source, config)
 
+    # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     started = time.monotonic()
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, progress=shown)
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         measured = (
-            quantizer.measure(part=chosen).measurements[BASELINE]
+            quantizer.measure(part=part).measurements[BASELINE]
             if checkpoint is None
-            else quantizer.measure_folder(checkpoint, part=chosen)
+            else quantizer.measure_folder(checkpoint, part=part)
         )
     if output is not None:
         save(measured, output)
@@ -76,7 +59,7 @@ def measure(
 
 
 def _base_model(checkpoint: Path | None, model: str | None) -> str:
-    """The 16-bit model: the one given, else the one that the checkpoint's record names."""
+    """Return the 16-bit model: the one given, else the one that the checkpoint's record names."""
     if model:
         return model
     if checkpoint is None:

@@ -1,9 +1,10 @@
-"""`--plan FILE`: a plan that `recommend -o` saved, in place of the options that choose one."""
+"""`--plan FILE`: a plan that `recommend -o` saved, in place of the options that select one."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,34 +15,38 @@ from quant_fairness_plugin.errors import ConfigError
 PlanFile = Annotated[
     Path | None,
     typer.Option(
-        help="A plan that `recommend -o` saved: its grid, layers and units, instead of the options for these."
+        metavar="FILE",
+        help="A plan that `recommend -o` saved: its grid, layers and units, instead of the options for these.",
+        rich_help_panel="What to protect",
     ),
 ]
 _DEFAULTS = FairConfig()
 
 
-def planned(path: Path | None, options: dict[str, Any]) -> tuple[ProtectionPlan | None, dict[str, Any]]:
-    """The plan, and the options of a configuration that follows it.
+def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | None, FairConfig]:
+    """Return the plan, and a configuration that follows it.
 
     Args:
-        path: the plan's file, or None, which leaves the options as they are.
-        options: fields of `FairConfig` as given.
+        path: the plan's file, or None, which leaves the configuration as it is.
+        config: the configuration without the plan.
 
     Raises:
-        ConfigError: an option that says something else than the plan.
-        ArtifactError: no plan file.
+        ConfigError: a configuration that says something else than the plan.
+        ArtifactError: not a plan file.
     """
     if path is None:
-        return None, options
+        return None, config
     plan = load(ProtectionPlan, path)
-    given = {name: options[name] for name in ("protect_units", "int8_layers") if options[name]}
-    if options["protect_layers"] not in ("auto", "none"):
-        given["protect_layers"] = options["protect_layers"]
+    given = {name: getattr(config, name) for name in ("protect_units", "int8_layers") if getattr(config, name)}
+    if config.protect_layers not in ("auto", "none"):
+        given["protect_layers"] = config.protect_layers
     grid = {name: getattr(plan.grid, name) for name in ("bits", "group_size", "symmetric", "clip")}
     for name, value in grid.items():
-        if options[name] not in (getattr(_DEFAULTS, name), value):
-            given[name] = options[name]
+        if getattr(config, name) not in (getattr(_DEFAULTS, name), value):
+            given[name] = getattr(config, name)
     if given:
         name, value = next(iter(given.items()))
-        raise ConfigError(f"--{name.replace('_', '-')} {value} and --plan {path} both choose; leave one of them out")
-    return plan, options | grid | {"protect_layers": plan.protected_layers or "none"}
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {value} and --plan {path} contradict each other; leave one of them out"
+        )
+    return plan, replace(config, **grid, protect_layers=plan.protected_layers or "none")

@@ -4,27 +4,29 @@ from pathlib import Path
 
 import pytest
 
-from quant_fairness_plugin.cli.options import (
-    check_protect_biases,
-    default_output,
-    parse_calibrations,
+from quant_fairness_plugin.artifacts import Part
+from quant_fairness_plugin.cli.field import Declared, declared_fields
+from quant_fairness_plugin.cli.options import default_output, parse_calibrations, require_model
+from quant_fairness_plugin.cli.recommend_options import parse_weights
+from quant_fairness_plugin.cli.sweep_options import (
+    ExecutionOptions,
+    PlansOptions,
+    SearchOptions,
     parse_combine,
-    parse_dtype,
-    parse_executor,
-    parse_granularity,
-    parse_int8_layers,
-    parse_integer,
-    parse_languages,
     parse_modes,
-    parse_part,
+)
+from quant_fairness_plugin.config import FairConfig, make_config
+from quant_fairness_plugin.config.option import Option
+from quant_fairness_plugin.config.parsers import (
+    parse_bits,
+    parse_group_size,
+    parse_int8_layers,
+    parse_languages,
+    parse_names,
     parse_precisions,
     parse_protection,
     parse_reference,
-    parse_search,
     parse_share,
-    parse_units,
-    parse_weights,
-    require_model,
 )
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 
@@ -44,7 +46,6 @@ def test_a_word_is_no_layer_list(text: str) -> None:
 
 
 def test_languages() -> None:
-    assert parse_languages(None) is None
     assert parse_languages("en, he") == ("en", "he")
 
 
@@ -68,9 +69,10 @@ def test_reference() -> None:
         ("group-size", "many", "group size 'many' is read by no server"),
     ],
 )
-def test_an_integer_option_says_what_is_allowed(name: str, text: str, message: str) -> None:
+def test_an_integer_option_says_what_is_accepted(name: str, text: str, message: str) -> None:
+    parse = {"bits": parse_bits, "group-size": parse_group_size}[name]
     with pytest.raises(ConfigError, match=message):
-        parse_integer(name, text)
+        parse(text)
 
 
 @pytest.mark.parametrize(("text", "share"), [("1%", 0.01), (" 2.5 % ", 0.025), ("0.01", 0.01), ("0", 0.0)])
@@ -85,8 +87,8 @@ def test_a_share_that_is_no_number_is_an_error(text: str) -> None:
 
 
 def test_integers() -> None:
-    assert parse_integer("bits", "4") == 4
-    assert parse_integer("group-size", "-1") == -1
+    assert parse_bits("4") == 4
+    assert parse_group_size("-1") == -1
 
 
 def test_modes() -> None:
@@ -97,25 +99,29 @@ def test_modes() -> None:
 
 
 def test_what_is_singled_out_and_how_many() -> None:
-    assert [parse_granularity(word) for word in ("layer", "unit")] == ["layer", "unit"]
+    granularity = declared_fields(PlansOptions)["granularity"]
+    assert [granularity.parse(word) for word in ("layer", "unit")] == ["layer", "unit"]
     assert [parse_combine(word) for word in ("1", "2", "3")] == [1, 2, 3]
-    with pytest.raises(ConfigError, match="'units' is unknown; use layer or unit"):
-        parse_granularity("units")
+    with pytest.raises(ConfigError, match="--granularity 'units' is unknown; use layer or unit"):
+        granularity.parse("units")
     for text in ("0", "4", "two", "2.0"):
         with pytest.raises(ConfigError, match=f"--combine '{text}' is not allowed; use 1"):
             parse_combine(text)
 
 
 def test_executors() -> None:
-    assert [parse_executor(word) for word in (None, "local", "processes", "ray")] == [None, "local", "processes", "ray"]
-    with pytest.raises(ConfigError, match="'dask' is unknown; use local, processes or ray"):
-        parse_executor("dask")
+    executor = declared_fields(ExecutionOptions)["executor"]
+    assert executor.default is None
+    assert [executor.parse(word) for word in ("local", "processes", "ray")] == ["local", "processes", "ray"]
+    with pytest.raises(ConfigError, match="--executor 'dask' is unknown; use local, processes or ray"):
+        executor.parse("dask")
 
 
 def test_part() -> None:
-    assert parse_part("confirm") == "confirm"
-    with pytest.raises(ConfigError, match="use calibrate, search, confirm, all"):
-        parse_part("test")
+    part = Declared("part", Option("Sentences to measure on:", "Texts"), Part, "confirm")
+    assert part.parse("confirm") == "confirm"
+    with pytest.raises(ConfigError, match="--part 'test' is unknown; use calibrate, search, confirm or all"):
+        part.parse("test")
 
 
 def test_a_model_must_be_named() -> None:
@@ -125,9 +131,9 @@ def test_a_model_must_be_named() -> None:
 
 
 def test_biases_cannot_be_quantized() -> None:
-    check_protect_biases(True)
+    assert make_config(protect_biases=True).protect_biases
     with pytest.raises(ConfigError, match="every checkpoint format keeps biases in 16 bit"):
-        check_protect_biases(False)
+        make_config(protect_biases=False)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +160,9 @@ def test_other_words_are_no_calibrations(text: str) -> None:
 
 
 def test_units_and_8_bit_layers() -> None:
-    assert parse_units(None) == ()
-    assert parse_units("3.down, 5.qkv") == ("3.down", "5.qkv")
-    assert parse_int8_layers(None) == ()
+    fields = declared_fields(FairConfig)
+    assert fields["protect_units"].default == fields["int8_layers"].default == ()
+    assert parse_names("3.down, 5.qkv") == ("3.down", "5.qkv")
     assert parse_int8_layers("3, 5") == (3, 5)
 
 
@@ -175,18 +181,17 @@ def test_precisions_are_names() -> None:
 
 
 def test_a_search_is_one_of_three() -> None:
-    assert parse_search(None, size=0, width=0, objective="bpb") is None
-    found = parse_search("beam", size=4, width=2, objective="mean")
-    assert found is not None
-    assert (found.method, found.size, found.width, found.objective) == ("beam", 4, 2, "mean")
-    with pytest.raises(ConfigError, match="search 'best' is unknown; use greedy, backward, beam"):
-        parse_search("best", size=3, width=4, objective="worst")
+    assert SearchOptions(size=0, width=0).to_search("bpb") is None
+    search = SearchOptions(search="beam", size=4, width=2).to_search("mean")
+    assert search is not None
+    assert (search.method, search.size, search.width, search.objective) == ("beam", 4, 2, "mean")
+    with pytest.raises(ConfigError, match="--search 'best' is unknown; use greedy, backward or beam"):
+        declared_fields(SearchOptions)["search"].parse("best")
     with pytest.raises(ConfigError, match="cannot be searched by 'bpb'; use objective worst or mean"):
-        parse_search("beam", size=3, width=4, objective="bpb")
+        SearchOptions(search="beam").to_search("bpb")
 
 
 def test_weights_are_numbers_by_language() -> None:
-    assert parse_weights(None) is None
     assert parse_weights("en=1, fi = 2.5") == {"en": 1.0, "fi": 2.5}
     for text in ("", "en", "en=", "en=x", "en=1,"):
         with pytest.raises(ConfigError, match="write LANGUAGE=NUMBER with commas between"):
@@ -197,6 +202,7 @@ def test_weights_are_numbers_by_language() -> None:
 
 
 def test_dtypes_to_sweep_in() -> None:
-    assert [parse_dtype(word) for word in ("float32", "bfloat16")] == ["float32", "bfloat16"]
-    with pytest.raises(ConfigError, match="'float16' is not swept in; use float32, or bfloat16"):
-        parse_dtype("float16")
+    dtype = declared_fields(ExecutionOptions)["dtype"]
+    assert [dtype.parse(word) for word in ("float32", "bfloat16")] == ["float32", "bfloat16"]
+    with pytest.raises(ConfigError, match="--dtype 'float16' is unknown; use float32 or bfloat16"):
+        dtype.parse("float16")

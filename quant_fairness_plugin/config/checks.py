@@ -1,0 +1,150 @@
+"""What a configuration refuses before a model is known."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from quant_fairness_plugin.artifacts import Precision, Unit, Weighting
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.quantize.methods import find_method, method_names
+
+MOST_COLUMNS = 0.5
+"""At three quarters, 4 bits and the channels in 16 are as large as the module in 16."""
+_WIDTH = re.compile(r"int([2-8])", re.ASCII | re.IGNORECASE)
+
+
+def bits_of_rest(quantize_rest_to: str) -> int:
+    """Return the bits of the research scripts' `quantize_rest_to`: `INT4` or `int4` is 4.
+
+    Raises:
+        ConfigError: another word.
+    """
+    match = _WIDTH.fullmatch(quantize_rest_to)
+    if match is None:
+        raise ConfigError(f"quantize_rest_to {quantize_rest_to!r} is not an integer type; use 'INT4' or 'INT8'")
+    return int(match[1])
+
+
+def check_rest(quantize_rest_to: str | None, *, bits: int) -> None:
+    """Refuse a width of the rest that is not the configuration's.
+
+    Raises:
+        ConfigError: not an integer type, or one of another width than `bits`.
+    """
+    if quantize_rest_to is not None and bits_of_rest(quantize_rest_to) != bits:
+        raise ConfigError(
+            f"quantize_rest_to {quantize_rest_to!r} and bits {bits} contradict each other; leave one of them out, or "
+            f"use bits={bits_of_rest(quantize_rest_to)}"
+        )
+
+
+def check_always_16_bit(*, protect_biases: bool, protect_final_ln: bool) -> None:
+    """Refuse to quantize what no checkpoint format stores quantized.
+
+    Raises:
+        ConfigError: biases or the final norm should be quantized.
+    """
+    for name, part, kept in (
+        ("protect_biases", "biases", protect_biases),
+        ("protect_final_ln", "the final norm", protect_final_ln),
+    ):
+        if not kept:
+            raise ConfigError(
+                f"{name} False (--no-{name.replace('_', '-')}) is not possible: every checkpoint format keeps {part} "
+                "in 16 bit; leave it out, or see what it would do with sweep --also"
+            )
+
+
+def check_overrides(
+    protect_layers: Literal["auto", "none"] | tuple[int, ...],
+    protect_units: tuple[str, ...],
+    int8_layers: tuple[int, ...],
+) -> None:
+    """Refuse precisions of single layers and units that contradict each other. The model is not known yet.
+
+    Raises:
+        ConfigError: not a unit, a negative or repeated index, or a layer or unit with two precisions.
+    """
+    for name in protect_units:
+        if not _is_unit(name):
+            raise ConfigError(
+                f"protect_units {name!r} is not a unit; write LAYER.UNIT, such as 3.down or 5.qkv, with commas between"
+            )
+    places = [*map(str, int8_layers), *protect_units]
+    for place in places:
+        if place.startswith("-") or places.count(place) > 1:
+            problem = "negative" if place.startswith("-") else "listed more than once"
+            raise ConfigError(
+                f"{place} is {problem}; layers are counted from 0, and each layer or unit may be named once. Correct "
+                "the list"
+            )
+    whole = protect_layers if isinstance(protect_layers, tuple) else ()
+    for place in places:
+        if Unit.parse(place).layer in whole:
+            raise ConfigError(
+                f"{place} is in protect_layers {','.join(map(str, whole))} too, whose layers keep 16 bit as a whole; "
+                f"leave {place} out of one of the two"
+            )
+
+
+def check_precisions(precisions: tuple[Precision, ...], *, bits: int, top: int | None) -> None:
+    """Refuse precisions that `auto` cannot choose from.
+
+    Raises:
+        ConfigError: not `fp16`, or `fp16` and `int8`; `int8` on an 8-bit grid, or with a number of layers to protect.
+    """
+    given = ",".join(precisions)
+    if sorted(precisions) not in (["fp16"], ["fp16", "int8"]):
+        raise ConfigError(
+            f"precisions {given or '(none)'}: beside the quantized layers a checkpoint holds fp16, or fp16,int8; use "
+            "one of these"
+        )
+    if "int8" in precisions and (bits == 8 or top is not None):
+        problem = "bits 8 is the same" if bits == 8 else f"top {top} is a number of layers in 16 bit"
+        raise ConfigError(f"precisions {given}: {problem}; leave int8 out, or give a budget with max_overhead")
+
+
+def check_columns(share: float, *, method: str, backend: str) -> None:
+    """Refuse a share of 16-bit input channels that cannot be selected, or that costs more than 16 bit for the module.
+
+    Raises:
+        ConfigError: outside 0..`MOST_COLUMNS`, or with a method or backend that does not know which channels matter.
+    """
+    if not 0 <= share <= MOST_COLUMNS:
+        raise ConfigError(
+            f"protect_columns {share} is no share of the input channels up to {MOST_COLUMNS:g}; use 0.01 for 1 %, or "
+            "protect whole units with protect_units"
+        )
+    if share and (not find_method(method).keeps_columns or backend != "native"):
+        raise ConfigError(
+            f"protect_columns {share:g} cannot be used with method {method!r} and backend {backend!r}: which input "
+            "channels matter only our calibration says; use method "
+            f"{method_names(lambda m: m.keeps_columns)} with backend 'native'"
+        )
+
+
+def check_calibration(calibration: Weighting, *, method: str, tokens_per_language: int | None) -> None:
+    """Refuse a weighting of languages that has no effect, or that fixes the number of tokens itself.
+
+    Raises:
+        ConfigError: a weighting with a method that does not calibrate; `proportional` with a number of tokens.
+    """
+    if not find_method(method).needs_calibration and calibration != "uniform":
+        raise ConfigError(
+            f"calibration {calibration!r} has no effect on method {method!r}, which uses no calibration text; use "
+            f"method {method_names(lambda m: m.needs_calibration)}, or leave calibration out"
+        )
+    if calibration == "proportional" and tokens_per_language is not None:
+        raise ConfigError(
+            f"calibration 'proportional' takes all tokens of every language, not {tokens_per_language} each; leave "
+            "tokens_per_language out, or use calibration 'uniform'"
+        )
+
+
+def _is_unit(name: str) -> bool:
+    try:
+        unit = Unit.parse(name)
+    except ConfigError:
+        return False
+    return unit.group is not None and unit.short == name
