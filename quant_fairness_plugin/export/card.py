@@ -1,4 +1,4 @@
-"""Step 7, the model card: `README.md` of a checkpoint, rendered from its `ExportRecord` and nothing else."""
+"""The model card: `README.md` of a checkpoint, rendered from its `ExportRecord` and nothing else."""
 
 from __future__ import annotations
 

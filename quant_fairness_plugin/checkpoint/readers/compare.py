@@ -67,16 +67,16 @@ def compare_with_reader(folder: Path, reader: str, python: Path) -> str:
     """
     model = load_dense_model(folder)
     reading = read_with(reader, folder, fixed_prompts(model), python)
-    found = compare_reading(reading, model)
-    if not found.agrees:
+    gap = compare_reading(reading, model)
+    if not gap.agrees:
         raise UnsupportedModelError(
             f"{folder}: {reader} {reading.version} computes something else than the files say: log-probabilities are "
-            f"{found.distance:.3g} float16 units away (allowed {TOLERANCE:g}), greedy tokens {found.behind:.3g} behind "
+            f"{gap.distance:.3g} float16 units away (allowed {TOLERANCE:g}), greedy tokens {gap.behind:.3g} behind "
             f"(allowed {2 * TOLERANCE:g}). Do not use this checkpoint with it."
         )
     return (
-        f"{reader} {reading.version}: log-probabilities within {found.distance:.2f} float16 units of the dequantized "
-        f"weights ({found.unit:.2g} nats each), greedy tokens within {found.behind:.2f}"
+        f"{reader} {reading.version}: log-probabilities within {gap.distance:.2f} float16 units of the dequantized "
+        f"weights ({gap.unit:.2g} nats each), greedy tokens within {gap.behind:.2f}"
     )
 
 
@@ -94,11 +94,11 @@ def compare_reading(reading: Reading, model: PreTrainedModel) -> Comparison:
         reading: what the reader said.
         model: the dequantized model in float32; not changed.
     """
-    own = _differences(reading, model)
+    differences = _differences(reading, model)
     in_float16 = deepcopy(model).to(torch.float16)  # type: ignore[arg-type] # as in model/load.py
-    unit = _rms(_differences(reading, in_float16) - own)
+    unit = _rms(_differences(reading, in_float16) - differences)
     behind = max((gap for sequence in reading.sequences for gap in _behind(sequence, model)), default=0.0)
-    return Comparison(unit, _rms(own) / unit, behind / unit)
+    return Comparison(unit, _rms(differences) / unit, behind / unit)
 
 
 def _differences(reading: Reading, model: PreTrainedModel) -> Tensor:
@@ -106,17 +106,17 @@ def _differences(reading: Reading, model: PreTrainedModel) -> Tensor:
 
 
 def _gaps(sequence: Mapping[str, Any], model: PreTrainedModel) -> Iterator[float]:
-    own = _log_probabilities(model, sequence["ids"])
+    ours = _log_probabilities(model, sequence["ids"])
     for i, predictions in enumerate(sequence["predictions"]):
         for token, value in predictions.items():
-            yield value - float(own[i, int(token)])
+            yield value - float(ours[i, int(token)])
 
 
 def _behind(sequence: Mapping[str, Any], model: PreTrainedModel) -> Iterator[float]:
-    own = _log_probabilities(model, sequence["ids"])
+    ours = _log_probabilities(model, sequence["ids"])
     first = len(sequence["ids"]) - sequence["new"]
     for i, token in enumerate(sequence["ids"][first:], start=first):
-        yield float(own[i - 1].max() - own[i - 1, token])
+        yield float(ours[i - 1].max() - ours[i - 1, token])
 
 
 @torch.no_grad()
@@ -173,9 +173,9 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         model, info = loaded
         check_loading_info(folder, info)
         _widen(model)
-        found = _logits(model)
+        actual = _logits(model)
     largest = max(float(row.abs().max()) for row in expected)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) / largest
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True)) / largest
     if not difference <= tolerance:  # also when it is NaN
         raise UnsupportedModelError(
             f"{folder}: Transformers computes other logits than the files say (relative difference {difference:.3g}, "
