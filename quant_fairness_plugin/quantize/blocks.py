@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, rehearse
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel  # loads Transformers, which a forecast does without
 
 
 @dataclass(slots=True)
