@@ -22,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from quant_fairness_plugin.artifacts import Interval, Undefined, package_versions, write_atomically
+from quant_fairness_plugin.artifacts import Bootstrap, Interval, Undefined, package_versions, write_atomically
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "calibration_table.jsonl"
@@ -62,7 +62,7 @@ def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
     import torch
 
     from quant_fairness_plugin import FairQuantizer
-    from quant_fairness_plugin.analysis.calibration import compare_calibrations
+    from quant_fairness_plugin.analysis.calibration import Calibrations, compare_calibrations
 
     torch.set_num_threads(1)
     quantizer = FairQuantizer.from_pretrained(
@@ -72,10 +72,8 @@ def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
         quantizer.loaded,
         quantizer.texts,
         quantizer.recommend(),
-        calibrations=CALIBRATIONS,
-        matrix=(model, bits) == WITH_MATRIX,
-        draws=quantizer.config.draws,
-        seed=SEED,
+        Calibrations(weightings=CALIBRATIONS, matrix=(model, bits) == WITH_MATRIX),
+        bootstrap=Bootstrap(None, quantizer.config.draws, SEED),
         progress=lambda what, done, total: print(f"{model} int{bits} {what} {done}/{total}", file=sys.stderr),
     )
     common = {

@@ -53,9 +53,9 @@ def read_rows() -> list[dict[str, Any]]:
 def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
     """One row per plan, and one for what they say together."""
     from quant_fairness_plugin.artifacts import Bootstrap, Grid
-    from quant_fairness_plugin.evidence import gather_evidence
+    from quant_fairness_plugin.evidence import Rivals, gather_evidence
     from quant_fairness_plugin.model.load import load_model
-    from quant_fairness_plugin.recommend import recommend_plan
+    from quant_fairness_plugin.recommend import Limit, recommend_plan
     from quant_fairness_plugin.sweep.config import SweepConfig
     from quant_fairness_plugin.sweep.engine import sweep_units
     from quant_fairness_plugin.texts.load import load_texts
@@ -66,12 +66,16 @@ def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
     report = sweep_units(loaded, texts.part("search"), wanted, grid=grid, bootstrap=Bootstrap(seed=SEED))
     plan = recommend_plan(report, top=TOP)
     floor = round(plan.extra_bytes / plan.overhead)
-    rival = recommend_plan(report, max_bytes=floor + plan.extra_bytes)
+    rival = recommend_plan(report, Limit(max_bytes=floor + plan.extra_bytes))
     rivals = {ALLOCATED: rival} if rival.extra_bytes else {}
     supported = [name for name, status in report.languages.items() if status == "supported"]
     known = texts.choose(supported)
     evidence = gather_evidence(
-        loaded, plan, known.part("confirm"), chosen_on=known.part("search"), rivals=rivals, seed=SEED
+        loaded,
+        plan,
+        known.part("confirm"),
+        rivals=Rivals(texts=known.part("search"), plans=rivals),
+        bootstrap=Bootstrap(None, seed=SEED),
     )
     origin = {
         "model": model, "bits": bits, "group": group, "seed": SEED, "versions": package_versions(),

@@ -43,6 +43,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Grid,
     Part,
     ProtectionPlan,
@@ -177,7 +178,11 @@ def series_of_draw(
     listed = [state("fp16", None), *(state(name, weights) for name, weights in states.items())]
     scores = score_states(listed, loaded.tokenizer, held_out)
     damage = measure_damage(
-        scores["fp16"], scores["rtn"], held_out, reference=None, vocabulary=loaded.model.config.vocab_size, seed=seed
+        scores["fp16"],
+        scores["rtn"],
+        held_out,
+        vocabulary=loaded.model.config.vocab_size,
+        bootstrap=Bootstrap(None, seed=seed),
     )
     languages = supported_languages(damage)
     weights = Resamples(len(held_out), BOOTSTRAP_DRAWS, seed).weights

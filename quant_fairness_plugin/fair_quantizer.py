@@ -75,7 +75,6 @@ class FairQuantizer:
         model: str | Path | PreTrainedModel,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        texts: str | Path | TextSet | None = None,
         config: FairConfig | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -89,19 +88,17 @@ class FairQuantizer:
             model: `demo`, `demo-gpt2`, a Hub id, a folder or a `.safetensors` file; or a model of Transformers, 16 or
                 32 bit, which is not changed.
             tokenizer: of a model in memory; a model by name brings its own.
-            texts: a text set, or the name of one; None is the configuration's.
             config: a complete configuration; or give single `options`, the fields of `FairConfig`.
             revision: commit of a Hub model.
             trust_remote_code: run code that the model's folder brings.
             allow_pickle: read pickle weights where there are no others.
             progress: called with (step, done, in all).
-            **options: fields of `FairConfig`.
+            **options: fields of `FairConfig`; `texts`, a text set or the name of one, also beside a `config`.
 
         Raises:
             QuantFairnessError: one of its kinds, before the weights are read wherever that is possible.
         """
-        complete = configure(config, dict(options), texts)
-        text_set = texts if isinstance(texts, TextSet) else None
+        complete, text_set = configure(config, options)
         source = ModelSource(str(model), revision, trust_remote_code, allow_pickle)
         if isinstance(model, str | Path):
             source.check_tokenizer(tokenizer)
@@ -180,7 +177,8 @@ class FairQuantizer:
         options.setdefault("top", self.config.top or 3)
         config = SweepConfig.make(modes, **options)
         if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
-            run, progress = Execution(work, executor, self._memory_budget), partial(self._progress, "sweep")
+            run = Execution(work=work, executor=executor, memory_budget=self._memory_budget)
+            progress = partial(self._progress, "sweep")
             self._report = steps.sweep(
                 self.loaded, self.texts, self.config, config, bank=bank, execution=run, progress=progress
             )

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from quant_fairness_plugin.artifacts import TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable
-from quant_fairness_plugin.config import FairConfig, make_config
+from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
@@ -74,25 +74,26 @@ class Checked(NamedTuple):
     texts: TextSet
 
 
-def configure(config: FairConfig | None, options: dict[str, Any], texts: str | Path | TextSet | None) -> FairConfig:
-    """Return the complete configuration: the given one or one made of single fields, with its texts.
+def configure(config: FairConfig | None, options: FairOptions) -> tuple[FairConfig, TextSet | None]:
+    """Return the complete configuration, the given one or one made of single fields, and the text set if one is given.
 
     Args:
         config: a complete configuration, or None.
-        options: fields of `FairConfig`, where there is none.
-        texts: a text set, which the configuration then names, or the name of one; None is the configuration's.
+        options: fields of `FairConfig`, where there is none; `texts`, which can be a text set, also beside one.
 
     Raises:
-        ConfigError: both a configuration and options, or a field that does not fit.
+        ConfigError: both a configuration and other options, or a field that does not fit.
     """
-    if config is not None and options:
+    fields: dict[str, Any] = dict(options)
+    texts = fields.pop("texts", None)
+    if config is not None and fields:
         raise ConfigError(
-            f"{', '.join(options)} together with config: one of the two is accepted. Use dataclasses.replace(config, …)"
+            f"{', '.join(fields)} together with config: one of the two is accepted. Use dataclasses.replace(config, …)"
         )
-    complete = config or make_config(**options)
-    if texts is None:
-        return complete
-    return replace(complete, texts=texts.name if isinstance(texts, TextSet) else str(texts))
+    complete = config or make_config(**fields)
+    if texts is not None:
+        complete = replace(complete, texts=texts.name if isinstance(texts, TextSet) else str(texts))
+    return complete, texts if isinstance(texts, TextSet) else None
 
 
 def preflight(

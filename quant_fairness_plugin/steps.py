@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import (
-    Bootstrap,
     Evidence,
     ExportRecord,
     Measurement,
@@ -27,10 +26,11 @@ from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.evidence import gather_evidence
+from quant_fairness_plugin.evidence import Rivals, gather_evidence
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
+from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
@@ -45,7 +45,7 @@ from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
-from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
@@ -116,11 +116,8 @@ def measure(
         loaded.tokenizer,
         texts.part(part),
         part=part,
-        vocabulary=loaded.model.config.vocab_size,
         provenance=lambda given: provenance(loaded.files, texts, seed=config.seed, arguments=given),
-        reference=config.reference,
-        draws=config.draws,
-        seed=config.seed,
+        bootstrap=config.bootstrap,
         progress=progress,
     )
 
@@ -141,7 +138,7 @@ def sweep(
         texts.part("search"),
         plans,
         grid=config.grid,
-        bootstrap=Bootstrap(config.reference, config.draws, config.seed),
+        bootstrap=config.bootstrap,
         bank_recipe=None if bank is None else bank_recipe(bank, config.grid),
         execution=execution,
         progress=progress,
@@ -164,11 +161,12 @@ def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | Non
     if config.protect_layers == "auto":
         if report is None:
             raise ConfigError('protect_layers "auto" needs a sweep; sweep first, or list the layers')
+        share = layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead)
         plan = recommend_plan(
             report,
+            Limit(max_overhead=share),
             objective=config.objective,
             top=config.top,
-            max_overhead=layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead),
             strict=config.strict,
             overrides=config.overrides,
         )
@@ -272,12 +270,11 @@ def evidence(
         loaded,
         plan,
         texts.part("confirm"),
-        chosen_on=texts.part("search"),
-        objective="mean" if config.objective == "mean" else "worst",
-        draws=config.draws,
-        seed=config.seed,
+        rivals=Rivals(texts=texts.part("search")),
+        objective=config.objective if find_objective(config.objective).judges_sets else "worst",
+        bootstrap=config.bootstrap,
         progress=progress,
-        work=work,
+        execution=Execution(work=work),
     )
 
 

@@ -9,6 +9,7 @@ from math import comb
 import numpy as np
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Combinations,
     Grid,
     LanguageDamage,
@@ -27,6 +28,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE, NONE, plan_name
 SENTENCES = 60
 LANGUAGES = ("en", "he", "zh")
 VOCABULARY = 4096
+BOOTSTRAP = Bootstrap(draws=200)
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "
 
 
@@ -153,8 +155,8 @@ def _row(
     texts: TextSet,
 ) -> SweepRow:
     damage: tuple[LanguageDamage, ...] = measure_damage(
-        scores[BASELINE], scores[plan], texts, reference="en", vocabulary=VOCABULARY, draws=200
+        scores[BASELINE], scores[plan], texts, vocabulary=VOCABULARY, bootstrap=BOOTSTRAP
     )
-    objectives = objective_values(scores[BASELINE], scores[plan], damage, reference="en", draws=200)
+    objectives = objective_values(scores[BASELINE], scores[plan], damage, bootstrap=BOOTSTRAP)
     mode: Mode | None = "protect-one" if units else None
     return SweepRow(plan=plan, mode=mode, units=units, precision=precision, damage=damage, objectives=objectives)

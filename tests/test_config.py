@@ -107,6 +107,7 @@ def test_lists_become_tuples() -> None:
         ({"method": "magic"}, "method 'magic' is unknown; use 'rtn', 'gptq' or 'awq'"),
         ({"protect_layers": "most"}, "protect_layers 'most': Input should be 'auto' or 'none'"),
         ({"max_overhead": -0.1}, r"max_overhead -0\.1 is no share"),
+        ({"objective": "fastest"}, "objective 'fastest' is not known; use one of worst, mean, bpb, excess, disparity"),
         ({"draws": 10}, "draws 10 are too few"),
         ({"method": "rtn", "calibration": "english"}, "calibration 'english' has no effect on method 'rtn'"),
         ({"calibration": "proportional", "tokens_per_language": 9}, "takes all tokens of every language, not 9 each"),

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_fairness_plugin.artifacts import Grid, SweepReport
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, SweepReport
 from quant_fairness_plugin.measure.guards import byte_unigram_bpb
 from quant_fairness_plugin.model.load import load_model
+from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
 from tests.planted_model import LAYERS, PLANTED_LAYER, SHRINK, planted_texts, planted_weights, write_planted_model
 
@@ -18,9 +19,8 @@ OTHERS = [layer for layer in range(LAYERS) if layer != PLANTED_LAYER]
 
 def swept(folder: Path) -> SweepReport:
     texts = planted_texts().part("search")
-    return sweep_units(
-        load_model(str(folder)), texts, grid=Grid(group_size=32), modes=("quantize-one",), top=1, draws=200
-    )
+    config, bootstrap = SweepConfig(modes=("quantize-one",), top=1), Bootstrap(draws=200)
+    return sweep_units(load_model(str(folder)), texts, config, grid=Grid(group_size=32), bootstrap=bootstrap)
 
 
 def damage(report: SweepReport, layer: int) -> dict[str, float]:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 from quant_fairness_plugin.analysis.effects import WORST, Effects, TwoByTwo, effects_of, undefined_effects
 from quant_fairness_plugin.analysis.matrix import CalibrationMatrix, calibration_matrix, single_language_sets
 from quant_fairness_plugin.analysis.outcomes import CalibrationOutcome, Judge, Scored
-from quant_fairness_plugin.artifacts import ProtectionPlan, Provenance, TextSet, Weighting
+from quant_fairness_plugin.artifacts import Bootstrap, ProtectionPlan, Provenance, TextSet, Weighting
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
@@ -26,7 +26,7 @@ from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 
-CALIBRATIONS: tuple[Weighting, ...] = ("english", "uniform", "minimax")
+ALL: tuple[Weighting, ...] = ("english", "uniform", "minimax")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,17 +44,61 @@ class CalibrationComparison:
     matrix: CalibrationMatrix | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibrations:
+    """What to calibrate on."""
+
+    weightings: Sequence[Weighting] = ALL
+    """The weightings to compare; the first ones stand on the left of the tables."""
+    tokens_per_language: int | None = None
+    """Of `english`, `uniform` and `minimax`, see `build_calibration`."""
+    matrix: bool = False
+    """Also calibrate on each language alone."""
+
+    def check(self, method: str) -> None:
+        """Refuse what cannot be compared, before a model is loaded.
+
+        Raises:
+            ConfigError: no calibration or the same one twice, or a method without calibration.
+        """
+        names = self.weightings
+        if not find_method(method).needs_calibration:
+            raise ConfigError(
+                f"method {method!r} uses no calibration text, so there is nothing to compare; use "
+                f"{method_names(lambda other: other.needs_calibration)}"
+            )
+        if not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"calibrations {', '.join(names) or '(none)'}: name at least one, each once, of "
+                f"{', '.join(get_args(Weighting))}"
+            )
+
+    def build(self, loaded: LoadedModel, texts: TextSet) -> tuple[dict[str, CalibrationSet], dict[str, CalibrationSet]]:
+        """Return the calibration set of each weighting, and those of single languages for the matrix.
+
+        Raises:
+            UnknownLanguageError: `english` where the text set has none.
+        """
+        build = partial(build_calibration, loaded.tokenizer, texts)
+        tokens = self.tokens_per_language
+        sets: dict[str, CalibrationSet] = {
+            name: build(weighting=name, tokens_per_language=None if name == "proportional" else tokens)
+            for name in self.weightings
+        }
+        return sets, single_language_sets(build, texts, tokens) if self.matrix else {}
+
+
+ALL_CALIBRATIONS = Calibrations()
+
+
 def compare_calibrations(
     loaded: LoadedModel,
     texts: TextSet,
     plan: ProtectionPlan,
+    calibrations: Calibrations = ALL_CALIBRATIONS,
     *,
     method: str = "gptq",
-    calibrations: Sequence[Weighting] = CALIBRATIONS,
-    tokens_per_language: int | None = None,
-    matrix: bool = False,
-    draws: int = 2000,
-    seed: int = 0,
+    bootstrap: Bootstrap,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CalibrationComparison:
     """Quantize with every calibration, without and with a plan, and measure all of it on the `confirm` part.
@@ -65,26 +109,18 @@ def compare_calibrations(
         loaded: the 16-bit model.
         texts: the whole text set: calibrated on `calibrate`, measured on `confirm`.
         plan: what to protect, and the grid; a plan that protects nothing leaves the effects of protection undefined.
+        calibrations: what to calibrate on.
         method: `gptq` or `awq`.
-        calibrations: the weightings to compare; the first ones stand on the left of the tables.
-        tokens_per_language: of `english`, `uniform` and `minimax`, see `build_calibration`.
-        matrix: also calibrate on each language alone.
-        draws: bootstrap resamples, the same for all combinations.
-        seed: of the resamples.
+        bootstrap: resamples of the sentences, the same for all combinations; without a reference.
         progress: called with (what, combinations done, in all).
 
     Raises:
         ConfigError: no calibration or the same one twice, or a method without calibration.
         UnknownLanguageError: `english` where the text set has none.
     """
-    check_calibrations(method, calibrations)
-    judge = Judge(loaded, texts.part("confirm"), draws, seed)
-    build = partial(build_calibration, loaded.tokenizer, texts)
-    sets: dict[str, CalibrationSet] = {
-        name: build(weighting=name, tokens_per_language=None if name == "proportional" else tokens_per_language)
-        for name in calibrations
-    }
-    singles = single_language_sets(build, texts, tokens_per_language) if matrix else {}
+    calibrations.check(method)
+    judge = Judge(loaded, texts.part("confirm"), bootstrap)
+    sets, singles = calibrations.build(loaded, texts)
     plans = (False, True) if plan.protected_layers or plan.overrides else (False,)
     wanted = [(name, given, protected) for protected in plans for name, given in sets.items()]
     wanted += [(name, given, False) for name, given in singles.items()]
@@ -94,45 +130,38 @@ def compare_calibrations(
         scored[name, protected] = judge.outcome(name, protected, quantize_calibrated(quantize, given, texts))
         if progress is not None:
             progress("compare", done + 1, len(wanted))
-    arguments = {
-        "method": method,
-        "grid": str(plan.grid),
-        "calibrations": list(calibrations),
-        "tokens_per_language": tokens_per_language,
-        "matrix": matrix,
-        "draws": draws,
-    }
     return CalibrationComparison(
-        provenance=provenance(loaded.files, texts, seed=seed, arguments=arguments),
+        provenance=_provenance(loaded, texts, plan, calibrations, method, bootstrap),
         method=method,
         plan=plan,
         outcomes=tuple(scored[name, protected].outcome for protected in plans for name in sets),
         tables=tuple(_cross(judge, scored, first, other, len(plans) > 1) for first, other in combinations(sets, 2)),
-        matrix=calibration_matrix(judge, scored, singles, [*singles, *sets]) if matrix else None,
+        matrix=calibration_matrix(judge, scored, singles, [*singles, *sets]) if calibrations.matrix else None,
     )
 
 
+def _provenance(
+    loaded: LoadedModel,
+    texts: TextSet,
+    plan: ProtectionPlan,
+    calibrations: Calibrations,
+    method: str,
+    bootstrap: Bootstrap,
+) -> Provenance:
+    arguments = {
+        "method": method,
+        "grid": str(plan.grid),
+        "calibrations": list(calibrations.weightings),
+        "tokens_per_language": calibrations.tokens_per_language,
+        "matrix": calibrations.matrix,
+        "draws": bootstrap.draws,
+    }
+    return provenance(loaded.files, texts, seed=bootstrap.seed, arguments=arguments)
+
+
 def to_json(comparison: CalibrationComparison) -> str:
-    """The JSON document of a comparison, `schema_version` first."""
+    """Return the JSON document of a comparison, `schema_version` first."""
     return json.dumps(asdict(comparison), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
-
-
-def check_calibrations(method: str, calibrations: Sequence[Weighting]) -> None:
-    """Refuse what cannot be compared, before a model is loaded.
-
-    Raises:
-        ConfigError: no calibration or the same one twice, or a method without calibration.
-    """
-    if not find_method(method).needs_calibration:
-        raise ConfigError(
-            f"method {method!r} uses no calibration text, so there is nothing to compare; use "
-            f"{method_names(lambda other: other.needs_calibration)}"
-        )
-    if not calibrations or len(set(calibrations)) < len(calibrations):
-        raise ConfigError(
-            f"calibrations {', '.join(calibrations) or '(none)'}: name at least one, each once, "
-            "of uniform, proportional, english, minimax"
-        )
 
 
 def _quantizer(
@@ -148,8 +177,8 @@ def _cross(judge: Judge, scored: Mapping[tuple[str, bool], Scored], first: str, 
         scored[name, protected] for protected in ((False, True) if crossed else (False,)) for name in (first, other)
     ]
     statuses = {name: {cell.statuses[name] for cell in cells} for name in judge.texts.languages}
-    intact = [name for name, found in statuses.items() if found == {"supported"}]
-    collapsed = [name for name, found in statuses.items() if "collapsed" in found]
+    intact = [name for name, in_cells in statuses.items() if in_cells == {"supported"}]
+    collapsed = [name for name, in_cells in statuses.items() if "collapsed" in in_cells]
     effects: list[Effects] = []
     for subject in (WORST, *judge.texts.languages):
         languages = intact if subject == WORST else [subject] if subject in intact else []

@@ -50,19 +50,21 @@ class TwoByTwo:
     def verdict(self) -> str:
         """What the figures say about the worst language, in words."""
         worst = self.effects[0]
-        said = [_said(f"{self.other} calibration instead of {self.first}", worst.calibration, "without protection")]
+        clauses = [
+            _clause(f"{self.other} calibration instead of {self.first}", worst.calibration, "without protection")
+        ]
         if not isinstance(worst.protection, Undefined):
-            said += [
-                _said(f"{self.other} instead of {self.first}", worst.calibration_protected, "with protection"),
-                _said("protection", worst.protection, f"under {self.first} calibration"),
-                _said("protection", worst.protection_calibrated, f"under {self.other} calibration"),
-                _said_together(worst.interaction),
+            clauses += [
+                _clause(f"{self.other} instead of {self.first}", worst.calibration_protected, "with protection"),
+                _clause("protection", worst.protection, f"under {self.first} calibration"),
+                _clause("protection", worst.protection_calibrated, f"under {self.other} calibration"),
+                _clause_on_both(worst.interaction),
             ]
-        return "; ".join(said)
+        return "; ".join(clauses)
 
 
 def effects_of(subject: str, first: Array, other: Array, protected: tuple[Array, Array] | None) -> Effects:
-    """The effects on one subject.
+    """Return the effects on one subject.
 
     Args:
         subject: a language, or `worst`.
@@ -72,23 +74,23 @@ def effects_of(subject: str, first: Array, other: Array, protected: tuple[Array,
     """
     if protected is None:
         return _alone(subject, interval(first - other), Undefined("nothing is protected"))
-    first_kept, other_kept = protected
-    both, calibration, protection = first - other_kept, first - other, first - first_kept
-    dividing = other * first_kept
+    first_protected, other_protected = protected
+    both, calibration, protection = first - other_protected, first - other, first - first_protected
+    dividing = other * first_protected
     return Effects(
         subject=subject,
         calibration=interval(calibration),
-        calibration_protected=interval(first_kept - other_kept),
+        calibration_protected=interval(first_protected - other_protected),
         protection=interval(protection),
-        protection_calibrated=interval(other - other_kept),
+        protection_calibrated=interval(other - other_protected),
         both=interval(both),
         interaction=interval(both - calibration - protection),
-        relative_interaction=_ratio(dividing, first * other_kept),
+        relative_interaction=_ratio(dividing, first * other_protected),
     )
 
 
 def undefined_effects(subject: str, reason: str) -> Effects:
-    """The effects on a subject that has none to report, and why."""
+    """Return the effects on a subject that has none to report, and why."""
     return _alone(subject, Undefined(reason), Undefined(reason))
 
 
@@ -106,7 +108,7 @@ def _ratio(numerator: Array, denominator: Array) -> Number:
     return interval(ratio)
 
 
-def _said(what: str, change: Number, where: str) -> str:
+def _clause(what: str, change: Number, where: str) -> str:
     """One effect as a clause."""
     if isinstance(change, Undefined):
         return f"what {what} does {where} is undefined: {change.undefined}"
@@ -118,7 +120,7 @@ def _said(what: str, change: Number, where: str) -> str:
     return f"{what} does not measurably help {where}: {lowered}"
 
 
-def _said_together(change: Number) -> str:
+def _clause_on_both(change: Number) -> str:
     if isinstance(change, Undefined):
         return f"their interaction is undefined: {change.undefined}"
     if change.low > 0:

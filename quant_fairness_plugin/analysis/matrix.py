@@ -47,7 +47,7 @@ class CalibrationMatrix:
 def single_language_sets(
     build: Callable[..., CalibrationSet], texts: TextSet, tokens_per_language: int | None
 ) -> dict[str, CalibrationSet]:
-    """Each language alone, all with the same number of tokens; and all languages with that number between them.
+    """Return each language alone, all with the same number of tokens; and all languages with that number between them.
 
     Args:
         build: `build_calibration` with tokenizer and text set.
@@ -65,7 +65,7 @@ def calibration_matrix(
     singles: Mapping[str, CalibrationSet],
     names: Sequence[str],
 ) -> CalibrationMatrix:
-    """The rows of all calibrations without protection, and each language against the others' text.
+    """Return the rows of all calibrations without protection, and each language against the others' text.
 
     Args:
         judge: what scored them.
@@ -75,12 +75,12 @@ def calibration_matrix(
     """
     alone = [name for name in singles if name != SPREAD]
     intact = [name for name in alone if all(scored[row, False].statuses[name] == "supported" for row in singles)]
-    own = []
+    gains = []
     for name in intact:
         series = {row: judge.series(scored[row, False], [name]) for row in singles}
         others = [series[row] for row in alone if row != name]
         mean = sum(others[1:], start=others[0]) / len(others) if others else series[name]
-        own.append(
+        gains.append(
             OwnLanguage(
                 language=name,
                 from_others=interval(mean - series[name]),
@@ -88,7 +88,7 @@ def calibration_matrix(
             )
         )
     rows = [replace(scored[name, False].outcome, calibration=name) for name in names]
-    return CalibrationMatrix(rows=tuple(rows), own=tuple(own))
+    return CalibrationMatrix(rows=tuple(rows), own=tuple(gains))
 
 
 def _count(changes: Sequence[Number]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quant_fairness_plugin.artifacts import LanguageDamage, Number, StateScores, TextSet
+from quant_fairness_plugin.artifacts import Bootstrap, LanguageDamage, Number, StateScores, TextSet
 from quant_fairness_plugin.measure.damage import measure_damage, objective_draws, summarise
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
@@ -53,13 +53,12 @@ class Judge:
 
     loaded: LoadedModel
     texts: TextSet
-    draws: int
-    seed: int
+    bootstrap: Bootstrap
 
     @property
     def weights(self) -> Array:
         """The resamples, the whole sample first: `[1 + draws, sentences]`."""
-        return Resamples(len(self.texts), self.draws, self.seed).weights
+        return Resamples.of(self.bootstrap, len(self.texts)).weights
 
     def outcome(self, name: str, protected: bool, quantized: QuantizedModel) -> Scored:
         """Score a quantized model against the 16-bit one, language by language.
@@ -74,12 +73,10 @@ class Judge:
         scores = score_states(states, self.loaded.tokenizer, self.texts)
         before, after = scores[BASELINE], scores[STATE]
         vocabulary = self.loaded.model.config.vocab_size
-        damage = measure_damage(
-            before, after, self.texts, reference=None, vocabulary=vocabulary, draws=self.draws, seed=self.seed
-        )
-        summary = summarise(before, after, damage, draws=self.draws, seed=self.seed)
+        damage = measure_damage(before, after, self.texts, vocabulary=vocabulary, bootstrap=self.bootstrap)
+        summary = summarise(before, after, damage, bootstrap=self.bootstrap)
         assert quantized.calibration is not None
-        found = CalibrationOutcome(
+        outcome = CalibrationOutcome(
             calibration=name,
             protected=protected,
             summary=quantized.calibration.summary(),
@@ -87,10 +84,10 @@ class Judge:
             worst_kl=summary.worst_kl,
             mean_kl=summary.mean_kl,
         )
-        return Scored(found, before, after)
+        return Scored(outcome, before, after)
 
     def series(self, scored: Scored, languages: Sequence[str]) -> Array:
-        """The largest KL over the languages, under every resample: `[1 + draws]`."""
+        """Return the largest KL over the languages, under every resample: `[1 + draws]`."""
         return objective_draws(
             scored.before, scored.after, languages, objective="worst", reference=None, weights=self.weights
         )

@@ -18,7 +18,6 @@ RECORD_NAME = "quant_fairness.json"
 Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
-Objective = Literal["worst", "mean", "bpb", "excess", "disparity"]
 Mode = Literal["protect-one", "quantize-one"]
 """What a sweep singles units out for: to keep them in 16 bit, or to quantize nothing but them."""
 Granularity = Literal["layer", "unit"]

@@ -111,7 +111,8 @@ class Evidence:
     kind: Literal["evidence"] = "evidence"
     provenance: Provenance
     plan: ProtectionPlan
-    objective: Literal["worst", "mean"]
+    objective: str
+    """What plans were compared by, such as `worst` or `mean`."""
     grid: Grid
     bank: str
     """The weights that all plans were evaluated with; a checkpoint's own figures come from the checkpoint."""

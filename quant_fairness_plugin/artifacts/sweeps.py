@@ -14,7 +14,6 @@ from quant_fairness_plugin.artifacts.data import (
     LanguageDamage,
     Mode,
     Number,
-    Objective,
     Precision,
     Provenance,
     SearchMethod,
@@ -87,8 +86,8 @@ class SearchRecord:
     width: int
     """Sets that are kept from one generation to the next; 1 unless it is a beam."""
     size: int
-    objective: Literal["worst", "mean"]
-    """What sets were compared by: the KL of the language that is hurt most, or the mean."""
+    objective: str
+    """What sets were compared by, such as `worst` or `mean`."""
     combinations: dict[int, Combinations]
     """Units in a set → how many such sets were compared, of how many; the singles are part of every sweep."""
     best: tuple[str, ...]
@@ -159,7 +158,7 @@ class Necessity:
 class NecessityTest:
     """Whether the best evaluated set of its size needs its members."""
 
-    objective: Objective
+    objective: str
     units: tuple[str, ...]
     changes: tuple[Necessity, ...]
     """Every member dropped or exchanged for another unit, as far as the plan after that was evaluated."""

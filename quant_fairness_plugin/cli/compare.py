@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 from rich.table import Table
 
-from quant_fairness_plugin.artifacts import Weighting, write_atomically
+from quant_fairness_plugin.artifacts import Bootstrap, Weighting, write_atomically
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
     GRID,
@@ -57,22 +57,20 @@ def compare(
     checked = preflight(source, config)
 
     # Loads torch.
-    from quant_fairness_plugin.analysis.calibration import check_calibrations, compare_calibrations, to_json
+    from quant_fairness_plugin.analysis.calibration import Calibrations, compare_calibrations, to_json
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
-    check_calibrations(config.method, calibrations)
+    wanted = Calibrations(weightings=calibrations, tokens_per_language=config.tokens_per_language, matrix=matrix)
+    wanted.check(config.method)
     with progress() as shown:
         quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         result = compare_calibrations(
             quantizer.loaded,
             quantizer.texts,
             quantizer.recommend(),
+            wanted,
             method=config.method,
-            calibrations=calibrations,
-            tokens_per_language=config.tokens_per_language,
-            matrix=matrix,
-            draws=config.draws,
-            seed=config.seed,
+            bootstrap=Bootstrap(None, config.draws, config.seed),
             progress=shown,
         )
     document = to_json(result)

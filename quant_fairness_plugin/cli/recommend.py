@@ -18,7 +18,7 @@ from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.preflight import ModelSource, preflight
-from quant_fairness_plugin.recommend import recommend_plan
+from quant_fairness_plugin.recommend import Limit, recommend_plan
 from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import Tool, plan_for_tool
 
@@ -45,13 +45,12 @@ def recommend(
     if printed.frontier:
         _print_frontier(swept, as_json=as_json)
         return
+    share = config.max_overhead if limits.max_bytes is None and limits.target is None else None
     plan = recommend_plan(
         swept,
+        Limit(max_bytes=limits.max_bytes, target=limits.target, max_overhead=share),
         objective=config.objective,
         top=config.top,
-        max_overhead=config.max_overhead,
-        max_bytes=limits.max_bytes,
-        target=limits.target,
         weights=limits.weights,
         strict=config.strict,
     )

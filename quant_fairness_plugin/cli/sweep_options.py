@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 from quant_fairness_plugin.artifacts import Granularity, Mode, Precision, SearchMethod
 from quant_fairness_plugin.config import FairConfig
@@ -12,7 +12,7 @@ from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names, parse_precisions
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS
-from quant_fairness_plugin.plans.search import Search, SearchObjective
+from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.sweep.config import SweepConfig
 
 MemoryBudget = Annotated[
@@ -143,7 +143,7 @@ class SearchOptions:
         """
         if self.search is None:
             return None
-        return Search(method=self.search, size=self.size, width=self.width, objective=cast(SearchObjective, objective))
+        return Search(method=self.search, size=self.size, width=self.width, objective=objective)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     CheckpointFormat,
     Clip,
     Grid,
-    Objective,
     Precision,
     Reader,
+    TextSet,
     Unit,
     Weighting,
 )
@@ -44,6 +46,7 @@ from quant_fairness_plugin.config.parsers import (
     parse_share,
 )
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.objectives import OBJECTIVES, find_objective
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import METHODS, find_method
 
@@ -157,9 +160,10 @@ class FairConfig:
             "Budget of 'auto': extra bytes on disk over the all-quantized checkpoint; 0.2 = 20 %.", "What to protect"
         ),
     ] = 0.2
-    objective: Annotated[Objective, Option("Damage that protection lowers, over languages:", "What to protect")] = (
-        "worst"
-    )
+    objective: Annotated[
+        str,
+        Option("Damage that protection lowers, over languages:", "What to protect", metavar="NAME", names=OBJECTIVES),
+    ] = "worst"
     languages: Annotated[
         tuple[str, ...] | None,
         Option(
@@ -213,6 +217,7 @@ class FairConfig:
 
     def __post_init__(self) -> None:
         find_method(self.method)
+        find_objective(self.objective)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
         check_group_size(self.group_size)
@@ -233,6 +238,11 @@ class FairConfig:
         """Return the integer grid of the quantized layers."""
         symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
         return Grid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, clip=self.clip)
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """Return how intervals and tests are made."""
+        return Bootstrap(self.reference, self.draws, self.seed)
 
     @property
     def overrides(self) -> dict[str, Precision]:
@@ -261,9 +271,9 @@ class FairConfig:
 
 
 class FairOptions(TypedDict, total=False):
-    """The fields of `FairConfig` as keyword arguments, for type checkers; a test compares the two.
+    """The fields of `FairConfig` as keyword arguments, for type checkers; `texts` can also be the set itself.
 
-    `texts`, which can be a set, comes apart.
+    A test compares the two.
     """
 
     method: str
@@ -281,9 +291,10 @@ class FairOptions(TypedDict, total=False):
     protect_final_ln: bool
     top: int | None
     max_overhead: float
-    objective: Objective
+    objective: str
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
+    texts: str | Path | TextSet
     tokens_per_language: int | None
     calibration: Weighting
     backend: str

@@ -1,78 +1,62 @@
-"""A plan and plans that needed no search, at equal bytes, evaluated on sentences that nothing was chosen on.
+"""A plan and plans that needed no search, at equal bytes, evaluated on sentences that neither was selected on.
 
-Step 4 (sweep). Takes the model and a `ProtectionPlan`; returns `Evidence`: every plan's worst and mean damage, where
-the plan stands among random ones, which controls it beats, and what of all this is worth its bytes.
+Takes the model and a `ProtectionPlan`; returns `Evidence`: every plan's worst and mean damage, where the plan stands
+among random ones, which controls it beats, and what of all this is worth its bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from types import MappingProxyType
-from typing import Literal
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Comparison,
     Evidence,
     EvidenceRow,
-    Number,
     Precision,
     ProtectionPlan,
     Standing,
     StateScores,
     TextSet,
     Undefined,
-)
-from quant_fairness_plugin.artifacts import (
-    Grid as Grid,
-)
-from quant_fairness_plugin.artifacts import (
-    bits_of_precision as bits_of_precision,
-)
-from quant_fairness_plugin.artifacts import (
-    precision_of_bits as precision_of_bits,
+    Unit,
 )
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
-from quant_fairness_plugin.evidence.layer_scores import (
-    LayerStatistics as LayerStatistics,
-)
-from quant_fairness_plugin.evidence.layer_scores import (
-    criticality as criticality,
-)
-from quant_fairness_plugin.evidence.layer_scores import (
-    gradient_scores as gradient_scores,
-)
-from quant_fairness_plugin.evidence.layer_scores import (
-    layer_scores,
-)
-from quant_fairness_plugin.evidence.layer_scores import (
-    layer_statistics as layer_statistics,
-)
+from quant_fairness_plugin.evidence.layer_scores import score_layers
 from quant_fairness_plugin.measure.damage import measure_damage, supported_languages
-from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS, interval
-from quant_fairness_plugin.model.linear import linear_weight as linear_weight
+from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
+from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.controls import RANDOM_PLANS, Control, controls_for
 from quant_fairness_plugin.plans.costs import Costs, count_bytes, layer_costs, plan_bytes
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
-from quant_fairness_plugin.plans.units import UnitMap as UnitMap
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.statistics.pareto import pareto_frontier
-from quant_fairness_plugin.statistics.series import Series, plan_series
+from quant_fairness_plugin.statistics.series import Series, number_of, plan_series
 from quant_fairness_plugin.statistics.standing import compare_with, standing_of, verdict
-from quant_fairness_plugin.sweep.bank import Bank as Bank
-from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.bank import Bank, RtnBank
 from quant_fairness_plugin.sweep.execution import Execution
-from quant_fairness_plugin.sweep.executors import Executor
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.walk import score_plans
 
 THE_PLAN = "the plan"
 RANDOM = "random "
-NO_RIVALS: Mapping[str, ProtectionPlan] = MappingProxyType({})
-Goal = Literal["worst", "mean"]
+HERE = Execution()
+"""All at once in this process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rivals:
+    """What a plan is compared with, beside nothing at all and more bits for everything."""
+
+    texts: TextSet
+    """Sentences for controls that need some to select layers by (the `search` part, as the plan had)."""
+    plans: Mapping[str, ProtectionPlan] = field(default_factory=dict)
+    """Other plans on the same grid, by name."""
+    random_plans: int = RANDOM_PLANS
 
 
 def gather_evidence(
@@ -80,58 +64,127 @@ def gather_evidence(
     plan: ProtectionPlan,
     texts: TextSet,
     *,
-    chosen_on: TextSet,
-    objective: Goal = "worst",
-    rivals: Mapping[str, ProtectionPlan] = NO_RIVALS,
-    random_plans: int = RANDOM_PLANS,
-    draws: int = 2000,
-    seed: int = 0,
+    rivals: Rivals,
+    objective: str = "worst",
+    bootstrap: Bootstrap,
     progress: Callable[[int, int], None] | None = None,
-    work: Path | None = None,
-    executor: Executor | None = None,
+    execution: Execution = HERE,
 ) -> Evidence:
     """Evaluate a plan, protecting nothing, and every control of equal bytes, all on the same sentences.
 
     Args:
         loaded: the 16-bit model; bit-identical afterwards.
         plan: what to judge; it must protect something.
-        texts: sentences that the plan was not chosen on (the `confirm` part).
-        chosen_on: other sentences, for controls that need some to choose by (the `search` part, as the plan had).
-        objective: what plans are compared by.
-        rivals: other plans on the same grid to compare with, by name.
-        random_plans: how many random sets.
-        draws: bootstrap resamples of the sentences.
-        seed: of the resamples and the random sets.
+        texts: sentences that the plan was not selected on (the `confirm` part).
+        rivals: what to compare with.
+        objective: what plans are compared by; its name in `measure.objectives`.
+        bootstrap: resamples of the sentences, the reference of objectives that need one, and the seed of random sets.
         progress: called with (block passes done, in all).
-        work: a folder that keeps every finished trial.
-        executor: where the trials run; None is this process.
+        execution: where finished trials are stored, and what runs them.
 
     Raises:
-        ConfigError: the plan protects nothing, so that there is nothing to compare.
+        ConfigError: the plan protects nothing to compare, an unknown objective, or a memory budget.
         QualityGateError: the 16-bit model supports none of the languages.
     """
-    chosen = _beyond_the_grid(plan)
+    find_objective(objective)
     units = map_units(loaded)
     bank = RtnBank(loaded, units, plan.grid)
-    costs = layer_costs(loaded, plan.grid)
-    scores = layer_scores(loaded, chosen_on, units=units, bank=bank, quantized=plan.quantized_precision)
-    target = _bytes(loaded, plan)
-    controls = [_rival(name, rival, _bytes(loaded, rival), target, costs) for name, rival in rivals.items()]
-    controls += controls_for(chosen, costs, plan_bytes=target, scores=scores, random_plans=random_plans, seed=seed)
-    wanted = {NONE: {}, THE_PLAN: chosen} | {control.name: control.precisions for control in controls}
-    score = partial(score_plans, loaded, units=units, bank=bank)
-    if work is not None or executor is not None:
-        score = partial(
-            score_plans_resumably, loaded, units=units, bank=bank, execution=Execution(work=work, executor=executor)
+    contest = _contest(loaded, plan, rivals, bank, bootstrap.seed)
+    scores = _scorer(execution)(loaded, contest.whole_plans, texts, units=units, bank=bank, progress=progress)
+    languages, collapsed = _statuses(loaded, scores, texts)
+    series = {
+        name: plan_series(scores, contest.bytes_, languages, objective=name, bootstrap=bootstrap, collapsed=collapsed)
+        for name in dict.fromkeys(("worst", "mean", objective))
+    }
+    standing, comparisons = _compare(series[objective], contest.controls)
+    arguments = {
+        "objective": objective, "draws": bootstrap.draws, "bank": bank.description,
+        "random_plans": rivals.random_plans,
+    }  # fmt: skip
+    return Evidence(
+        provenance=provenance(loaded.files, texts, seed=bootstrap.seed, arguments=arguments),
+        plan=plan,
+        objective=objective,
+        grid=plan.grid,
+        bank=bank.description,
+        languages=languages,
+        rows=contest.rows(series["worst"], series["mean"]),
+        standing=standing,
+        comparisons=comparisons,
+        frontier=pareto_frontier(contest.bytes_, series["worst"], series["mean"]),
+        verdict=verdict(THE_PLAN, standing, comparisons),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Contest:
+    """The plan, protecting nothing, and the controls: everything that is evaluated."""
+
+    plan: Control
+    """The plan itself, in the form of a control."""
+    controls: Sequence[Control]
+    costs: Costs
+
+    @property
+    def bytes_(self) -> dict[str, int]:
+        """Name → bytes of the checkpoint."""
+        return {control.name: control.bytes_ for control in self._all}
+
+    @property
+    def whole_plans(self) -> dict[str, dict[str, Precision]]:
+        """Name → precision of every layer, and of the fusion groups that differ from their layer."""
+        grid = dict.fromkeys(self.costs.units, self.costs.quantized)
+        return {control.name: grid | control.precisions for control in self._all}
+
+    def rows(self, worst: Mapping[str, Series], mean: Mapping[str, Series]) -> tuple[EvidenceRow, ...]:
+        """Return a row per plan, from its damage resample by resample."""
+        return tuple(
+            EvidenceRow(
+                name=control.name,
+                precisions=control.precisions,
+                bytes_=control.bytes_,
+                matched=control.matched,
+                worst=number_of(worst[control.name]),
+                mean=number_of(mean[control.name]),
+                why=control.why,
+            )
+            for control in self._all
         )
-    found = score(_whole(wanted, costs), texts, progress=progress)
-    return _judge(loaded, plan, controls, found, texts, costs, bank.description, objective, random_plans, draws, seed)
+
+    @property
+    def _all(self) -> tuple[Control, ...]:
+        floor = self.costs.total({})
+        nothing = Control(
+            name=NONE,
+            precisions={},
+            bytes_=floor,
+            difference=floor - self.plan.bytes_,
+            matched=False,
+            why="nothing protected",
+        )
+        return nothing, self.plan, *self.controls
 
 
-def _rival(name: str, plan: ProtectionPlan, bytes_: int, target: int, costs: Costs) -> Control:
+def _contest(loaded: LoadedModel, plan: ProtectionPlan, rivals: Rivals, bank: Bank, seed: int) -> _Contest:
+    """The plan and its controls, rivals first."""
+    costs, target = layer_costs(loaded, plan.grid), _bytes(loaded, plan)
+    itself = _as_control(THE_PLAN, plan, target, target, costs)
+    controls = [_as_control(name, rival, _bytes(loaded, rival), target, costs) for name, rival in rivals.plans.items()]
+    scores = score_layers(loaded, rivals.texts, units=map_units(loaded), bank=bank, quantized=plan.quantized_precision)
+    controls += controls_for(
+        itself.precisions, costs, plan_bytes=target, scores=scores, random_plans=rivals.random_plans, seed=seed
+    )
+    return _Contest(itself, controls, costs)
+
+
+def _as_control(name: str, plan: ProtectionPlan, bytes_: int, target: int, costs: Costs) -> Control:
+    precisions: dict[str, Precision] = {str(Unit(layer)): "fp16" for layer in plan.protected_layers}
+    precisions |= plan.overrides
+    if not precisions:
+        raise ConfigError("the plan protects nothing, so there is nothing to compare; use --top or a larger budget")
     return Control(
         name=name,
-        precisions=_beyond_the_grid(plan),
+        precisions=precisions,
         bytes_=bytes_,
         difference=bytes_ - target,
         matched=abs(bytes_ - target) <= costs.tolerance,
@@ -139,12 +192,13 @@ def _rival(name: str, plan: ProtectionPlan, bytes_: int, target: int, costs: Cos
     )
 
 
-def _beyond_the_grid(plan: ProtectionPlan) -> dict[str, Precision]:
-    chosen: dict[str, Precision] = {f"layers.{layer}": "fp16" for layer in plan.protected_layers}
-    chosen |= plan.overrides
-    if not chosen:
-        raise ConfigError("the plan protects nothing, so there is nothing to compare; use --top or a larger budget")
-    return chosen
+def _scorer(execution: Execution) -> Callable[..., dict[str, StateScores]]:
+    if execution.memory_budget is not None:
+        raise ConfigError(
+            f"memory budget of {execution.memory_budget} bytes: only a sweep goes layer by layer, plans are compared "
+            "with the whole model in memory; leave it out"
+        )
+    return partial(score_plans_resumably, execution=execution) if execution.by_trials else score_plans
 
 
 def _bytes(loaded: LoadedModel, plan: ProtectionPlan) -> int:
@@ -153,116 +207,35 @@ def _bytes(loaded: LoadedModel, plan: ProtectionPlan) -> int:
     return plan_bytes(sizes, other, plan.protected_layers, plan.overrides, quantized=plan.quantized_precision)
 
 
-def _whole(wanted: Mapping[str, Mapping[str, Precision]], costs: Costs) -> dict[str, dict[str, Precision]]:
-    """Plans with the grid's precision spelled out for everything that they do not name."""
-    return {name: dict.fromkeys(costs.units, costs.quantized) | dict(own) for name, own in wanted.items()}
-
-
-def _judge(
-    loaded: LoadedModel,
-    plan: ProtectionPlan,
-    controls: Sequence[Control],
-    scores: Mapping[str, StateScores],
-    texts: TextSet,
-    costs: Costs,
-    bank: str,
-    objective: Goal,
-    random_plans: int,
-    draws: int,
-    seed: int,
-) -> Evidence:
-    languages, collapsed = _statuses(loaded, scores, texts)
-    names = [name for name in scores if name != BASELINE]
-    series: dict[Goal, dict[str, Series]] = {
-        goal: plan_series(
-            scores, names, languages, objective=goal, reference=None, collapsed=collapsed, draws=draws, seed=seed
-        )
-        for goal in ("worst", "mean")
-    }
-    sizes = {control.name: control.bytes_ for control in controls} | {
-        NONE: costs.total({}),
-        THE_PLAN: _bytes(loaded, plan),
-    }
-    own = series[objective]
-    standing, comparisons = _compare(own, controls)
-    return Evidence(
-        provenance=provenance(
-            loaded.files,
-            texts,
-            seed=seed,
-            arguments={
-                "objective": objective,
-                "draws": draws,
-                "bank": bank,
-                "random_plans": random_plans,
-            },
-        ),
-        plan=plan,
-        objective=objective,
-        grid=plan.grid,
-        bank=bank,
-        languages=languages,
-        rows=tuple(_rows(plan, controls, sizes, series)),
-        standing=standing,
-        comparisons=comparisons,
-        frontier=pareto_frontier({name: sizes[name] for name in names}, series["worst"], series["mean"]),
-        verdict=verdict(THE_PLAN, standing, comparisons),
-    )
-
-
 def _compare(
     series: Mapping[str, Series], controls: Sequence[Control]
 ) -> tuple[Standing | Undefined, tuple[Comparison, ...]]:
-    own = series[THE_PLAN]
-    if isinstance(own, Undefined):
-        return own, ()
+    plan = series[THE_PLAN]
+    if isinstance(plan, Undefined):
+        return plan, ()
     random = {row.name: series[row.name] for row in controls if row.matched and row.name.startswith(RANDOM)}
     affordable = [row.name for row in controls if row.matched or row.difference < 0]
     others = {name: series[name] for name in (NONE, *affordable) if not name.startswith(RANDOM)}
-    return standing_of(own, random), compare_with(own, others)
+    return standing_of(plan, random), compare_with(plan, others)
 
 
 def _statuses(
     loaded: LoadedModel, scores: Mapping[str, StateScores], texts: TextSet
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Languages that the 16-bit model supports, and those of them that collapsed under a plan."""
-    vocabulary = loaded.model.config.vocab_size
-    measure = partial(measure_damage, scores[BASELINE], texts=texts, reference=None, vocabulary=vocabulary)
-    languages = supported_languages(measure(scores[BASELINE], draws=MINIMUM_DRAWS))
+    measure = partial(
+        measure_damage,
+        scores[BASELINE],
+        texts=texts,
+        vocabulary=loaded.model.config.vocab_size,
+        bootstrap=Bootstrap(reference=None, draws=MINIMUM_DRAWS),
+    )
+    languages = supported_languages(measure(scores[BASELINE]))
     if not languages:
         raise QualityGateError(f"the 16-bit model supports none of {', '.join(texts.languages)}; judge a trained model")
     collapsed = {
-        name: tuple(row.language for row in measure(state, draws=MINIMUM_DRAWS) if row.status == "collapsed")
+        name: tuple(row.language for row in measure(state) if row.status == "collapsed")
         for name, state in scores.items()
         if name != BASELINE
     }
     return languages, {name: lost for name, lost in collapsed.items() if lost}
-
-
-def _rows(
-    plan: ProtectionPlan,
-    controls: Sequence[Control],
-    sizes: Mapping[str, int],
-    series: Mapping[Goal, Mapping[str, Series]],
-) -> list[EvidenceRow]:
-    said: dict[str, tuple[dict[str, Precision], str, bool]] = {
-        NONE: ({}, "nothing protected", False),
-        THE_PLAN: (_beyond_the_grid(plan), plan.source, True),
-    }
-    said |= {control.name: (control.precisions, control.why, control.matched) for control in controls}
-    return [
-        EvidenceRow(
-            name=name,
-            precisions=precisions,
-            bytes_=sizes[name],
-            matched=matched,
-            worst=_number(series["worst"][name]),
-            mean=_number(series["mean"][name]),
-            why=why,
-        )
-        for name, (precisions, why, matched) in said.items()
-    ]
-
-
-def _number(series: Series) -> Number:
-    return series if isinstance(series, Undefined) else interval(series)

@@ -1,21 +1,21 @@
-"""Step 3 of 8: what quantization did to each language, and the objectives that layers are ranked by.
+"""What quantization did to each language, and the value of every objective, from per-sentence scores alone.
 
-Takes the `StateScores` of the 16-bit model and of another state, sentence by sentence; returns `LanguageDamage` per
-language, the summaries of a `Measurement`, and objective values per resample. No model is needed.
+Takes the `StateScores` of the 16-bit model and of another state; returns `LanguageDamage` per language, the summaries
+of a `Measurement`, and objectives per resample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
+    Interval,
     LanguageDamage,
     Number,
-    Objective,
     StateScores,
     Status,
     TextSet,
@@ -35,15 +35,12 @@ from quant_fairness_plugin.measure.intervals import (
     weighted_sums,
 )
 from quant_fairness_plugin.measure.metrics import Array, significant
-
-OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
-RELATIVE_OBJECTIVES: tuple[Objective, ...] = ("excess", "disparity")
-"""Those that need a reference language, and that fall when it is hurt: reported, never the default."""
+from quant_fairness_plugin.measure.objectives import OBJECTIVES, Objective, find_objective
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The three figures of a `Measurement`, over its supported languages."""
+    """Three figures of a `Measurement`, over its supported languages."""
 
     worst_kl: Number
     mean_kl: Number
@@ -73,18 +70,15 @@ class _Sums:
     def flip_rate(self) -> Array:
         return metrics.flip_rate(self.flips, self.tokens)
 
+    def figure(self, objective: Objective) -> Array:
+        """What an objective is made of, [rows, languages]."""
+        return self.kl_bpb if objective.figure == "kl" else self.delta_bpb
+
 
 def measure_damage(
-    baseline: StateScores,
-    state: StateScores,
-    texts: TextSet,
-    *,
-    reference: str | None,
-    vocabulary: int,
-    draws: int = 2000,
-    seed: int = 0,
+    baseline: StateScores, state: StateScores, texts: TextSet, *, vocabulary: int, bootstrap: Bootstrap
 ) -> tuple[LanguageDamage, ...]:
-    """What `state` costs each language against `baseline`, with intervals and a status.
+    """Return what `state` costs each language against `baseline`, with intervals and a status.
 
     Every language of the text set is reported. `unsupported` (the 16-bit model does not know it) and `collapsed` (the
     quantized model is no better than chance) mean that its figures must not be summarised or ranked.
@@ -93,65 +87,86 @@ def measure_damage(
         baseline: scores of the 16-bit model.
         state: scores of the other state, on the same sentences.
         texts: those sentences.
-        reference: language that excess and disparity are measured against; None leaves them undefined.
         vocabulary: entries of the model's vocabulary.
-        draws: bootstrap resamples of the sentences.
-        seed: of the resampling.
+        bootstrap: resamples of the sentences; without a reference, excess and disparity are undefined.
 
     Raises:
         UnknownLanguageError: the reference is not in the text set.
         ConfigError: the two states were scored on different sentences, or on fewer than two.
     """
-    languages = texts.languages
+    languages, reference = texts.languages, bootstrap.reference
     if reference is not None and reference not in languages:
         raise UnknownLanguageError(
             f"reference language {reference!r} is not in the text set; it has {', '.join(languages)}. "
             "Name one of these, or none to report damage only."
         )
-    sums = _weighted_sums(baseline, state, languages, Resamples(len(texts), draws, seed).weights)
+    sums = _weighted_sums(baseline, state, languages, Resamples.of(bootstrap, len(texts)).weights)
     statuses = [_status(sums, i, texts.sentences[name], vocabulary) for i, name in enumerate(languages)]
-    excess, disparity = _against_reference(sums, languages, statuses, reference)
-    delta_bpb = intervals(sums.delta_bpb)
-    kl_bpb = intervals(sums.kl_bpb)
-    delta_nats = intervals(sums.delta_nats / len(texts))
-    flip_rate = intervals(sums.flip_rate)
-    adjusted = benjamini_hochberg(p_values(sums.delta_bpb[1:]).tolist())
-    detectable = minimum_detectable(sums.delta_bpb[1:]).tolist()
-    rows = []
-    for i, language in enumerate(languages):
-        before, after, bytes_, tokens = _levels(sums, i)
-        row = LanguageDamage(
-            language=language,
-            status=statuses[i][0],
-            reason=statuses[i][1],
-            sentences=len(texts),
-            tokens=round(tokens),
-            bytes_=round(bytes_),
-            baseline_bpb=significant(metrics.bits_per_byte(before, bytes_)),
-            quantized_bpb=significant(metrics.bits_per_byte(after, bytes_)),
-            delta_bpb=delta_bpb[i],
-            kl_bits_per_byte=kl_bpb[i],
-            delta_nats_per_sentence=delta_nats[i],
-            flip_rate=flip_rate[i],
-            excess_bpb=excess[i],
-            disparity=disparity[i],
-            adjusted_p=significant(adjusted[i]),
-            minimum_detectable_bpb=significant(detectable[i]),
-            perplexity_change_percent=significant(metrics.perplexity_change_percent(after - before, tokens)),
+    figures = _Figures.of(sums, len(texts), _against_reference(sums, languages, statuses, reference))
+    return tuple(_row(sums, figures, i, language, statuses[i]) for i, language in enumerate(languages))
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """The figures of `LanguageDamage` that are made for all languages at once, one entry per language each."""
+
+    sentences: int
+    delta_bpb: tuple[Interval, ...]
+    kl_bpb: tuple[Interval, ...]
+    delta_nats: tuple[Interval, ...]
+    flip_rate: tuple[Interval, ...]
+    excess: tuple[Number, ...]
+    disparity: tuple[Number, ...]
+    adjusted_p: tuple[float, ...]
+    detectable: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sums: _Sums, sentences: int, relative: tuple[tuple[Number, ...], tuple[Number, ...]]) -> _Figures:
+        return cls(
+            sentences=sentences,
+            delta_bpb=intervals(sums.delta_bpb),
+            kl_bpb=intervals(sums.kl_bpb),
+            delta_nats=intervals(sums.delta_nats / sentences),
+            flip_rate=intervals(sums.flip_rate),
+            excess=relative[0],
+            disparity=relative[1],
+            adjusted_p=benjamini_hochberg(p_values(sums.delta_bpb[1:]).tolist()),
+            detectable=tuple(minimum_detectable(sums.delta_bpb[1:]).tolist()),
         )
-        rows.append(row)
-    return tuple(rows)
+
+
+def _row(sums: _Sums, figures: _Figures, i: int, language: str, status: tuple[Status, str]) -> LanguageDamage:
+    before, after, bytes_, tokens = _levels(sums, i)
+    return LanguageDamage(
+        language=language,
+        status=status[0],
+        reason=status[1],
+        sentences=figures.sentences,
+        tokens=round(tokens),
+        bytes_=round(bytes_),
+        baseline_bpb=significant(metrics.bits_per_byte(before, bytes_)),
+        quantized_bpb=significant(metrics.bits_per_byte(after, bytes_)),
+        delta_bpb=figures.delta_bpb[i],
+        kl_bits_per_byte=figures.kl_bpb[i],
+        delta_nats_per_sentence=figures.delta_nats[i],
+        flip_rate=figures.flip_rate[i],
+        excess_bpb=figures.excess[i],
+        disparity=figures.disparity[i],
+        adjusted_p=significant(figures.adjusted_p[i]),
+        minimum_detectable_bpb=significant(figures.detectable[i]),
+        perplexity_change_percent=significant(metrics.perplexity_change_percent(after - before, tokens)),
+    )
 
 
 def supported_languages(damage: Sequence[LanguageDamage]) -> tuple[str, ...]:
-    """Languages whose figures may be summarised and ranked: neither unsupported nor collapsed."""
+    """Return the languages whose figures may be summarised and ranked: neither unsupported nor collapsed."""
     return tuple(row.language for row in damage if row.status == "supported")
 
 
 def summarise(
-    baseline: StateScores, state: StateScores, damage: Sequence[LanguageDamage], *, draws: int = 2000, seed: int = 0
+    baseline: StateScores, state: StateScores, damage: Sequence[LanguageDamage], *, bootstrap: Bootstrap
 ) -> Summary:
-    """Worst and mean damage over the supported languages, or undefined where there is none.
+    """Return worst and mean damage over the supported languages, or undefined where there is none.
 
     A maximum is taken again inside every resample, so that its interval includes the doubt about which language is
     worst. Collapsed languages are left out: read the summary together with the statuses.
@@ -160,23 +175,17 @@ def summarise(
     if not languages:
         nothing = Undefined("no language is supported by the 16-bit model and intact in the quantized one")
         return Summary(nothing, nothing, nothing)
-    sums = _weighted_sums(baseline, state, languages, Resamples(_sentences(baseline), draws, seed).weights)
-    worst, mean, bpb = (_objective_number(sums, languages, name, None) for name in ("worst", "mean", "bpb"))
+    sums = _resampled(baseline, state, languages, bootstrap)
+    worst, mean, bpb = (_number(sums, languages, find_objective(name), None) for name in ("worst", "mean", "bpb"))
     return Summary(worst, mean, bpb)
 
 
 def objective_values(
-    baseline: StateScores,
-    state: StateScores,
-    damage: Sequence[LanguageDamage],
-    *,
-    reference: str | None,
-    draws: int = 2000,
-    seed: int = 0,
+    baseline: StateScores, state: StateScores, damage: Sequence[LanguageDamage], *, bootstrap: Bootstrap
 ) -> dict[str, Number]:
-    """Every ranking objective of a state by name; lower is better.
+    """Return every objective of a state by name; lower is better.
 
-    All are undefined where a language collapsed: without it the state would look better than one that kept it.
+    All are undefined where a language collapsed: without it the state would look better than one that preserved it.
     """
     languages = supported_languages(damage)
     collapsed = [row.language for row in damage if row.status == "collapsed"]
@@ -184,8 +193,8 @@ def objective_values(
         return dict.fromkeys(OBJECTIVES, Undefined(f"collapsed in {', '.join(collapsed)}: the state is not ranked"))
     if not languages:
         return dict.fromkeys(OBJECTIVES, Undefined("the 16-bit model supports none of the languages"))
-    sums = _weighted_sums(baseline, state, languages, Resamples(_sentences(baseline), draws, seed).weights)
-    return {name: _objective_number(sums, languages, name, reference) for name in OBJECTIVES}
+    sums = _resampled(baseline, state, languages, bootstrap)
+    return {name: _number(sums, languages, record, bootstrap.reference) for name, record in OBJECTIVES.items()}
 
 
 def objective_draws(
@@ -193,22 +202,18 @@ def objective_draws(
     state: StateScores,
     languages: Sequence[str],
     *,
-    objective: Objective,
+    objective: str,
     reference: str | None,
     weights: Array,
 ) -> Array:
-    """An objective under each weighting of the sentences, for ranking states; lower is better.
-
-    `worst` and `mean` are the largest and mean KL in bits per byte, `bpb` the mean ΔBPB, all over `languages`, the
-    reference included. `excess` is the largest ΔBPB of the others minus the reference's, `disparity` their mean ΔBPB
-    over the reference's.
+    """Return an objective under each weighting of the sentences, for ranking states; lower is better.
 
     Args:
         baseline: scores of the 16-bit model.
         state: scores of the state to rank.
         languages: those that count; the same for all states that are compared.
-        objective: its name.
-        reference: needed by `excess` and `disparity` only.
+        objective: its name in `OBJECTIVES`.
+        reference: for objectives that need one.
         weights: [rows, sentences]: `Resamples.counts`, or 0/1 rows that pick a half of the sentences.
 
     Returns:
@@ -217,56 +222,35 @@ def objective_draws(
     Raises:
         ConfigError: an unknown objective, no language, or no reference where one is needed.
     """
-    if objective not in OBJECTIVES:
-        raise ConfigError(f"objective {objective!r} is not known; use one of {', '.join(OBJECTIVES)}")
+    record = find_objective(objective)
     if not languages:
         raise ConfigError("no language to rank by: the 16-bit model supports none of them, or none was given")
-    if objective in RELATIVE_OBJECTIVES and (problem := _relative_problem(languages, reference)):
+    if problem := record.problem(languages, reference):
         raise ConfigError(f"objective {objective!r} cannot be computed: {problem}. Use worst, mean or bpb.")
     sums = _weighted_sums(baseline, state, tuple(languages), weights)
-    if objective != "disparity":
-        return _objective_series(sums, languages, objective, reference)
-    others, own = _others_and_own(sums.delta_bpb, languages, reference)
-    series: Array = np.divide(others.mean(axis=1), own, out=np.full(len(own), np.nan), where=own > 0)
-    return series
+    return record.series(sums.figure(record), languages, reference)
 
 
-def _objective_series(sums: _Sums, languages: Sequence[str], objective: Objective, reference: str | None) -> Array:
-    match objective:
-        case "worst":
-            series: Array = sums.kl_bpb.max(axis=1)
-        case "mean":
-            series = sums.kl_bpb.mean(axis=1)
-        case "bpb":
-            series = sums.delta_bpb.mean(axis=1)
-        case _:
-            others, own = _others_and_own(sums.delta_bpb, languages, reference)
-            series = others.max(axis=1) - own
-    return series
+def count_sentences(state: StateScores) -> int:
+    """Return how many sentences of each language a state was scored on."""
+    return len(next(iter(state.languages.values())).tokens)
 
 
-def _objective_number(sums: _Sums, languages: Sequence[str], objective: Objective, reference: str | None) -> Number:
-    """The same with an interval; row 0 of the sums is the estimate, the others are resamples."""
-    if objective in RELATIVE_OBJECTIVES and (problem := _relative_problem(languages, reference)):
+def _number(sums: _Sums, languages: Sequence[str], objective: Objective, reference: str | None) -> Number:
+    """An objective with its interval; row 0 of the sums is the estimate, the others are resamples."""
+    if problem := objective.problem(languages, reference):
         return Undefined(problem)
-    if objective != "disparity":
-        return interval(_objective_series(sums, languages, objective, reference))
-    others, own = _others_and_own(sums.delta_bpb, languages, reference)
-    return ratio_interval(others.mean(axis=1), own, what=_change_of(reference))
+    figures = sums.figure(objective)
+    if objective.against != "ratio":
+        return interval(objective.series(figures, languages, reference))
+    value, base = objective.terms(figures, languages, reference)
+    assert base is not None
+    return ratio_interval(value, base, what=_change_of(reference))
 
 
-def _relative_problem(languages: Sequence[str], reference: str | None) -> str:
-    if reference is None:
-        return "no reference language was given"
-    if reference not in languages:
-        return f"the reference language {reference} is not among the supported languages"
-    return "" if len(languages) > 1 else f"there is no language besides the reference {reference}"
-
-
-def _others_and_own(values: Array, languages: Sequence[str], reference: str | None) -> tuple[Array, Array]:
-    """The columns of the other languages [rows, languages - 1] and the reference's own [rows]."""
-    mine = np.array([language == reference for language in languages])
-    return values[:, ~mine], values[:, mine][:, 0]
+def _resampled(baseline: StateScores, state: StateScores, languages: Sequence[str], bootstrap: Bootstrap) -> _Sums:
+    weights = Resamples.of(bootstrap, count_sentences(baseline)).weights
+    return _weighted_sums(baseline, state, languages, weights)
 
 
 def _against_reference(
@@ -280,8 +264,8 @@ def _against_reference(
     if reference is None or reason:
         return ((Undefined(reason),) * len(languages),) * 2
     delta = sums.delta_bpb
-    own = delta[:, languages.index(reference)]
-    return intervals(delta - own[:, None]), ratio_intervals(delta, own, what=_change_of(reference))
+    base = delta[:, languages.index(reference)]
+    return intervals(delta - base[:, None]), ratio_intervals(delta, base, what=_change_of(reference))
 
 
 def _change_of(language: str | None) -> str:
@@ -309,10 +293,6 @@ def _levels(sums: _Sums, column: int) -> tuple[float, float, float, float]:
     before = float(sums.baseline_nats[0, column])
     after = before + float(sums.delta_nats[0, column])
     return before, after, float(sums.bytes_[0, column]), float(sums.tokens[0, column])
-
-
-def _sentences(scores: StateScores) -> int:
-    return len(next(iter(scores.languages.values())).tokens)
 
 
 def _weighted_sums(baseline: StateScores, state: StateScores, languages: Sequence[str], weights: Array) -> _Sums:

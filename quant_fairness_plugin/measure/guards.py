@@ -1,4 +1,4 @@
-"""Step 3 of 8: what must be reported as such and never ranked: collapsed states and unsupported languages.
+"""What must be reported as such and never ranked: collapsed states and unsupported languages.
 
 Takes numbers and sentences; returns the reason as one sentence, or None where there is none.
 """
@@ -21,7 +21,7 @@ SMOOTHING = 0.5
 
 
 def byte_unigram_bpb(sentences: Sequence[str], folds: int = 5) -> float:
-    """Bits per byte of a model that knows only how frequent each byte is, cross-fitted on the same sentences.
+    """Return the bits per byte of a model that knows only byte frequencies, cross-fitted on the same sentences.
 
     Sentence i is scored by the bytes of the sentences outside its fold (i modulo `folds`), so that no sentence helps to
     predict itself.
@@ -47,7 +47,7 @@ def _unigram_bits(training: Array, held_out: Array) -> float:
 
 
 def support(baseline_bpb: float, unigram_bpb: float) -> str | None:
-    """Why the 16-bit model does not support a language, or None: it must beat a byte unigram model on the same text."""
+    """Return why the 16-bit model does not support a language, or None: it must beat byte unigrams on the same text."""
     if baseline_bpb < unigram_bpb:
         return None
     return (
@@ -59,7 +59,7 @@ def support(baseline_bpb: float, unigram_bpb: float) -> str | None:
 def collapse(
     *, nats_per_token: float, bits_per_byte: float, perplexity: float, baseline_perplexity: float, vocabulary: int
 ) -> str | None:
-    """Why a quantized model counts as no better than chance on a language, or None.
+    """Return why a quantized model counts as no better than chance on a language, or None.
 
     Args:
         nats_per_token: of the quantized model.

@@ -1,4 +1,4 @@
-"""Step 3 of 8: bootstrap intervals, p-values and what an experiment of this size could have seen.
+"""Bootstrap intervals, p-values and what an experiment of this size could have seen.
 
 Takes per-sentence numbers; returns `Interval`, `Undefined` or plain floats. Sentences are the unit of resampling, and
 one `Resamples` serves every language and state, so that all comparisons are paired.
@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
-from quant_fairness_plugin.artifacts import Interval, Number, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Interval, Number, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import Array, significant
 
@@ -22,7 +22,7 @@ SINGLE_THREAD_PRODUCTS = 1 << 18
 """OpenBLAS starts more threads above about this many multiplications."""
 QUANTILES = (0.025, 0.975)
 DETECTION = float(stats.norm.ppf(0.975) + stats.norm.ppf(0.8))
-"""Standard errors that an effect must have to be found with 80 % power at α = 0.05: 1.96 + 0.84."""
+"""Standard errors that an effect must have to be detected with 80 % power at α = 0.05: 1.96 + 0.84."""
 
 
 class Resamples:
@@ -43,6 +43,11 @@ class Resamples:
         self.draws = draws
         self.seed = seed
 
+    @classmethod
+    def of(cls, bootstrap: Bootstrap, sentences: int) -> Resamples:
+        """Return the resamples of so many sentences."""
+        return cls(sentences, bootstrap.draws, bootstrap.seed)
+
     @property
     def counts(self) -> Array:
         """[draws, sentences]; every row sums to the number of sentences. Read-only."""
@@ -54,7 +59,7 @@ class Resamples:
         return _weights(self.sentences, self.draws, self.seed)
 
     def ratio(self, numerator: Array, denominator: Array) -> Array:
-        """A ratio of sums over sentences [sentences] under every row of `weights`: [1 + draws]."""
+        """Return a ratio of sums over sentences [sentences] under every row of `weights`: [1 + draws]."""
         sums = weighted_sums(self.weights, np.stack([numerator, denominator], axis=1))
         series: Array = sums[:, 0] / sums[:, 1]
         return series
@@ -72,7 +77,7 @@ def _weights(sentences: int, draws: int, seed: int) -> Array:
 
 
 def weighted_sums(weights: Array, values: Array) -> Array:
-    """The matrix product [rows, sentences] · [sentences, columns] in pieces that BLAS computes with one thread.
+    """Return the product [rows, sentences] · [sentences, columns], in pieces that BLAS computes with one thread.
 
     Two threads on a loaded machine made one product of this size 30 times slower; and a sum that does not depend on the
     number of threads is the same everywhere.
@@ -85,14 +90,14 @@ def weighted_sums(weights: Array, values: Array) -> Array:
 
 
 def interval(series: Array) -> Interval:
-    """The 95 % percentile interval of a figure: [1 + draws], the estimate first."""
+    """Return the 95 % percentile interval of a figure: [1 + draws], the estimate first."""
     return intervals(series[:, None])[0]
 
 
 def intervals(series: Array) -> tuple[Interval, ...]:
-    """One interval per column of [1 + draws, n], the estimates in row 0.
+    """Return one interval per column of [1 + draws, n], the estimates in row 0.
 
-    An interval is widened where it would leave out its own estimate: resampling pushes a maximum over many languages
+    An interval is widened where it would leave out the estimate: resampling pushes a maximum over many languages
     upward, sometimes beyond it.
     """
     low, high = np.quantile(series[1:], QUANTILES, axis=0)
@@ -102,12 +107,12 @@ def intervals(series: Array) -> tuple[Interval, ...]:
 
 
 def ratio_interval(numerator: Array, denominator: Array, *, what: str) -> Number:
-    """`ratio_intervals` of one figure: numerator and denominator are [1 + draws], the estimate first."""
+    """Return `ratio_intervals` of one figure: numerator and denominator are [1 + draws], the estimate first."""
     return ratio_intervals(numerator[:, None], denominator, what=what)[0]
 
 
 def ratio_intervals(numerators: Array, denominator: Array, *, what: str) -> tuple[Number, ...]:
-    """The ratio of each column to one denominator, with its interval.
+    """Return the ratio of each column to one denominator, with its interval.
 
     The percentiles are those of the angle of (denominator, numerator). Where both are positive that is the interval on
     a log scale (percentiles do not change under a monotone map); and the few resamples whose denominator is negative
@@ -141,7 +146,7 @@ def _from_angles(estimate: float, low: float, high: float, what: str) -> Number:
 
 
 def p_values(draws: Array) -> Array:
-    """Two-sided bootstrap p-values of `figure = 0`, one per column of draws [draws, n].
+    """Return two-sided bootstrap p-values of `figure = 0`, one per column of draws [draws, n].
 
     The observed sample counts as one more draw, so that no p-value is 0; a figure that is 0 in every draw has p = 1.
     """
@@ -152,7 +157,7 @@ def p_values(draws: Array) -> Array:
 
 
 def benjamini_hochberg(values: Sequence[float]) -> tuple[float, ...]:
-    """P-values adjusted for the false discovery rate over all of them, in the order given.
+    """Return p-values adjusted for the false discovery rate over all of them, in the order given.
 
     Raises:
         ConfigError: a value outside 0..1.
@@ -165,7 +170,7 @@ def benjamini_hochberg(values: Sequence[float]) -> tuple[float, ...]:
 
 
 def minimum_detectable(draws: Array) -> Array:
-    """The effect that 80 % of experiments of this size would find at α = 0.05, per column of draws [draws, n].
+    """Return the effect that 80 % of such experiments would detect at α = 0.05, per column of draws [draws, n].
 
     Args:
         draws: resampled figures; their standard deviation is the standard error.

@@ -1,4 +1,4 @@
-"""Step 3 of 8, whole: model states on one part of a text set in, a `Measurement` of each out."""
+"""The whole measurement: model states on one part of a text set in, a `Measurement` of each out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quant_fairness_plugin.artifacts import Interval, Measurement, Part, Provenance, StateScores, TextSet, Undefined
-from quant_fairness_plugin.measure.damage import measure_damage, objective_draws, summarise
+from quant_fairness_plugin.artifacts import (
+    Bootstrap,
+    Interval,
+    Measurement,
+    Part,
+    Provenance,
+    StateScores,
+    TextSet,
+    Undefined,
+)
+from quant_fairness_plugin.measure.damage import count_sentences, measure_damage, objective_draws, summarise
 from quant_fairness_plugin.measure.intervals import Resamples, interval
 from quant_fairness_plugin.measure.scoring import ModelState, score_states
 
@@ -24,9 +33,10 @@ class Measured:
     measurements: dict[str, Measurement]
     scores: dict[str, StateScores]
     baseline: str
+    bootstrap: Bootstrap
 
     def gain(self, before: str, after: str) -> Interval | Undefined:
-        """How much lower the worst language's KL (bits per byte) is after than before, sentence by sentence paired.
+        """Return by how much the worst language's KL (bits per byte) is lower after than before, sentences paired.
 
         Only languages that both states support count; undefined where there is none.
         """
@@ -35,18 +45,10 @@ class Measured:
         languages = [a.language for a, b in alike if a.status == "supported" and b.status == "supported"]
         if not languages:
             return Undefined(f"no language is supported and intact under both {before!r} and {after!r}")
-        sentences = len(self.scores[self.baseline].languages[languages[0]].tokens)
-        arguments = first.provenance.arguments
-        weights = Resamples(sentences, arguments["draws"], first.provenance.seed).weights
+        baseline = self.scores[self.baseline]
+        weights = Resamples.of(self.bootstrap, count_sentences(baseline)).weights
         old, new = (
-            objective_draws(
-                self.scores[self.baseline],
-                self.scores[name],
-                languages,
-                objective="worst",
-                reference=None,
-                weights=weights,
-            )
+            objective_draws(baseline, self.scores[name], languages, objective="worst", reference=None, weights=weights)
             for name in (before, after)
         )
         difference = np.asarray(old - new)
@@ -60,26 +62,20 @@ def measure_states(
     texts: TextSet,
     *,
     part: Part,
-    vocabulary: int,
     provenance: Callable[[dict[str, Any]], Provenance],
-    reference: str | None,
-    draws: int = 2000,
-    seed: int = 0,
+    bootstrap: Bootstrap,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """Damage of model states against the 16-bit model, language by language, all scored in one pass.
+    """Return the damage of model states against the 16-bit model, language by language, all scored in one pass.
 
     Args:
         baseline: the 16-bit model.
-        states: the models to judge; the baseline may be one of them, for its own figures.
+        states: the models to judge; the baseline may be one of them, for its figures against itself.
         tokenizer: the tokenizer of all.
         texts: the sentences of `part`.
         part: its name, for the record.
-        vocabulary: entries of the model's vocabulary.
         provenance: makes the provenance of a result from its resolved arguments.
-        reference: language of excess and disparity, or None.
-        draws: bootstrap resamples.
-        seed: of the resamples.
+        bootstrap: resamples of the sentences, and the reference of excess and disparity.
         progress: called with (batches done, batches in all).
 
     Raises:
@@ -88,23 +84,24 @@ def measure_states(
     """
     others = [state for state in states if state.name != baseline.name]
     scores = score_states([baseline, *others], tokenizer, texts, progress=progress)
+    with baseline.applied() as model:
+        vocabulary = int(model.config.vocab_size)
     before = scores[baseline.name]
+    arguments = {"part": part, "reference": bootstrap.reference, "draws": bootstrap.draws}
 
     def judge(name: str) -> Measurement:
         after = scores[name]
-        damage = measure_damage(
-            before, after, texts, reference=reference, vocabulary=vocabulary, draws=draws, seed=seed
-        )
-        summary = summarise(before, after, damage, draws=draws, seed=seed)
+        damage = measure_damage(before, after, texts, vocabulary=vocabulary, bootstrap=bootstrap)
+        summary = summarise(before, after, damage, bootstrap=bootstrap)
         return Measurement(
-            provenance=provenance({"state": name, "part": part, "reference": reference, "draws": draws}),
+            provenance=provenance({"state": name} | arguments),
             state=name,
             part=part,
-            reference=reference,
+            reference=bootstrap.reference,
             languages=damage,
             worst_kl=summary.worst_kl,
             mean_kl=summary.mean_kl,
             mean_delta_bpb=summary.mean_delta_bpb,
         )
 
-    return Measured({state.name: judge(state.name) for state in states}, scores, baseline.name)
+    return Measured({state.name: judge(state.name) for state in states}, scores, baseline.name, bootstrap)

@@ -1,4 +1,4 @@
-"""Step 3 of 8: the metrics as pure functions on numbers (or, element by element, on numpy arrays).
+"""The metrics as pure functions on numbers (or, element by element, on numpy arrays).
 
 Takes nats, bytes, tokens and flips as `scoring` counted them; returns one figure each. Nothing here knows about models.
 """
@@ -20,32 +20,32 @@ LARGEST_EXPONENT = 700.0
 
 
 def bits_per_byte(nll_nats: Value, bytes_: Value) -> Value:
-    """Negative log-likelihood in bits per UTF-8 byte: comparable between languages and tokenizers."""
+    """Return the negative log-likelihood in bits per UTF-8 byte: comparable between languages and tokenizers."""
     return nll_nats / (NATS_PER_BIT * bytes_)
 
 
 def kl_bits_per_byte(kl_nats: Value, bytes_: Value) -> Value:
-    """KL(p16 ‖ p) in bits per UTF-8 byte: the extra code length that the 16-bit model's own text would cost."""
+    """Return KL(p16 ‖ p) in bits per UTF-8 byte: the extra code length for text from the 16-bit model."""
     return kl_nats / (NATS_PER_BIT * bytes_)
 
 
 def nats_per_token(nll_nats: Value, tokens: Value) -> Value:
-    """Negative log-likelihood of the average scored token."""
+    """Return the negative log-likelihood of the average scored token."""
     return nll_nats / tokens
 
 
 def flip_rate(flips: Value, tokens: Value) -> Value:
-    """Share of scored tokens whose most likely next token is no longer the 16-bit model's."""
+    """Return the share of scored tokens whose most likely next token is no longer the 16-bit model's."""
     return flips / tokens
 
 
 def perplexity(nll_nats: float, tokens: float) -> float:
-    """Token perplexity, saturated at exp(700) so that a destroyed model still has a finite figure."""
+    """Return the token perplexity, saturated at exp(700) so that a destroyed model still has a finite figure."""
     return math.exp(min(nats_per_token(nll_nats, tokens), LARGEST_EXPONENT))
 
 
 def percent_change(before: float, after: float) -> float:
-    """Change of a positive figure in percent of what it was before.
+    """Return the change of a positive figure in percent of what it was before.
 
     Raises:
         ZeroDivisionError: `before` is 0.
@@ -54,7 +54,7 @@ def percent_change(before: float, after: float) -> float:
 
 
 def perplexity_change_percent(delta_nats: float, tokens: float) -> float:
-    """Percent change of token perplexity, from the change of the negative log-likelihood (saturated like `perplexity`).
+    """Return the percent change of token perplexity, from the change of the log-likelihood, saturated likewise.
 
     It is `percent_change` of the two perplexities without their cancellation: a change of 1e-9 keeps its digits.
     """
@@ -62,7 +62,7 @@ def perplexity_change_percent(delta_nats: float, tokens: float) -> float:
 
 
 def significant(value: float, digits: int = 7) -> float:
-    """The number with so many significant digits: what float32 arithmetic can vouch for.
+    """Return the number with so many significant digits: what float32 arithmetic can vouch for.
 
     >>> significant(123.456789012)
     123.4568

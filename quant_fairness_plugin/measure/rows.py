@@ -1,4 +1,4 @@
-"""Step 3, text as padded batches of token rows, and sums over rows as scores per sentence.
+"""Text as padded batches of token rows, and sums over rows as scores per sentence.
 
 Each token is scored once, given BOS (else EOS) and the text before it. Where the tokenizer has neither, the first token
 and its bytes are left out. A sentence longer than the context is read in windows that overlap by half.
@@ -72,15 +72,15 @@ class TokenRows:
     encoded: dict[str, list[_Text]]
 
     def batches(self, batch_tokens: int) -> list[Batch]:
-        """Rows of similar length together, longest first, so that memory runs out at once or never."""
+        """Return rows of similar length together, longest first, so that memory runs out at once or never."""
         return [pad_rows(rows) for rows in _batches(self.rows, batch_tokens)]
 
     def empty_totals(self) -> dict[str, Array]:
-        """Language → zeros `[3, sentences]`, to add the rows' NLL, KL and flips to."""
+        """Return language → zeros `[3, sentences]`, to add the rows' NLL, KL and flips to."""
         return {language: np.zeros((3, len(self.texts))) for language in self.encoded}
 
     def state_scores(self, state: str, totals: dict[str, Array]) -> StateScores:
-        """The sums over a state's rows as scores."""
+        """Return the sums over a state's rows as scores."""
         return StateScores(state=state, languages=_finish(totals, self.encoded))
 
 
@@ -103,21 +103,21 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: TextSet, *, context: int
 
 
 def position_limit(model: PreTrainedModel) -> int:
-    """The longest input of the model; models without learned or rotary positions (BLOOM) name none."""
+    """Return the longest input of the model; models without learned or rotary positions (BLOOM) name none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit >= SMALLEST_CONTEXT else sys.maxsize
 
 
 def sum_rows(batch: Batch, per_token: Tensor, name: str, texts: TextSet) -> Array:
-    """Scores per token `[targets, 3]` summed over the targets of each row, `[rows, 3]`.
+    """Return scores per token `[targets, 3]` summed over the targets of each row, `[rows, 3]`.
 
     Raises:
         ArtifactError: a score is NaN or infinite.
     """
     per_row = torch.zeros(len(batch.rows), 3, dtype=torch.float64).index_add_(0, batch.owners, per_token.cpu())
     _check_finite(per_row, batch, name, texts)
-    found: Array = per_row.numpy()
-    return found
+    sums: Array = per_row.numpy()
+    return sums
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -135,7 +135,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet) -
         )
     sentences = texts.sentences[language]
     encoding = tokenizer(list(sentences), add_special_tokens=False, return_offsets_mapping=bool(skipped), verbose=False)
-    found = []
+    encoded = []
     for index, sentence in enumerate(sentences):
         ids = tuple(encoding["input_ids"][index])
         bytes_ = len(sentence.encode())
@@ -146,9 +146,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet) -
             )
         if skipped:
             bytes_ -= _first_token_bytes(tokenizer, sentence, ids, encoding["offset_mapping"][index])
-        found.append(_Text(ids, skipped, bytes_))
-    _warn_of_unknown_tokens(tokenizer, language, found)
-    return found
+        encoded.append(_Text(ids, skipped, bytes_))
+    _warn_of_unknown_tokens(tokenizer, language, encoded)
+    return encoded
 
 
 def _first_token_bytes(
@@ -200,7 +200,7 @@ def _batches(rows: Sequence[Row], batch_tokens: int) -> Iterator[list[Row]]:
 
 
 def pad_rows(rows: Sequence[Row]) -> Batch:
-    """Rows as one batch, padded on the right."""
+    """Return rows as one batch, padded on the right."""
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), PAD)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -226,7 +226,7 @@ def _check_finite(scores: Tensor, batch: Batch, name: str, texts: TextSet) -> No
         )
 
 
-def _finish(found: dict[str, Array], encoded: dict[str, list[_Text]]) -> dict[str, LanguageScores]:
+def _finish(totals: dict[str, Array], encoded: dict[str, list[_Text]]) -> dict[str, LanguageScores]:
     return {
         language: LanguageScores(
             nll_nats=tuple(significant(value) for value in sums[NLL].tolist()),
@@ -236,5 +236,5 @@ def _finish(found: dict[str, Array], encoded: dict[str, list[_Text]]) -> dict[st
             kl_nats=tuple(significant(max(0.0, value)) for value in sums[KL].tolist()),
             flips=tuple(round(value) for value in sums[FLIPS].tolist()),
         )
-        for language, sums in found.items()
+        for language, sums in totals.items()
     }

@@ -1,4 +1,4 @@
-"""Step 3 of 8: per-sentence scores of model states; the only module of this step that runs models.
+"""Per-sentence scores of model states; the only module of this package that runs models.
 
 Takes model states and a `TextSet`; returns `StateScores`: negative log-likelihood, KL to the first state over the full
 vocabulary and top-1 flips of every sentence. Batches are the outer loop and states the inner one, so that the 16-bit
@@ -41,7 +41,7 @@ class ModelState(NamedTuple):
 
 
 def fixed_state(name: str, model: PreTrainedModel) -> ModelState:
-    """The state of a model that nothing has to be done to: the 16-bit model, or an export that was loaded."""
+    """Return the state of a model that is used as it is: the 16-bit model, or an export that was loaded."""
     return ModelState(name, lambda: nullcontext(model))
 
 
@@ -54,7 +54,7 @@ def score_states(
     context: int = 2048,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, StateScores]:
-    """Scores of every state on every sentence, sentences in the order of the text set.
+    """Score every state on every sentence, sentences in the order of the text set.
 
     Each token is scored once, given BOS (else EOS) and the text before it. Where the tokenizer has neither, the first
     token and its bytes are left out. A sentence longer than the context is read in windows that overlap by half.
@@ -64,8 +64,8 @@ def score_states(
         states: the 16-bit model first: KL and flips of the others are measured against it.
         tokenizer: of all states.
         texts: sentences to score; take a part of a text set with `TextSet.part`.
-        batch_tokens: tokens in a batch, padding included; a longer sentence makes a batch of its own.
-        context: longest window in tokens, BOS included (the model's own limit where that is less).
+        batch_tokens: tokens in a batch, padding included; a longer sentence makes a batch alone.
+        context: longest window in tokens, BOS included (the model's limit where that is less).
         progress: called with (done, total) batches times states.
 
     Raises:
@@ -85,13 +85,13 @@ def score_states(
                 totals[name][row.language][:, row.sentence] += score
             if progress is not None:
                 progress(number * len(states) + offset + 1, len(batches) * len(states))
-    return {name: tokenized.state_scores(name, found) for name, found in totals.items()}
+    return {name: tokenized.state_scores(name, sums) for name, sums in totals.items()}
 
 
 def _check_arguments(states: Sequence[ModelState], batch_tokens: int, context: int) -> None:
     names = [state.name for state in states]
     if not names or len(set(names)) < len(names):
-        raise ConfigError(f"states {names}: give at least one, the 16-bit model first, each with a name of its own")
+        raise ConfigError(f"states {names}: give at least one, the 16-bit model first, no two of one name")
     if batch_tokens < 1:
         raise ConfigError(f"batch_tokens={batch_tokens}: a batch needs at least 1 token; the default is 2048")
     if context < SMALLEST_CONTEXT:
@@ -132,8 +132,8 @@ def _chunks(logits: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor, Tenso
     size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     for start in range(0, len(batch.targets), size):
         piece = slice(start, start + size)
-        chosen = logits[batch.positions[piece].to(logits.device)]
-        log_probabilities = torch.log_softmax(chosen.float(), dim=-1)
+        predicting = logits[batch.positions[piece].to(logits.device)]
+        log_probabilities = torch.log_softmax(predicting.float(), dim=-1)
         yield piece, log_probabilities, batch.targets[piece, None].to(logits.device)
 
 

@@ -1,8 +1,8 @@
-"""Step 3, scores of many states at once from what their heads are given, streamed over the vocabulary.
+"""Scores of many states at once from what their heads are given, streamed over the vocabulary.
 
 Per-token NLL, KL to the 16-bit model and top-1 flips of S states need S + 1 distributions over the whole vocabulary.
 Here they are never held: the head is applied to all states together, a slice of the vocabulary and some tokens at a
-time, and running sums are kept (the online softmax of Milakov and Gimelshein, arXiv 1805.02867, extended by the cross
+time, with running sums (the online softmax of Milakov and Gimelshein, arXiv 1805.02867, extended by the cross
 term of the KL). Logits are read five times; pieces are so small that a CPU's cache holds them meanwhile.
 """
 
@@ -29,7 +29,7 @@ class Head:
     bias: Tensor | None
 
     def logits(self, hidden: Tensor, part: slice) -> Tensor:
-        """Logits of a slice of the vocabulary, float32 `[…, slice]`. A head in another type is converted slice-wise."""
+        """Return logits of a slice of the vocabulary, float32 `[…, slice]`; a head in another type is converted."""
         bias = None if self.bias is None else self.bias[part].to(hidden.dtype)
         return torch.nn.functional.linear(hidden, self.weight[part].to(hidden.dtype), bias).float()
 
@@ -42,7 +42,7 @@ class _Running:
     total: Tensor
     best: Tensor
     best_value: Tensor
-    chosen: Tensor
+    target: Tensor
     """Logits of the targets."""
     cross: Tensor
     """Σ exp(l16 - peak16) (l16 - l); 0 in the first column."""
@@ -57,7 +57,7 @@ class _Running:
 
     def add(self, tokens: slice, logits: Tensor, targets: Tensor, start: int) -> None:
         """Take in a piece: logits `[tokens, 1 + states, slice]`, which are overwritten, from token `start` on."""
-        self._choose(tokens, logits, targets - start)
+        self._take_targets(tokens, logits, targets - start)
         value, index = logits.max(dim=2)
         better = value > self.best_value[tokens]
         self.best[tokens] = torch.where(better, index + start, self.best[tokens])
@@ -72,14 +72,14 @@ class _Running:
         cross = (difference @ weights[:, 0, :, None])[:, :, 0].double()
         self.cross[tokens, 1:] = self.cross[tokens, 1:] * shrink[:, :1] + cross
 
-    def _choose(self, tokens: slice, logits: Tensor, columns: Tensor) -> None:
+    def _take_targets(self, tokens: slice, logits: Tensor, columns: Tensor) -> None:
         inside = ((columns >= 0) & (columns < logits.shape[2])).nonzero()[:, 0]
-        self.chosen[tokens.start + inside] = logits[inside, :, columns[inside]].double()
+        self.target[tokens.start + inside] = logits[inside, :, columns[inside]].double()
 
     @property
     def nll(self) -> Tensor:
         """Negative log-likelihood of the targets, `[tokens, 1 + states]`."""
-        return self.log_normalizer - self.chosen
+        return self.log_normalizer - self.target
 
     @property
     def log_normalizer(self) -> Tensor:
@@ -91,7 +91,7 @@ class _Running:
 def score_hidden(
     reference: Tensor, states: Tensor, targets: Tensor, head: Head, *, state_head: Head | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Per-token scores of the 16-bit model and of states, in float64.
+    """Return per-token scores of the 16-bit model and of states, in float64.
 
     KL(p16 ‖ p) = Σ p16 (l16 - l) - log Z16 + log Z, with the sum over the vocabulary taken slice by slice.
 
@@ -120,8 +120,8 @@ def _logits(hidden: Tensor, part: slice, head: Head, state_head: Head | None) ->
     """`[tokens, 1 + states, slice]`, as one product where all have the same head."""
     if state_head is None:
         return head.logits(hidden.flatten(0, 1), part).view(*hidden.shape[:2], -1)
-    own, others = head.logits(hidden[:, 0], part), state_head.logits(hidden[:, 1:].flatten(0, 1), part)
-    return torch.cat([own[:, None], others.view(hidden.shape[0], hidden.shape[1] - 1, -1)], dim=1)
+    first, others = head.logits(hidden[:, 0], part), state_head.logits(hidden[:, 1:].flatten(0, 1), part)
+    return torch.cat([first[:, None], others.view(hidden.shape[0], hidden.shape[1] - 1, -1)], dim=1)
 
 
 def _pieces(vocabulary: int, tokens: int, states: int, device: torch.device) -> Iterator[tuple[slice, slice]]:

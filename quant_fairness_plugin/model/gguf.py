@@ -102,7 +102,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         index = getattr(model.config, f"{name}_token_id", None)
         if isinstance(index, int) and 0 <= index < len(tokenizer):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
-    model.hf_quantizer = None  # or save_pretrained would call the dequantized weights GGUF
+    del model.hf_quantizer  # or save_pretrained would call the dequantized weights GGUF
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer

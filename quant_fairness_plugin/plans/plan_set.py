@@ -13,6 +13,7 @@ from math import comb
 
 from quant_fairness_plugin.artifacts import Combinations, Mode, Precision, StateScores, Unit
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.objectives import OBJECTIVES
 from quant_fairness_plugin.plans.units import UnitMap, around_units
 
 BASELINE, NONE = "16 bit", "none"
@@ -217,13 +218,11 @@ def leading_units(scores: Mapping[str, StateScores], units: Sequence[str], mode:
         count: how many.
     """
     sign = 1.0 if mode == "protect-one" else -1.0
-    order = sorted(units, key=lambda unit: sign * _worst_kl(scores[plan_name(mode, [unit])]))
+    worst = OBJECTIVES["worst"]
+    plans = {unit: scores[plan_name(mode, [unit])] for unit in units}
+    order = sorted(units, key=lambda unit: sign * worst.of_scores(plans[unit], tuple(plans[unit].languages)))
     leading = set(order[:count])
     return tuple(unit for unit in units if unit in leading)
-
-
-def _worst_kl(scores: StateScores) -> float:
-    return max(sum(row.kl_nats) / sum(row.bytes_) for row in scores.languages.values())
 
 
 def around_plans(names: Sequence[str], units: UnitMap, everything: Sequence[str], modes: Sequence[Mode]) -> list[Plan]:

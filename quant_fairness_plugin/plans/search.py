@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import comb
-from typing import Literal, get_args
+from typing import get_args
 
 from quant_fairness_plugin.artifacts import Combinations, SearchMethod, SearchRecord, StateScores
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.objectives import find_objective, one_of, set_objectives
 from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS, Plan
 
 Units = tuple[str, ...]
-SearchObjective = Literal["worst", "mean"]
 Evaluate = Callable[[Sequence[Plan]], Mapping[str, StateScores]]
 """Plans → the scores of each."""
 
@@ -31,14 +31,16 @@ class Search:
     """Units in the set."""
     width: int = 4
     """Sets that a beam keeps; the other methods keep one."""
-    objective: SearchObjective = "worst"
-    """Sets are compared by the KL of the language that is hurt most, or by the mean KL."""
+    objective: str = "worst"
+    """What sets are compared by: one of `set_objectives`."""
 
     def __post_init__(self) -> None:
         if self.method not in get_args(SearchMethod):
             raise ConfigError(f"search {self.method!r} is unknown; use {', '.join(get_args(SearchMethod))}")
-        if self.objective not in get_args(SearchObjective):
-            raise ConfigError(f"sets cannot be searched by {self.objective!r}; use objective worst or mean")
+        if self.objective not in set_objectives():
+            raise ConfigError(
+                f"sets cannot be searched by {self.objective!r}; use objective {one_of(set_objectives())}"
+            )
         if self.size < 2 or self.width < 1:
             raise ConfigError(
                 f"a search for {self.size} units with width {self.width}: use a size of 2 or more, a width of 1 or more"
@@ -126,13 +128,9 @@ def _best(
     candidates: Iterable[Units], scores: Mapping[Units, StateScores], search: Search, languages: Sequence[str]
 ) -> list[Units]:
     """Return the sets with the least damage. KL is defined for collapsed states, too."""
-
-    def damage(subset: Units) -> float:
-        rows = [scores[subset].languages[language] for language in languages]
-        values = [sum(row.kl_nats) / sum(row.bytes_) for row in rows]
-        return max(values) if search.objective == "worst" else sum(values)
-
-    return sorted(candidates, key=lambda subset: (damage(subset), subset))[: search.survivors]
+    objective = find_objective(search.objective)
+    order = sorted(candidates, key=lambda subset: (objective.of_scores(scores[subset], languages), subset))
+    return order[: search.survivors]
 
 
 def _with_one_more(subset: Units, units: Units) -> list[Units]:

@@ -42,7 +42,7 @@ def first_inputs(loaded: LoadedModel, calibration: CalibrationSet, *, batch_toke
     Args:
         loaded: the model, in evaluation mode; not changed.
         calibration: token rows.
-        batch_tokens: most tokens of a batch (a longer row is a batch of its own).
+        batch_tokens: most tokens of a batch (a longer row is a batch by itself).
 
     Raises:
         ConfigError: a row is longer than the model's context.

@@ -83,7 +83,7 @@ def select_modules(
     checked = check_layers(list(protected), loaded.layers) if protected else ()
     precisions = _parse_overrides(loaded, overrides)
     units: dict[int, tuple[tuple[str, ...], ...]] = {}
-    kept: dict[str, str] = {}
+    in_16_bit: dict[str, str] = {}
     grids: dict[str, Grid] = {}
     for layer in range(loaded.layers):
         if layer in checked:
@@ -91,11 +91,11 @@ def select_modules(
         fitting, misfits = _select_units(loaded, layer, _group_grids(loaded, Unit(layer), grid, precisions))
         units[layer] = tuple(names for names, _ in fitting)
         grids |= {name: group_grid for names, group_grid in fitting for name in names}
-        kept |= misfits
+        in_16_bit |= misfits
     if not any(units.values()):
-        name, reason = next(iter(kept.items()), ("all units", "in 16 bit by the plan"))
+        name, reason = next(iter(in_16_bit.items()), ("all units", "in 16 bit by the plan"))
         raise ConfigError(f"{grid} fits no module of the model: {name}: {reason}; use another group size, or -1")
-    return Selection(units=units, kept=kept, protected=checked, grids=grids)
+    return Selection(units=units, kept=in_16_bit, protected=checked, grids=grids)
 
 
 def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[Unit, Precision]) -> dict[str, Grid]:
@@ -127,7 +127,7 @@ def _select_units(
 ) -> tuple[list[tuple[tuple[str, ...], Grid]], dict[str, str]]:
     """Return the fusion groups of a layer that have a grid and fit it, and what does not fit."""
     fitting: list[tuple[tuple[str, ...], Grid]] = []
-    kept: dict[str, str] = {}
+    in_16_bit: dict[str, str] = {}
     for unit in loaded.family.units:
         if unit.name not in grids:
             continue
@@ -138,5 +138,7 @@ def _select_units(
             fitting.append((names, grids[unit.name]))
             continue
         first = next(iter(misfits))
-        kept |= {name: misfits.get(name, f"shares a fusion group with {first}: {misfits[first]}") for name in names}
-    return fitting, kept
+        in_16_bit |= {
+            name: misfits.get(name, f"shares a fusion group with {first}: {misfits[first]}") for name in names
+        }
+    return fitting, in_16_bit

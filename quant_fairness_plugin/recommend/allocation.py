@@ -1,4 +1,4 @@
-"""Step 5 of 8: which precision each unit gets under a budget, by integer programming. Needs no model and no torch.
+"""Which precision each unit gets under a budget, by integer programming, from numbers alone.
 
 Takes numbers: what each unit costs in each precision and how much it is predicted to hurt each language. Returns an
 `Allocation`, or `Infeasible` with the reason. The prediction adds up what single units do: it knows nothing of how they
@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 from quant_fairness_plugin.artifacts import Precision, StateScores
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import Array, kl_bits_per_byte, significant
-from quant_fairness_plugin.recommend.milp import Found, Goal, Problem
+from quant_fairness_plugin.measure.objectives import OBJECTIVES, additive_objectives, one_of
+from quant_fairness_plugin.recommend.milp import Problem, Selection
 
 UnitBytes = Mapping[str, Mapping[Precision, int]]
 """Unit → precision → bytes of the unit's weights, scales included."""
@@ -35,7 +36,7 @@ class Allocation:
     """Of all tensors of the checkpoint."""
     overhead: float | None
     """Extra bytes over the all-quantized checkpoint, where its size was given."""
-    objective: Goal
+    objective: str
     value: float
     """The predicted objective; lower is better."""
     damage: dict[str, float]
@@ -58,17 +59,51 @@ class Infeasible:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """What bounds an allocation: exactly one of a budget, in bytes or relative, and a target."""
+
+    max_bytes: int | None = None
+    """Budget for the whole checkpoint."""
+    max_overhead: float | None = None
+    """Budget as extra bytes over the all-quantized checkpoint (0.2 = 20 %)."""
+    target: float | None = None
+    """The largest objective to accept."""
+
+    def budget(self, floor_bytes: int | None) -> int | None:
+        """Return the budget in bytes; None where there is a target instead.
+
+        Args:
+            floor_bytes: bytes of the all-quantized checkpoint; needed by `max_overhead`.
+
+        Raises:
+            ConfigError: not exactly one of the three limits, or one out of range.
+        """
+        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"{' and '.join(given) or 'no limit'} given: give exactly one of max_bytes, max_overhead and target"
+            )
+        if floor_bytes is not None and floor_bytes <= 0:
+            raise ConfigError(f"floor_bytes={floor_bytes}: the all-quantized checkpoint has at least one byte")
+        if self.max_overhead is None:
+            return self.max_bytes
+        if floor_bytes is None:
+            raise ConfigError("max_overhead is relative to the all-quantized checkpoint: give its size as floor_bytes")
+        if not (math.isfinite(self.max_overhead) and self.max_overhead >= 0):
+            raise ConfigError(f"max_overhead={self.max_overhead}: give a share of 0 or more (0.2 = 20 %)")
+        return int(floor_bytes * (1 + Fraction(str(self.max_overhead))))
+
+
 def allocate(
     bytes_: UnitBytes,
     damage: UnitDamage,
+    limit: Limit,
     *,
     base: Mapping[str, float],
     other_bytes: int = 0,
     floor_bytes: int | None = None,
-    max_bytes: int | None = None,
-    max_overhead: float | None = None,
-    target: float | None = None,
-    objective: Goal = "worst",
+    objective: str = "worst",
     weights: Mapping[str, float] | None = None,
 ) -> Allocation | Infeasible:
     """Choose one precision per unit: the least damage within a budget, or the fewest bytes that reach a target.
@@ -80,156 +115,126 @@ def allocate(
         bytes_: what each unit costs in each of its precisions.
         damage: what each choice adds to each language's damage, for the same units and precisions. Over the 16-bit
             model with `quantize` states; over the all-quantized one (0 or negative) with `protect` states.
+        limit: a budget, or a target.
         base: language → damage of the state over which `damage` counts. Only these languages count.
         other_bytes: bytes of everything without a choice.
         floor_bytes: bytes of the all-quantized checkpoint; needed by `max_overhead`.
-        max_bytes: budget for the whole checkpoint.
-        max_overhead: budget as extra bytes over `floor_bytes` (0.2 = 20 %).
-        target: the largest objective to accept.
-        objective: the largest damage of a language, or the mean.
+        objective: one of `additive_objectives`.
         weights: language → importance, 1 for all where None; only their ratios matter. `worst` takes the maximum of
             weight × damage with the largest weight set to 1.
 
     Raises:
-        ConfigError: not exactly one of the three limits, or numbers that do not fit together.
+        ConfigError: not exactly one limit, or numbers that do not fit together.
     """
-    limit = byte_limit(max_bytes, max_overhead, target, floor_bytes)
+    max_bytes = limit.budget(floor_bytes)
     problem = _problem(bytes_, damage, base, objective, weights)
-    if limit is not None:
-        found = _least_damage(problem, limit - other_bytes)
-        if found is None:
-            least = problem.fewest_bytes + other_bytes
-            return Infeasible(
-                f"the smallest allocation takes {least} bytes and the budget is {limit}: raise it to {least}, or "
-                "offer lower precisions"
-            )
-        reason = f"least {objective} damage within {limit} bytes"
+    if max_bytes is None:
+        assert limit.target is not None
+        result = _within_target(problem, limit.target)
     else:
-        assert target is not None
-        best = problem.solve("value")
-        assert best is not None
-        if best.value > target + problem.tie:
-            return Infeasible(
-                f"no allocation is predicted to bring the {objective} damage below {best.value:.4g}{_doubt(best)} and "
-                f"the target is {target:.4g}: raise it, or offer higher precisions"
-            )
-        found = _fewest_bytes(problem, target, best)
-        reason = f"fewest bytes with {objective} damage of at most {target:.4g}"
-    return _allocation(problem, found, other_bytes, floor_bytes, reason)
+        result = _within_budget(problem, max_bytes, other_bytes)
+    return result if isinstance(result, Infeasible) else _allocation(problem, *result, other_bytes, floor_bytes)
 
 
-def weigh(damage: Mapping[str, float], objective: Goal, weights: Mapping[str, float] | None = None) -> float:
-    """The objective of a damage per language, as `allocate` counts it.
-
-    Args:
-        damage: of each language that counts.
-        objective: the largest damage of a language, or the mean.
-        weights: as in `allocate`.
-
-    Raises:
-        ConfigError: weights that are not one number for each language.
-    """
-    importance = _importance(tuple(damage), weights)
-    values = np.array(list(damage.values()))
-    if objective == "mean":
-        return float(importance @ values / importance.sum())
-    return float((importance * values)[importance > 0].max())
+def _within_budget(problem: Problem, max_bytes: int, other_bytes: int) -> tuple[Selection, str] | Infeasible:
+    least = problem.fewest_bytes + other_bytes
+    if least > max_bytes:
+        return Infeasible(
+            f"the smallest allocation takes {least} bytes and the budget is {max_bytes}: raise it to {least}, or "
+            "offer lower precisions"
+        )
+    room = max_bytes - other_bytes
+    best = problem.solve("value", max_bytes=room) or problem.smallest
+    settled = _settle_ties(problem, best, best.value + problem.tie)
+    return settled, f"least {problem.objective} damage within {max_bytes} bytes"
 
 
-def _least_damage(problem: Problem, max_bytes: int) -> Found | None:
-    if problem.fewest_bytes > max_bytes:
-        return None
-    best = problem.solve("value", max_bytes=max_bytes) or problem.smallest
-    return _settle_ties(problem, best, best.value + problem.tie)
-
-
-def _fewest_bytes(problem: Problem, target: float, reaching: Found) -> Found:
+def _within_target(problem: Problem, target: float) -> tuple[Selection, str] | Infeasible:
     """The smallest choice that reaches the target, then the best one of that size."""
-    within = target + problem.tie
+    reaching, within = problem.solve("value"), target + problem.tie
+    assert reaching is not None
+    if reaching.value > within:
+        return Infeasible(
+            f"no allocation is predicted to bring the {problem.objective} damage below {reaching.value:.4g}"
+            f"{_doubt(reaching)} and the target is {target:.4g}: raise it, or offer higher precisions"
+        )
     small = problem.solve("bytes", max_value=within) or reaching
     best = problem.solve("value", max_bytes=small.bytes_) or small
     best = best if best.value <= within else small
-    return _settle_ties(problem, replace(best, gap=max(best.gap, small.gap)), best.value + problem.tie)
+    settled = _settle_ties(problem, replace(best, gap=max(best.gap, small.gap)), best.value + problem.tie)
+    return settled, f"fewest bytes with {problem.objective} damage of at most {target:.4g}"
 
 
-def _settle_ties(problem: Problem, best: Found, within: float) -> Found:
-    """Among choices as good as `best`: the fewest bytes, then the lowest mean. A worse answer never replaces it."""
-    found = best
+def weigh(damage: Mapping[str, float], objective: str, weights: Mapping[str, float] | None = None) -> float:
+    """Return the objective of a damage per language, as `allocate` counts it.
+
+    Args:
+        damage: of each language that counts.
+        objective: one of `additive_objectives`.
+        weights: as in `allocate`.
+
+    Raises:
+        ConfigError: another objective, or weights that are not one number for each language.
+    """
+    rows = _rows(objective, _importance(tuple(damage), weights))
+    return float((rows @ np.array(list(damage.values()))).max())
+
+
+def _rows(objective: str, importance: Array) -> Array:
+    """The objective as the largest row of a matrix times the damages, [rows, languages]."""
+    record = OBJECTIVES.get(objective)
+    if record is None or record.sums is None:
+        raise ConfigError(f"objective {objective!r} cannot be allocated for; use {one_of(additive_objectives())}")
+    return record.sums(importance)
+
+
+def _settle_ties(problem: Problem, best: Selection, within: float) -> Selection:
+    """Among choices as good as `best`: the fewest bytes, then the lowest mean. A worse one never replaces it."""
     if best.gap:
         return best  # ties below the gap mean nothing, and looking for them takes as long as the search itself
-    for minimise in ("bytes", "mean") if problem.objective == "worst" else ("bytes",):
-        other = problem.solve(minimise, max_bytes=found.bytes_, max_value=within)
+    settled = best
+    # One row is a weighted mean itself, so that the mean decides nothing more.
+    for minimise in ("bytes", "mean") if len(problem.rows) > 1 else ("bytes",):
+        other = problem.solve(minimise, max_bytes=settled.bytes_, max_value=within)
         if other is not None and other.value <= within + problem.tie:
-            found = replace(other, gap=found.gap)
-    return found
+            settled = replace(other, gap=settled.gap)
+    return settled
 
 
 def _allocation(
-    problem: Problem, found: Found | None, other_bytes: int, floor_bytes: int | None, reason: str
+    problem: Problem, selection: Selection, reason: str, other_bytes: int, floor_bytes: int | None
 ) -> Allocation:
-    assert found is not None
-    total = found.bytes_ + other_bytes
-    damage = problem.damage(found.picked).tolist()
+    total = selection.bytes_ + other_bytes
+    damage = problem.damage(selection.picked).tolist()
     return Allocation(
-        units=dict(problem.cells[cell] for cell in found.picked),
+        units=dict(problem.cells[cell] for cell in selection.picked),
         bytes_=total,
         overhead=None if floor_bytes is None else round((total - floor_bytes) / floor_bytes, 6),
         objective=problem.objective,
-        value=significant(found.value),
+        value=significant(selection.value),
         damage={language: significant(value) for language, value in zip(problem.languages, damage, strict=True)},
-        gap=significant(found.gap),
-        reason=f"predicted from single units: {reason}{_doubt(found)}",
+        gap=significant(selection.gap),
+        reason=f"predicted from single units: {reason}{_doubt(selection)}",
     )
 
 
-def _doubt(found: Found) -> str:
-    return f" (the search ended with a gap of {found.gap:.2%})" if found.gap else ""
-
-
-def byte_limit(
-    max_bytes: int | None, max_overhead: float | None, target: float | None, floor_bytes: int | None
-) -> int | None:
-    """The budget in bytes; None where there is a target instead. Arguments as of `allocate`.
-
-    Raises:
-        ConfigError: not exactly one of the three limits, or one that is no limit.
-    """
-    given = [name for name, value in _limits(max_bytes, max_overhead, target).items() if value is not None]
-    if len(given) != 1:
-        raise ConfigError(
-            f"{' and '.join(given) or 'no limit'} given: give exactly one of max_bytes, max_overhead and target"
-        )
-    if floor_bytes is not None and floor_bytes <= 0:
-        raise ConfigError(f"floor_bytes={floor_bytes}: the all-quantized checkpoint has at least one byte")
-    if max_overhead is None:
-        return max_bytes
-    if floor_bytes is None:
-        raise ConfigError("max_overhead is relative to the all-quantized checkpoint: give its size as floor_bytes")
-    if not (math.isfinite(max_overhead) and max_overhead >= 0):
-        raise ConfigError(f"max_overhead={max_overhead}: give a share of 0 or more (0.2 = 20 %)")
-    return int(floor_bytes * (1 + Fraction(str(max_overhead))))
-
-
-def _limits(max_bytes: int | None, max_overhead: float | None, target: float | None) -> dict[str, float | None]:
-    return {"max_bytes": max_bytes, "max_overhead": max_overhead, "target": target}
+def _doubt(selection: Selection) -> str:
+    return f" (the search ended with a gap of {selection.gap:.2%})" if selection.gap else ""
 
 
 def _problem(
     bytes_: UnitBytes,
     damage: UnitDamage,
     base: Mapping[str, float],
-    objective: Goal,
+    objective: str,
     weights: Mapping[str, float] | None,
 ) -> Problem:
-    if objective not in get_args(Goal):
-        raise ConfigError(f"objective {objective!r} cannot be allocated for; use worst or mean")
     if not bytes_ or not base:
         raise ConfigError("nothing to allocate: give at least one unit and one language")
-    # Sorted, so that the answer does not depend on the order of the mappings.
+    # Sorted, so that the result does not depend on the order of the mappings.
     cells = tuple((unit, precision) for unit in sorted(bytes_) for precision in sorted(bytes_[unit]))
     languages = tuple(base)
     _check_cells(bytes_, damage, cells, languages)
-    sizes = tuple(int(bytes_[unit][precision]) for unit, precision in cells)
     harm = np.array([[damage[unit][precision][language] for unit, precision in cells] for language in languages])
     start = np.array([base[language] for language in languages])
     if not (np.isfinite(harm).all() and np.isfinite(start).all()):
@@ -237,9 +242,16 @@ def _problem(
             "a damage is not finite: leave out what could not be measured (a collapsed state), or weigh 0"
         )
     importance = _importance(languages, weights)
-    mean = importance / importance.sum()
-    rows = np.diag(importance)[importance > 0] if objective == "worst" else mean[None]
-    return Problem(cells, languages, sizes, harm, start, rows, mean, objective)
+    return Problem(
+        cells=cells,
+        languages=languages,
+        sizes=tuple(int(bytes_[unit][precision]) for unit, precision in cells),
+        harm=harm,
+        base=start,
+        rows=_rows(objective, importance),
+        mean=importance / importance.sum(),
+        objective=objective,
+    )
 
 
 def _check_cells(
@@ -272,10 +284,10 @@ def _importance(languages: tuple[str, ...], weights: Mapping[str, float] | None)
         raise ConfigError(f"weights for {', '.join(unknown)}, which do not count; there are {', '.join(languages)}")
     if lacking := [language for language in languages if language not in weights]:
         raise ConfigError(f"no weight for {', '.join(lacking)}: give one for every language, 0 to leave it out")
-    found = np.array([weights[language] for language in languages], dtype=np.float64)
-    if not np.isfinite(found).all() or (found < 0).any() or found.max() <= 0:
+    given = np.array([weights[language] for language in languages], dtype=np.float64)
+    if not np.isfinite(given).all() or (given < 0).any() or given.max() <= 0:
         raise ConfigError(f"weights {dict(weights)}: give numbers of 0 or more, not all 0")
-    scaled: Array = found / found.max()
+    scaled: Array = given / given.max()
     return scaled
 
 
@@ -286,10 +298,10 @@ def predict_damage(
     *,
     over: str,
 ) -> tuple[dict[str, dict[Precision, dict[str, float]]], dict[str, float]]:
-    """What each unit's choice adds to each language's KL in bits per byte, and the KL of the state it is added to.
+    """Return what each unit's choice adds to each language's KL (bits per byte), and the KL that it is added to.
 
     With `quantize` states, `over` is the 16-bit state and so is the state of `fp16`; with `protect` states, `over` is
-    the all-quantized one and so is the state of the grid's own precision.
+    the all-quantized one and so is the state of the grid's precision.
 
     Args:
         scores: per-sentence scores by state.

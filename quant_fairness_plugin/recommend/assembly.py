@@ -1,4 +1,4 @@
-"""Plans and what they cost, from a table of bytes. Step 5, plain data."""
+"""Plans and what they cost, from a table of bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from quant_fairness_plugin.artifacts import (
     ProtectionPlan,
     SweepReport,
     SweepRow,
+    Unit,
     bits_of_precision,
     precision_of_bits,
 )
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_bytes, layers_and_overrides, plan_bytes
 
 Choice = Mapping[str, Precision]
-"""Layer (`layers.3`) or unit (`layers.3.down`) → what it gets instead of the grid's own precision."""
+"""Layer (`layers.3`) or unit (`layers.3.down`) → what it gets instead of the grid's precision."""
 
 
 def explicit_plan(
@@ -28,7 +29,7 @@ def explicit_plan(
     other_bytes: int,
     overrides: Choice = NO_OVERRIDES,
 ) -> ProtectionPlan:
-    """The plan that the user named, with what it costs.
+    """Return the plan that the user wrote down, with what it costs.
 
     Args:
         layers: protected layers, checked; empty for none.
@@ -42,27 +43,27 @@ def explicit_plan(
         ConfigError: an override of a unit that `layer_bytes` does not know.
     """
     source = "explicit" if layers or overrides else "none"
-    choice: dict[str, Precision] = {**overrides, **{f"layers.{layer}": "fp16" for layer in layers}}
-    return _assemble(choice, source, ("chosen by the user",), True, model, grid, layer_bytes, other_bytes)
+    choice: dict[str, Precision] = {**overrides, **{str(Unit(layer)): "fp16" for layer in layers}}
+    return _assemble(choice, source, ("given by the user",), True, model, grid, layer_bytes, other_bytes)
 
 
 def plan_of(
     report: SweepReport, choice: Choice, *, source: str, reasons: tuple[str, ...], stable: bool
 ) -> ProtectionPlan:
-    """The plan of a choice among the units of a sweep."""
+    """Return the plan of a choice among the units of a sweep."""
     model, sizes = report.provenance.model, report.layer_bytes
     return _assemble(choice, source, reasons, stable, model, report.grid, sizes, report.other_bytes)
 
 
 def bytes_of(report: SweepReport, choice: Choice) -> int:
-    """Bytes of the whole checkpoint's tensors under a choice; with an empty one all is quantized."""
-    keep, own = layers_and_overrides(choice)
+    """Return the bytes of the whole checkpoint's tensors under a choice; with an empty one all is quantized."""
+    keep, others = layers_and_overrides(choice)
     quantized = precision_of_bits(report.grid.bits)
-    return plan_bytes(report.layer_bytes, report.other_bytes, keep, own, quantized=quantized)
+    return plan_bytes(report.layer_bytes, report.other_bytes, keep, others, quantized=quantized)
 
 
 def row_choice(report: SweepReport, row: SweepRow) -> Choice:
-    """What a row of a sweep gives its units; under `quantize` all others keep 16 bit."""
+    """Return what a row of a sweep gives its units; under `quantize` all others keep 16 bit."""
     if row.mode == "quantize-one":
         return {unit: "fp16" for unit in report.units if unit not in row.units}
     assert row.precision is not None or not row.units
@@ -70,16 +71,16 @@ def row_choice(report: SweepReport, row: SweepRow) -> Choice:
 
 
 def priced_units(report: SweepReport) -> tuple[str, ...]:
-    """The units of a sweep whose bytes are known: those that a checkpoint can hold in another precision."""
+    """Return the units of a sweep whose bytes are known: those that a checkpoint can hold in another precision."""
     return tuple(unit for unit in report.units if has_bytes(report.layer_bytes, unit))
 
 
 def describe_overrides(plan: ProtectionPlan) -> str:
-    """What a plan gives single layers and units, in words: `layers 3, 5 in 8 bit; 7.down in 16 bit`. Empty if none."""
+    """Write what a plan gives single layers and units: `layers 3, 5 in 8 bit; 7.down in 16 bit`. Empty if none."""
     groups: dict[tuple[Precision, bool], list[str]] = {}
     for name, precision in plan.overrides.items():
-        place = name.removeprefix("layers.")
-        groups.setdefault((precision, place.isdigit()), []).append(place)
+        unit = Unit.parse(name)
+        groups.setdefault((precision, unit.group is None), []).append(unit.short)
     return "; ".join(
         f"{'' if not whole else 'layer ' if len(places) == 1 else 'layers '}{', '.join(places)} in "
         f"{bits_of_precision(precision)} bit"
@@ -97,16 +98,16 @@ def _assemble(
     layer_bytes: LayerBytes,
     other_bytes: int,
 ) -> ProtectionPlan:
-    keep, own = layers_and_overrides(choice)
+    keep, others = layers_and_overrides(choice)
     quantized = precision_of_bits(grid.bits)
     floor = plan_bytes(layer_bytes, other_bytes, ())
-    extra = plan_bytes(layer_bytes, other_bytes, keep, own, quantized=quantized) - floor
+    extra = plan_bytes(layer_bytes, other_bytes, keep, others, quantized=quantized) - floor
     whole: dict[str, Precision] = {
-        f"layers.{i}": "fp16" if i in keep else quantized for i in range(len(layer_bytes["fp16"]))
+        str(Unit(i)): "fp16" if i in keep else quantized for i in range(len(layer_bytes["fp16"]))
     }
     return ProtectionPlan(
         model=model,
-        units=whole | own,
+        units=whole | others,
         grid=grid,
         source=source,
         reasons=reasons,

@@ -12,7 +12,7 @@ from quant_fairness_plugin.statistics.synergy import EvaluatedSets
 
 
 def frontier_of(report: SweepReport, *, draws: int = 2000) -> Frontier:
-    """All plans of a sweep whose bytes are known.
+    """Return all plans of a sweep whose bytes are known.
 
     Args:
         report: the sweep.
@@ -29,7 +29,7 @@ def frontier_of(report: SweepReport, *, draws: int = 2000) -> Frontier:
 
 
 def frontier_json(frontier: Frontier, report: SweepReport) -> str:
-    """The JSON document of a frontier, `schema_version` first."""
+    """Return the JSON document of a frontier, `schema_version` first."""
     head = {"schema_version": 1, "kind": "frontier", "provenance": asdict(report.provenance)}
     rows = [asdict(row) | {"on_frontier": row.on_frontier} for row in frontier.rows]
     return json.dumps(head | {"rows": rows}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"

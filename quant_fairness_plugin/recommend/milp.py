@@ -15,7 +15,6 @@ from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.measure.metrics import Array
 
-Goal = Literal["worst", "mean"]
 TIE = 1e-6
 """Damages count as equal within this share of the largest one: the solver's integers are exact to 1e-6."""
 SPAN = 1e3
@@ -23,13 +22,13 @@ SPAN = 1e3
 WHOLE = 1e5
 """Up to this size, rows of bytes are given to the solver as integers, in which no byte can hide in its tolerance."""
 NODES = 200
-"""Where the search for a proof ends. A count, not seconds: the answer is the same on a slow machine."""
+"""Where the search for a proof ends. A count, not seconds: the result is the same on a slow machine."""
 NODE_LIMIT_REACHED = 1  # scipy.optimize.milp's status
 ATTEMPTS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Selection:
     """One choice."""
 
     picked: tuple[int, ...]
@@ -56,7 +55,8 @@ class Problem:
     """[rows, languages]: the objective is the largest row of `rows · damage` (one row for a mean)."""
     mean: Array
     """[languages], sums to 1: the last tie-break."""
-    objective: Goal
+    objective: str
+    """Its name."""
 
     @property
     def tie(self) -> float:
@@ -71,39 +71,39 @@ class Problem:
     @property
     def by_unit(self) -> dict[str, list[int]]:
         """Unit → its cells."""
-        found: dict[str, list[int]] = {}
+        cells: dict[str, list[int]] = {}
         for i, (unit, _) in enumerate(self.cells):
-            found.setdefault(unit, []).append(i)
-        return found
+            cells.setdefault(unit, []).append(i)
+        return cells
 
     def damage(self, picked: tuple[int, ...]) -> Array:
-        """Predicted damage of a choice: [languages]."""
+        """Return the predicted damage of a choice: [languages]."""
         total: Array = self.base + self.harm[:, list(picked)].sum(axis=1)
         return total
 
     def solve(
         self, minimise: Literal["value", "bytes", "mean"], *, max_bytes: int | None = None, max_value: float = math.inf
-    ) -> Found | None:
-        """The best choice, its bytes counted again in integers; None where there is none."""
+    ) -> Selection | None:
+        """Return the best choice, its bytes counted again in integers; None where there is none."""
         limit = max_bytes
         for _ in range(ATTEMPTS):
-            found = self._solve(minimise, limit, max_value)
-            if found is None or max_bytes is None or limit is None or found.bytes_ <= max_bytes:
-                return found
+            selection = self._solve(minimise, limit, max_value)
+            if selection is None or max_bytes is None or limit is None or selection.bytes_ <= max_bytes:
+                return selection
             # The solver's rows are exact to 1e-7 of their scale, which can be some bytes of a large model.
-            limit -= found.bytes_ - max_bytes
+            limit -= selection.bytes_ - max_bytes
         return None
 
     @property
-    def smallest(self) -> Found:
+    def smallest(self) -> Selection:
         """The choice with the fewest bytes, the least harmful of equals; nothing is said about its value."""
         picked = tuple(
             min(cells, key=lambda cell: (self.sizes[cell], float((self.rows @ self.harm)[:, cell].max())))
             for cells in self.by_unit.values()
         )
-        return Found(picked, self.fewest_bytes, float((self.rows @ self.damage(picked)).max()), 1.0)
+        return Selection(picked, self.fewest_bytes, float((self.rows @ self.damage(picked)).max()), 1.0)
 
-    def _solve(self, minimise: str, max_bytes: int | None, max_value: float) -> Found | None:
+    def _solve(self, minimise: str, max_bytes: int | None, max_value: float) -> Selection | None:
         """One call of the solver. The variables are the cells (0 or 1) and the objective's value, last."""
         cells, units = len(self.cells), list(self.by_unit.values())
         per_damage = SPAN / (float(np.abs(self.harm).max()) or 1.0)
@@ -112,24 +112,24 @@ class Problem:
             "bytes": np.append(self._extra_bytes(), 0.0),
             "mean": np.append(per_damage * (self.mean @ self.harm), 0.0),
         }[minimise]
-        answer = _search(
+        result = _search(
             costs,
             Bounds(np.append(np.zeros(cells), -np.inf), np.append(np.ones(cells), per_damage * max_value)),
             self._rules(per_damage, max_bytes),
         )
-        if answer.x is None:
+        if result.x is None:
             return None
-        picked = tuple(own[int(np.argmax(answer.x[own]))] for own in units)
+        picked = tuple(cells_of[int(np.argmax(result.x[cells_of]))] for cells_of in units)
         value = float((self.rows @ self.damage(picked)).max())
-        gap = 0.0 if answer.status == 0 else min(1.0, float(answer.mip_gap))
-        return Found(picked, sum(self.sizes[cell] for cell in picked), value, gap)
+        gap = 0.0 if result.status == 0 else min(1.0, float(result.mip_gap))
+        return Selection(picked, sum(self.sizes[cell] for cell in picked), value, gap)
 
     def _rules(self, per_damage: float, max_bytes: int | None) -> list[LinearConstraint]:
         """One cell per unit; every row of the objective below its value; the budget, if there is one."""
         units = list(self.by_unit.values())
         one_each = np.zeros((len(units), len(self.cells) + 1))
-        for row, own in enumerate(units):
-            one_each[row, own] = 1.0
+        for row, cells_of in enumerate(units):
+            one_each[row, cells_of] = 1.0
         below = np.hstack([per_damage * (self.rows @ self.harm), np.full((len(self.rows), 1), -1.0)])
         rules = [
             LinearConstraint(one_each, 1.0, 1.0),
@@ -158,11 +158,11 @@ class Problem:
 
 
 def _search(costs: Array, bounds: Bounds, rules: list[LinearConstraint]) -> OptimizeResult:
-    """Look for the optimum up to `NODES`; on, where until then nothing at all was found."""
+    """Look for the optimum up to `NODES`, and further where there is no solution at all by then."""
     integrality = np.append(np.ones(len(costs) - 1), 0.0)
     for limits in ({"node_limit": NODES}, {}):
         options = {"mip_rel_gap": 0.0, **limits}
-        answer = milp(costs, integrality=integrality, bounds=bounds, constraints=rules, options=options)
-        if answer.x is not None or answer.status != NODE_LIMIT_REACHED:
+        result = milp(costs, integrality=integrality, bounds=bounds, constraints=rules, options=options)
+        if result.x is not None or result.status != NODE_LIMIT_REACHED:
             break
-    return answer
+    return result

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import Measurement, TextSet, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Measurement, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.measurement import measure_states
 from quant_fairness_plugin.measure.metrics import percent_change
@@ -110,7 +110,6 @@ def _measure_simulated(
         tokenizer,
         texts.part("confirm"),
         part="confirm",
-        vocabulary=model.config.vocab_size,
         provenance=lambda given: provenance(loaded.files, texts, seed=0, arguments=given),
-        reference=reference,
+        bootstrap=Bootstrap(reference),
     ).measurements[SIMULATED]

@@ -1,7 +1,6 @@
 """Which evaluated plans are worth their bytes: the frontier of bytes, worst-language harm and mean harm.
 
-Step 4 (sweep). Takes each plan's bytes and both harms, resample by resample (`plan_series`); returns one row per plan.
-Needs no model.
+Takes each plan's bytes and both harms, resample by resample (`plan_series`); returns one row per plan.
 """
 
 from __future__ import annotations
@@ -11,15 +10,14 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from quant_fairness_plugin.artifacts import Frontier, FrontierRow, Number, Undefined
+from quant_fairness_plugin.artifacts import Frontier, FrontierRow, Undefined
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.measure.intervals import interval
 from quant_fairness_plugin.measure.metrics import Array, significant
-from quant_fairness_plugin.statistics.series import Series, check_lengths
+from quant_fairness_plugin.statistics.series import Series, check_lengths, number_of
 
 
 def pareto_frontier(bytes_: Mapping[str, int], worst: Mapping[str, Series], mean: Mapping[str, Series]) -> Frontier:
-    """The plans by bytes, each with its harms, what dominates it, and how sure its place is.
+    """Return the plans by bytes, each with its harms, what dominates it, and how sure its place is.
 
     A plan without figures (it collapsed) dominates nothing and is on no frontier. Plans with equal figures do not
     dominate each other.
@@ -50,11 +48,11 @@ def _dominating(
         return {}
     sizes = np.array([bytes_[plan] for plan in known])[:, None]
     first, second = (np.stack([_values(harm[plan]) for plan in known]) for harm in (worst, mean))
-    found: dict[str, NDArray[np.bool_]] = {}
+    dominating: dict[str, NDArray[np.bool_]] = {}
     for i, plan in enumerate(known):
         nowhere_worse = (sizes <= sizes[i]) & (first <= first[i]) & (second <= second[i])
-        found[plan] = nowhere_worse & ((sizes < sizes[i]) | (first < first[i]) | (second < second[i]))
-    return found
+        dominating[plan] = nowhere_worse & ((sizes < sizes[i]) | (first < first[i]) | (second < second[i]))
+    return dominating
 
 
 def _row(
@@ -74,8 +72,8 @@ def _row(
     return FrontierRow(
         plan=plan,
         bytes_=bytes_[plan],
-        worst=_number(worst[plan]),
-        mean=_number(mean[plan]),
+        worst=number_of(worst[plan]),
+        mean=number_of(mean[plan]),
         dominated_by=by,
         on_frontier_probability=probability,
     )
@@ -83,10 +81,6 @@ def _row(
 
 def _order(row: FrontierRow) -> tuple[int, float, str]:
     return row.bytes_, float("inf") if isinstance(row.worst, Undefined) else row.worst.estimate, row.plan
-
-
-def _number(series: Series) -> Number:
-    return series if isinstance(series, Undefined) else interval(series)
 
 
 def _values(series: Series) -> Array:

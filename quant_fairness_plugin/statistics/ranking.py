@@ -1,4 +1,4 @@
-"""Orders units by what protecting them is worth, and says how far the order can be trusted. Needs no model.
+"""Orders units by what protecting them is worth, and says how stable the order is.
 
 Takes per-sentence scores; returns a `Ranking`. The first unit is the one most worth protecting: under `protect-one`
 the plan that protects it has the lowest objective, under `quantize-one` the plan that quantizes it the highest.
@@ -7,17 +7,19 @@ the plan that protects it has the lowest objective, under `quantize-one` the pla
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from scipy.stats import kendalltau
 
-from quant_fairness_plugin.artifacts import LanguageDamage, Mode, Objective, Ranking, StateScores, Undefined
-from quant_fairness_plugin.measure.damage import RELATIVE_OBJECTIVES, objective_draws, supported_languages
+from quant_fairness_plugin.artifacts import Bootstrap, LanguageDamage, Mode, Ranking, StateScores, Undefined
+from quant_fairness_plugin.measure.damage import count_sentences, objective_draws, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
+from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.plans.plan_set import BASELINE, plan_name
 
-# A unit counts as reliably chosen where more than half of the resamples choose it, too.
+# A unit is reliably among the first where more than half of the resamples choose it, too.
 TOP_PROBABILITY = 0.5
 # Then either the two halves of the sentences must agree on the whole order better than chance (one-sided test of
 # Kendall's τ), or nearly all resamples must choose the same units, however the others are ordered.
@@ -31,13 +33,11 @@ def rank_units(
     *,
     units: Sequence[str],
     mode: Mode,
-    objective: Objective,
-    reference: str | None,
+    objective: str,
     top: int,
-    draws: int,
-    seed: int,
+    bootstrap: Bootstrap,
 ) -> Ranking | Undefined:
-    """The units from most to least worth protecting.
+    """Return the units from most to least worth protecting.
 
     Args:
         scores: per-sentence scores of the 16-bit state and of the plan of every unit.
@@ -45,41 +45,38 @@ def rank_units(
         units: what to rank, by full name.
         mode: which plans to rank by.
         objective: what to rank by.
-        reference: needed by `excess` and `disparity`.
         top: the stability figures are about the first `top` units.
-        draws: bootstrap resamples.
-        seed: of the resamples.
+        bootstrap: resamples of the sentences, and the reference of objectives that need one.
 
     Returns:
         The ranking, or `Undefined` where a plan's objective is: no language is supported, one collapsed, or a
         denominator is not above 0.
+
+    Raises:
+        ConfigError: an unknown objective.
     """
     plans = [plan_name(mode, [unit]) for unit in units]
     languages = supported_languages(damage[plans[0]])
-    if problem := _problem(damage, plans, languages, objective, reference):
+    if problem := _problem(damage, plans, languages) or _lacks_reference(objective, languages, bootstrap.reference):
         return Undefined(problem)
-    resamples = Resamples(_sentences(scores), draws, seed)
+    baseline = scores[BASELINE]
+    resamples = Resamples.of(bootstrap, count_sentences(baseline))
     weights = np.vstack([resamples.weights, _halves(resamples.sentences)])
+    draws = partial(objective_draws, baseline, languages=languages, objective=objective, weights=weights)
     # [1 + draws + 2, units], turned so that low is always "most worth protecting"
-    values = np.column_stack(
-        [
-            objective_draws(
-                scores[BASELINE], scores[plan], languages, objective=objective, reference=reference, weights=weights
-            )
-            for plan in plans
-        ]
-    ) * (1.0 if mode == "protect-one" else -1.0)
+    values = np.column_stack([draws(scores[plan], reference=bootstrap.reference) for plan in plans])
     if np.isnan(values).any():
         return Undefined(f"{objective} is undefined for some resamples: the reference language did not clearly lose")
-    return _ranking(objective, units, values, min(top, len(units) - 1))
+    sign = 1.0 if mode == "protect-one" else -1.0
+    return _ranking(objective, units, sign * values, min(top, len(units) - 1))
 
 
-def _ranking(objective: Objective, units: Sequence[str], values: Array, top: int) -> Ranking:
+def _ranking(objective: str, units: Sequence[str], values: Array, top: int) -> Ranking:
     """The ranking by `values` `[1 + draws + 2, units]`: the estimate, each resample, and the two halves."""
     estimates, drawn, halves = values[0], values[1:-2], values[-2:]
     order = np.argsort(estimates, kind="stable")
-    chosen = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable") < top
-    probability = chosen.mean(axis=0)
+    among_first = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable") < top
+    probability = among_first.mean(axis=0)
     agreement = kendalltau(halves[0], halves[1], alternative="greater")
     tau = None if np.isnan(agreement.statistic) else round(float(agreement.statistic), 4)
     weakest = float(probability[order[:top]].min())
@@ -98,28 +95,22 @@ def _ranking(objective: Objective, units: Sequence[str], values: Array, top: int
     )
 
 
-def _problem(
-    damage: Mapping[str, Sequence[LanguageDamage]],
-    plans: Sequence[str],
-    languages: Sequence[str],
-    objective: Objective,
-    reference: str | None,
-) -> str:
+def _problem(damage: Mapping[str, Sequence[LanguageDamage]], plans: Sequence[str], languages: Sequence[str]) -> str:
     if not languages:
         return "the 16-bit model supports none of the languages, or all collapsed"
     for plan in plans:
         if collapsed := [row.language for row in damage[plan] if row.status == "collapsed"]:
             return f"plan {plan!r} collapsed in {', '.join(collapsed)}"
-    if objective in RELATIVE_OBJECTIVES and (reference not in languages or len(languages) < 2):
-        return f"{objective} needs a supported reference language and another one; the reference is {reference}"
     return ""
+
+
+def _lacks_reference(objective: str, languages: Sequence[str], reference: str | None) -> str:
+    if not find_objective(objective).problem(languages, reference):
+        return ""
+    return f"{objective} needs a supported reference language and another one; the reference is {reference}"
 
 
 def _halves(sentences: int) -> Array:
     """Two 0/1 rows that split the sentences alternately: [2, sentences]."""
     even = (np.arange(sentences) % 2 == 0).astype(np.float64)
     return np.stack([even, 1.0 - even])
-
-
-def _sentences(scores: Mapping[str, StateScores]) -> int:
-    return len(next(iter(scores[BASELINE].languages.values())).tokens)

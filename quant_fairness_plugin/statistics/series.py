@@ -1,7 +1,6 @@
 """An objective of many plans under the same resamples of the sentences: what every comparison of plans starts from.
 
-Step 4 (sweep). Takes per-sentence scores, returns one series per plan: the estimate first, then one value per draw.
-Needs no model.
+Takes per-sentence scores; returns one series per plan: the estimate first, then one value per draw.
 """
 
 from __future__ import annotations
@@ -11,10 +10,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from quant_fairness_plugin.artifacts import Objective, StateScores, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Number, StateScores, Undefined
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.measure.damage import objective_draws
-from quant_fairness_plugin.measure.intervals import Resamples, benjamini_hochberg, p_values
+from quant_fairness_plugin.measure.damage import count_sentences, objective_draws
+from quant_fairness_plugin.measure.intervals import Resamples, benjamini_hochberg, interval, p_values
 from quant_fairness_plugin.measure.metrics import Array, significant
 from quant_fairness_plugin.plans.plan_set import BASELINE
 
@@ -30,50 +29,64 @@ def plan_series(
     plans: Iterable[str],
     languages: Sequence[str],
     *,
-    objective: Objective,
-    reference: str | None,
+    objective: str,
+    bootstrap: Bootstrap,
     collapsed: Mapping[str, Sequence[str]] | None = None,
-    draws: int = 2000,
-    seed: int = 0,
 ) -> dict[str, Series]:
-    """The objective of each plan, all under the same resamples, so that differences between plans are paired.
+    """Return the objective of each plan, all under the same resamples, so that differences between plans are paired.
 
     Args:
         scores: per-sentence scores of the 16-bit state and of every plan.
         plans: names of the plans to compare.
         languages: those that count; the same for all plans.
         objective: lower is better.
-        reference: needed by `excess` and `disparity`.
+        bootstrap: resamples of the sentences, and the reference of objectives that need one.
         collapsed: plan → languages that collapsed under it; such a plan has no value.
-        draws: bootstrap resamples of the sentences.
-        seed: of the resamples.
 
     Raises:
         ConfigError: a plan without scores.
     """
-    weights = Resamples(_sentences(scores), draws, seed).weights
-    found: dict[str, Series] = {}
-    for plan in plans:
+    if BASELINE not in scores:
+        raise ConfigError(f"no scores of the {BASELINE!r} state, which damage is measured against; score it, too")
+    baseline = scores[BASELINE]
+    weights = Resamples.of(bootstrap, count_sentences(baseline)).weights
+
+    def series(plan: str) -> Series:
         if plan not in scores:
             raise ConfigError(f"plan {plan!r} was not scored; there are {', '.join(scores)}")
         if lost := (collapsed or {}).get(plan):
-            found[plan] = Undefined(f"{plan!r} collapsed in {', '.join(lost)}")
-            continue
+            return Undefined(f"{plan!r} collapsed in {', '.join(lost)}")
         values = objective_draws(
-            scores[BASELINE], scores[plan], languages, objective=objective, reference=reference, weights=weights
+            baseline, scores[plan], languages, objective=objective, reference=bootstrap.reference, weights=weights
         )
         unclear = bool(np.isnan(values).any())
-        found[plan] = Undefined(f"{objective} of {plan!r} is undefined in some resamples") if unclear else values
-    return found
+        return Undefined(f"{objective} of {plan!r} is undefined in some resamples") if unclear else values
+
+    return {plan: series(plan) for plan in plans}
+
+
+def number_of(series: Series) -> Number:
+    """Return the estimate with its interval, or the reason why there is none."""
+    return series if isinstance(series, Undefined) else interval(series)
+
+
+def difference(first: Series, second: Series) -> Series:
+    """Return the first minus the second, resample by resample; undefined where one of them is."""
+    if isinstance(first, Undefined):
+        return first
+    if isinstance(second, Undefined):
+        return second
+    values: Array = first - second
+    return values
 
 
 def adjusted_p_values(series: Mapping[Key, Series]) -> dict[Key, float]:
-    """Two-sided p-values of 0, Benjamini-Hochberg adjusted over the series with a value; the others are absent."""
+    """Return two-sided p-values of 0, Benjamini-Hochberg adjusted over the series with a value, for these only."""
     known = {key: value for key, value in series.items() if not isinstance(value, Undefined)}
     if not known:
         return {}
-    found = p_values(np.column_stack([value[1:] for value in known.values()]))
-    return {key: significant(p) for key, p in zip(known, benjamini_hochberg(found.tolist()), strict=True)}
+    raw = p_values(np.column_stack([value[1:] for value in known.values()]))
+    return {key: significant(p) for key, p in zip(known, benjamini_hochberg(raw.tolist()), strict=True)}
 
 
 def check_lengths(series: Sequence[Series]) -> None:
@@ -87,9 +100,3 @@ def check_lengths(series: Sequence[Series]) -> None:
         raise ConfigError(
             f"series of {', '.join(map(str, lengths))} values: give every plan the same resamples, the estimate first"
         )
-
-
-def _sentences(scores: Mapping[str, StateScores]) -> int:
-    if BASELINE not in scores:
-        raise ConfigError(f"no scores of the {BASELINE!r} state, which damage is measured against; score it, too")
-    return len(next(iter(scores[BASELINE].languages.values())).tokens)

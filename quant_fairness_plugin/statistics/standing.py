@@ -1,6 +1,6 @@
-"""Where a plan stands among controls at equal bytes, in numbers and in one sentence. Needs no model.
+"""Where a plan stands among controls at equal bytes, in numbers and in one sentence.
 
-Step 4 (sweep). Takes the objective of plans, resample by resample (`plan_series`), all lower is better.
+Takes the objective of plans, resample by resample (`plan_series`), all lower is better.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from quant_fairness_plugin.artifacts import Comparison, Interval, Outcome, Stand
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval
 from quant_fairness_plugin.measure.metrics import Array, significant
-from quant_fairness_plugin.statistics.series import ALPHA, Series, adjusted_p_values, check_lengths
+from quant_fairness_plugin.statistics.series import ALPHA, Series, adjusted_p_values, check_lengths, difference
 
 
 def percentile_of(value: float, random_values: Sequence[float], *, over_sentences: Interval | None = None) -> Standing:
-    """Where a value stands among random plans, with how far so few of them can tell.
+    """Return where a value stands among random plans, with how far so few of them can tell.
 
     Args:
         value: objective of the plan; lower is better.
         random_values: of the random plans; infinite for one that collapsed.
-        over_sentences: to be kept beside it.
+        over_sentences: the same under resampled sentences, for the record.
 
     Raises:
         ConfigError: no random plan, or a value that is not a number.
@@ -47,7 +47,7 @@ def percentile_of(value: float, random_values: Sequence[float], *, over_sentence
 
 
 def standing_of(plan: Array, random_plans: Mapping[str, Series]) -> Standing | Undefined:
-    """`percentile_of` with the doubt about the sentences beside it.
+    """Return `percentile_of` with the doubt about the sentences beside it.
 
     Args:
         plan: `[1 + draws]`, the estimate first.
@@ -68,7 +68,7 @@ def standing_of(plan: Array, random_plans: Mapping[str, Series]) -> Standing | U
 
 
 def compare_with(plan: Array, controls: Mapping[str, Series]) -> tuple[Comparison, ...]:
-    """The plan against every control, paired sentence by sentence.
+    """Compare the plan with every control, paired sentence by sentence.
 
     Args:
         plan: `[1 + draws]`, the estimate first.
@@ -78,16 +78,14 @@ def compare_with(plan: Array, controls: Mapping[str, Series]) -> tuple[Compariso
         ConfigError: series of unequal length.
     """
     check_lengths([plan, *controls.values()])
-    differences: dict[str, Series] = {
-        name: other if isinstance(other, Undefined) else other - plan for name, other in controls.items()
-    }
+    differences = {name: difference(other, plan) for name, other in controls.items()}
     adjusted = adjusted_p_values(differences)
-    return tuple(_comparison(name, difference, adjusted.get(name)) for name, difference in differences.items())
+    return tuple(_comparison(name, rise, adjusted.get(name)) for name, rise in differences.items())
 
 
 def verdict(plan: str, standing: Standing | Undefined, comparisons: Sequence[Comparison]) -> str:
-    """One sentence on what the plan is worth against plans that needed no search, and where it does not beat them."""
-    said = [_against_random(plan, standing)]
+    """Say in one sentence what the plan is worth against plans that needed no search, and which it does not beat."""
+    clauses = [_against_random(plan, standing)]
     groups: dict[Outcome, str] = {
         "better": "is worse than",
         "not beaten": "does NOT measurably beat",
@@ -96,8 +94,8 @@ def verdict(plan: str, standing: Standing | Undefined, comparisons: Sequence[Com
     }
     for outcome, words in groups.items():
         if names := [row.control for row in comparisons if row.outcome == outcome]:
-            said.append(f"it {words} {', '.join(names)}")
-    return "; ".join(said)
+            clauses.append(f"it {words} {', '.join(names)}")
+    return "; ".join(clauses)
 
 
 def _against_random(plan: str, standing: Standing | Undefined) -> str:
@@ -111,14 +109,15 @@ def _against_random(plan: str, standing: Standing | Undefined) -> str:
     return f"{plan} {where}, {'better than chance' if beats else 'which is NOT better than chance'}"
 
 
-def _comparison(name: str, difference: Series, p: float | None) -> Comparison:
-    if isinstance(difference, Undefined) or p is None:
-        reason = difference if isinstance(difference, Undefined) else Undefined("no p-value")
+def _comparison(name: str, rise: Series, p: float | None) -> Comparison:
+    """The comparison with a control, from its objective minus the plan's."""
+    if isinstance(rise, Undefined) or p is None:
+        reason = rise if isinstance(rise, Undefined) else Undefined("no p-value")
         return Comparison(control=name, difference=reason, adjusted_p=None, outcome="undefined")
-    found = interval(difference)
-    clear = p < ALPHA and found.estimate != 0
-    outcome: Outcome = "not beaten" if not clear else "beaten" if found.estimate > 0 else "better"
-    return Comparison(control=name, difference=found, adjusted_p=p, outcome=outcome)
+    number = interval(rise)
+    clear = p < ALPHA and number.estimate != 0
+    outcome: Outcome = "not beaten" if not clear else "beaten" if number.estimate > 0 else "better"
+    return Comparison(control=name, difference=number, adjusted_p=p, outcome=outcome)
 
 
 def _exact_interval(least: int, most: int, n: int) -> tuple[float, float]:

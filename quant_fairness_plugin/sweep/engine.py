@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 from quant_fairness_plugin.artifacts import (
     Bootstrap,
@@ -16,7 +16,6 @@ from quant_fairness_plugin.artifacts import (
     Grid,
     LanguageDamage,
     Mode,
-    Objective,
     Precision,
     Ranking,
     SearchRecord,
@@ -32,6 +31,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.errors import QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
+from quant_fairness_plugin.measure.objectives import OBJECTIVES
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.costs import count_bytes
@@ -164,7 +164,8 @@ def _support(loaded: LoadedModel, texts: TextSet, score: Scorer) -> dict[str, St
     """
     baseline = score({}, texts)[BASELINE]
     vocabulary = loaded.model.config.vocab_size
-    rows = measure_damage(baseline, baseline, texts, reference=None, vocabulary=vocabulary, draws=MINIMUM_DRAWS)
+    few = Bootstrap(reference=None, draws=MINIMUM_DRAWS)
+    rows = measure_damage(baseline, baseline, texts, vocabulary=vocabulary, bootstrap=few)
     if not supported_languages(rows):
         raise QualityGateError(
             f"the 16-bit model supports none of {', '.join(texts.languages)} ({rows[0].reason}); sweep a trained model"
@@ -214,15 +215,15 @@ class _Judge:
 
     def row(self, plan: Plan) -> SweepRow:
         """Return a plan's damage and objectives."""
-        baseline, state, by = self.scores[BASELINE], self.scores[plan.name], self._bootstrap
-        damage = measure_damage(baseline, state, self.texts, vocabulary=self.vocabulary, **by)
+        baseline, state = self.scores[BASELINE], self.scores[plan.name]
+        damage = measure_damage(baseline, state, self.texts, vocabulary=self.vocabulary, bootstrap=self.bootstrap)
         return SweepRow(
             plan=plan.name,
             mode=plan.mode,
             units=plan.units,
             precision=None if plan.mode is None else plan.precision if plan.mode == "protect-one" else self.quantized,
             damage=damage,
-            objectives=objective_values(baseline, state, damage, **by),
+            objectives=objective_values(baseline, state, damage, bootstrap=self.bootstrap),
         )
 
     def rankings(
@@ -238,20 +239,15 @@ class _Judge:
                 mode=mode,
                 objective=objective,
                 top=top,
-                **self._bootstrap,
+                bootstrap=self.bootstrap,
             )
             for mode in modes
-            for objective in get_args(Objective)
+            for objective in OBJECTIVES
         }
 
     def sets(self, rows: Sequence[SweepRow], languages: tuple[str, ...]) -> EvaluatedSets:
         """Return the sets of units that were evaluated, for tests of what they do together."""
-        by = self.bootstrap
-        return EvaluatedSets(rows=rows, scores=self.scores, languages=languages, draws=by.draws, seed=by.seed)
-
-    @property
-    def _bootstrap(self) -> dict[str, Any]:
-        return {"reference": self.bootstrap.reference, "draws": self.bootstrap.draws, "seed": self.bootstrap.seed}
+        return EvaluatedSets(rows=rows, scores=self.scores, languages=languages, bootstrap=self.bootstrap)
 
 
 def _report(

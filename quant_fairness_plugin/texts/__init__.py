@@ -1,4 +1,4 @@
-"""Step 2 of the flow: a source of sentences in, a checked `TextSet` out. Nothing here imports torch.
+"""A source of sentences in, a checked `TextSet` out. Nothing here imports torch.
 
 `load.py` is the entry; `sources.py` and `hub.py` read one kind of source each, `sentences.py` checks one sentence,
 `languages.py` brings language tags to one spelling, `parts.py` splits a set into calibrate / search / confirm.

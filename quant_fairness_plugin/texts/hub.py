@@ -21,7 +21,7 @@ def read_dataset(source: str) -> RawTexts:
 
     Raises:
         MissingExtraError: the extra is not installed.
-        ConfigError: no name, no such split, several splits and none chosen, or more than `MAX_ROWS` rows.
+        ConfigError: no name, no such split, several splits and none named, or more than `MAX_ROWS` rows.
         ExternalServiceError: the dataset could not be fetched.
         ArtifactError: a text is empty or damaged, or the columns are not parallel.
         UnknownLanguageError: a column is not named by a language.

@@ -14,11 +14,11 @@ _NO_LANGUAGE = frozenset({"und", "mul", "mis", "zxx"})
 
 
 def normalise_language(tag: str) -> str:
-    """The shortest standard spelling of a language tag.
+    """Return the shortest standard spelling of a language tag.
 
     Deprecated and ISO 639-2/3 codes become the current BCP 47 tag (`iw` and `heb` are `he`, `arb` is `ar`, `cmn` is
     `zh`); a script or region that is the likely one anyway is dropped (`zh-Hans` is `zh`, `en-US` is `en`), any other
-    is kept (`zh-TW` is `zh-Hant`, `sr-Latn`, `pt-PT`). Macro-languages stay what they are: `no` is not `nb`.
+    is preserved (`zh-TW` is `zh-Hant`, `sr-Latn`, `pt-PT`). Macro-languages stay what they are: `no` is not `nb`.
 
     Args:
         tag: a BCP 47 tag or an ISO 639 code, upper or lower case, with `-` or `_`; outer spaces are ignored.
@@ -46,7 +46,7 @@ def normalise_language(tag: str) -> str:
 def choose_languages(
     held: Sequence[str], *, languages: Sequence[str] | None, reference: str | None, source: str
 ) -> tuple[str, ...]:
-    """The languages to load, in the order in which they were asked for (all that are held where none were).
+    """Return the languages to load, in the order requested (all that are held where none are named).
 
     Args:
         held: normalised tags of the text set.
@@ -58,34 +58,34 @@ def choose_languages(
         UnknownLanguageError: a tag is no language, or one that the set does not hold.
         ConfigError: no language, one named twice, one string instead of a list, or the reference is not among them.
     """
-    chosen = tuple(held) if languages is None else _requested(languages)
-    if absent := [language for language in chosen if language not in held]:
+    requested = tuple(held) if languages is None else _requested(languages)
+    if absent := [language for language in requested if language not in held]:
         raise UnknownLanguageError(
             f"text set {source} has no sentences in {', '.join(absent)}; it holds {', '.join(held)}. "
             "Choose among these, or give a text set that has the language."
         )
-    if reference is not None and normalise_language(reference) not in chosen:
+    if reference is not None and normalise_language(reference) not in requested:
         raise ConfigError(
-            f"reference language {reprlib.repr(reference)} is not among the languages {', '.join(chosen)}. "
+            f"reference language {reprlib.repr(reference)} is not among the languages {', '.join(requested)}. "
             "Add it to them, or choose another: --reference LANG|none (reference=None in code)."
         )
-    return chosen
+    return requested
 
 
 def _requested(languages: Sequence[str]) -> tuple[str, ...]:
     if isinstance(languages, str):
         raise ConfigError(f"languages is the string {reprlib.repr(languages)}; give a list, such as ['en', 'he']")
-    chosen = tuple(normalise_language(tag) for tag in languages)
-    if not chosen:
+    requested = tuple(normalise_language(tag) for tag in languages)
+    if not requested:
         raise ConfigError("the list of languages is empty; name at least one, or leave it out for all of the text set")
-    if twice := sorted({language for language in chosen if chosen.count(language) > 1}):
-        raise ConfigError(f"language {', '.join(twice)} is asked for more than once; name each language once")
-    return chosen
+    if twice := sorted({language for language in requested if requested.count(language) > 1}):
+        raise ConfigError(f"language {', '.join(twice)} is listed more than once; name each language once")
+    return requested
 
 
 def _no_language(tag: object) -> UnknownLanguageError:
     return UnknownLanguageError(
-        f"{reprlib.repr(tag)} is not the tag of a language; allowed are BCP 47 tags and ISO 639 codes. "
+        f"{reprlib.repr(tag)} is not the tag of a language; use BCP 47 tags or ISO 639 codes. "
         "Write for example en, he, zh or zh-Hant."
     )
 

@@ -29,7 +29,7 @@ def load_texts(
 
     Sentences are brought to Unicode NFC; rows that repeat an earlier one are left out, with their number in the log.
     A set without parts is split by `split_parts`. The checksum covers ids, parts, registers and the sentences of the
-    chosen languages, not where they came from.
+    languages loaded, not where they came from.
 
     Args:
         source: `bundled`; a `.json` file `{lang: text or [texts]}`; a `.jsonl` file of `{"id", "part", "register",
@@ -53,10 +53,10 @@ def load_texts(
         ('en', 'he')
     """
     name, raw = _read(source)
-    chosen = choose_languages(tuple(raw.sentences), languages=languages, reference=reference, source=name)
+    tags = choose_languages(tuple(raw.sentences), languages=languages, reference=reference, source=name)
     raw = drop_repeated(raw, name)
     parts = raw.parts or split_parts(len(raw.ids), raw.registers, _SPLIT_SEED)
-    sentences = {language: raw.sentences[language] for language in chosen}
+    sentences = {language: raw.sentences[language] for language in tags}
     content = {"ids": raw.ids, "parts": parts, "registers": raw.registers, "sentences": sentences}
     return TextSet(
         name=name,
@@ -112,9 +112,9 @@ def _bundled_content(path: Path) -> bytes:
         raise ArtifactError(
             f"{path}: the bundled text set or its checksum cannot be read ({err}); install again"
         ) from err
-    found = hashlib.sha256(content).hexdigest()
-    if stored != [found]:
+    actual = hashlib.sha256(content).hexdigest()
+    if stored != [actual]:
         raise ArtifactError(
-            f"{path}: altered, its sha256 is {found} instead of the one stored beside it; install again"
+            f"{path}: altered, its sha256 is {actual} instead of the one stored beside it; install again"
         )
     return content

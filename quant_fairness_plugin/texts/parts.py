@@ -13,7 +13,7 @@ SMALLEST_SPLIT = 20
 
 
 def split_parts(n: int, registers: Sequence[str], seed: int) -> tuple[Part, ...]:
-    """The part of each of `n` sentences: 40 : 70 : 70, in the whole set and within each register.
+    """Return the part of each of `n` sentences: 40 : 70 : 70, in the whole set and within each register.
 
     The order in which sentences are dealt out comes from sha256, not from `random`, whose algorithms may change between
     versions of Python.

@@ -20,7 +20,7 @@ MAX_CHARACTERS = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RawTexts:
-    """What a source holds: checked sentences of equal number in every language, not yet split or chosen."""
+    """What a source holds: checked sentences of equal number in every language, not yet split, with all languages."""
 
     sentences: dict[str, tuple[str, ...]]
     ids: tuple[str, ...]
@@ -31,7 +31,7 @@ class RawTexts:
 
 
 def clean_sentence(text: object, where: str) -> str:
-    r"""The text in Unicode NFC, without outer white space and with `\n` line ends; otherwise as it was.
+    r"""Return the text in Unicode NFC, without outer white space and with `\n` line ends; otherwise as it was.
 
     Args:
         text: what the source holds.
@@ -62,7 +62,7 @@ def drop_repeated(raw: RawTexts, source: str) -> RawTexts:
     """Leave out each row that repeats an earlier sentence in any language, and log how many.
 
     A sentence that occurs twice could land in the search part and in the confirm part. All languages of the source
-    count, whichever are chosen later, so that the same rows remain for every choice.
+    count, whichever are used later, so that the same rows remain for every choice.
     """
     repeated: set[int] = set()
     for rows in raw.sentences.values():

@@ -168,11 +168,13 @@ def _ids(given: Sequence[object], source: str) -> tuple[str, ...]:
     if all(row_id is None for row_id in given):
         return ()
     if any(isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "" for row_id in given):
-        raise ArtifactError(f"{source}: an id is missing, empty or no text; give every row its own id, or none of them")
+        raise ArtifactError(
+            f"{source}: an id is missing, empty or no text; give every row a different id, or no row one"
+        )
     ids = tuple(str(row_id) for row_id in given)
     if len(set(ids)) < len(ids):
         twice = next(row_id for row_id in ids if ids.count(row_id) > 1)
-        raise ArtifactError(f"{source}: id {reprlib.repr(twice)} occurs more than once; give every row its own id")
+        raise ArtifactError(f"{source}: id {reprlib.repr(twice)} occurs more than once; give every row a different id")
     return ids
 
 
@@ -196,7 +198,7 @@ def _register(value: object, where: str) -> str:
 
 
 def decode(content: bytes, source: str) -> str:
-    """UTF-8 bytes, with or without a byte order mark, as text.
+    """Decode UTF-8 bytes, with or without a byte order mark.
 
     Raises:
         ArtifactError: not UTF-8; names the line.

@@ -10,12 +10,13 @@ import pytest
 
 from quant_fairness_plugin.analysis.calibration import (
     CalibrationComparison,
+    Calibrations,
     compare_calibrations,
     to_json,
 )
 from quant_fairness_plugin.analysis.matrix import SPREAD
 from quant_fairness_plugin.analysis.outcomes import CalibrationOutcome
-from quant_fairness_plugin.artifacts import Grid, Interval, ProtectionPlan, TextSet, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Interval, ProtectionPlan, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
@@ -30,6 +31,7 @@ from tests.planted_model import PLANTED_LAYER, planted_texts
 
 GRID = Grid(bits=3, group_size=32)
 DRAWS = 150
+BOOTSTRAP = Bootstrap(None, DRAWS)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def plan_of(loaded: LoadedModel, *layers: int) -> ProtectionPlan:
 @pytest.fixture(scope="module")
 def comparison(loaded: LoadedModel) -> CalibrationComparison:
     plan = plan_of(loaded, PLANTED_LAYER)
-    return compare_calibrations(loaded, planted_texts(), plan, matrix=True, draws=DRAWS)
+    return compare_calibrations(loaded, planted_texts(), plan, Calibrations(matrix=True), bootstrap=BOOTSTRAP)
 
 
 def kl_series(
@@ -147,7 +149,11 @@ def test_the_document_is_plain_json_and_the_same_twice(comparison: CalibrationCo
     ]
     assert len(document["outcomes"][2]["summary"]["rounds"]) >= 1
     again = compare_calibrations(
-        loaded, planted_texts(), plan_of(loaded, PLANTED_LAYER), calibrations=["english", "uniform"], draws=DRAWS
+        loaded,
+        planted_texts(),
+        plan_of(loaded, PLANTED_LAYER),
+        Calibrations(weightings=["english", "uniform"]),
+        bootstrap=BOOTSTRAP,
     )
     assert again.outcomes[0] == comparison.outcomes[0]
     assert again.tables[0] == comparison.tables[0]
@@ -160,8 +166,8 @@ def test_without_protection_the_effects_of_protection_are_undefined(loaded: Load
         loaded,
         planted_texts(),
         plan_of(loaded),
-        calibrations=["proportional", "uniform"],
-        draws=DRAWS,
+        Calibrations(weightings=["proportional", "uniform"]),
+        bootstrap=BOOTSTRAP,
         progress=lambda *given: calls.append(given),
     )
     assert [outcome.protected for outcome in found.outcomes] == [False, False]
@@ -180,8 +186,8 @@ def test_languages_that_the_model_does_not_know_have_no_effects(loaded: LoadedMo
         loaded,
         replace(texts, sentences=texts.sentences | {"hi": noise}),
         plan_of(loaded),
-        calibrations=["english", "uniform"],
-        draws=DRAWS,
+        Calibrations(weightings=["english", "uniform"]),
+        bootstrap=BOOTSTRAP,
     )
     by_subject = {effects.subject: effects for effects in found.tables[0].effects}
     assert isinstance(by_subject["hi"].calibration, Undefined)
@@ -194,10 +200,10 @@ def test_languages_that_the_model_does_not_know_have_no_effects(loaded: LoadedMo
 def test_what_cannot_be_compared_is_an_error(loaded: LoadedModel) -> None:
     texts, plan = planted_texts(), plan_of(loaded)
     with pytest.raises(ConfigError, match="method 'rtn' uses no calibration text"):
-        compare_calibrations(loaded, texts, plan, method="rtn")
+        compare_calibrations(loaded, texts, plan, method="rtn", bootstrap=BOOTSTRAP)
     with pytest.raises(ConfigError, match="uniform, uniform: name at least one, each once"):
-        compare_calibrations(loaded, texts, plan, calibrations=["uniform", "uniform"])
+        compare_calibrations(loaded, texts, plan, Calibrations(weightings=["uniform", "uniform"]), bootstrap=BOOTSTRAP)
     with pytest.raises(ConfigError, match=r"\(none\): name at least one"):
-        compare_calibrations(loaded, texts, plan, calibrations=[])
+        compare_calibrations(loaded, texts, plan, Calibrations(weightings=[]), bootstrap=BOOTSTRAP)
     with pytest.raises(UnknownLanguageError, match="needs English, which is not among he"):
-        compare_calibrations(loaded, texts.choose(["he"]), plan)
+        compare_calibrations(loaded, texts.choose(["he"]), plan, bootstrap=BOOTSTRAP)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from quant_fairness_plugin.artifacts import (
+    Bootstrap,
     Evidence,
     Grid,
     Interval,
@@ -19,13 +20,14 @@ from quant_fairness_plugin.artifacts import (
     to_json,
 )
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
-from quant_fairness_plugin.evidence import THE_PLAN, gather_evidence
+from quant_fairness_plugin.evidence import THE_PLAN, Rivals, gather_evidence
 from quant_fairness_plugin.measure.damage import measure_damage
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.costs import count_bytes, layer_costs
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.recommend import explicit_plan
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.walk import score_plans
 from tests.planted_model import IDLE_LAYER, LAYERS, PLANTED_LAYER, planted_texts
 
@@ -52,10 +54,8 @@ def gather(loaded: LoadedModel, plan: ProtectionPlan, rivals: dict[str, Protecti
         loaded,
         plan,
         texts.part("confirm"),
-        chosen_on=texts.part("search"),
-        rivals=rivals or {},
-        random_plans=3,
-        draws=200,
+        rivals=Rivals(texts=texts.part("search"), plans=rivals or {}, random_plans=3),
+        bootstrap=Bootstrap(None, 200),
     )
 
 
@@ -110,7 +110,7 @@ def test_figures_are_those_of_a_measurement_of_the_plan_alone(good: Evidence, lo
     plan: dict[str, Precision] = {f"layers.{i}": "int4" for i in range(LAYERS) if i != PLANTED_LAYER}
     scores = score_plans(loaded, {"alone": plan}, texts, units=units, bank=RtnBank(loaded, units, GRID))
     damage = measure_damage(
-        scores["16 bit"], scores["alone"], texts, reference=None, vocabulary=loaded.model.config.vocab_size
+        scores["16 bit"], scores["alone"], texts, vocabulary=loaded.model.config.vocab_size, bootstrap=Bootstrap(None)
     )
     worst = good.row(THE_PLAN).worst
     assert isinstance(worst, Interval)
@@ -132,7 +132,7 @@ def test_controls_are_chosen_on_other_sentences(loaded: LoadedModel, monkeypatch
         seen.append(texts.ids)
         return {}
 
-    monkeypatch.setattr("quant_fairness_plugin.evidence.layer_scores.layer_scores", noted)
+    monkeypatch.setattr("quant_fairness_plugin.evidence.score_layers", noted)
     gather(loaded, protecting(loaded, PLANTED_LAYER))
     assert seen == [planted_texts().part("search").ids]
     assert not set(seen[0]) & set(planted_texts().part("confirm").ids)
@@ -171,3 +171,16 @@ def test_a_plan_under_which_a_language_collapses_stands_nowhere(
     assert isinstance(found.row("none").worst, Interval)
     assert THE_PLAN not in found.frontier.plans
     assert "collapsed in he" in found.verdict
+
+
+def test_a_memory_budget_is_refused(loaded: LoadedModel) -> None:
+    texts, plan = planted_texts(), protecting(loaded, PLANTED_LAYER)
+    with pytest.raises(ConfigError, match="only a sweep goes layer by layer"):
+        gather_evidence(
+            loaded,
+            plan,
+            texts.part("confirm"),
+            rivals=Rivals(texts=texts.part("search")),
+            bootstrap=Bootstrap(None, 200),
+            execution=Execution(memory_budget=10**9),
+        )

@@ -9,15 +9,9 @@ from scipy import stats
 
 from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.evidence import layer_scores as weight_statistics
-from quant_fairness_plugin.evidence.layer_scores import (
-    LayerStatistics,
-    criticality,
-    first_order,
-    layer_statistics,
-    second_order,
-    sensitivity_scores,
-)
+from quant_fairness_plugin.evidence import weight_statistics
+from quant_fairness_plugin.evidence.layer_scores import first_order, second_order, sensitivity_scores
+from quant_fairness_plugin.evidence.weight_statistics import LayerStatistics, criticality, layer_statistics
 
 
 def matrix(rows: int, columns: int, seed: int, spread: float = 1.0) -> torch.Tensor:

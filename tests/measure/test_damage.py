@@ -6,10 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Number, Objective, StateScores, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Interval, LanguageDamage, Number, StateScores, Undefined
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 from quant_fairness_plugin.measure.damage import (
-    OBJECTIVES,
     measure_damage,
     objective_draws,
     objective_values,
@@ -18,6 +17,7 @@ from quant_fairness_plugin.measure.damage import (
 )
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
+from quant_fairness_plugin.measure.objectives import OBJECTIVES
 from tests.measure.samples import make_scores, numbered_texts
 
 TEXTS = numbered_texts(40)
@@ -42,7 +42,7 @@ def changed(changes: dict[str, float], kl: dict[str, float] | None = None, name:
 
 
 def measure(state: StateScores, *, reference: str | None = "en", draws: int = 500) -> dict[str, LanguageDamage]:
-    rows = measure_damage(BASELINE, state, TEXTS, reference=reference, vocabulary=4096, draws=draws)
+    rows = measure_damage(BASELINE, state, TEXTS, vocabulary=4096, bootstrap=Bootstrap(reference, draws))
     return {row.language: row for row in rows}
 
 
@@ -131,13 +131,15 @@ def test_an_unsupported_language_is_reported_and_left_out_of_summaries() -> None
     baseline = make_scores("16 bit", TEXTS, BASE | {"ar": 7.0})
     bits = BASE | {"ar": 7.5}
     state = make_scores("none", TEXTS, bits, kl_bits_per_byte={"en": 0.01, "he": 0.02, "ar": 0.9})
-    damage = measure_damage(baseline, state, TEXTS, reference="en", vocabulary=2**20, draws=200)
+    damage = measure_damage(baseline, state, TEXTS, vocabulary=2**20, bootstrap=Bootstrap(draws=200))
     assert [row.status for row in damage] == ["supported", "supported", "unsupported"]
     assert "no better than counting bytes" in damage[2].reason
     assert damage[2].delta_bpb.estimate == pytest.approx(0.5)
     assert supported_languages(damage) == ("en", "he")
-    assert known(summarise(baseline, state, damage, draws=200).worst_kl).estimate == pytest.approx(0.02)
-    values = objective_values(baseline, state, damage, reference="en", draws=200)
+    assert known(summarise(baseline, state, damage, bootstrap=Bootstrap(draws=200)).worst_kl).estimate == pytest.approx(
+        0.02
+    )
+    values = objective_values(baseline, state, damage, bootstrap=Bootstrap(draws=200))
     assert known(values["worst"]).estimate == pytest.approx(0.02)
 
 
@@ -146,9 +148,9 @@ def test_a_collapsed_language_is_reported_and_its_state_never_ranked() -> None:
     damage = tuple(measure(state).values())
     assert [row.status for row in damage] == ["supported", "collapsed", "supported"]
     assert "more than 10 times" in damage[1].reason
-    summary = summarise(BASELINE, state, damage, draws=200)
+    summary = summarise(BASELINE, state, damage, bootstrap=Bootstrap(draws=200))
     assert known(summary.worst_kl).estimate < 0.1
-    for value in objective_values(BASELINE, state, damage, reference="en", draws=200).values():
+    for value in objective_values(BASELINE, state, damage, bootstrap=Bootstrap(draws=200)).values():
         assert why(value) == "collapsed in he: the state is not ranked"
 
 
@@ -159,16 +161,16 @@ def test_a_collapsed_reference_leaves_excess_and_disparity_undefined() -> None:
 
 def test_summaries_without_a_supported_language_are_undefined() -> None:
     baseline = make_scores("16 bit", TEXTS, dict.fromkeys(BASE, 7.0))
-    damage = measure_damage(baseline, baseline, TEXTS, reference="en", vocabulary=2**20, draws=200)
-    summary = summarise(baseline, baseline, damage, draws=200)
+    damage = measure_damage(baseline, baseline, TEXTS, vocabulary=2**20, bootstrap=Bootstrap(draws=200))
+    summary = summarise(baseline, baseline, damage, bootstrap=Bootstrap(draws=200))
     assert "no language is supported" in why(summary.worst_kl)
     assert summary.worst_kl == summary.mean_kl == summary.mean_delta_bpb
-    values = objective_values(baseline, baseline, damage, reference="en", draws=200)
+    values = objective_values(baseline, baseline, damage, bootstrap=Bootstrap(draws=200))
     assert set(values) == set(OBJECTIVES)
     assert {why(value) for value in values.values()} == {"the 16-bit model supports none of the languages"}
 
 
-def naive_objective(state: StateScores, objective: Objective, row: Array) -> float:
+def naive_objective(state: StateScores, objective: str, row: Array) -> float:
     """One weighting at a time, one language at a time."""
     kl, delta = {}, {}
     for language, new in state.languages.items():
@@ -188,7 +190,7 @@ def naive_objective(state: StateScores, objective: Objective, row: Array) -> flo
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_objective_draws_equal_a_loop_over_resamples(objective: Objective) -> None:
+def test_objective_draws_equal_a_loop_over_resamples(objective: str) -> None:
     halves = np.stack([np.arange(40) % 2, 1 - np.arange(40) % 2]).astype(float)
     weights = np.vstack([Resamples(40, 100).weights, halves])
     found = objective_draws(BASELINE, PLANTED, TEXTS.languages, objective=objective, reference="en", weights=weights)
@@ -196,9 +198,9 @@ def test_objective_draws_equal_a_loop_over_resamples(objective: Objective) -> No
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_objective_values_are_the_estimate_and_percentiles_of_the_draws(objective: Objective) -> None:
+def test_objective_values_are_the_estimate_and_percentiles_of_the_draws(objective: str) -> None:
     damage = tuple(measure(PLANTED).values())
-    found = known(objective_values(BASELINE, PLANTED, damage, reference="en", draws=300, seed=4)[objective])
+    found = known(objective_values(BASELINE, PLANTED, damage, bootstrap=Bootstrap(draws=300, seed=4))[objective])
     weights = Resamples(40, 300, seed=4).weights
     series = objective_draws(BASELINE, PLANTED, TEXTS.languages, objective=objective, reference="en", weights=weights)
     low, high = np.quantile(series[1:], (0.025, 0.975))
@@ -208,16 +210,19 @@ def test_objective_values_are_the_estimate_and_percentiles_of_the_draws(objectiv
 def test_worst_counts_the_reference_language_too() -> None:
     state = changed({"en": 0.1, "he": 0.01, "ar": 0.01}, kl={"en": 0.4, "he": 0.02, "ar": 0.02})
     damage = tuple(measure(state).values())
-    assert known(objective_values(BASELINE, state, damage, reference="en")["worst"]).estimate == pytest.approx(
+    assert known(objective_values(BASELINE, state, damage, bootstrap=Bootstrap())["worst"]).estimate == pytest.approx(
         0.4, rel=0.1
     )
-    assert known(summarise(BASELINE, state, damage).worst_kl).estimate == pytest.approx(0.4, rel=0.1)
+    assert known(summarise(BASELINE, state, damage, bootstrap=Bootstrap()).worst_kl).estimate == pytest.approx(
+        0.4, rel=0.1
+    )
 
 
 def test_hurting_only_the_reference_lowers_excess_and_disparity_but_not_worst() -> None:
     mild, harsh = changed({"en": 0.02, "he": 0.06, "ar": 0.06}), changed({"en": 0.2, "he": 0.06, "ar": 0.06})
     before, after = (
-        objective_values(BASELINE, state, tuple(measure(state).values()), reference="en") for state in (mild, harsh)
+        objective_values(BASELINE, state, tuple(measure(state).values()), bootstrap=Bootstrap())
+        for state in (mild, harsh)
     )
     assert known(after["excess"]).estimate < known(before["excess"]).estimate
     assert known(after["disparity"]).estimate < known(before["disparity"]).estimate
@@ -257,7 +262,7 @@ def test_disparity_draws_are_nan_where_the_reference_lost_nothing() -> None:
     ],
 )
 def test_objectives_that_cannot_be_computed_are_errors(
-    languages: tuple[str, ...], objective: Objective, reference: str | None, message: str
+    languages: tuple[str, ...], objective: str, reference: str | None, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         objective_draws(
@@ -266,7 +271,7 @@ def test_objectives_that_cannot_be_computed_are_errors(
 
 
 def test_relative_objectives_without_a_reference_are_undefined_and_the_others_are_not() -> None:
-    values = objective_values(BASELINE, PLANTED, tuple(measure(PLANTED).values()), reference=None, draws=200)
+    values = objective_values(BASELINE, PLANTED, tuple(measure(PLANTED).values()), bootstrap=Bootstrap(None, 200))
     assert {name for name, value in values.items() if isinstance(value, Undefined)} == {"excess", "disparity"}
 
 
@@ -279,7 +284,7 @@ def test_scores_of_different_sentences_are_not_compared() -> None:
 
 def test_scores_of_another_part_are_not_compared() -> None:
     with pytest.raises(ConfigError, match="40 and 40, 39 expected"):
-        measure_damage(BASELINE, PLANTED, numbered_texts(39), reference="en", vocabulary=4096)
+        measure_damage(BASELINE, PLANTED, numbered_texts(39), vocabulary=4096, bootstrap=Bootstrap())
 
 
 def test_a_state_without_a_language_is_an_error() -> None:

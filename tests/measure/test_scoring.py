@@ -341,5 +341,5 @@ def test_limits_that_are_too_small_are_errors(llama: Loaded, limits: dict[str, i
 
 @pytest.mark.parametrize("names", [[], ["none", "none"]])
 def test_states_need_names_of_their_own(llama: Loaded, names: list[str]) -> None:
-    with pytest.raises(ConfigError, match="each with a name of its own"):
+    with pytest.raises(ConfigError, match="no two of one name"):
         score_states([fixed_state(name, llama.model) for name in names], llama.tokenizer, TEXTS)

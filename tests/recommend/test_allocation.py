@@ -15,12 +15,13 @@ from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.recommend.allocation import (
     Allocation,
     Infeasible,
+    Limit,
     UnitBytes,
     UnitDamage,
     allocate,
     predict_damage,
 )
-from quant_fairness_plugin.recommend.milp import NODES, TIE, Found, Goal, Problem
+from quant_fairness_plugin.recommend.milp import NODES, TIE, Problem, Selection
 from tests.planted import LANGUAGES as PLANTED
 from tests.planted import state
 
@@ -55,7 +56,7 @@ def every_choice(bytes_: UnitBytes, damage: UnitDamage, base: dict[str, float]) 
         )
 
 
-def judged(harm: dict[str, float], objective: Goal, weights: dict[str, float]) -> float:
+def judged(harm: dict[str, float], objective: str, weights: dict[str, float]) -> float:
     if objective == "worst":
         top = max(weights.values())
         return max(weights[name] / top * harm[name] for name in harm if weights[name])
@@ -69,16 +70,21 @@ UNEQUAL = {"en": 0.5, "he": 3.0, "zh": 0.0}
 @pytest.mark.parametrize("objective", ["worst", "mean"])
 @pytest.mark.parametrize("weights", [EQUAL, UNEQUAL])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_budget_gives_what_trying_every_choice_gives(objective: Goal, weights: dict[str, float], seed: int) -> None:
+def test_a_budget_gives_what_trying_every_choice_gives(objective: str, weights: dict[str, float], seed: int) -> None:
     bytes_, damage = random_case(seed)
     base = {"en": 0.01, "he": 0.0, "zh": 0.002}
     choices = list(every_choice(bytes_, damage, base))
     least = min(total for _, total, _ in choices)
     for extra in (0, 37, 150, 400, 10_000):
         found = allocate(
-            bytes_, damage, base=base, other_bytes=11, max_bytes=least + 11 + extra, objective=objective,
+            bytes_,
+            damage,
+            Limit(max_bytes=least + 11 + extra),
+            base=base,
+            other_bytes=11,
+            objective=objective,
             weights=weights,
-        )  # fmt: skip
+        )
         assert isinstance(found, Allocation)
         values = [(judged(harm, objective, weights), total) for _, total, harm in choices if total <= least + extra]
         best = min(value for value, _ in values)
@@ -90,12 +96,12 @@ def test_a_budget_gives_what_trying_every_choice_gives(objective: Goal, weights:
 
 @pytest.mark.parametrize("objective", ["worst", "mean"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_target_gives_the_fewest_bytes_of_every_choice(objective: Goal, seed: int) -> None:
+def test_a_target_gives_the_fewest_bytes_of_every_choice(objective: str, seed: int) -> None:
     bytes_, damage = random_case(seed)
     base = dict.fromkeys(LANGUAGES, 0.001)
     choices = [(judged(harm, objective, EQUAL), total) for _, total, harm in every_choice(bytes_, damage, base)]
     for target in np.quantile([value for value, _ in choices], [0.01, 0.3, 0.9]):
-        found = allocate(bytes_, damage, base=base, target=float(target), objective=objective)
+        found = allocate(bytes_, damage, Limit(target=float(target)), base=base, objective=objective)
         assert isinstance(found, Allocation)
         fewest = min(total for value, total in choices if value <= target)
         assert found.bytes_ == fewest
@@ -106,7 +112,7 @@ def test_a_target_gives_the_fewest_bytes_of_every_choice(objective: Goal, seed: 
 def test_figures_are_those_of_the_chosen_units() -> None:
     bytes_, damage = random_case(7)
     base = dict.fromkeys(LANGUAGES, 0.0)
-    found = allocate(bytes_, damage, base=base, other_bytes=100, floor_bytes=500, max_overhead=0.5)
+    found = allocate(bytes_, damage, Limit(max_overhead=0.5), base=base, other_bytes=100, floor_bytes=500)
     assert isinstance(found, Allocation)
     assert found.bytes_ == 100 + sum(bytes_[unit][p] for unit, p in found.units.items())
     assert found.overhead == pytest.approx((found.bytes_ - 500) / 500, abs=1e-6)
@@ -122,14 +128,14 @@ def test_gains_over_the_all_quantized_state_are_negative_damage() -> None:
         "b": {"int4": {"en": 0.0, "he": 0.0}, "fp16": {"en": 0.0, "he": -0.2}},
     }
     base = {"en": 0.5, "he": 0.6}
-    worst = allocate(bytes_, damage, base=base, max_bytes=5)
-    mean = allocate(bytes_, damage, base=base, max_bytes=5, objective="mean")
+    worst = allocate(bytes_, damage, Limit(max_bytes=5), base=base)
+    mean = allocate(bytes_, damage, Limit(max_bytes=5), base=base, objective="mean")
     assert isinstance(worst, Allocation)
     assert isinstance(mean, Allocation)
     assert worst.units == {"a": "fp16", "b": "int4"}
     assert worst.value == pytest.approx(0.5)
     assert mean.value == pytest.approx((0.2 + 0.5) / 2)
-    he_only = allocate(bytes_, damage, base=base, max_bytes=5, weights={"en": 0.0, "he": 2.0})
+    he_only = allocate(bytes_, damage, Limit(max_bytes=5), base=base, weights={"en": 0.0, "he": 2.0})
     assert isinstance(he_only, Allocation)
     assert he_only.units == {"a": "int4", "b": "fp16"}
 
@@ -137,7 +143,7 @@ def test_gains_over_the_all_quantized_state_are_negative_damage() -> None:
 def test_a_weight_of_0_does_not_hold_the_worst_above_0() -> None:
     bytes_: UnitBytes = {"a": {"int4": 1, "fp16": 2}}
     damage: UnitDamage = {"a": {"int4": {"en": -0.1, "he": 9.0}, "fp16": {"en": -0.4, "he": 9.0}}}
-    found = allocate(bytes_, damage, base={"en": 0.0, "he": 0.0}, max_bytes=2, weights={"en": 1.0, "he": 0.0})
+    found = allocate(bytes_, damage, Limit(max_bytes=2), base={"en": 0.0, "he": 0.0}, weights={"en": 1.0, "he": 0.0})
     assert isinstance(found, Allocation)
     assert found.value == pytest.approx(-0.4)
     assert found.units == {"a": "fp16"}
@@ -155,28 +161,28 @@ def test_equal_damage_is_settled_by_bytes_then_by_the_mean() -> None:
         "b": {"int4": {"en": 0.2, "he": 0.0}, "int8": {"en": 0.1, "he": 0.0}},
         "c": {"int4": {"en": 0.0, "he": 0.5}},
     }
-    found = allocate(bytes_, damage, base=nothing, max_bytes=1000)
+    found = allocate(bytes_, damage, Limit(max_bytes=1000), base=nothing)
     assert isinstance(found, Allocation)
     assert found.units == {"a": "int4", "b": "int8", "c": "int4"}
     assert found.bytes_ == 30
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("limit", [{"max_bytes": 10**6}, {"target": 1.0}])
-def test_units_that_do_no_harm_get_their_cheapest_precision(seed: int, limit: dict[str, Any]) -> None:
+@pytest.mark.parametrize("limit", [Limit(max_bytes=10**6), Limit(target=1.0)])
+def test_units_that_do_no_harm_get_their_cheapest_precision(seed: int, limit: Limit) -> None:
     draw = np.random.default_rng(seed)
     bytes_ = {
         f"layers.{i}": dict(zip(PRECISIONS, draw.permutation([10, 20, 40]).tolist(), strict=True)) for i in range(8)
     }
     damage = {unit: dict.fromkeys(PRECISIONS, dict.fromkeys(LANGUAGES, 0.0)) for unit in bytes_}
-    found = allocate(bytes_, damage, base=EQUAL, **limit)  # type: ignore[arg-type]
+    found = allocate(bytes_, damage, limit, base=EQUAL)  # type: ignore[arg-type]
     assert isinstance(found, Allocation)
     assert found.bytes_ == 80
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("limit", [{"max_bytes": 8}, {"target": 0.9}])
-def test_of_equal_worst_damage_and_bytes_the_lower_mean_is_taken(seed: int, limit: dict[str, Any]) -> None:
+@pytest.mark.parametrize("limit", [Limit(max_bytes=8), Limit(target=0.9)])
+def test_of_equal_worst_damage_and_bytes_the_lower_mean_is_taken(seed: int, limit: Limit) -> None:
     draw = np.random.default_rng(seed)
     bytes_ = {f"layers.{i}": dict.fromkeys(PRECISIONS, 1) for i in range(8)}
     damage = {
@@ -186,7 +192,7 @@ def test_of_equal_worst_damage_and_bytes_the_lower_mean_is_taken(seed: int, limi
         }
         for unit in bytes_
     }
-    found = allocate(bytes_, damage, base={"en": 0.0, "he": 0.9}, **limit)  # type: ignore[arg-type]
+    found = allocate(bytes_, damage, limit, base={"en": 0.0, "he": 0.9})  # type: ignore[arg-type]
     assert isinstance(found, Allocation)
     assert found.damage == {"en": 0.0, "he": 0.9}
 
@@ -194,7 +200,7 @@ def test_of_equal_worst_damage_and_bytes_the_lower_mean_is_taken(seed: int, limi
 def test_of_equal_worst_damage_fewer_bytes_come_before_a_lower_mean() -> None:
     bytes_ = {f"layers.{i}": {"int4": 1, "fp16": 4} for i in range(8)}
     damage = {unit: {"int4": {"en": 0.0, "he": 0.02}, "fp16": {"en": 0.0, "he": 0.0}} for unit in bytes_}
-    found = allocate(bytes_, damage, base={"en": 0.9, "he": 0.0}, max_bytes=10**6)  # type: ignore[arg-type]
+    found = allocate(bytes_, damage, Limit(max_bytes=10**6), base={"en": 0.9, "he": 0.0})  # type: ignore[arg-type]
     assert isinstance(found, Allocation)
     assert found.bytes_ == 8
 
@@ -209,7 +215,7 @@ def test_of_the_smallest_allocations_that_reach_a_target_the_least_harmful_is_ta
     }
     base = {"en": 0.0, "he": 0.0}
     target = float(gains.sum(axis=1).max()) - 1.0
-    found = allocate(bytes_, damage, base=base, target=target)  # type: ignore[arg-type]
+    found = allocate(bytes_, damage, Limit(target=target), base=base)  # type: ignore[arg-type]
     reaching = [
         (total, max(harm.values()))
         for _, total, harm in every_choice(bytes_, damage, base)  # type: ignore[arg-type]
@@ -231,7 +237,7 @@ def test_a_solution_that_is_nearly_the_best_is_not_enough(seed: int, monkeypatch
         damage[f"layers.{i:02}"] = {"int4": harm, "fp16": {"en": 0.0}}
     budget = 7900
     # A large constant makes what is left to gain small beside the whole, which a relative gap would overlook.
-    found = allocate(bytes_, damage, base={"en": 5e4}, max_bytes=budget)  # type: ignore[arg-type]
+    found = allocate(bytes_, damage, Limit(max_bytes=budget), base={"en": 5e4})  # type: ignore[arg-type]
     choices = every_choice(bytes_, damage, {"en": 5e4})  # type: ignore[arg-type]
     best = min(harm["en"] for _, total, harm in choices if total <= budget)
     assert isinstance(found, Allocation)
@@ -241,14 +247,14 @@ def test_a_solution_that_is_nearly_the_best_is_not_enough(seed: int, monkeypatch
 def test_a_budget_holds_where_the_solver_is_off_by_a_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Problem._solve
 
-    def generous(problem: Problem, minimise: str, max_bytes: int | None, max_value: float) -> Found | None:
+    def generous(problem: Problem, minimise: str, max_bytes: int | None, max_value: float) -> Selection | None:
         return exact(problem, minimise, None if max_bytes is None else max_bytes + 1, max_value)
 
     monkeypatch.setattr(Problem, "_solve", generous)
     bytes_, damage = random_case(2)
     least = sum(min(options.values()) for options in bytes_.values())
     for budget in range(least, least + 60):
-        found = allocate(bytes_, damage, base=EQUAL, max_bytes=budget)
+        found = allocate(bytes_, damage, Limit(max_bytes=budget), base=EQUAL)
         assert isinstance(found, Allocation)
         assert found.bytes_ <= budget
 
@@ -259,8 +265,8 @@ def test_the_answer_does_not_depend_on_the_order_of_the_units() -> None:
     damage = dict.fromkeys(bytes_, same)
     base = dict.fromkeys(LANGUAGES, 0.0)
     backwards = {unit: dict(reversed(options.items())) for unit, options in reversed(bytes_.items())}
-    first = allocate(bytes_, damage, base=base, max_bytes=125)  # type: ignore[arg-type]
-    second = allocate(backwards, damage, base=base, max_bytes=125)  # type: ignore[arg-type]
+    first = allocate(bytes_, damage, Limit(max_bytes=125), base=base)  # type: ignore[arg-type]
+    second = allocate(backwards, damage, Limit(max_bytes=125), base=base)  # type: ignore[arg-type]
     assert first == second
 
 
@@ -276,7 +282,7 @@ def test_sizes_of_a_large_model_stay_within_the_budget_to_the_byte() -> None:
     choices = [(judged(harm, "worst", EQUAL), total) for _, total, harm in every_choice(bytes_, damage, base)]  # type: ignore[arg-type]
     for total in sorted(total for _, total in choices)[5::97]:
         for budget in (total, total - 1):
-            found = allocate(bytes_, damage, base=base, max_bytes=budget)  # type: ignore[arg-type]
+            found = allocate(bytes_, damage, Limit(max_bytes=budget), base=base)  # type: ignore[arg-type]
             assert isinstance(found, Allocation)
             assert found.bytes_ <= budget
             best = min(value for value, size in choices if size <= budget)
@@ -286,7 +292,7 @@ def test_sizes_of_a_large_model_stay_within_the_budget_to_the_byte() -> None:
 def test_an_overhead_is_read_as_a_decimal() -> None:
     bytes_: UnitBytes = {"a": {"int4": 1000, "fp16": 1570}}
     damage: UnitDamage = {"a": {"int4": {"en": 1.0}, "fp16": {"en": 0.0}}}
-    found = allocate(bytes_, damage, base={"en": 0.0}, floor_bytes=1000, max_overhead=0.57)
+    found = allocate(bytes_, damage, Limit(max_overhead=0.57), base={"en": 0.0}, floor_bytes=1000)
     assert isinstance(found, Allocation)
     assert found.units == {"a": "fp16"}
 
@@ -294,15 +300,15 @@ def test_an_overhead_is_read_as_a_decimal() -> None:
 def test_a_budget_below_the_smallest_allocation_is_infeasible() -> None:
     bytes_, damage = random_case(0)
     least = 5 + sum(min(options.values()) for options in bytes_.values())
-    found = allocate(bytes_, damage, base=EQUAL, other_bytes=5, max_bytes=least - 1)
+    found = allocate(bytes_, damage, Limit(max_bytes=least - 1), base=EQUAL, other_bytes=5)
     assert isinstance(found, Infeasible)
     assert f"takes {least} bytes and the budget is {least - 1}" in found.reason
-    assert isinstance(allocate(bytes_, damage, base=EQUAL, other_bytes=5, max_bytes=least), Allocation)
+    assert isinstance(allocate(bytes_, damage, Limit(max_bytes=least), base=EQUAL, other_bytes=5), Allocation)
 
 
 def test_a_target_below_all_allocations_is_infeasible_and_says_what_can_be_reached() -> None:
     bytes_, damage = random_case(0)
-    found = allocate(bytes_, damage, base=dict.fromkeys(LANGUAGES, 0.25), target=0.2)
+    found = allocate(bytes_, damage, Limit(target=0.2), base=dict.fromkeys(LANGUAGES, 0.25))
     assert isinstance(found, Infeasible)
     assert "below 0.25 and the target is 0.2" in found.reason
 
@@ -310,7 +316,8 @@ def test_a_target_below_all_allocations_is_infeasible_and_says_what_can_be_reach
 def call(**changes: Any) -> Allocation | Infeasible:
     bytes_, damage = random_case(0, units=2)
     given: dict[str, Any] = {"bytes_": bytes_, "damage": damage, "base": EQUAL, "max_bytes": 10**6} | changes
-    return allocate(given.pop("bytes_"), given.pop("damage"), **given)
+    limit = Limit(**{name: given.pop(name, None) for name in ("max_bytes", "max_overhead", "target")})
+    return allocate(given.pop("bytes_"), given.pop("damage"), limit, **given)
 
 
 def broken(part: str) -> dict[str, Any]:
@@ -369,9 +376,9 @@ def test_a_search_without_proof_says_how_far_it_may_be_from_the_best(monkeypatch
     base = dict.fromkeys(LANGUAGES, 0.0)
     budget = int(1.2 * sum(options["int4"] for options in bytes_.values()))
     monkeypatch.setattr("quant_fairness_plugin.recommend.milp.NODES", 1)
-    quick = allocate(bytes_, damage, base=base, max_bytes=budget)  # type: ignore[arg-type]
+    quick = allocate(bytes_, damage, Limit(max_bytes=budget), base=base)  # type: ignore[arg-type]
     monkeypatch.setattr("quant_fairness_plugin.recommend.milp.NODES", 100 * NODES)
-    proven = allocate(bytes_, damage, base=base, max_bytes=budget)  # type: ignore[arg-type]
+    proven = allocate(bytes_, damage, Limit(max_bytes=budget), base=base)  # type: ignore[arg-type]
     assert isinstance(quick, Allocation)
     assert isinstance(proven, Allocation)
     assert proven.gap == 0
@@ -394,7 +401,7 @@ def test_quantized_units_add_to_the_16_bit_model() -> None:
     assert base == dict.fromkeys(PLANTED, 0.0)
     assert damage["layers.0"]["fp16"] == base
     assert damage["layers.0"]["int4"]["he"] == pytest.approx(2.0 / (80 * np.log(2)))
-    found = allocate({unit: {"int4": 1, "fp16": 4} for unit in states}, damage, base=base, max_bytes=5)
+    found = allocate({unit: {"int4": 1, "fp16": 4} for unit in states}, damage, Limit(max_bytes=5), base=base)
     assert isinstance(found, Allocation)
     assert found.units == {"layers.0": "fp16", "layers.1": "int4"}
 

@@ -6,7 +6,7 @@ import pytest
 
 from quant_fairness_plugin.artifacts import Grid, Precision, SweepReport
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
-from quant_fairness_plugin.recommend import describe_overrides, explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend import Limit, describe_overrides, explicit_plan, recommend_plan
 from tests.planted import planted_report
 
 BENEFIT = [0.1, 0.4, 2.5, 0.2, 1.6, 0.3, 0.9, 0.05]
@@ -33,13 +33,13 @@ def test_top_is_honoured_when_the_ranking_is_unstable_and_says_so() -> None:
 
 @pytest.mark.parametrize(("budget", "layers"), [(0.28, 0), (0.29, 1), (0.58, 2), (1.0, 3)])
 def test_auto_protects_as_many_layers_as_the_budget_pays(budget: float, layers: int) -> None:
-    plan = recommend_plan(planted_report(BENEFIT, noise=0.001), max_overhead=budget, draws=200)
+    plan = recommend_plan(planted_report(BENEFIT, noise=0.001), Limit(max_overhead=budget), draws=200)
     assert len(plan.protected_layers) == layers
     assert plan.overhead <= budget
 
 
 def test_auto_protects_nothing_when_the_ranking_is_unstable() -> None:
-    plan = recommend_plan(planted_report([0.0] * 8, noise=0.3), max_overhead=1.0, draws=200)
+    plan = recommend_plan(planted_report([0.0] * 8, noise=0.3), Limit(max_overhead=1.0), draws=200)
     assert plan.protected_layers == ()
     assert "unstable" in plan.reasons[0]
 
@@ -124,7 +124,9 @@ def test_units_of_a_chosen_layer_are_part_of_it() -> None:
 @pytest.mark.parametrize(("budget", "layers"), [(0.28, 0), (0.41, 1), (0.05, 0)])
 def test_the_budget_pays_for_overrides_first(budget: float, layers: int) -> None:
     """One unit costs 290 bytes, 11.2 % of the all-quantized 2580; a layer another 28.7 %."""
-    plan = recommend_plan(report_with_units(), max_overhead=budget, draws=200, overrides={"layers.0.down": "fp16"})
+    plan = recommend_plan(
+        report_with_units(), Limit(max_overhead=budget), draws=200, overrides={"layers.0.down": "fp16"}
+    )
     assert len(plan.protected_layers) == layers
     assert plan.extra_bytes == 290 + layers * STEP
 
@@ -145,14 +147,14 @@ def test_a_sweep_of_units_gives_a_plan_of_units() -> None:
     assert set(plan.overrides.values()) == {"fp16"}
     assert plan.layers == 4
     assert plan.extra_bytes == 3 * UNIT_STEP
-    assert "asked for 3 units" in plan.reasons[0]
+    assert "3 units as requested" in plan.reasons[0]
     with pytest.raises(ConfigError, match="top 8 is not a number of units; the sweep has 8, use 1..7"):
         recommend_plan(unit_report(), top=8, draws=200)
 
 
 @pytest.mark.parametrize(("budget", "units"), [(0.18, []), (0.19, ["layers.1.o"]), (0.4, ["layers.1.o", "layers.2.o"])])
 def test_the_budget_is_solved_for_units(budget: float, units: list[str]) -> None:
-    plan = recommend_plan(unit_report(), max_overhead=budget, draws=200)
+    plan = recommend_plan(unit_report(), Limit(max_overhead=budget), draws=200)
     assert list(plan.overrides) == units
     assert plan.extra_bytes == len(units) * UNIT_STEP
     assert plan.overhead <= budget
@@ -173,5 +175,5 @@ def test_units_of_a_layer_with_a_precision_of_its_own_are_no_candidates() -> Non
 def test_a_unit_that_costs_nothing_to_protect_never_ends_with_all_of_them() -> None:
     report = unit_report()
     same = report.layer_bytes | {"quantized.o": (400,) * 4, "quantized.down": (400,) * 4}
-    plan = recommend_plan(replace(report, layer_bytes=same), max_overhead=0.0, draws=200)
+    plan = recommend_plan(replace(report, layer_bytes=same), Limit(max_overhead=0.0), draws=200)
     assert len(plan.overrides) == 7

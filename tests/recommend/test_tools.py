@@ -161,7 +161,7 @@ def test_recommend_prints_the_configuration_and_nothing_else(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(command, "load", lambda kind, path: None)
-    monkeypatch.setattr(command, "recommend_plan", lambda report, **options: plan_of({"layers.1": "fp16"}))
+    monkeypatch.setattr(command, "recommend_plan", lambda report, limit, **options: plan_of({"layers.1": "fp16"}))
     report, model = str(tmp_path / "sweep.json"), str(files().folder)
     group = typer.main.get_command(app)
     arguments = ["recommend", report, "--model", model, "--as", "gptqmodel"]

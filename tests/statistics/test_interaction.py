@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quant_fairness_plugin.artifacts import Interval, Number, SynergyMatrix, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, Interval, Number, SynergyMatrix, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval
 from quant_fairness_plugin.measure.metrics import Array
@@ -102,7 +102,7 @@ def test_planted_sentences_give_the_planted_synergy() -> None:
     gains = {"none": 0.0, "a": 1.0, "b": 2.0, "both": 4.5}
     scores = {BASELINE: state(BASELINE, dict.fromkeys(LANGUAGES, 0.0))}
     scores |= {name: state(name, dict.fromkeys(LANGUAGES, 8.0 - gain), noise=0.01) for name, gain in gains.items()}
-    found = plan_series(scores, gains, LANGUAGES, objective="mean", reference=None, draws=DRAWS)
+    found = plan_series(scores, gains, LANGUAGES, objective="mean", bootstrap=Bootstrap(None, DRAWS))
     cell = synergy_matrix(found["none"], {"a": found["a"], "b": found["b"]}, {("a", "b"): found["both"]}).pairs[0]
     assert estimate(cell.additive) == pytest.approx(1.5 / (80 * np.log(2)), rel=0.02)
     assert estimate(cell.multiplicative) == pytest.approx(3.5 * 8.0 / (7.0 * 6.0), rel=0.01)

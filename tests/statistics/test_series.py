@@ -3,12 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from quant_fairness_plugin.artifacts import StateScores, Undefined
+from quant_fairness_plugin.artifacts import Bootstrap, StateScores, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.statistics.series import Series, adjusted_p_values, check_lengths, plan_series
 from tests.planted import LANGUAGES, SENTENCES, state
+
+HUNDRED = Bootstrap(None, 100)
 
 
 def scores() -> dict[str, StateScores]:
@@ -28,7 +30,7 @@ def worst_by_hand(given: StateScores, counts: np.ndarray) -> float:
 
 def test_every_plan_is_judged_on_the_same_resamples() -> None:
     given = scores()
-    found = plan_series(given, ["a", "b"], LANGUAGES, objective="worst", reference=None, draws=100, seed=3)
+    found = plan_series(given, ["a", "b"], LANGUAGES, objective="worst", bootstrap=Bootstrap(None, 100, 3))
     counts = Resamples(SENTENCES, 100, 3).counts
     for plan in ("a", "b"):
         series = found[plan]
@@ -38,24 +40,22 @@ def test_every_plan_is_judged_on_the_same_resamples() -> None:
 
 
 def test_a_collapsed_plan_has_no_value() -> None:
-    found = plan_series(
-        scores(), ["a", "b"], LANGUAGES, objective="mean", reference=None, collapsed={"b": ("he",)}, draws=100
-    )
+    found = plan_series(scores(), ["a", "b"], LANGUAGES, objective="mean", bootstrap=HUNDRED, collapsed={"b": ("he",)})
     assert found["b"] == Undefined("'b' collapsed in he")
     assert not isinstance(found["a"], Undefined)
 
 
 def test_a_disparity_without_a_hurt_reference_has_no_value() -> None:
     given = scores() | {"a": state("a", {"en": 0.0, "he": 3.0, "zh": 2.0})}
-    found = plan_series(given, ["a"], LANGUAGES, objective="disparity", reference="en", draws=100)
+    found = plan_series(given, ["a"], LANGUAGES, objective="disparity", bootstrap=Bootstrap("en", 100))
     assert isinstance(found["a"], Undefined)
 
 
 def test_plans_without_scores_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"'c' was not scored; there are 16 bit, a, b"):
-        plan_series(scores(), ["c"], LANGUAGES, objective="worst", reference=None, draws=100)
+        plan_series(scores(), ["c"], LANGUAGES, objective="worst", bootstrap=HUNDRED)
     with pytest.raises(ConfigError, match="no scores of the '16 bit' state"):
-        plan_series({"a": scores()["a"]}, ["a"], LANGUAGES, objective="worst", reference=None, draws=100)
+        plan_series({"a": scores()["a"]}, ["a"], LANGUAGES, objective="worst", bootstrap=HUNDRED)
 
 
 def test_p_values_are_adjusted_over_the_series_that_have_one() -> None:

@@ -103,7 +103,7 @@ def test_an_idle_layer_costs_almost_nothing(report: SweepReport) -> None:
 
 def assert_equal_to_naive(loaded: LoadedModel, report: SweepReport, rows: Sequence[SweepRow]) -> None:
     """Every plan on a model of its own, in whole forward passes."""
-    texts = planted_texts().part("search")
+    texts, states = planted_texts().part("search"), [fixed_state("base", loaded.model)]
     for row in rows:
         model = copy.deepcopy(loaded.model)
         for layer in range(LAYERS):
@@ -118,9 +118,10 @@ def assert_equal_to_naive(loaded: LoadedModel, report: SweepReport, rows: Sequen
                     grid = replace(GRID, bits=bits)
                     rounded = quantize_rtn(linear_weight(module), grid, scale_dtype=loaded.storage_dtype)
                     set_linear_weight(module, rounded.dequantize())
-        states = [fixed_state("base", loaded.model), fixed_state("naive", model)]
-        naive = score_states(states, loaded.tokenizer, texts, batch_tokens=64)["naive"]
-        for language, own in naive.languages.items():
+        states.append(fixed_state(row.plan, model))
+    naive = score_states(states, loaded.tokenizer, texts, batch_tokens=64)
+    for row in rows:
+        for language, own in naive[row.plan].languages.items():
             mine = report.scores[row.plan].languages[language]
             pairs = zip(mine.nll_nats + mine.kl_nats, own.nll_nats + own.kl_nats, own.tokens * 2, strict=True)
             assert all(abs(a - b) <= TOLERANCE * tokens for a, b, tokens in pairs), (row.plan, language)

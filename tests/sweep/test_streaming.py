@@ -82,7 +82,7 @@ def assert_close(found: Scores, expected: Scores) -> None:
                 assert abs(a - b) <= TOLERANCE * tokens, (name, language)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def folder(tiny_model: Build) -> Path:
     return tiny_model("llama", layers=LAYERS, width=WIDTH)
 
@@ -92,7 +92,7 @@ def loaded(folder: Path) -> StreamedModel:
     return open_streamed(str(folder))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expected(folder: Path) -> dict[str, StateScores]:
     return streamed_scores(open_streamed(str(folder)))
 

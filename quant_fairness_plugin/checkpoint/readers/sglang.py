@@ -8,7 +8,7 @@ tries the parts, and takes an entry of `ignore` for a part of a name, in any cas
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from quant_fairness_plugin.checkpoint.formats.format import Quantization
 from quant_fairness_plugin.checkpoint.readers.case import (
@@ -53,6 +53,7 @@ def problems(case: Case) -> Iterator[str]:
     yield from metadata_in_config(case)
     yield from WholeGroups("SGLang").problems(case.modules, case.quantization)
     quantization = case.quantization
+    skips: Callable[[Quantization, str], bool]
     if case.method == "gptq":
         skips = skipped_by_rule
     elif case.method == "awq":
