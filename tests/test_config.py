@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import date
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.outline import outline_model
+from quant_fairness_plugin.model.resolve import resolve_model
 
 
 def with_lists(hint: Any) -> set[Any]:
@@ -193,3 +196,9 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 def test_precisions_that_auto_cannot_choose_from(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(**chosen)
+
+
+def test_the_group_size_is_left_to_the_model_unless_it_is_given(tiny_model: Callable[..., Path]) -> None:
+    outline = outline_model(resolve_model(str(tiny_model(width=64))))
+    assert FairConfig().fitted(outline).grid.group_size == 64
+    assert FairConfig(group_size=32).fitted(outline) == FairConfig(group_size=32)

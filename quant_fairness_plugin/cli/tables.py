@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant_fairness_plugin.artifacts import (
+    ExportRecord,
     Frontier,
     Interval,
     LanguageDamage,
@@ -241,3 +242,14 @@ def frontier_table(frontier: Frontier) -> Table:
             sure = f"{row.on_frontier_probability:.0%} of resamples"
             table.add_row(row.plan, str(row.bytes_), number(row.worst), number(row.mean), sure)
     return table
+
+
+def extent(record: ExportRecord) -> str:
+    """Return how much of a model a checkpoint quantizes, and what stays in 16 bit against the plan, as a clause."""
+    done, total = len(record.quantized_modules), record.linear_modules
+    size = sum(file.bytes_ for name, file in record.files.items() if name.endswith(".safetensors"))
+    text = f"{done} of {total} linear modules quantized, weights {size / record.sixteen_bit_bytes:.0%} of 16 bit"
+    if not record.kept_modules:
+        return text
+    name, reason = next(iter(record.kept_modules.items()))
+    return f"{text}; {len(record.kept_modules)} stay in 16 bit, first {name}: {reason}"

@@ -96,12 +96,14 @@ def parse_bits(text: str) -> int:
     return int(value)
 
 
-def parse_group_size(text: str) -> int:
-    """Return a group size.
+def parse_group_size(text: str) -> int | Literal["auto"]:
+    """Return a group size, or `auto`.
 
     Raises:
-        ConfigError: not one of 32, 64, 128, -1.
+        ConfigError: not one of auto, 32, 64, 128, -1.
     """
+    if text.strip() == "auto":
+        return "auto"
     value = _integer(text)
     check_group_size(value)
     return int(value)

@@ -98,6 +98,8 @@ def export(
         family=loaded.family.name,
         quantized_modules={name: tensor.grid.bits for name, tensor in quantized.tensors.items()},
         kept_modules=quantized.kept,
+        linear_modules=sum(len(loaded.linears(layer)) for layer in range(loaded.layers)),
+        sixteen_bit_bytes=2 * loaded.parameters,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},

@@ -117,6 +117,7 @@ def forecast(
         ArtifactError: a tokenizer that does not load, or pickled weights.
     """
     outline = outline_model(files, trust_remote_code=trust_remote_code)
+    config = config.fitted(outline)
     groups, trees = fitting_groups(outline, config.grid), _walks(outline, config, sweep)
     protected = check_layers(config.protect_layers, files.layers) if isinstance(config.protect_layers, tuple) else ()
     text = _read_text(files, outline, texts.part("search"), trust_remote_code)

@@ -10,6 +10,8 @@ from quant_fairness_plugin.errors import ConfigError
 BITS = tuple(range(2, 9))
 """Widths of an integer."""
 GROUP_SIZES = (32, 64, 128, -1)
+AUTO_GROUP_SIZES = (128, 64, 32)
+"""What `auto` chooses from: the fewest scales first."""
 """Input channels that share a scale; -1 for all of a row."""
 CLIPS: tuple[Clip, ...] = get_args(Clip)
 PACKED_MULTIPLE = 8

@@ -5,7 +5,7 @@ Takes a loaded model, the protected layers and a grid; returns a `Selection`, be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
@@ -14,7 +14,7 @@ from quant_fairness_plugin.artifacts import Grid, Precision, Unit, bits_of_preci
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
-from quant_fairness_plugin.quantize.grid_rules import check_grid, misfit
+from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_grid, misfit
 
 NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
 
@@ -55,6 +55,25 @@ class Selection:
     def modules(self) -> tuple[str, ...]:
         """Full names of all modules to quantize, in forward order."""
         return tuple(name for units in self.units.values() for unit in units for name in unit)
+
+
+def fitting_group_size(model: Modules) -> int:
+    """Return the group size that leaves the fewest weights of a model in 16 bit, the largest of equals.
+
+    One for the whole model, which every reader takes; -1, a scale for a whole row, where no size of `auto` fits at all.
+    """
+    weights = {size: sum(_fitting_weights(model, Grid(group_size=size))) for size in (*AUTO_GROUP_SIZES, -1)}
+    largest = max(weights[size] for size in AUTO_GROUP_SIZES)
+    return next((size for size in AUTO_GROUP_SIZES if largest and weights[size] == largest), -1)
+
+
+def _fitting_weights(model: Modules, grid: Grid) -> Iterator[int]:
+    """Yield the number of weights of every fusion group that a grid fits."""
+    for layer in range(model.layers):
+        for unit in model.family.units_of(layer):
+            shapes = [model.matrix(f"{model.family.blocks}.{layer}.{name}") for name in unit.modules]
+            if all(misfit(grid, *shape) is None for shape in shapes):
+                yield sum(rows * cols for rows, cols in shapes)
 
 
 def select_modules(
