@@ -31,17 +31,19 @@ from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.objectives import find_objective
+from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
+from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
-from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
@@ -61,9 +63,20 @@ Progress = Callable[[int, int], None]
 def load_checked(
     checked: Checked, source: ModelSource, *, memory_budget: int | None = None, dtype: ComputeDtype = "float32"
 ) -> LoadedModel:
-    """Load the model that `preflight` resolved; with a memory budget its blocks stay in their files."""
+    """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
+
+    With a memory budget its blocks stay in their files.
+    """
     open_model = load_model if memory_budget is None else open_streamed
-    return open_model(checked.files, dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code)
+    loaded = open_model(checked.files, dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code)
+    if not is_plain(checked.files):
+        check_tokens(loaded, checked.texts)
+    return loaded
+
+
+def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
+    """Check that the model has an embedding for every token of the texts; see `check_vocabulary`."""
+    check_vocabulary(loaded.tokenizer, texts, rows=embedding_rows(loaded.model), name=loaded.files.name)
 
 
 def open_in_memory(
@@ -73,6 +86,7 @@ def open_in_memory(
     sentences = open_texts(config, texts)
     loaded = copy_model(model, tokenizer)
     check_model(config, loaded.files)
+    check_tokens(loaded, sentences)
     return loaded, sentences
 
 
@@ -301,6 +315,7 @@ def quantize(
             loaded.tokenizer,
             texts.part("calibrate"),
             tokens_per_language=config.tokens_per_language,
+            row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
             weighting=config.calibration,
         )
     if config.backend != NATIVE and calibration is not None:

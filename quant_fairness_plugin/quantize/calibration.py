@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import TextSet, Weighting, digest
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
+from quant_fairness_plugin.model.tokenizer import start_token, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +158,7 @@ def build_calibration(
     if weighting == "english":
         languages = (_english(part, languages),)
     used = _check(part, languages, tokens_per_language, row_tokens)
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    separator = start_token(tokenizer)
     order = list(range(len(part)))
     random.Random(seed).shuffle(order)
     packed = {lang: _pack(tokenizer, part.sentences[lang], order, separator, row_tokens) for lang in used}
@@ -244,7 +245,7 @@ def _stream(
 ) -> Iterator[int]:
     for index in order:
         yield from start
-        yield from tokenizer(sentences[index], add_special_tokens=False)["input_ids"]
+        yield from text_ids(tokenizer, [sentences[index]])["input_ids"][0]
 
 
 def _cut(rows: list[tuple[int, ...]], budget: int) -> tuple[tuple[int, ...], ...]:

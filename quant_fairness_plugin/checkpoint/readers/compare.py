@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
@@ -25,9 +25,12 @@ from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
 
 PROMPT_LENGTHS = (1, 2, 17, 63)
+CONTINUED = 12
+"""Tokens that a reader adds to a prompt."""
 TOLERANCE = 2.0
 """In units of float16. vLLM measured 0.7 and 0.9 (random and trained model), gptqmodel 0.9; readers that take two other
 layers for the protected one would be at 4.7 and more."""
@@ -81,10 +84,20 @@ def compare_with_reader(folder: Path, reader: str, python: Path) -> str:
 
 
 def fixed_prompts(model: PreTrainedModel) -> list[list[int]]:
-    """Prompts of fixed lengths with tokens from everywhere in the vocabulary, the same on every call."""
+    """Prompts of fixed lengths with tokens from everywhere in the vocabulary, the same on every call.
+
+    Where the model takes fewer tokens at once, the longer ones are cut to what it takes.
+    """
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    return [torch.randint(0, vocabulary, (length,), generator=draw).tolist() for length in PROMPT_LENGTHS]
+    lengths = _lengths(PROMPT_LENGTHS, model, room=CONTINUED)
+    return [torch.randint(0, vocabulary, (length,), generator=draw).tolist() for length in lengths]
+
+
+def _lengths(wanted: Sequence[int], model: PreTrainedModel, *, room: int = 0) -> tuple[int, ...]:
+    """Return lengths of which none, with `room` more tokens, is more than the model takes at once."""
+    most = max(1, longest_input(model.config.to_dict()) - room)
+    return tuple(dict.fromkeys(min(length, most) for length in wanted))
 
 
 def compare_reading(reading: Reading, model: PreTrainedModel) -> Comparison:
@@ -214,6 +227,6 @@ def _logits(model: PreTrainedModel) -> list[Tensor]:
     """Logits of fixed token rows, float32. The rows run through the vocabulary in steps that do not divide it."""
     vocabulary = model.config.get_text_config().vocab_size
     steps = torch.arange(max(ROW_LENGTHS)) * 7919 + 1
-    rows = [(steps[:length] % vocabulary).unsqueeze(0) for length in ROW_LENGTHS]
+    rows = [(steps[:length] % vocabulary).unsqueeze(0) for length in _lengths(ROW_LENGTHS, model)]
     model.train(False)
     return [model(input_ids=row).logits.float() for row in rows]
