@@ -129,7 +129,7 @@ def position_limit(model: PreTrainedModel) -> int:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return how many tokens a model has an embedding for."""
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
+    return len(model.get_input_embeddings().get_parameter("weight"))
 
 
 def sum_rows(batch: Batch, per_token: Tensor, name: str, texts: TextSet) -> Array:
