@@ -24,6 +24,7 @@ from quant_fairness_plugin.artifacts import ExportRecord, Measurement, Mode, Par
 from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
 from quant_fairness_plugin.config import FairConfig, FairOptions
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.export.companions import companions_of
 from quant_fairness_plugin.export.push import PushOptions, push_folder
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
@@ -286,6 +287,7 @@ class FairQuantizer:
         plan = self.recommend()
         if plan.overrides != checked:
             steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
+        companions_of(self.loaded).say_what_is_left_out(self.loaded.files.folder)
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:

@@ -11,6 +11,7 @@ from quant_fairness_plugin.artifacts import TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.export.companions import find_companions
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.context import check_context, longest_input
@@ -121,6 +122,8 @@ def preflight(
     check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
     check_model(config, files)
+    if out is not None:
+        find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
     _check_tokens(files, sentences)
     return Checked(files, sentences)

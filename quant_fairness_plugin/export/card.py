@@ -1,25 +1,28 @@
-"""The model card: `README.md` of a checkpoint, rendered from its `ExportRecord` and nothing else."""
+"""The model card: `README.md` of a checkpoint, rendered from its `ExportRecord` and the front matter of its source."""
 
 from __future__ import annotations
 
 import json
 import re
 from importlib import resources
+from typing import Any
 
 import jinja2
 
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, LanguageDamage, Number
 from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal
+from quant_fairness_plugin.export.source_card import NO_CARD, SourceCard
 from quant_fairness_plugin.recommend import describe_overrides
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
 
 
-def render_card(record: ExportRecord) -> str:
+def render_card(record: ExportRecord, source: SourceCard = NO_CARD) -> str:
     """The card as Markdown with YAML front matter. Names and texts from outside are escaped.
 
     Args:
         record: what was exported; its `files` are not used.
+        source: what the card of the source says that holds for the export too.
     """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
@@ -36,13 +39,29 @@ def render_card(record: ExportRecord) -> str:
         plan=record.plan,
         overrides=describe_overrides(record.plan),
         wide=sum(bits != record.plan.grid.bits for bits in record.quantized_modules.values()),
-        base_model=record.provenance.model.rstrip("/")
-        if _is_hub_id(record)
-        else record.provenance.model.split("/")[-1],
+        name=record.provenance.model.rstrip("/") if _is_hub_id(record) else record.provenance.model.split("/")[-1],
+        front_matter=_front_matter(record, source),
+        source=source,
         rows=[_row(damage) for damage in measurement.languages] if measurement else [],
-        languages=[damage.language for damage in measurement.languages] if measurement else [],
         refusals={reader: _refusal(record, reader) for reader in READERS},
     )
+
+
+def _front_matter(record: ExportRecord, source: SourceCard) -> dict[str, Any]:
+    """Return the card's metadata: the source's where it still holds, and what the export adds."""
+    base = source.base_model or (record.provenance.model if _is_hub_id(record) else None)
+    relation = source.relation if source.base_model else "quantized"
+    measured = [damage.language for damage in record.measurement.languages] if record.measurement else []
+    own = ("quant-fairness", record.format, record.method, f"int{record.plan.grid.bits}")
+    content = {
+        "base_model": base,
+        "base_model_relation": relation if base else None,
+        **source.kept,
+        "language": source.languages or measured,
+        "library_name": "transformers",
+        "tags": list(dict.fromkeys([*own, *source.tags])),
+    }
+    return {key: value for key, value in content.items() if value is not None and value != []}
 
 
 def _refusal(record: ExportRecord, reader: str) -> str | None:

@@ -30,24 +30,19 @@ from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths, 
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.export.card import render_card
+from quant_fairness_plugin.export.companions import Companions, companions_of
 from quant_fairness_plugin.export.contents import checkpoint_tensors, write_shards
+from quant_fairness_plugin.export.source_card import SourceCard, read_source_card
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
-from quant_fairness_plugin.model.weights import check_inside
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
-OWN_FILES = frozenset({"config.json", "quantize_config.json", RECORD, "README.md"})
-"""What an export writes itself; a source's file of that name is not copied."""
-WEIGHT_SUFFIXES = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .pkl .pickle .h5 .msgpack .onnx .onnx_data .gguf .ggml .ot .tflite .npz".split()
-)
-"""Weights in any form, and pickles, which could run code when opened."""
-TEMPLATE_FOLDER = "additional_chat_templates"
-"""The only folder that tokenizers read from."""
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+"""Empty in a source; an export writes its own."""
 _logger = logging.getLogger(__name__)
 
 
@@ -88,6 +83,8 @@ def export(
     layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
+    companions = companions_of(loaded)
+    card = read_source_card(loaded.files, companions)
     arguments = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
     made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     record = ExportRecord(
@@ -107,13 +104,13 @@ def export(
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
         _write_model(quantized, folder, layout)
-        _copy_companions(loaded, folder)
-        record = _describe(record, folder)
+        _copy_companions(loaded, companions, folder)
+        record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
         verify(folder)
         if measure is not None:
             evaluated = replace(plan, predicted=False)
-            record = _describe(replace(record, plan=evaluated, measurement=measure(folder)), folder)
+            record = _describe(replace(record, plan=evaluated, measurement=measure(folder)), card, folder)
             check_recorded_files(folder, record)
     _logger.info("%s: written and verified, %s", out, format)
     return record
@@ -146,7 +143,8 @@ def _write_model(quantized: QuantizedModel, folder: Path, layout: Format) -> Non
     write_columns(columns, folder)
     dtype = str(loaded.storage_dtype).removeprefix("torch.")
     old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
-    config = loaded.files.config | old_key | {"dtype": dtype}
+    config = {key: value for key, value in loaded.files.config.items() if key not in QUANTIZATION_KEYS}
+    config |= old_key | {"dtype": dtype} | _tying(loaded)
     if layout.packs:
         bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
         modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
@@ -156,33 +154,29 @@ def _write_model(quantized: QuantizedModel, folder: Path, layout: Format) -> Non
     _write_json(folder / "config.json", config)
 
 
+def _tying(loaded: LoadedModel) -> dict[str, bool]:
+    """Return what the config has to say where the file holds a head that the source's config ties to the embedding."""
+    untied = not loaded.family.tied_head and getattr(loaded.model.config, "tie_word_embeddings", False)
+    return {"tie_word_embeddings": False} if untied else {}
+
+
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_companions(loaded: LoadedModel, folder: Path) -> None:
-    """Tokenizer, generation config, chat templates, licence: every other file of the source, byte for byte."""
-    source = loaded.files.folder
+def _copy_companions(loaded: LoadedModel, companions: Companions, folder: Path) -> None:
+    """Tokenizer, generation config, chat templates, licence: what a reader or a person needs, byte for byte."""
+    companions.copy(folder)
     if not loaded.files.weights:  # a model that was only in memory has no folder
         loaded.tokenizer.save_pretrained(folder)
         if loaded.model.generation_config is not None:
             # `save_pretrained` refuses what Transformers itself loads and publishes, such as a temperature alone.
             loaded.model.generation_config.to_json_file(folder / "generation_config.json")
-        return
-    for path in sorted([*source.iterdir(), *(source / TEMPLATE_FOLDER).glob("*.jinja")]):
-        if not path.is_file() or path.name.startswith(".") or path.name in OWN_FILES:
-            continue
-        if path.suffix.lower() in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
-            continue
-        check_inside(source, path)
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
 
 
-def _describe(record: ExportRecord, folder: Path) -> ExportRecord:
+def _describe(record: ExportRecord, source: SourceCard, folder: Path) -> ExportRecord:
     """Write the card and `quant_fairness.json`; returns the record with all files in it."""
-    (folder / "README.md").write_text(render_card(record), encoding="utf-8")
+    (folder / "README.md").write_text(render_card(record, source), encoding="utf-8")
     record = replace(record, files={name: file_record(folder / name) for name in list_files(folder)})
     save(record, folder / RECORD)
     return record

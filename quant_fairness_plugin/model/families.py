@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.architectures import (
@@ -19,7 +19,7 @@ from quant_fairness_plugin.model.architectures import (
     known_families,
     match_architecture,
 )
-from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, names_experts
+from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts, names_experts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -167,6 +167,7 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Module]) -> None:
     mixture: list[str] = []
+    others: dict[str, str] = {}
     for i, block in enumerate(blocks):
         for name, module in block.named_modules():
             if any(part.startswith("lora_") for part in name.split(".")):
@@ -174,26 +175,40 @@ def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Mo
                     f"{_kind(model)}: {path}.{i}.{name} is an unmerged LoRA adapter; plain models are accepted. "
                     "Merge it first (peft's merge_and_unload)."
                 )
-            if _holds_experts(name, module):
+            if names_experts(name):
                 mixture.append(f"{path}.{i}.{name}")
-    if mixture:
-        where = next((name for name in mixture if name.endswith(".experts")), mixture[0])
+            elif reason := _not_dense(module):
+                others[f"{path}.{i}.{name}"] = reason
+    counted = any(True for _ in expert_counts(_config(model)))
+    if mixture or (counted and others):
+        where = next((name for name in mixture if name.endswith(".experts")), [*mixture, *others][0])
         raise UnsupportedModelError(f"{_kind(model)}: {where} holds a mixture of experts, {MIXTURE_ADVICE}")
+    for name, reason in others.items():
+        raise UnsupportedModelError(
+            f"{_kind(model)}: {name} {reason}, which would stay as it is; expected blocks of linear modules and norms. "
+            f"Use a model of the shape of {', '.join(known_families())}."
+        )
 
 
-def _holds_experts(name: str, module: nn.Module) -> bool:
-    """Return whether a module is an expert, a router, a choice of several MLPs, or stacks matrices in one tensor.
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {} if config is None else dict(config.to_dict())
 
-    By what they are called and by what they are made of, since a router with one shared expert has the linear modules
-    of a dense block: quantized as one, its experts would stay as they are.
+
+def _not_dense(module: nn.Module) -> str:
+    """Return what a module of a block holds that no dense block has; empty where nothing.
+
+    Quantized as dense blocks, such ones would keep a part of their weights as it is, or run what no calibration saw.
     """
     from torch import nn
 
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    stacked = not convolution and any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
-    several = isinstance(module, nn.ModuleList) and sum(any(True for _ in _linears(member)) for member in module) > 1
-    # Experts of rank one are rows of an embedding table; no dense block looks anything up.
-    return stacked or several or names_experts(name) or isinstance(module, nn.Embedding)
+    if not convolution and any(parameter.dim() > 2 for parameter in module.parameters(recurse=False)):
+        return "stacks several matrices in one tensor"
+    if isinstance(module, nn.ModuleList) and sum(any(True for _ in _linears(member)) for member in module) > 1:
+        return "is a list of several modules"
+    # No dense block looks anything up.
+    return "is a table that tokens look rows up in" if isinstance(module, nn.Embedding) else ""
 
 
 def _structure(block: nn.Module) -> Block:

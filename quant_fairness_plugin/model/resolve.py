@@ -6,7 +6,9 @@ A wrong name, a quantized or unsupported model, missing, malformed or unsafe fil
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,13 +17,16 @@ from typing import Any
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
 from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts
+from quant_fairness_plugin.model.architectures.refused import refusal_of
 from quant_fairness_plugin.model.gguf import gguf_folder
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
+from quant_fairness_plugin.model.native import CODE_KEYS, is_native
 from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
 
 BUNDLED = ("demo", "demo-gpt2")
 
+_logger = logging.getLogger(__name__)
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _QUANTIZED_ENDINGS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax")
 
@@ -41,6 +46,8 @@ class ModelFiles:
     """The commit of a Hub snapshot; None for local files."""
     memory_sha256: str | None = None
     """The checksum of the parameters, where there are no files."""
+    runs_code: bool = False
+    """Whether the model or its tokenizer is loaded with code of its folder, which the user allowed to be run."""
 
 
 def resolve_model(
@@ -66,11 +73,14 @@ def resolve_model(
         raise _no_config(folder)
     check_inside(folder, folder / "config.json")
     config = read_json(folder / "config.json")
-    _check_config(folder, config, trust_remote_code)
+    _check_config(folder, config)
+    runs_code = _check_custom_code(folder, config, trust_remote_code)
+    if not runs_code:
+        config = {key: value for key, value in config.items() if key not in CODE_KEYS}
     weights = find_weights(folder, allow_pickle=allow_pickle)
     if weights[0].suffix == ".safetensors":
         _refuse_quantized_tensors(folder, read_shapes(weights))
-    return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit)
+    return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit, runs_code=runs_code)
 
 
 def resolved(
@@ -210,7 +220,7 @@ def _no_config(folder: Path) -> ArtifactError | UnsupportedModelError:
     )
 
 
-def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
     """Refuse what the config already shows to be unsupported."""
     path = folder / "config.json"
     quantized = config.get("quantization_config") or config.get("compression_config")
@@ -219,9 +229,6 @@ def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool)
         raise UnsupportedModelError(
             f"{path}: the model is already quantized ({method}); expected a 16- or 32-bit model. Use the original."
         )
-    _check_custom_code(folder, config, trust_remote_code)
-    for key, count in expert_counts(config):
-        raise UnsupportedModelError(f"{path}: the model holds a mixture of experts ({key} {count}), {MIXTURE_ADVICE}")
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ArtifactError(f"{path}: 'architectures' is {architectures!r}, expected a list of names. Restore it.")
@@ -231,23 +238,48 @@ def _check_config(folder: Path, config: dict[str, Any], trust_remote_code: bool)
         raise UnsupportedModelError(
             f"{path}: {what} is not a decoder-only language model; expected a causal one (…ForCausalLM). Use one."
         )
+    reason = refusal_of(str(config.get("model_type", "")), config)
+    if reason is not None:
+        raise UnsupportedModelError(f"{path}: {reason}")
+    for key, count in expert_counts(config):
+        raise UnsupportedModelError(f"{path}: the model holds a mixture of experts ({key} {count}), {MIXTURE_ADVICE}")
 
 
-def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> None:
-    tokenizer = folder / "tokenizer_config.json"
-    sources = {folder / "config.json": config} | ({tokenizer: read_json(tokenizer)} if tokenizer.is_file() else {})
-    for path, content in sources.items():
-        if "auto_map" not in content and "model_file" not in content:
-            continue
-        if not trust_remote_code:
-            raise UnsupportedModelError(
-                f"{path}: names code to be run (auto_map), which is refused. Use a model that Transformers has, or "
-                "pass --trust-remote-code (trust_remote_code=True) after reading that code."
-            )
-        if "--" in str(content.get("auto_map")):  # `other/repository--file.Class`
-            raise UnsupportedModelError(
-                f"{path}: takes its code from another repository, which no revision pins. Copy that code here."
-            )
+def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> bool:
+    """Return whether code of the folder is to be run: it brings some, and the user allowed it.
+
+    Where Transformers has the family itself, its class is used and nothing of the folder is run.
+
+    Raises:
+        UnsupportedModelError: code that was not allowed, and that Transformers cannot do without; or code of another
+            repository.
+    """
+    settings = folder / "tokenizer_config.json"
+    tokenizer = read_json(settings) if settings.is_file() else {}
+    path, content = next(
+        ((path, content) for path, content in ((folder / "config.json", config), (settings, tokenizer))
+         if any(key in content for key in CODE_KEYS)),
+        (folder, {}),
+    )  # fmt: skip
+    if not content:
+        return False
+    if not trust_remote_code:
+        if is_native(folder, config, tokenizer):
+            _logger.warning("%s: names code (%s), which is not run: Transformers has this family", path, _code(content))
+            return False
+        raise UnsupportedModelError(
+            f"{path}: names code to be run ({_code(content)}), which is refused. Use a model that Transformers has, or "
+            "pass --trust-remote-code (trust_remote_code=True) after reading that code."
+        )
+    if any("--" in str(source.get("auto_map")) for source in (config, tokenizer)):  # `other/repository--file.Class`
+        raise UnsupportedModelError(
+            f"{path}: takes its code from another repository, which no revision pins. Copy that code here."
+        )
+    return True
+
+
+def _code(content: Mapping[str, Any]) -> str:
+    return next(key for key in CODE_KEYS if key in content)
 
 
 def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:

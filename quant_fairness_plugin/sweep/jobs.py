@@ -21,7 +21,6 @@ from quant_fairness_plugin.measure.rows import Row, pad_rows
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
 from quant_fairness_plugin.model.storage import parameters_sha256
-from quant_fairness_plugin.model.weights import read_json
 from quant_fairness_plugin.plans.tree import StateTree
 from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import Bank
@@ -123,7 +122,7 @@ def pack(job: Job) -> Recipe:
         folder=files.folder.resolve(),
         dtype=job.loaded.model.dtype,
         device=str(job.loaded.model.device),
-        trust_remote_code=_brings_code(files.folder),
+        trust_remote_code=files.runs_code,
         allow_pickle=files.weights[0].suffix != ".safetensors",
         bank=job.bank.recipe(),
         tree=job.tree,
@@ -184,9 +183,3 @@ def _model_identity(loaded: LoadedModel) -> dict[str, str]:
         return {"sha256": model_sha256(files)}
     # A model in memory can have changed since it was wrapped, and its config is in no file.
     return {"sha256": parameters_sha256(loaded.model), "config": loaded.model.config.to_json_string()}
-
-
-def _brings_code(folder: Path) -> bool:
-    """Return whether the model brings code; whoever loaded it first has then agreed to run it."""
-    paths = (folder / "config.json", folder / "tokenizer_config.json")
-    return any({"auto_map", "model_file"} & read_json(path).keys() for path in paths if path.is_file())

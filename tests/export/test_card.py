@@ -11,6 +11,7 @@ import yaml
 
 from quant_fairness_plugin.artifacts import ExportRecord, Precision, Undefined, load
 from quant_fairness_plugin.export.card import render_card
+from quant_fairness_plugin.export.source_card import SourceCard
 from tests.export.build import measurement
 from tests.export.conftest import Exported
 
@@ -50,7 +51,24 @@ def test_without_a_measurement_no_language_is_claimed(record: ExportRecord) -> N
 
 
 def test_a_local_path_is_not_given_away(record: ExportRecord) -> None:
-    assert front_matter(render_card(named(record, "/home/me/secret/model")))["base_model"] == "model"
+    """Nor passed off as the id of a model on the Hub."""
+    card = render_card(named(record, "/home/me/secret/model"))
+    assert not {"base_model", "base_model_relation"} & front_matter(card).keys()
+    assert "secret" not in card
+
+
+def test_the_sources_front_matter_is_kept_where_it_still_holds(record: ExportRecord) -> None:
+    kept = {"license": "other", "license_name": "gemma", "license_link": "LICENSE", "datasets": ["a/b"]}
+    source = SourceCard("google/gemma-2b", "finetune", ["he"], ["poetry", "int4"], kept, "README.source.md")
+    card = render_card(replace(named(record, "mine"), measurement=measurement()), source)
+    assert front_matter(card) == kept | {
+        "base_model": "google/gemma-2b",
+        "base_model_relation": "finetune",
+        "language": ["he"],
+        "library_name": "transformers",
+        "tags": ["quant-fairness", "compressed-tensors", "rtn", "int4", "poetry"],
+    }
+    assert "[README.source.md](README.source.md)" in card
 
 
 def test_the_table_has_one_row_for_each_language_with_intervals(record: ExportRecord) -> None:

@@ -239,11 +239,16 @@ def test_the_source_files_are_copied_and_nothing_else(small: QuantizedModel, tmp
     copied = {
         "LICENSE": b"licence\r\n", "chat_template.jinja": "{{ 'שלום' }}".encode(), "vocab.txt": b"\x00\xff",
         "additional_chat_templates/tool.jinja": b"{{ 1 }}", "tokenizer.model": b"sentencepiece",
+        "NOTICE.txt": b"notice", "Gemma_Terms_of_Use_LICENSE.md": b"terms", "preprocessor_config.json": b"{}",
     }  # fmt: skip
     left = (
-        "README.md", "pytorch_model.bin", "model.pt", "tf_model.h5", "consolidated.safetensors", "x.gguf", "a.pkl",
+        "hf_quant_config.json", "quant_config.json", "quantization_config.json", "model.safetensors.bak",
+        "training_args.bin", "optimizer.pt", "trainer_state.json", "x.imatrix", "picture.png", "config.json.orig",
+        "modeling_x.py", "recipe.yaml", "runs/events.out", "license_checker.py",
+        "pytorch_model.bin", "model.pt", "tf_model.h5", "consolidated.safetensors", "x.gguf", "a.pkl",
         "flax.index.json", ".hidden", "onnx/model.onnx", "onnx/config.json", "quantize_config.json",
     )  # fmt: skip
+    (source / "README.md").write_bytes(b"---\nlicense: gemma\n---\nNot for medical use.\r\n")
     for name, content in [*copied.items(), *((name, b"no") for name in left)]:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(content)
@@ -251,10 +256,12 @@ def test_the_source_files_are_copied_and_nothing_else(small: QuantizedModel, tmp
     record = write(replace(small, loaded=loaded), tmp_path / "out")
     own = {"README.md", "config.json", "model.safetensors"}
     tokenizer = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert set(record.files) == own | tokenizer | set(copied)
+    assert set(record.files) == own | tokenizer | set(copied) | {"README.source.md"}
     for name in (*tokenizer, *copied):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    assert (tmp_path / "out" / "README.md").read_bytes() != b"no"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert '\nlicense: "gemma"\n' in card
+    assert (tmp_path / "out" / "README.source.md").read_bytes() == (source / "README.md").read_bytes()
 
 
 def test_the_config_is_the_sources_with_three_changes(small: QuantizedModel, exported: Exported) -> None:

@@ -227,15 +227,34 @@ def hand_made(**extra: nn.Module) -> nn.Module:
         ({"gate": nn.Linear(32, 4)}, "gate"),  # a router and one shared MLP look dense otherwise
         ({"router": nn.Linear(32, 4)}, "router"),
         ({"shared_expert_gate": nn.Linear(32, 1)}, "shared_expert_gate"),
-        ({"branches": nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])}, "branches"),
-        ({"keys": nn.Embedding(16, 32)}, "keys"),
-        ({"bank": nn.ParameterList([nn.Parameter(torch.zeros(2, 4, 4))])}, "bank"),
     ],
 )
 def test_experts_that_hide_in_an_otherwise_dense_block_are_refused(extra: dict[str, nn.Module], where: str) -> None:
     assert detect_family(hand_made()).generic  # type: ignore[arg-type]
     with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.{where} holds a mixture of experts"):
         detect_family(hand_made(**extra))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"branches": nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])}, "branches is a list of several modules"),
+        ({"keys": nn.Embedding(16, 32)}, "keys is a table that tokens look rows up in"),
+        (
+            {"bank": nn.ParameterList([nn.Parameter(torch.zeros(2, 4, 4))])},
+            "bank stacks several matrices in one tensor",
+        ),
+    ],
+)
+def test_what_no_dense_block_holds_is_refused_for_what_it_is(extra: dict[str, nn.Module], reason: str) -> None:
+    """Experts, perhaps; where neither a name nor the config says so, the reason is what is there."""
+    with pytest.raises(UnsupportedModelError, match=rf"layers\.0\.{reason}") as caught:
+        detect_family(hand_made(**extra))  # type: ignore[arg-type]
+    assert "mixture of experts" not in str(caught.value)
+    model = hand_made(**extra)
+    model.config = Qwen2MoeConfig(**SMALL, num_experts=4)  # type: ignore[assignment]
+    with pytest.raises(UnsupportedModelError, match=r"holds a mixture of experts"):
+        detect_family(model)  # type: ignore[arg-type]
 
 
 def test_experts_in_a_later_block_only_are_refused_too() -> None:

@@ -259,14 +259,58 @@ def test_architectures_that_are_no_list_are_refused(folder: Path) -> None:
 # Code
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize("key", ["auto_map", "model_file"])
-def test_code_of_the_models_own_is_refused_unless_trusted(folder: Path, name: str, key: str) -> None:
-    edit(folder / name, **{key: {"AutoModelForCausalLM": "modeling.Model"}})
+def test_code_of_a_family_that_transformers_lacks_is_refused_unless_trusted(folder: Path, key: str) -> None:
+    edit(folder / "config.json", model_type="phi3small", **{key: {"AutoModelForCausalLM": "modeling.Model"}})
     text = refused(folder)
     assert text.startswith("UnsupportedModelError")
-    assert f"{name}: names code to be run" in text
-    assert resolve_model(str(folder), trust_remote_code=True).layers == 2
+    assert f"config.json: names code to be run ({key})" in text
+    files = resolve_model(str(folder), trust_remote_code=True)
+    assert files.runs_code
+    assert key in files.config
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_family_that_transformers_has_is_not_run(
+    folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(folder / name, auto_map={"AutoModelForCausalLM": "modeling.Model", "AutoTokenizer": ["other/repo--t.T", None]})
+    files = resolve_model(str(folder))
+    assert not files.runs_code
+    assert "auto_map" not in files.config
+    assert f"{name}: names code (auto_map), which is not run" in caplog.text
+
+
+def test_a_tokenizer_that_only_code_can_make_is_refused(folder: Path) -> None:
+    settings = {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["tokenization.QWenTokenizer", None]}}
+    edit(folder / "tokenizer_config.json", **settings)
+    assert resolve_model(str(folder)).layers == 2  # Transformers reads tokenizer.json without the class
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer_config.json: names code to be run (auto_map)" in refused(folder)
+
+
+REASONS = {
+    "recurrent_gemma": "recurrent or state-space", "mamba": "recurrent or state-space", "rwkv": "recurrent or",
+    "xlstm": "recurrent or state-space", "zamba2": "recurrent or state-space", "falcon_mamba": "recurrent or",
+    "bitnet": "ternary weights", "bert": "an encoder", "xlm-roberta": "an encoder", "whisper": "the decoder of an enc",
+    "bart": "the decoder of an encoder-decoder", "marian": "the decoder of an encoder-decoder", "blt": "byte patches",
+    "hrm_text": "runs the same blocks in cycles",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", REASONS)
+@pytest.mark.parametrize("experts", [{}, {"num_experts": 1}])
+def test_an_architecture_is_refused_for_what_it_is(folder: Path, model_type: str, experts: dict[str, int]) -> None:
+    edit(folder / "config.json", model_type=model_type, **experts)
+    text = refused(folder)
+    assert text.startswith("UnsupportedModelError")
+    assert REASONS[model_type] in text
+    assert "mixture of experts" not in text
+
+
+def test_a_wrapper_around_a_decoder_is_refused_as_one(folder: Path) -> None:
+    edit(folder / "config.json", model_type="new_vl", vision_config={"depth": 2})
+    assert "new_vl is a model of text with images or sound" in refused(folder)
 
 
 def test_code_from_another_repository_is_never_run(folder: Path) -> None:

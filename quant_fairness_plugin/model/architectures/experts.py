@@ -23,7 +23,7 @@ def expert_counts(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     for key, value in config.items():
         if isinstance(value, dict):
             yield from expert_counts(value)
-        elif _COUNT_KEY.fullmatch(key):  # a list has one count per layer
+        elif _COUNT_KEY.fullmatch(str(key)):  # a list has one count per layer
             counts = [count for count in (value if isinstance(value, list) else [value]) if type(count) is int]
             if max(counts, default=0) > 1:
                 yield key, max(counts)
