@@ -129,7 +129,9 @@ def position_limit(model: PreTrainedModel) -> int:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Return how many tokens a model has an embedding for."""
-    return int(model.get_input_embeddings().weight.shape[0])  # type: ignore[no-untyped-call]
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def sum_rows(batch: Batch, per_token: Tensor, name: str, texts: TextSet) -> Array:
