@@ -154,8 +154,15 @@ class FairQuantizer:
         return steps.measure(self.loaded, self.texts, self.config, states, part=part, progress=progress)
 
     def measure_folder(self, folder: Path | None = None, *, part: Part = "confirm") -> Measurement:
-        """Measure a written checkpoint (None: the last export), read back from its files by our own dequantizer."""
-        return self.measure(exported_state(folder or self._last_export()), part=part).measurements[EXPORTED]
+        """Measure a written checkpoint (None: the last export), read back from its files by our own dequantizer.
+
+        Raises:
+            ConfigError: a checkpoint that was made from another model.
+        """
+        folder = folder or self._last_export()
+        compared = steps.check_folder(folder, self.loaded)
+        measured = self.measure(exported_state(folder), part=part).measurements[EXPORTED]
+        return steps.measured_folder(measured, folder, self.texts, part, compared=compared)
 
     def sweep(
         self,
@@ -267,7 +274,8 @@ class FairQuantizer:
 
         def measure(folder: Path) -> Measurement:
             both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
-            return both[0].measurements[EXPORTED]
+            measured = both[0].measurements[EXPORTED]
+            return steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
 
         record = self._export(Path(out), overwrite=overwrite, measure=measure)
         return steps.compare(record, both[0])

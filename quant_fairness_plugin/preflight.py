@@ -22,6 +22,7 @@ from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
 from quant_fairness_plugin.quantize.methods import check_method
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
+from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
 _logger = logging.getLogger(__name__)
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -138,8 +139,12 @@ def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:
         ArtifactError: a file that is missing or malformed.
     """
     if texts is not None:
-        return choose_texts(texts, languages=config.languages, reference=config.reference)
-    return load_texts(config.texts, languages=config.languages, reference=config.reference)
+        sentences = choose_texts(texts, languages=config.languages, reference=config.reference)
+    else:
+        sentences = load_texts(config.texts, languages=config.languages, reference=config.reference)
+    if shared := overlap(sentences):
+        _logger.warning("%s. Give %d or more sentences, each once", shared, SMALLEST_SPLIT)
+    return sentences
 
 
 def check_model(config: FairConfig, files: ModelFiles) -> None:

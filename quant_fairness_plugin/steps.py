@@ -6,6 +6,7 @@ Nothing is remembered here, and nothing is done in another order than it is call
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
 )
 from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
+from quant_fairness_plugin.checkpoint.original import check_original, recorded
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
@@ -54,6 +57,7 @@ from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
 from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.execution import Execution
+from quant_fairness_plugin.texts.parts import overlap, true_part, used_before
 
 EXPORTED = "exported"
 Progress = Callable[[int, int], None]
@@ -129,7 +133,9 @@ def measure(
         states or (baseline,),
         loaded.tokenizer,
         texts.part(part),
-        part=part,
+        part=true_part(texts, part),
+        # Nothing is selected for the 16-bit model itself, so that all sentences are new to it.
+        condition=used_before(texts, part) if states else "",
         provenance=lambda given: provenance(loaded.files, texts, seed=config.seed, arguments=given),
         bootstrap=config.bootstrap,
         progress=progress,
@@ -147,7 +153,7 @@ def sweep(
     progress: Progress | None = None,
 ) -> SweepReport:
     """Sweep on the search part, with round-to-nearest weights or those of a checkpoint (`bank`); see `sweep_units`."""
-    return sweep_units(
+    report = sweep_units(
         loaded,
         texts.part("search"),
         plans,
@@ -157,6 +163,7 @@ def sweep(
         execution=execution,
         progress=progress,
     )
+    return replace(report, condition=overlap(texts))
 
 
 def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | None) -> ProtectionPlan:
@@ -280,7 +287,7 @@ def evidence(
     progress: Progress | None = None,
 ) -> Evidence:
     """Compare a plan with random and other plans of equal bytes, on the confirm part; see `gather_evidence`."""
-    return gather_evidence(
+    evidence = gather_evidence(
         loaded,
         plan,
         texts.part("confirm"),
@@ -290,6 +297,8 @@ def evidence(
         progress=progress,
         execution=Execution(work=work),
     )
+    condition = overlap(texts)
+    return replace(evidence, condition=condition, verdict="; ".join(filter(None, (evidence.verdict, condition))))
 
 
 def quantize(
@@ -356,11 +365,12 @@ def write(
 
 def compare(record: ExportRecord, measured: Measured) -> RunResult:
     """Return what protection did: the export beside the same quantization without protection, measured together."""
+    assert record.measurement is not None
     return RunResult(
         plan=record.plan,
         record=record,
         unprotected=measured.measurements[NONE],
-        protected=measured.measurements[EXPORTED],
+        protected=record.measurement,
         gain=measured.gain(NONE, EXPORTED),
     )
 
@@ -368,6 +378,51 @@ def compare(record: ExportRecord, measured: Measured) -> RunResult:
 def unprotected_state(bare: QuantizedModel) -> ModelState:
     """Return the state of a model that was quantized without protection, in memory."""
     return ModelState(NONE, lambda: swapped(bare.loaded, bare.dense_weights()))
+
+
+def check_folder(folder: Path, loaded: LoadedModel) -> bool:
+    """Return whether the checksum of a folder's original was compared with this model's; see `check_original`.
+
+    Raises:
+        ConfigError: the folder was made from another model: the checksum or the embedding says so.
+    """
+    if check_original(folder, loaded.files):
+        return True
+    name = f"{loaded.family.embeddings[0]}.weight"
+    checkpoint = open_checkpoint(folder)
+    if name in checkpoint.plain and recorded(folder) is not None:
+        stored, here = checkpoint.tensor(name), loaded.model.get_parameter(name)
+        if not torch.equal(here.detach().to("cpu", stored.dtype), stored):
+            raise ConfigError(
+                f"{folder} was not made from {loaded.files.name}: their embeddings differ. Name the original"
+            )
+    return False
+
+
+def measured_folder(
+    measurement: Measurement, folder: Path, texts: TextSet, part: Part, *, compared: bool
+) -> Measurement:
+    """Return a folder's measurement with what its record says of the sentences, and how its original is known.
+
+    Args:
+        measurement: of the folder.
+        folder: the checkpoint.
+        texts: the whole text set that it was measured on.
+        part: the part of it.
+        compared: what `check_folder` returned.
+    """
+    record = recorded(folder)
+    if record is None:
+        held_out, condition = None, f"what {folder.name} was calibrated on is not recorded"
+    elif not record.calibration and record.plan.source in ("none", "explicit"):
+        held_out, condition = True, ""  # no sentence was used
+    elif record.provenance.text_set != texts.name:
+        held_out = None
+        condition = f"made on {record.provenance.text_set}: whether {texts.name} shares sentences with it is not known"
+    else:
+        condition = used_before(texts, part)
+        held_out = not condition
+    return replace(measurement, held_out=held_out, condition=condition, original_compared=compared)
 
 
 def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:

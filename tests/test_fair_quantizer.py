@@ -458,3 +458,52 @@ def test_a_push_is_of_the_last_export_or_of_a_folder(
         (tmp_path / "checkpoint", "tester/tiny", {"private": False, "revision": "int4"}),
         (tmp_path / "earlier", "tester/tiny", {}),
     ]
+
+
+def test_with_too_few_sentences_every_claim_says_that_nothing_is_held_out(
+    planted_model: Path, planted_file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "few.json"
+    whole = load_texts(planted_file)
+    path.write_text(json.dumps({name: rows[:19] for name, rows in whole.sentences.items()}), encoding="utf-8")
+    quantizer = FairQuantizer.from_pretrained(
+        str(planted_model), protect_layers=(0,), group_size=32, texts=str(path), draws=100
+    )
+    said = "the parts of few.json are not disjoint: calibration, search and confirmation share the same sentences"
+    assert caplog.text.count(said) == 1
+    done = quantizer.run(tmp_path / "out")
+    for measurement in (done.protected, done.unprotected, quantizer.measure_folder()):
+        assert (measurement.part, measurement.held_out) == ("all", False)
+        assert measurement.condition.startswith(said)
+    assert said in done.verdict
+    assert said.replace("_", "") in (tmp_path / "out" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    found = quantizer.evidence()
+    assert found.condition.startswith(said)
+    assert said in found.verdict
+    assert quantizer.sweep(top=1).condition.startswith(said)
+    alone = quantizer.measure().measurements["16 bit"]
+    assert (alone.part, alone.held_out, alone.condition) == ("all", True, "")
+
+
+def test_what_no_sentence_was_used_for_is_held_out_on_all_of_them(planted_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "few.json"
+    path.write_text(json.dumps({"en": ["one two", "three four"]}), encoding="utf-8")
+    quantizer = FairQuantizer.from_pretrained(
+        str(planted_model), method="rtn", protect_layers="none", group_size=32, texts=str(path), draws=100
+    )
+    record = quantizer.save_pretrained(tmp_path / "out")
+    assert record.measurement is not None
+    assert (record.measurement.part, record.measurement.held_out) == ("all", True)
+
+
+def test_a_folder_says_that_it_was_calibrated_on_what_it_is_measured_on(
+    quantizer: FairQuantizer, planted_model: Path, planted_file: str, tmp_path: Path
+) -> None:
+    plain = quantizer.protecting("none")
+    plain.save_pretrained(tmp_path / "out", measure=None)
+    assert plain.measure_folder(part="confirm").held_out is True
+    assert plain.measure_folder(part="calibrate").condition.startswith("calibration uses these sentences")
+    other = FairQuantizer.from_pretrained(str(planted_model), texts="bundled", languages=("en", "he"), draws=100)
+    measured = other.measure_folder(tmp_path / "out")
+    assert (measured.held_out, measured.original_compared) == (None, True)
+    assert measured.condition == "made on planted.jsonl: whether bundled shares sentences with it is not known"

@@ -26,6 +26,7 @@ from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSe
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.texts.parts import overlap
 
 ALL: tuple[Weighting, ...] = ("english", "uniform", "minimax")
 
@@ -43,6 +44,8 @@ class CalibrationComparison:
     tables: tuple[TwoByTwo, ...]
     """Every pair of calibrations, crossed with no protection and the plan."""
     matrix: CalibrationMatrix | None
+    condition: str = ""
+    """What keeps the sentences from being held out, as one sentence; empty where calibration used none of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +142,7 @@ def compare_calibrations(
         outcomes=tuple(scored[name, protected].outcome for protected in plans for name in sets),
         tables=tuple(_cross(judge, scored, first, other, len(plans) > 1) for first, other in combinations(sets, 2)),
         matrix=calibration_matrix(judge, scored, singles, [*singles, *sets]) if calibrations.matrix else None,
+        condition=overlap(texts),
     )
 
 

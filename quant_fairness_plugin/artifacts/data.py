@@ -118,6 +118,19 @@ class TextSet:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def shared(self) -> int:
+        """How many sentences belong to several parts: all of a set that was not split, and those that repeat."""
+        owners: dict[tuple[str, str], set[Part]] = {}
+        for language, rows in self.sentences.items():
+            for text, part in zip(rows, self.parts, strict=True):
+                owners.setdefault((language, text), set()).add(part)
+        repeated = {key for key, parts in owners.items() if len(parts) > 1}
+        return sum(
+            part == "all" or any((language, rows[i]) in repeated for language, rows in self.sentences.items())
+            for i, part in enumerate(self.parts)
+        )
+
     def part(self, part: Part) -> TextSet:
         """The sentences of one part; a set that was too small to be split has one part, `all`, which serves as each."""
         return self.take([i for i, p in enumerate(self.parts) if p in (part, "all") or part == "all"])
@@ -201,12 +214,20 @@ class Measurement:
     provenance: Provenance
     state: str
     part: Part
+    """`all` also where the text set was too small to be split."""
     reference: str | None
     languages: tuple[LanguageDamage, ...]
     worst_kl: Number
     """Largest KL per byte over the supported languages."""
     mean_kl: Number
     mean_delta_bpb: Number
+    held_out: bool | None = None
+    """Whether neither calibration nor a search used these sentences; None where that is not known."""
+    condition: str = ""
+    """Why they are not held out, or why that is not known, as one sentence."""
+    original_compared: bool | None = None
+    """Of a checkpoint folder: whether the checksum in its record is that of the 16-bit model it was measured against;
+    None where there is no folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

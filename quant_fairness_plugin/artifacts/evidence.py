@@ -126,6 +126,8 @@ class Evidence:
     frontier: Frontier
     verdict: str
     """In words, also where protection does not help."""
+    condition: str = ""
+    """What keeps the sentences from being held out, as one sentence; empty where nothing was selected on them."""
 
     def row(self, name: str) -> EvidenceRow:
         """The row of that name.
@@ -149,7 +151,12 @@ class RunResult:
 
     @property
     def verdict(self) -> str:
-        """What protection bought on sentences that no layer was chosen on, in one sentence."""
+        """What protection bought, in one sentence, with what keeps the sentences from being held out."""
+        condition = f" ({self.protected.condition})" if self.protected.condition else ""
+        return f"{self._gain_in_words}{condition}"
+
+    @property
+    def _gain_in_words(self) -> str:
         if not self.plan.protected_layers:
             return "nothing was protected"
         if isinstance(self.gain, Undefined):

@@ -203,6 +203,8 @@ class SweepReport:
     the sweep, and of each of its fusion groups as `fp16.down` and so on."""
     other_bytes: int
     """Bytes of everything that is never quantized."""
+    condition: str = ""
+    """What the search part shares with other parts, as one sentence; empty where it shares nothing."""
 
     @property
     def modes(self) -> tuple[Mode, ...]:

@@ -86,7 +86,8 @@ def compare(
 
 def _show(result: CalibrationComparison) -> None:
     layers = layer_list(result.plan.protected_layers) or "none"
-    show(_outcomes(result, title=f"{result.method} {result.plan.grid}: KL bits per byte, confirm part"))
+    sentences = result.condition or "confirm part"
+    show(_outcomes(result, title=f"{result.method} {result.plan.grid}: KL bits per byte, {sentences}"))
     for table in result.tables:
         show(
             _effects(table, title=f"{table.first} → {table.other} × protection of {layers}: KL lowered, bits per byte")

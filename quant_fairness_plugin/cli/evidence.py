@@ -34,14 +34,15 @@ def verified(
     Raises:
         ConfigError: another model than the one that was swept, or a plan that protects nothing.
     """
-    preflight(source, config)
+    languages = tuple(name for name, status in swept.languages.items() if status == "supported")
+    config = replace(config, languages=languages)
+    checked = preflight(source, config)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
-    languages = tuple(name for name, status in swept.languages.items() if status == "supported")
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, replace(config, languages=languages), progress=shown)
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         if model_sha256(quantizer.loaded.files) != swept.provenance.model_sha256:
             raise ConfigError(
                 f"{source.name} is not the model that was swept ({swept.provenance.model}): their weights differ. Name "
@@ -52,12 +53,13 @@ def verified(
         save(measured, evidence)
     Console(stderr=True).print(evidence_table(measured))
     sys.stderr.write(f"{measured.verdict}\n")
-    return replace(plan, predicted=False, reasons=(*plan.reasons, measured.verdict))
+    return replace(plan, predicted=bool(measured.condition), reasons=(*plan.reasons, measured.verdict))
 
 
 def evidence_table(evidence: Evidence) -> Table:
     """Return every plan that was evaluated, the best first; of the random ones only the best and the worst."""
-    table = Table(title=f"Equal bytes, {evidence.grid}, KL in bits per byte on sentences that nothing was selected on")
+    sentences = "not held out" if evidence.condition else "on sentences that nothing was selected on"
+    table = Table(title=f"Equal bytes, {evidence.grid}, KL in bits per byte {sentences}")
     for name in ("plan", "protects", "bytes", "worst language", "mean", "the plan"):
         table.add_column(name)
     outcomes: Mapping[str, str] = {row.control: row.outcome for row in evidence.comparisons}

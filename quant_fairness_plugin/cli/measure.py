@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Part, load, save, save_run_record, to_json
+from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.tables import damage_table, show
+from quant_fairness_plugin.cli.tables import damage_table, describe_original, describe_part, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.errors import ConfigError
@@ -37,6 +38,8 @@ def measure(
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
     checked = preflight(source, config)
+    if checkpoint is not None:
+        check_original(checkpoint, checked.files)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
@@ -55,7 +58,11 @@ def measure(
     if as_json:
         typer.echo(to_json(measured), nl=False)
         return
-    show(damage_table(measured, title=f"{checkpoint or source.name}: {part} part of {measured.provenance.text_set}"))
+    sentences = f"{describe_part(measured)} of {measured.provenance.text_set}"
+    against = "" if checkpoint is None else f" {describe_original(measured, source.name)}"
+    show(damage_table(measured, title=f"{checkpoint or source.name}{against}: {sentences}"))
+    if measured.condition:
+        typer.echo(measured.condition)
 
 
 def _base_model(checkpoint: Path | None, model: str | None) -> str:

@@ -19,7 +19,7 @@ from quant_fairness_plugin.cli.options import (
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import comparison_table, describe_columns, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import comparison_table, describe_columns, describe_part, extent, layer_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
@@ -59,7 +59,9 @@ def run(
 def _show(result: RunResult, config: FairConfig, out: Path) -> None:
     layers, others = layer_list(result.plan.protected_layers) or "none", describe_overrides(result.plan)
     singled_out = f"layers {layers} in 16 bit{others and '; '}{others}{describe_columns(result.plan)}"
-    title = f"{config.method} {config.grid}, confirm part: without protection, and with {singled_out}"
+    title = (
+        f"{config.method} {config.grid}, {describe_part(result.protected)}: without protection, and with {singled_out}"
+    )
     show(comparison_table(result.unprotected, result.protected, title=title))
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)

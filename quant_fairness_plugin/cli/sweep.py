@@ -101,6 +101,8 @@ def _show(report: SweepReport, objective: str, counts: Sequence[str], *, bank: b
     for table in synergy_tables(report, objective):
         show(table)
     _say(report, objective)
+    if report.condition:
+        typer.echo(report.condition)
 
 
 def _say(report: SweepReport, objective: str) -> None:

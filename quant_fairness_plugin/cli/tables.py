@@ -42,6 +42,19 @@ def number(value: Number, digits: int = 5) -> str:
     return "undefined"
 
 
+def describe_part(measurement: Measurement) -> str:
+    """`confirm part`, or `all sentences, not held out`: what a table of a measurement is about."""
+    sentences = "all sentences" if measurement.part == "all" else f"{measurement.part} part"
+    held_out = {True: "", False: ", not held out", None: ", not known to be held out"}[measurement.held_out]
+    return sentences + held_out
+
+
+def describe_original(measurement: Measurement, model: str) -> str:
+    """`against demo (checksum as recorded)`: what a checkpoint was measured against, and how that is known."""
+    known = "checksum as recorded" if measurement.original_compared else "checksum not compared"
+    return f"against {model} ({known})"
+
+
 def damage_table(measurement: Measurement, *, title: str) -> Table:
     """Return a table with one row a language: baseline BPB, ΔBPB, KL, excess, flips."""
     table = Table("language", "16-bit BPB", "ΔBPB", "KL bits/byte", "excess ΔBPB", "flips", "status", title=title)

@@ -27,6 +27,7 @@ from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths, stored_name
+from quant_fairness_plugin.checkpoint.original import IN_MEMORY
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.export.card import render_card
@@ -85,7 +86,9 @@ def export(
     _check_source(quantized, out)
     companions = companions_of(loaded)
     card = read_source_card(loaded.files, companions)
-    arguments = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
+    arguments: dict[str, Any] = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
+    if loaded.files.memory_sha256 is not None:
+        arguments[IN_MEMORY] = True
     made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     record = ExportRecord(
         provenance=replace(made, versions=made.versions | dict(quantized.versions)),
@@ -109,8 +112,9 @@ def export(
         _compare_with_memory(quantized, folder, layout)
         verify(folder)
         if measure is not None:
-            evaluated = replace(plan, predicted=False)
-            record = _describe(replace(record, plan=evaluated, measurement=measure(folder)), card, folder)
+            measured = measure(folder)
+            evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
+            record = _describe(replace(record, plan=evaluated, measurement=measured), card, folder)
             check_recorded_files(folder, record)
     _logger.info("%s: written and verified, %s", out, format)
     return record

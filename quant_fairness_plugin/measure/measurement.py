@@ -64,6 +64,7 @@ def measure_states(
     part: Part,
     provenance: Callable[[dict[str, Any]], Provenance],
     bootstrap: Bootstrap,
+    condition: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
     """Return the damage of model states against the 16-bit model, language by language, all scored in one pass.
@@ -76,6 +77,7 @@ def measure_states(
         part: its name, for the record.
         provenance: makes the provenance of a result from its resolved arguments.
         bootstrap: resamples of the sentences, and the reference of excess and disparity.
+        condition: what keeps the sentences from being held out, for the record; empty where nothing does.
         progress: called with (batches done, batches in all).
 
     Raises:
@@ -102,6 +104,8 @@ def measure_states(
             worst_kl=summary.worst_kl,
             mean_kl=summary.mean_kl,
             mean_delta_bpb=summary.mean_delta_bpb,
+            held_out=not condition,
+            condition=condition,
         )
 
     return Measured({state.name: judge(state.name) for state in states}, scores, baseline.name, bootstrap)

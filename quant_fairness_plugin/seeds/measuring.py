@@ -18,6 +18,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.seeds.disparity import Groups, disparity, perplexities
 from quant_fairness_plugin.seeds.simulation import is_simulated, original_weights
 from quant_fairness_plugin.seeds.texts import Method, one_text_each, text_set
+from quant_fairness_plugin.texts.parts import overlap, true_part
 
 SIMULATED = "simulated"
 
@@ -109,7 +110,8 @@ def _measure_simulated(
         [fixed_state(SIMULATED, model)],
         tokenizer,
         texts.part("confirm"),
-        part="confirm",
+        part=true_part(texts, "confirm"),
+        condition=overlap(texts),
         provenance=lambda given: provenance(loaded.files, texts, seed=0, arguments=given),
         bootstrap=Bootstrap(reference),
     ).measurements[SIMULATED]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from quant_fairness_plugin.artifacts import Part
+from quant_fairness_plugin.artifacts import Part, TextSet
 
 _SHARES: dict[Part, int] = {"calibrate": 40, "search": 70, "confirm": 70}
 # With fewer, a part would hold four sentences or less: too few to choose on, or to confirm with.
@@ -43,3 +43,26 @@ def split_parts(n: int, registers: Sequence[str], seed: int) -> tuple[Part, ...]
         parts[index] = part
         taken[part] += 1
     return tuple(parts)
+
+
+def overlap(texts: TextSet) -> str:
+    """Return in one sentence which sentences the parts of a set share; empty where they are disjoint."""
+    if not (shared := texts.shared):
+        return ""
+    return (
+        f"the parts of {texts.name} are not disjoint: calibration, search and confirmation share the same sentences, "
+        f"{shared} of {len(texts)}, so that no figure on them is held out"
+    )
+
+
+def used_before(texts: TextSet, part: Part) -> str:
+    """Return in one sentence what keeps a part from being held out; empty where nothing was selected on it."""
+    if part == "confirm":
+        return overlap(texts)
+    uses = {"calibrate": "calibration uses", "search": "plans are searched on", "all": "calibration uses some of"}
+    return f"{uses[part]} these sentences of {texts.name}: not held out"
+
+
+def true_part(texts: TextSet, part: Part) -> Part:
+    """Return the name of a part; `all` where the set was not split, so that each part is the whole of it."""
+    return "all" if set(texts.parts) == {"all"} else part
