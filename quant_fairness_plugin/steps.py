@@ -62,8 +62,16 @@ def load_checked(
     checked: Checked, source: ModelSource, *, memory_budget: int | None = None, dtype: ComputeDtype = "float32"
 ) -> LoadedModel:
     """Load the model that `preflight` resolved; with a memory budget its blocks stay in their files."""
-    open_model = load_model if memory_budget is None else open_streamed
-    return open_model(checked.files, dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code)
+    compute, trust = getattr(torch, dtype), source.trust_remote_code
+    if memory_budget is not None:
+        return open_streamed(checked.files, dtype=compute, trust_remote_code=trust)
+    sentences = probe_sentences(checked.texts)
+    return load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
+
+
+def probe_sentences(texts: TextSet) -> list[str]:
+    """Return a sentence of every language of the calibration part, on which the range of activations is looked at."""
+    return [rows[0] for rows in texts.part("calibrate").sentences.values() if rows]
 
 
 def open_in_memory(
@@ -71,7 +79,7 @@ def open_in_memory(
 ) -> tuple[LoadedModel, TextSet]:
     """Copy a model that is in memory, check the configuration against it, and return it with the texts."""
     sentences = open_texts(config, texts)
-    loaded = copy_model(model, tokenizer)
+    loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
     check_model(config, loaded.files)
     return loaded, sentences
 

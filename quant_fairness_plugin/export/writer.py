@@ -35,6 +35,7 @@ from quant_fairness_plugin.export.contents import checkpoint_tensors, write_shar
 from quant_fairness_plugin.export.source_card import SourceCard, read_source_card
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.model.activations import ROW_TOKENS
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
@@ -105,13 +106,20 @@ def export(
         _copy_companions(loaded, companions, folder)
         record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
-        verify(folder)
+        verify(folder, rows=_served_rows(quantized))
         if measure is not None:
             evaluated = replace(plan, predicted=False)
             record = _describe(replace(record, plan=evaluated, measurement=measure(folder)), card, folder)
             check_recorded_files(folder, record)
     _logger.info("%s: written and verified, %s", out, format)
     return record
+
+
+def _served_rows(quantized: QuantizedModel) -> list[tuple[int, ...]]:
+    """Return the beginning of a calibration row of every language; none where nothing was calibrated."""
+    rows = quantized.calibration.rows if quantized.calibration is not None else {}
+    longest = quantized.loaded.family.architecture.longest_input(quantized.loaded.model.config.to_dict())
+    return [some[0][: min(ROW_TOKENS, longest)] for some in rows.values() if some]
 
 
 def _check_source(quantized: QuantizedModel, out: Path) -> None:
