@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
+from quant_fairness_plugin.checkpoint.dequantize import bare_model, model_from_state, read_dense_state
 from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.activations import spread_ids
@@ -41,11 +41,10 @@ def compare_served(folder: Path, rows: Sequence[Sequence[int]] = ()) -> str:
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float32:
         return "config.json says float32"
-    model = load_dense_model(folder)
-    rows = [spread_ids(model.config.get_text_config().vocab_size), *rows]
-    expected = _logits(model, rows)
-    _narrow(model, dtype)
-    change = [found - logits for found, logits in zip(_logits(model, rows), expected, strict=True)]
+    bare = bare_model(folder)
+    rows = [spread_ids(bare.config.get_text_config().vocab_size), *rows]
+    expected, served = (_logits(_load(folder, bare, kind), rows) for kind in (torch.float32, dtype))
+    change = [found - logits for found, logits in zip(served, expected, strict=True)]
     error = _rms(change) / _rms([logits - logits.mean(-1, keepdim=True) for logits in expected])
     if not error <= SERVED_TOLERANCE:  # also when it is NaN
         what = f"logits that are {error:.3g} off" if error == error else "NaN or infinite values"
@@ -56,16 +55,9 @@ def compare_served(folder: Path, rows: Sequence[Sequence[int]] = ()) -> str:
     return f"{name}: logits within {error:.2g} of float32 on {len(rows)} rows"
 
 
-def _narrow(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert parameters and stored buffers, as a loader would; tables that the model computes stay as they are."""
-    stored = model.state_dict()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    for name, buffer in list(model.named_buffers()):
-        if name in stored and buffer.is_floating_point():
-            path, _, leaf = name.rpartition(".")
-            model.get_submodule(path)._buffers[leaf] = buffer.to(dtype)
+def _load(folder: Path, bare: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the dequantized model as Transformers loads it in a dtype, tables that it computes included."""
+    return model_from_state(folder, bare, read_dense_state(folder), dtype=dtype)
 
 
 @torch.no_grad()
