@@ -37,7 +37,8 @@ $(VENV)/.real: $(STAMP)
 
 real: $(VENV)/.real
 	$(BIN)/python examples/smollm2.py out/smollm2-135m
-	$(BIN)/quant-fairness quantize --model out/smollm2-135m --group-size 64 --output out/smollm2-135m-int4-fair --overwrite
+	$(BIN)/quant-fairness quantize out/smollm2-135m --protect-layers none --langs en,fr,es,ru,ar,zh \
+		--output out/smollm2-135m-int4-fair --overwrite
 
 test: lint types tests
 

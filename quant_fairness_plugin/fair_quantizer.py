@@ -61,7 +61,7 @@ class FairQuantizer:
         memory_budget: int | None = None,
     ) -> None:
         steps.check_config(config, loaded)
-        self.loaded, self.texts, self.config = loaded, texts, config
+        self.loaded, self.texts, self.config = loaded, texts, config.fitted(loaded)
         self._progress = progress or (lambda step, done, total: None)
         self._memory_budget = memory_budget
         self._report: SweepReport | None = None

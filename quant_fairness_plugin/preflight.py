@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -13,12 +14,16 @@ from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.export.companions import find_companions
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.context import check_context, longest_input
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
+from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokenizer, stored_embedding_rows
 from quant_fairness_plugin.quantize.backends import check_backend
+from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
 from quant_fairness_plugin.quantize.methods import check_method
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 
+_logger = logging.getLogger(__name__)
 ComputeDtype = Literal["float32", "bfloat16"]
 
 
@@ -119,7 +124,9 @@ def preflight(
     check_model(config, files)
     if out is not None:
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
-    return Checked(files, open_texts(config, texts))
+    sentences = open_texts(config, texts)
+    _check_tokens(files, sentences)
+    return Checked(files, sentences)
 
 
 def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:
@@ -140,10 +147,12 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
 
     Raises:
         ConfigError: a backend that does not know the family, or a `top` that is not a number of layers.
+        UnsupportedModelError: a model that takes too few tokens at once.
         InvalidLayerError: a layer or unit that the model lacks.
     """
     model_type = str(files.config.get("model_type", ""))
     _check_backend(config, family=model_type)
+    _check_context(files)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
     check_units(config, units=known_units(model_type), layers=files.layers)
@@ -151,6 +160,24 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         raise ConfigError(
             f"top {config.top} is not a number of layers; the model has {files.layers}, use 1..{files.layers - 1}"
         )
+
+
+def _check_context(files: ModelFiles) -> None:
+    record = find_architecture(str(files.config.get("model_type", "")))
+    default = None if record is None else record.default_positions
+    positions = check_context(files.name, longest_input(files.config, default))
+    if positions < ROW_TOKENS:
+        _logger.warning(
+            "%s takes %d tokens at once: calibration rows have %d instead of %d, and longer sentences are scored in "
+            "windows of that length", files.name, positions, positions, ROW_TOKENS,
+        )  # fmt: skip
+
+
+def _check_tokens(files: ModelFiles, texts: TextSet) -> None:
+    """Check the tokenizer against the embedding; one that needs Transformers is checked once the model is loaded."""
+    tokenizer, rows = quick_tokenizer(files), stored_embedding_rows(files)
+    if tokenizer is not None and rows is not None:
+        check_vocabulary(tokenizer, texts, rows=rows, name=files.name)
 
 
 def _check_backend(config: FairConfig, *, family: str = "") -> None:

@@ -33,6 +33,7 @@ from quant_fairness_plugin.export.trial import try_architecture
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.objectives import find_objective
+from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
@@ -40,11 +41,12 @@ from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_mode
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
+from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
-from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
@@ -64,17 +66,29 @@ Progress = Callable[[int, int], None]
 def load_checked(
     checked: Checked, source: ModelSource, *, memory_budget: int | None = None, dtype: ComputeDtype = "float32"
 ) -> LoadedModel:
-    """Load the model that `preflight` resolved; with a memory budget its blocks stay in their files."""
+    """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
+
+    With a memory budget its blocks stay in their files.
+    """
     compute, trust = getattr(torch, dtype), source.trust_remote_code
-    if memory_budget is not None:
-        return open_streamed(checked.files, dtype=compute, trust_remote_code=trust)
-    sentences = probe_sentences(checked.texts)
-    return load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
+    loaded = (
+        load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=probe_sentences(checked.texts))
+        if memory_budget is None
+        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust)
+    )
+    if not is_plain(checked.files):
+        check_tokens(loaded, checked.texts)
+    return loaded
 
 
 def probe_sentences(texts: TextSet) -> list[str]:
     """Return a sentence of every language of the calibration part, on which the range of activations is looked at."""
     return [rows[0] for rows in texts.part("calibrate").sentences.values() if rows]
+
+
+def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
+    """Check that the model has an embedding for every token of the texts; see `check_vocabulary`."""
+    check_vocabulary(loaded.tokenizer, texts, rows=embedding_rows(loaded.model), name=loaded.files.name)
 
 
 def open_in_memory(
@@ -84,6 +98,7 @@ def open_in_memory(
     sentences = open_texts(config, texts)
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
     check_model(config, loaded.files)
+    check_tokens(loaded, sentences)
     return loaded, sentences
 
 
@@ -342,6 +357,7 @@ def quantize(
             loaded.tokenizer,
             texts.part("calibrate"),
             tokens_per_language=config.tokens_per_language,
+            row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
             weighting=config.calibration,
         )
     if config.backend != NATIVE and calibration is not None:

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from datetime import date
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
+from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.outline import outline_model
+from quant_fairness_plugin.model.resolve import resolve_model
 
 
 def with_lists(hint: Any) -> set[Any]:
@@ -20,9 +25,10 @@ def with_lists(hint: Any) -> set[Any]:
 
 def test_options_are_the_fields_of_the_configuration() -> None:
     options, config = get_type_hints(FairOptions), get_type_hints(FairConfig)
-    names = [field.name for field in fields(FairConfig) if field.name != "texts"]  # which can be a set, and comes apart
-    assert list(options) == names
-    assert {name: with_lists(options[name]) for name in names} == {name: with_lists(config[name]) for name in names}
+    assert list(options) == [field.name for field in fields(FairConfig)]
+    # Of the texts, the options take the set itself, too; of which the configuration keeps the name.
+    assert with_lists(options.pop("texts")) - {config.pop("texts")} == {Path, TextSet}
+    assert {name: with_lists(options[name]) for name in options} == {name: with_lists(config[name]) for name in options}
 
 
 def test_a_list_beside_a_tuple_would_be_missed() -> None:
@@ -190,3 +196,9 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 def test_precisions_that_auto_cannot_choose_from(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(**chosen)
+
+
+def test_the_group_size_is_left_to_the_model_unless_it_is_given(tiny_model: Callable[..., Path]) -> None:
+    outline = outline_model(resolve_model(str(tiny_model(width=64))))
+    assert FairConfig().fitted(outline).grid.group_size == 64
+    assert FairConfig(group_size=32).fitted(outline) == FairConfig(group_size=32)

@@ -287,7 +287,7 @@ def test_a_new_plan_forgets_the_quantized_model_and_the_same_plan_does_not(quant
     assert other.following(other.recommend()).quantize() is first
     plan = quantizer.protecting([1, 3]).recommend()
     second = other.quantize(plan)
-    assert (first.protected, second.protected) == ((0,), (1, 3))
+    assert (first.plan.protected_layers, second.plan.protected_layers) == ((0,), (1, 3))
     assert other.recommend() is plan
     assert other.quantize() is second
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -58,3 +59,10 @@ def test_the_wheel_holds_the_data_and_nothing_else(wheel: Path) -> None:
         "quant_fairness_kernels",
         "quant_fairness_plugin",
     }
+
+
+def test_every_package_is_listed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = {name for name in project["tool"]["setuptools"]["packages"] if name.startswith("quant_fairness_plugin")}
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "quant_fairness_plugin").rglob("__init__.py")}
+    assert listed == {".".join(folder.parts) for folder in folders}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from quant_fairness_plugin.config import make_config
-from quant_fairness_plugin.errors import InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.errors import ArtifactError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.preflight import ModelSource, check_units, known_units, preflight
+from tests.tiny import byte_tokenizer, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -40,3 +46,55 @@ def test_units_of_an_unknown_architecture_are_left_for_later() -> None:
     assert known_units("opt") == ("qkv", "o", "fc_in", "fc_out")
     assert known_units("strange") is None
     check_units(make_config(protect_units=["1.anything"]), units=None, layers=2)
+
+
+def short_model(folder: Path, positions: int, family: str = "llama") -> Path:
+    """A tiny model that takes few tokens at once."""
+    config = tiny_config(family, layers=2, width=32)
+    setattr(config, "n_positions" if family == "gpt2" else "max_position_embeddings", positions)
+    AutoModelForCausalLM.from_config(config).to(torch.float16).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("family", "positions"), [("llama", 64), ("gpt2", 32), ("opt", 16), ("llama", 4)])
+def test_a_model_of_few_positions_gets_shorter_rows_and_says_so_once(
+    family: str, positions: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = short_model(tmp_path / "m", positions, family)
+    reader = "vllm" if family == "gpt2" else "transformers"
+    options: dict[str, Any] = {"group_size": 32, "reader": reader, "languages": ("en", "he"), "draws": 100}
+    record = FairQuantizer.from_pretrained(folder, protect_layers="none", **options).save_pretrained(tmp_path / "out")
+    assert record.calibration["row_tokens"] == positions
+    assert record.measurement is not None
+    said = f"m takes {positions} tokens at once: calibration rows have {positions} instead of 256"
+    assert caplog.text.count(said) == 1
+
+
+def test_too_few_positions_are_refused_before_the_work(tmp_path: Path) -> None:
+    source = ModelSource(str(short_model(tmp_path / "m", 3)))
+    with pytest.raises(UnsupportedModelError, match="m: takes 3 tokens at once, too few"):
+        preflight(source, make_config(protect_layers="none"))
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_token_outside_of_the_embedding_is_refused_before_the_work(
+    plain: bool, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "m")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": [f"<{i}>" for i in range(9)]})
+    tokenizer.bos_token = "<8>"
+    tokenizer.save_pretrained(folder)
+    if not plain:  # a setting that the quick tokenizer does not know: only Transformers can tell
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"add_prefix_space": False}))
+    message = "the tokenizer gives '<8>' the id 266, and the model's embedding has 264 rows"
+    if plain:
+        with pytest.raises(ArtifactError, match=f"m: {message}"):
+            preflight(ModelSource(str(folder)), make_config(protect_layers="none"))
+    with pytest.raises(ArtifactError, match=f"m: {message}"):
+        FairQuantizer.from_pretrained(folder, protect_layers="none")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ArtifactError, match=message):
+        FairQuantizer.from_pretrained(model, tokenizer=tokenizer, protect_layers="none")

@@ -19,9 +19,10 @@ from quant_fairness_plugin.analysis.matrix import CalibrationMatrix, calibration
 from quant_fairness_plugin.analysis.outcomes import CalibrationOutcome, Judge, Scored
 from quant_fairness_plugin.artifacts import Bootstrap, ProtectionPlan, Provenance, TextSet, Weighting
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.rows import position_limit
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
-from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
@@ -79,7 +80,8 @@ class Calibrations:
         Raises:
             UnknownLanguageError: `english` where the text set has none.
         """
-        build = partial(build_calibration, loaded.tokenizer, texts)
+        rows = min(ROW_TOKENS, position_limit(loaded.model))
+        build = partial(build_calibration, loaded.tokenizer, texts, row_tokens=rows)
         tokens = self.tokens_per_language
         sets: dict[str, CalibrationSet] = {
             name: build(weighting=name, tokens_per_language=None if name == "proportional" else tokens)

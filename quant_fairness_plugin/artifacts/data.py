@@ -301,6 +301,10 @@ class ExportRecord:
     """Full module name → bits."""
     kept_modules: dict[str, str]
     """Module in 16 bit although its layer is quantized → reason (for example a width that no group divides)."""
+    linear_modules: int
+    """How many linear modules the blocks have, quantized or not."""
+    sixteen_bit_bytes: int
+    """What all parameters would take in 16 bit."""
     calibration: dict[str, Any]
     measurement: Measurement | None
     protected_columns: dict[str, int] = field(default_factory=dict)

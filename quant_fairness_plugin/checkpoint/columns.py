@@ -1,4 +1,4 @@
-"""Step 7, the side file of input channels that keep 16 bit beside a complete quantized checkpoint.
+"""The side file of input channels that keep 16 bit beside a complete quantized checkpoint.
 
 `quant_fairness_columns.safetensors` holds, for each module that keeps some, `<module>.idx`, int32 `[C]`, and
 `<module>.delta`, 16-bit `[rows, C]`: the 16-bit weight minus the dequantized one. Only `serve.load_quantized` adds
@@ -132,24 +132,24 @@ def check_columns(folder: Path, record: ExportRecord, model: nn.Module, dtype: s
     Raises:
         ArtifactError: a malformed file, or modules, channels, shapes, a dtype or values that do not fit; names them.
     """
-    found = read_columns(folder)
-    _compare_with_record(folder, found, record)
-    for name, kept in found.items():
+    columns = read_columns(folder)
+    _compare_with_record(folder, columns, record)
+    for name, kept in columns.items():
         check_fit(folder, name, kept, tuple(linear_weight(model.get_submodule(name)).shape))
         if str(kept.delta.dtype) != f"torch.{dtype}":
             raise ArtifactError(
                 f"{folder / COLUMNS_FILE}: {name}.delta is {kept.delta.dtype}, expected {dtype}. Export again."
             )
-    if not found:
+    if not columns:
         return ""
-    compared = _compare_with_source(folder, found, record)
-    total = sum(len(kept.index) for kept in found.values())
-    return f"{total} input channels of {len(found)} modules in 16 bit, {compared}"
+    compared = _compare_with_source(folder, columns, record)
+    total = sum(len(kept.index) for kept in columns.values())
+    return f"{total} input channels of {len(columns)} modules in 16 bit, {compared}"
 
 
-def _compare_with_record(folder: Path, found: dict[str, KeptColumns], record: ExportRecord) -> None:
-    for name in sorted(found.keys() | record.protected_columns.keys()):
-        counted = len(found[name].index) if name in found else 0
+def _compare_with_record(folder: Path, columns: dict[str, KeptColumns], record: ExportRecord) -> None:
+    for name in sorted(columns.keys() | record.protected_columns.keys()):
+        counted = len(columns[name].index) if name in columns else 0
         recorded = record.protected_columns.get(name, 0)
         if counted != recorded:
             raise ArtifactError(
@@ -160,13 +160,13 @@ def _compare_with_record(folder: Path, found: dict[str, KeptColumns], record: Ex
             raise ArtifactError(f"{folder / COLUMNS_FILE}: {name} keeps channels and is not quantized. Export again.")
 
 
-def _compare_with_source(folder: Path, found: dict[str, KeptColumns], record: ExportRecord) -> str:
+def _compare_with_source(folder: Path, columns: dict[str, KeptColumns], record: ExportRecord) -> str:
     """Compare with the weights that the export was made from, where no scale was moved and the name says which."""
     weights = None if find_method(record.method).moves_scales else _source_weights(record)
     if weights is None:
         return "not compared with the source, which is not at hand or has been scaled"
     checkpoint = open_checkpoint(folder)
-    for name, kept in found.items():
+    for name, kept in columns.items():
         stored = weights[f"{name}.weight"]
         weight = stored.t() if is_conv1d(checkpoint.bare.get_submodule(name)) else stored
         check_difference(name, kept, weight, checkpoint.dense(name))

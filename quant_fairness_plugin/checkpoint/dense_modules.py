@@ -1,4 +1,4 @@
-"""Step 7, one quantized module read in the plainest way: its tensors in, its float32 weight `[rows, cols]` out.
+"""One quantized module read in the plainest way: its tensors in, its float32 weight `[rows, cols]` out.
 
 Knows the layouts that the public tools write: `compressed-tensors` pack-quantized, `gptq` versions 1 and 2 (AutoGPTQ,
 gptqmodel, AutoRound, optimum; act-order through `g_idx`) and `awq` gemm (AutoAWQ, gptqmodel, AutoRound). How many bits

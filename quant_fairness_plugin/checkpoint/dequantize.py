@@ -1,4 +1,4 @@
-"""Step 7, the independent reading: dense weights from the files of an export alone.
+"""The independent reading: dense weights from the files of an export alone.
 
 This is what every other reader is compared with, so it shares no code with the packing that wrote the files, nor with
 the loaders (see `dense_modules`). It also reads the folders of gptqmodel, AutoRound, AutoGPTQ and AutoAWQ.
@@ -62,14 +62,14 @@ class Checkpoint:
     packed: Mapping[str, tuple[str, ...]]
     """Quantized module → suffixes of its tensors."""
     input_scales: Mapping[str, Tensor]
-    """Quantized module → what its inputs are divided by besides (AutoAWQ)."""
+    """Quantized module → what its inputs are divided by, with AutoAWQ."""
     files: Mapping[str, Any]
     """Tensor name → the open file that holds it."""
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
-        found: Tensor = self.files[name].get_tensor(name)
-        return found
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor
 
     def parts(self, module: str) -> dict[str, Tensor]:
         """The tensors that stand for one quantized module's weight, by suffix."""

@@ -1,9 +1,8 @@
 """What a checkpoint folder holds, judged by its tensors and never by what its metadata says.
 
-`inspect_checkpoint` looks at folders of any origin, where there is no `quant_fairness.json`: which linear modules are
-quantized, with how many bits and groups, whether every tensor that the architecture needs is there in a fitting shape,
-and whether all values can be read in one way only. `modules_by_tensors`, `check_tensor_list` and `check_values` compare
-a folder that was written here with its record. What a format stores for a module is said by its `Format` alone.
+`inspect_checkpoint` looks at folders of any origin: which linear modules are quantized, with how many bits and groups,
+whether every tensor that the architecture needs is there, and whether all values can be read in one way only. The other
+functions compare a folder that was written here with its record. Shapes are those of the `Format` alone.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from quant_fairness_plugin.checkpoint.dequantize import bare_model, model_from_s
 from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.activations import spread_ids
+from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.storage import announced_dtype
 
 SERVED_TOLERANCE = 0.7
@@ -42,7 +43,8 @@ def compare_served(folder: Path, rows: Sequence[Sequence[int]] = ()) -> str:
     if dtype == torch.float32:
         return "config.json says float32"
     bare = bare_model(folder)
-    rows = [spread_ids(bare.config.get_text_config().vocab_size), *rows]
+    longest = longest_input(bare.config.to_dict())
+    rows = [row[:longest] for row in (spread_ids(bare.config.get_text_config().vocab_size), *rows)]
     expected, served = (_logits(_load(folder, bare, kind), rows) for kind in (torch.float32, dtype))
     change = [found - logits for found, logits in zip(served, expected, strict=True)]
     error = _rms(change) / _rms([logits - logits.mean(-1, keepdim=True) for logits in expected])

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from quant_fairness_plugin.artifacts import Evidence, ProtectionPlan, SweepReport, save
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.tables import number
+from quant_fairness_plugin.cli.tables import number, unit_list
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.resolve import model_sha256
@@ -22,7 +22,7 @@ from quant_fairness_plugin.preflight import ModelSource, preflight
 def verified(
     plan: ProtectionPlan, swept: SweepReport, source: ModelSource, config: FairConfig, *, evidence: Path | None
 ) -> ProtectionPlan:
-    """The plan with what its evaluation says. Prints the table of controls and the verdict on stderr.
+    """Return the plan with what its evaluation says. Print the table of controls and the verdict on stderr.
 
     Args:
         plan: what was recommended.
@@ -36,6 +36,7 @@ def verified(
     """
     preflight(source, config)
 
+    # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     languages = tuple(name for name, status in swept.languages.items() if status == "supported")
@@ -46,31 +47,31 @@ def verified(
                 f"{source.name} is not the model that was swept ({swept.provenance.model}): their weights differ. Name "
                 "the same one with --model, or sweep this one"
             )
-        found = quantizer.evidence(plan)
+        measured = quantizer.evidence(plan)
     if evidence is not None:
-        save(found, evidence)
-    Console(stderr=True).print(evidence_table(found))
-    sys.stderr.write(f"{found.verdict}\n")
-    return replace(plan, predicted=False, reasons=(*plan.reasons, found.verdict))
+        save(measured, evidence)
+    Console(stderr=True).print(evidence_table(measured))
+    sys.stderr.write(f"{measured.verdict}\n")
+    return replace(plan, predicted=False, reasons=(*plan.reasons, measured.verdict))
 
 
 def evidence_table(evidence: Evidence) -> Table:
-    """Every plan that was evaluated, the best first; of the random ones only the best and the worst."""
-    table = Table(title=f"Equal bytes, {evidence.grid}, KL in bits per byte on sentences that nothing was chosen on")
+    """Return every plan that was evaluated, the best first; of the random ones only the best and the worst."""
+    table = Table(title=f"Equal bytes, {evidence.grid}, KL in bits per byte on sentences that nothing was selected on")
     for name in ("plan", "protects", "bytes", "worst language", "mean", "the plan"):
         table.add_column(name)
     outcomes: Mapping[str, str] = {row.control: row.outcome for row in evidence.comparisons}
     words = {"beaten": "beats it", "not beaten": "does not beat it", "better": "is worse", "undefined": "undefined"}
-    own = evidence.row("the plan").bytes_
+    size = evidence.row("the plan").bytes_
     order = sorted(evidence.rows, key=lambda row: getattr(row.worst, "estimate", float("inf")))
     random = [row.name for row in order if row.name.startswith("random ")]
     for row in (row for row in order if row.name not in random[1:-1]):
         kinds = sorted({kind for kind in row.precisions.values()})
-        places = ", ".join(name.removeprefix("layers.") for name in row.precisions)
+        places = ", ".join(unit_list([name]) for name in row.precisions)
         table.add_row(
             row.name,
             f"{places} in {' and '.join(kinds)}" if places else "nothing",
-            f"{row.bytes_ / own - 1:+.1%}",
+            f"{row.bytes_ / size - 1:+.1%}",
             number(row.worst),
             number(row.mean),
             words.get(outcomes.get(row.name, ""), ""),

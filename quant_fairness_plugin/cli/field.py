@@ -13,7 +13,8 @@ from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.completion import complete
 from quant_fairness_plugin.config.option import Option
-from quant_fairness_plugin.config.parsers import enumerate_names, one_of
+from quant_fairness_plugin.config.parsers import choice
+from quant_fairness_plugin.measure.objectives import one_of
 
 REGISTRIES: dict[str, Collection[str]] = {"format": FORMATS, "reader": READERS}
 """Names that fields of `FairConfig` accept and that lie above it."""
@@ -54,7 +55,7 @@ class Declared:
         if self.option.parse is not None:
             return self.option.parse(value)
         if self.accepted:
-            return one_of(self.flag, self.accepted)(value)
+            return choice(self.flag, self.accepted)(value)
         return value
 
     def parameter(self, default: Any) -> inspect.Parameter:
@@ -62,7 +63,7 @@ class Declared:
         sentence, is_text = self.option.help, self.option.parse is not None or bool(self.accepted)
         info = typer.Option(
             self.flag,
-            help=f"{sentence} {enumerate_names(self.names)}." if sentence.endswith(":") else sentence,
+            help=f"{sentence} {one_of(self.names)}." if sentence.endswith(":") else sentence,
             rich_help_panel=self.option.panel,
             metavar=self.option.metavar or ("NAME" if self.names else None),
             autocompletion=complete(self.name, self.names),

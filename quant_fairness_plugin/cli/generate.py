@@ -26,8 +26,8 @@ def generate(
     from quant_fairness_plugin.serve.kernels import choose_kernel
     from quant_fairness_plugin.serve.load import load_quantized
 
-    chosen = choose_kernel(kernel).kernel
-    model = load_quantized(folder, kernel=chosen)
+    name = choose_kernel(kernel).kernel
+    model = load_quantized(folder, kernel=name)
     write = None if as_json else _write
     done = generate_text(model, load_tokenizer(folder), prompt, max_new_tokens=max_new_tokens, write=write)
     where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
@@ -37,7 +37,7 @@ def generate(
         seconds = {"prefill_seconds": done.prefill_seconds, "decode_seconds": done.decode_seconds}
         typer.echo(
             json.dumps(
-                {"text": done.text, "kernel": chosen, "where": where, **numbers, **seconds, "tokens_per_second": rate},
+                {"text": done.text, "kernel": name, "where": where, **numbers, **seconds, "tokens_per_second": rate},
                 indent=1,
                 ensure_ascii=False,
             )
@@ -45,7 +45,7 @@ def generate(
         return
     typer.echo()
     shown = "one token only" if rate is None else f"{rate:.1f} tokens per second after the first"
-    typer.echo(f"{done.new_tokens} tokens, {shown}, prompt {done.prefill_seconds:.2f} s; {chosen}, {where}", err=True)
+    typer.echo(f"{done.new_tokens} tokens, {shown}, prompt {done.prefill_seconds:.2f} s; {name}, {where}", err=True)
 
 
 def _write(text: str) -> None:

@@ -15,7 +15,7 @@ from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, ModelOp
 from quant_fairness_plugin.cli.sweep_options import MemoryBudget, PlansOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
-from quant_fairness_plugin.config.parsers import one_of
+from quant_fairness_plugin.config.parsers import choice
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.sweep.memory import parse_size
@@ -30,11 +30,11 @@ def plan(
     format_: Annotated[
         str | None,
         Option(
-            "Only this checkpoint format:", "Output", flag="--format", parse=one_of("--format", FORMATS), names=FORMATS
+            "Only this checkpoint format:", "Output", flag="--format", parse=choice("--format", FORMATS), names=FORMATS
         ),
     ] = None,
     reader: Annotated[
-        str | None, Option("Only this reader:", "Output", parse=one_of("--reader", READERS), names=READERS)
+        str | None, Option("Only this reader:", "Output", parse=choice("--reader", READERS), names=READERS)
     ] = None,
     memory_budget: MemoryBudget = None,
     as_json: Json = False,

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A callback `(step, done, in all)` that shows on stderr how far the work is."""
+    """Return a callback `(step, done, in all)` that shows on stderr how far the work is."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines()

@@ -11,7 +11,7 @@ from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import Access, Json, ModelArgument, OutputFolder, Overwrite, default_output
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import damage_table, describe_columns, layer_list, show
+from quant_fairness_plugin.cli.tables import damage_table, describe_columns, extent, layer_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
@@ -63,4 +63,4 @@ def report_checkpoint(record: ExportRecord, out: Path, *, as_json: bool) -> None
     layers = layer_list(record.plan.protected_layers) or "none"
     others = describe_overrides(record.plan)
     singled_out = f"protected layers {layers}{others and '; '}{others}{describe_columns(record.plan)}"
-    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {singled_out}, verified")
+    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {singled_out}, verified; {extent(record)}")

@@ -70,7 +70,7 @@ def recommend(
 
 
 def _say_why(plan: ProtectionPlan, *, by_number: bool) -> None:
-    """The reasons on stderr: as a warning where the plan is shaky or empty, and where a budget decided."""
+    """Write the reasons to stderr: as a warning where the plan is shaky or empty, and where a budget decided."""
     if not plan.stable or not plan_list(plan):
         sys.stderr.write(f"warning: {'; '.join(plan.reasons)}\n")
     elif not by_number:
@@ -79,11 +79,11 @@ def _say_why(plan: ProtectionPlan, *, by_number: bool) -> None:
 
 
 def _print_frontier(swept: SweepReport, *, as_json: bool) -> None:
-    found = frontier_of(swept)
+    frontier = frontier_of(swept)
     if as_json:
-        typer.echo(frontier_json(found, swept), nl=False)
+        typer.echo(frontier_json(frontier, swept), nl=False)
         return
-    show(frontier_table(found))
+    show(frontier_table(frontier))
 
 
 def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: bool) -> str:
@@ -94,7 +94,7 @@ def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: b
             raise
         raise ConfigError(
             f"--as needs the names of the model's modules, and the report only says {source.name!r}, which is not "
-            "found from here; name the model's folder with --model"
+            "at hand here; name the model's folder with --model"
         ) from err
     return plan_for_tool(tool, plan, files, trust_remote_code=source.trust_remote_code)
 
@@ -102,6 +102,7 @@ def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: b
 def _sweep(source: ModelSource, config: FairConfig) -> SweepReport:
     checked = preflight(source, config)
 
+    # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     with progress() as shown:

@@ -42,7 +42,7 @@ def _show(report: RepairReport) -> None:
     if not report.changes:
         typer.echo(f"{report.folder}: nothing to change")
     if report.backups:
-        typer.echo(f"kept: {', '.join(report.backups)}")
+        typer.echo(f"backups: {', '.join(report.backups)}")
     if report.verified is not None:
         show_readers(report.verified)
         typer.echo(f"{report.out}: written, weights unchanged, verified")

@@ -19,7 +19,7 @@ from quant_fairness_plugin.cli.options import (
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import comparison_table, describe_columns, layer_list, show
+from quant_fairness_plugin.cli.tables import comparison_table, describe_columns, extent, layer_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
@@ -53,7 +53,7 @@ def run(
     if as_json:
         typer.echo(to_json(result.record), nl=False)
         return
-    _show(result, config, out)
+    _show(result, quantizer.config, out)
 
 
 def _show(result: RunResult, config: FairConfig, out: Path) -> None:
@@ -63,4 +63,5 @@ def _show(result: RunResult, config: FairConfig, out: Path) -> None:
     show(comparison_table(result.unprotected, result.protected, title=title))
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)
-    typer.echo(f"{out}: {result.record.format}, verified; {result.plan.overhead:.1%} extra bytes for protection")
+    protection = f"{result.plan.overhead:.1%} extra bytes for protection"
+    typer.echo(f"{out}: {result.record.format}, verified; {protection}; {extent(result.record)}")

@@ -28,7 +28,7 @@ def check_sets(files: ModelFiles, config: FairConfig, wanted: SweepConfig) -> No
     if wanted.also:
         outline = outline_model(files)
         units = name_units(outline.family, outline.layers, outline.shapes)
-        check_around(wanted.also, units, outline.shapes, config.grid)
+        check_around(wanted.also, units, outline.shapes, config.fitted(outline).grid)
 
 
 def check_execution(
@@ -47,7 +47,7 @@ def check_execution(
                 "--bank goes without --memory-budget, --precisions and --also: a checkpoint has one precision, and "
                 "what is around its layers is 16 bit. Leave one of them out."
             )
-        check_bank(bank, files, config.grid)
+        check_bank(bank, files, config.fitted(outline_model(files)).grid)
     if budget is None:
         return None
     if execution.executor is not None:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from quant_fairness_plugin.artifacts import (
+    ExportRecord,
     Frontier,
     Interval,
     LanguageDamage,
@@ -20,6 +21,7 @@ from quant_fairness_plugin.artifacts import (
     SweepRow,
     Synergy,
     SynergyMatrix,
+    Unit,
 )
 
 WIDTH_WITHOUT_TERMINAL = 180
@@ -34,14 +36,14 @@ def show(table: Table) -> None:
 
 
 def number(value: Number, digits: int = 5) -> str:
-    """`0.01230 [0.01000, 0.01500]`, or `undefined`."""
+    """Return `0.01230 [0.01000, 0.01500]`, or `undefined`."""
     if isinstance(value, Interval):
         return f"{value.estimate:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
     return "undefined"
 
 
 def damage_table(measurement: Measurement, *, title: str) -> Table:
-    """One row a language: baseline BPB, ΔBPB, KL, excess, flips."""
+    """Return a table with one row a language: baseline BPB, ΔBPB, KL, excess, flips."""
     table = Table("language", "16-bit BPB", "ΔBPB", "KL bits/byte", "excess ΔBPB", "flips", "status", title=title)
     for row in measurement.languages:
         table.add_row(
@@ -57,7 +59,7 @@ def damage_table(measurement: Measurement, *, title: str) -> Table:
 
 
 def comparison_table(unprotected: Measurement, protected: Measurement, *, title: str) -> Table:
-    """Per language: the 16-bit model, then quantized without and with protection."""
+    """Return a table by language: the 16-bit model, then quantized without and with protection."""
     table = Table("language", "16-bit BPB", "ΔBPB, none", "ΔBPB, plan", "KL, none", "KL, plan", "status", title=title)
     for before, after in zip(unprotected.languages, protected.languages, strict=True):
         table.add_row(
@@ -79,28 +81,28 @@ def comparison_table(unprotected: Measurement, protected: Measurement, *, title:
 
 
 def unit_list(units: Sequence[str]) -> str:
-    """`0,9,11` or `3.down,5.qkv`: the forms that `--protect-layers` and `--protect-units` take."""
+    """Return `0,9,11` or `3.down,5.qkv`, the forms that `--protect-layers` and `--protect-units` take."""
     return ",".join(unit.removeprefix("layers.") for unit in units)
 
 
 def layer_list(layers: Sequence[int]) -> str:
-    """`0,9,11`: the form that `--protect-layers` takes."""
+    """Return `0,9,11`, the form that `--protect-layers` takes."""
     return ",".join(map(str, layers))
 
 
 def describe_columns(plan: ProtectionPlan) -> str:
-    """`; 1% of input channels in 16 bit`, to follow what a plan keeps besides; empty if it keeps none."""
+    """Return `; 1% of input channels in 16 bit`, to follow what else a plan protects; empty if it protects none."""
     return f"; {100 * plan.protect_columns:.3g}% of input channels in 16 bit" if plan.protect_columns else ""
 
 
 def plan_list(plan: ProtectionPlan) -> str:
-    """`0,9,11`, `3.down,5.qkv` or `0,3:int8`: what a plan singles out, layers in forward order; empty if nothing."""
-    chosen: dict[str, Precision] = {f"layers.{layer}": "fp16" for layer in plan.protected_layers}
-    chosen |= plan.overrides
-    names = list(chosen)
-    if all(name.count(".") == 1 for name in names):
-        names.sort(key=list(plan.units).index)
-    return ",".join(unit_list([name]) + ("" if chosen[name] == "fp16" else f":{chosen[name]}") for name in names)
+    """Return `0,9,11`, `3.down,5.qkv` or `0,3:int8`: what a plan singles out, layers in forward order."""
+    precisions: dict[Unit, Precision] = {Unit(layer): "fp16" for layer in plan.protected_layers}
+    precisions |= {Unit.parse(name): precision for name, precision in plan.overrides.items()}
+    units = list(precisions)
+    if all(unit.group is None for unit in units):
+        units.sort(key=lambda unit: unit.layer)
+    return ",".join(unit.short + ("" if precisions[unit] == "fp16" else f":{precisions[unit]}") for unit in units)
 
 
 SIZES = {1: "single", 2: "pairs", 3: "triples"}
@@ -111,7 +113,7 @@ SHOWN = 4
 
 
 def sweep_table(report: SweepReport, objective: str) -> Table:
-    """One row a plan, in the order of the sweep: the objective and each language's KL per byte.
+    """Return a table with one row a plan, in the order of the sweep: the objective and each language's KL per byte.
 
     Of sets of several units, and of single ones at other precisions than 16 bit, only the best are shown.
     """
@@ -124,7 +126,7 @@ def sweep_table(report: SweepReport, objective: str) -> Table:
 
 
 def around_table(report: SweepReport, objective: str) -> Table:
-    """The plans that also quantize what no checkpoint stores quantized."""
+    """Return the plans that also quantize what no checkpoint stores quantized."""
     title = f"{report.grid}, simulation only (no checkpoint stores these quantized; they are not ranked)"
     return _plan_table(report, report.around, objective, title=title)
 
@@ -140,7 +142,7 @@ def _plan_table(report: SweepReport, rows: Sequence[SweepRow], objective: str, *
 
 
 def _hidden(report: SweepReport, objective: str) -> set[str]:
-    """All but the best plans of several units, and of single ones that get neither 16 bit nor the grid's precision."""
+    """Return the plans of several units, or of single ones at other precisions, that are not among the best."""
     groups: dict[tuple[str | None, str | None, int], list[SweepRow]] = {}
     for row in report.rows:
         if len(row.units) > 1 or (row.mode == "protect-one" and row.precision != "fp16"):
@@ -153,8 +155,8 @@ def _hidden(report: SweepReport, objective: str) -> set[str]:
     return hidden
 
 
-def _value(found: Number) -> float:
-    return found.estimate if isinstance(found, Interval) else float("inf")
+def _value(figure: Number) -> float:
+    return figure.estimate if isinstance(figure, Interval) else float("inf")
 
 
 def _kl(damage: LanguageDamage) -> str:
@@ -162,12 +164,12 @@ def _kl(damage: LanguageDamage) -> str:
 
 
 def combination_lines(report: SweepReport, objective: str) -> list[str]:
-    """How many plans of each size were evaluated, and the best set to protect of each size above one."""
+    """Return how many plans of each size were evaluated, and the best set to protect of each size above one."""
     lines = []
     for size, count in report.combinations.items():
-        chosen = "" if count.evaluated == count.possible else ", of the units that count most by themselves"
-        found = _best(report, size, objective) if size > 1 else ""
-        lines.append(f"{SIZES[size]}: {count.evaluated} of {count.possible} evaluated{chosen}{found}")
+        part = "" if count.evaluated == count.possible else ", of the units that count most by themselves"
+        best = _best(report, size, objective) if size > 1 else ""
+        lines.append(f"{SIZES[size]}: {count.evaluated} of {count.possible} evaluated{part}{best}")
     if report.search is not None:
         search = report.search
         width = f", width {search.width}" if search.method == "beam" else ""
@@ -179,20 +181,20 @@ def combination_lines(report: SweepReport, objective: str) -> list[str]:
 
 
 def _best(report: SweepReport, size: int, objective: str) -> str:
-    """The plan with the lowest objective among those that protect `size` units; empty where none is defined."""
-    found = [
+    """Return the plan with the lowest objective among those that protect `size` units; empty where none is defined."""
+    rows = [
         row
         for row in report.rows
         if row.mode == "protect-one" and len(row.units) == size and isinstance(row.objectives[objective], Interval)
     ]
-    if not found:
+    if not rows:
         return ""
-    best = min(found, key=lambda row: _value(row.objectives[objective]))
+    best = min(rows, key=lambda row: _value(row.objectives[objective]))
     return f"; best to protect: {unit_list(best.units)}, {number(best.objectives[objective])}"
 
 
 def synergy_tables(report: SweepReport, objective: str) -> Iterator[Table]:
-    """The strongest synergies of each mode, where pairs were evaluated; by `worst` where sets have no `objective`."""
+    """Yield the strongest synergies of each mode with pairs; by `worst` where sets have no `objective`."""
     for mode in report.modes:
         by = objective if f"{mode} {objective}" in report.interactions else "worst"
         matrix = report.interactions.get(f"{mode} {by}")
@@ -213,7 +215,7 @@ def _strength(cell: Synergy) -> float:
 
 
 def necessity_lines(report: SweepReport, objective: str) -> list[str]:
-    """Whether the best evaluated set of each size needs its members."""
+    """Say whether the best evaluated set of each size needs its members."""
     tests = [test for test in report.necessity if test.objective == objective]
     return [_necessity_line(test) for test in tests if test.changes]
 
@@ -221,16 +223,16 @@ def necessity_lines(report: SweepReport, objective: str) -> list[str]:
 def _necessity_line(test: NecessityTest) -> str:
     drops = [row for row in test.changes if " for " not in row.change]
     swaps = [row for row in test.changes if " for " in row.change]
-    said = [
+    parts = [
         f"{what} clearly hurts for {sum(row.necessary for row in rows)} of {len(rows)}"
         for what, rows in (("dropping a member", drops), ("an exchange for another", swaps))
         if rows
     ]
-    return f"{unit_list(test.units)}: {', '.join(said)} ({len(test.changes)} of {test.possible} changes evaluated)"
+    return f"{unit_list(test.units)}: {', '.join(parts)} ({len(test.changes)} of {test.possible} changes evaluated)"
 
 
 def frontier_table(frontier: Frontier) -> Table:
-    """The plans that nothing dominates, smallest first."""
+    """Return the plans that nothing dominates, smallest first."""
     table = Table(
         "plan", "bytes", "worst KL", "mean KL", "on the frontier in",
         title=f"{len(frontier.plans)} of {len(frontier.rows)} evaluated plans are worth their bytes",
@@ -240,3 +242,14 @@ def frontier_table(frontier: Frontier) -> Table:
             sure = f"{row.on_frontier_probability:.0%} of resamples"
             table.add_row(row.plan, str(row.bytes_), number(row.worst), number(row.mean), sure)
     return table
+
+
+def extent(record: ExportRecord) -> str:
+    """Return how much of a model a checkpoint quantizes, and what stays in 16 bit against the plan, as a clause."""
+    done, total = len(record.quantized_modules), record.linear_modules
+    size = sum(file.bytes_ for name, file in record.files.items() if name.endswith(".safetensors"))
+    text = f"{done} of {total} linear modules quantized, weights {size / record.sixteen_bit_bytes:.0%} of 16 bit"
+    if not record.kept_modules:
+        return text
+    name, reason = next(iter(record.kept_modules.items()))
+    return f"{text}; {len(record.kept_modules)} stay in 16 bit, first {name}: {reason}"

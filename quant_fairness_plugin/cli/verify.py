@@ -40,7 +40,7 @@ def verify(
 
 
 def show_readers(report: VerifyReport) -> None:
-    """One line for each reader: whether its own rules take this folder right."""
+    """Print a line for each reader: whether its rules take this folder right."""
     for reader, problem in report.problems.items():
         note = f" ({READERS[reader].note})" if READERS[reader].note else ""
         typer.echo(f"{reader:<12} {'no' if problem else 'reads':<8} {problem or 'every module as it is stored'}{note}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypedDict
 
@@ -47,8 +47,9 @@ from quant_fairness_plugin.config.parsers import (
 )
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import OBJECTIVES, find_objective
-from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
+from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import METHODS, find_method
+from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,15 +67,16 @@ class FairConfig:
     quantize_rest_to: str | None = None
     """The research scripts' word for `bits`: `INT4` or `INT8`. None where `bits` alone says it."""
     group_size: Annotated[
-        int,
+        int | Literal["auto"],
         Option(
-            "Input channels that share a scale; -1 = all of a row.",
+            "Input channels that share a scale; 'auto': the largest of 128, 64, 32 that leaves the fewest weights in "
+            "16 bit; -1: all of a row.",
             "How to quantize",
             parse=parse_group_size,
-            metavar="32|64|128|-1",
-            names=("32", "64", "128", "-1"),
+            metavar="auto|32|64|128|-1",
+            names=("auto", "32", "64", "128", "-1"),
         ),
-    ] = 128
+    ] = "auto"
     symmetric: Annotated[
         bool | None,
         Option(
@@ -220,7 +222,8 @@ class FairConfig:
         find_objective(self.objective)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
-        check_group_size(self.group_size)
+        if self.group_size != "auto":
+            check_group_size(self.group_size)
         if not 0 <= self.max_overhead <= 4:
             raise ConfigError(
                 f"max_overhead {self.max_overhead} is no share of the all-quantized size; use 0.2 for 20 % extra bytes"
@@ -235,9 +238,17 @@ class FairConfig:
 
     @property
     def grid(self) -> Grid:
-        """Return the integer grid of the quantized layers."""
+        """Return the integer grid of the quantized layers.
+
+        Its group size is the largest that `auto` can come to, until `fitted` knows the model.
+        """
         symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
-        return Grid(bits=self.bits, group_size=self.group_size, symmetric=symmetric, clip=self.clip)
+        group_size = AUTO_GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
+        return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=self.clip)
+
+    def fitted(self, model: Modules) -> FairConfig:
+        """Return the same configuration with the group size that `auto` comes to on a model."""
+        return self if self.group_size != "auto" else replace(self, group_size=fitting_group_size(model))
 
     @property
     def bootstrap(self) -> Bootstrap:
@@ -279,7 +290,7 @@ class FairOptions(TypedDict, total=False):
     method: str
     bits: int
     quantize_rest_to: str | None
-    group_size: int
+    group_size: int | Literal["auto"]
     symmetric: bool | None
     clip: Clip
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
@@ -326,7 +337,7 @@ def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
     derived = {"bits": bits_of_rest(rest)} if isinstance(rest, str) and "bits" not in values else {}
     if "bits" in values:
         check_bits(values["bits"])
-    if "group_size" in values:
+    if values.get("group_size", "auto") != "auto":
         check_group_size(values["group_size"])
     return {**values, **derived}
 

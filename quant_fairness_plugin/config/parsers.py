@@ -7,6 +7,7 @@ from typing import Literal, cast, get_args
 
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.measure.objectives import one_of
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
 
 
@@ -95,12 +96,14 @@ def parse_bits(text: str) -> int:
     return int(value)
 
 
-def parse_group_size(text: str) -> int:
-    """Return a group size.
+def parse_group_size(text: str) -> int | Literal["auto"]:
+    """Return a group size, or `auto`.
 
     Raises:
-        ConfigError: not one of 32, 64, 128, -1.
+        ConfigError: not one of auto, 32, 64, 128, -1.
     """
+    if text.strip() == "auto":
+        return "auto"
     value = _integer(text)
     check_group_size(value)
     return int(value)
@@ -118,18 +121,12 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     return cast(tuple[Precision, ...], names)
 
 
-def enumerate_names(names: Collection[str]) -> str:
-    """Return the names as a sentence has them: `a, b or c`."""
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def one_of(flag: str, names: Collection[str]) -> Callable[[str], str]:
+def choice(flag: str, names: Collection[str]) -> Callable[[str], str]:
     """Return the parser of an option that takes one of the names. Raises `ConfigError` for another one."""
 
     def parse(text: str) -> str:
         if text not in names:
-            raise ConfigError(f"{flag} {text!r} is unknown; use {enumerate_names(names)}")
+            raise ConfigError(f"{flag} {text!r} is unknown; use {one_of(names)}")
         return text
 
     return parse

@@ -13,7 +13,7 @@ from quant_fairness_plugin.artifacts import Precision, TextSet, Undefined, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.evidence.weight_statistics import criticality, layer_statistics
 from quant_fairness_plugin.measure.objectives import OBJECTIVES
-from quant_fairness_plugin.measure.rows import Batch, pad_rows, position_limit, tokenize
+from quant_fairness_plugin.measure.rows import Batch, pad_rows, tokenize_for
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.units import UnitMap
@@ -78,8 +78,7 @@ def gradient_scores(
     changes = _changes(loaded, units, bank, precision)
     first: dict[str, dict[str, float]] = {layer: defaultdict(float) for layer in changes}
     second: dict[str, dict[str, float]] = {layer: defaultdict(float) for layer in changes}
-    context = min(CONTEXT, position_limit(loaded.model))
-    tokenized = tokenize(loaded.tokenizer, _spread(texts, sentences), context=context)
+    tokenized = tokenize_for(loaded.model, loaded.tokenizer, _spread(texts, sentences), context=CONTEXT)
     bytes_ = {language: sum(text.bytes_ for text in encoded) for language, encoded in tokenized.encoded.items()}
     with _requiring_gradients(loaded, [name for layer in changes.values() for name in layer]):
         for row in tokenized.rows:

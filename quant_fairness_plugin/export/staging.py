@@ -1,4 +1,4 @@
-"""Step 7, atomic folders: a checkpoint is built beside its final name and gets that name only when it is complete.
+"""Atomic folders: a checkpoint is built beside its final name and gets that name only when it is complete.
 
 The working folder is `OUT.partial-<id>`, locked while its process lives; an old `OUT` that is replaced is
 `OUT.old-<id>` between two renames. Whatever a killed run left behind is put right at the start of the next one. POSIX

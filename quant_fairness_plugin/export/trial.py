@@ -150,7 +150,7 @@ def _run_blocks(loaded: LoadedModel) -> None:
     Raises:
         UnsupportedModelError: the outcome is another one.
     """
-    ids = torch.arange(2 * 5).reshape(2, 5)
+    ids = torch.arange(2 * 4).reshape(2, 4)
     with torch.no_grad():
         rehearsal = rehearse(loaded, ids)
         hidden = rehearsal.hidden

@@ -50,7 +50,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What `verify` looked at in a folder."""
+    """The checks of a folder that `verify` ran, and each reader's problems."""
 
     folder: str
     format: str
@@ -102,7 +102,7 @@ def verify(
     Raises:
         ArtifactError: a file, tensor or metadata rule is wrong; names it.
         UnsupportedModelError: the wanted reader cannot load this checkpoint, or computes something else.
-        MissingExtraError: the wanted reader is not installed where it was looked for.
+        MissingExtraError: the wanted reader is not installed in the Python that was tried.
         ConfigError: an unknown reader, one of which only documented rules are checked, or a Python that cannot be run.
     """
     folder = Path(folder)
@@ -164,29 +164,29 @@ def _check_foreign(folder: Path) -> tuple[str, list[CheckResult], Case]:
     """A folder that another tool wrote: its tensors say what is quantized, and each reader is judged on its own."""
     from quant_fairness_plugin.checkpoint.inspection import inspect_checkpoint
 
-    found = inspect_checkpoint(folder)
-    if found.announced_dtype != found.dtype:
+    seen = inspect_checkpoint(folder)
+    if seen.announced_dtype != seen.dtype:
         raise ArtifactError(
-            f"{folder}: the tensors are {found.dtype}, config.json says {found.announced_dtype}; they must agree. "
+            f"{folder}: the tensors are {seen.dtype}, config.json says {seen.announced_dtype}; they must agree. "
             "quant-fairness repair puts that right."
         )
     checks = [
         CheckResult("files", "not run", f"no {RECORD}: another tool wrote this, there are no checksums to compare"),
-        CheckResult("headers", "passed", f"{found.tensors} tensors, each once"),
-        CheckResult("metadata", "passed", _metadata_summary(found)),
-        CheckResult("tensors", "passed", f"exactly those of {found.family.name}, {found.dtype}"),
+        CheckResult("headers", "passed", f"{seen.tensors} tensors, each once"),
+        CheckResult("metadata", "passed", _metadata_summary(seen)),
+        CheckResult("tensors", "passed", f"exactly those of {seen.family.name}, {seen.dtype}"),
         CheckResult("values", "passed", "all finite, groups within range"),
     ]
-    return found.case.method if found.quantization else "fp16-twin", checks, found.case
+    return seen.case.method if seen.quantization else "fp16-twin", checks, seen.case
 
 
-def _metadata_summary(found: Inspection) -> str:
-    if not found.quantization:
+def _metadata_summary(seen: Inspection) -> str:
+    if not seen.quantization:
         return "none: a plain 16-bit checkpoint"
-    widths = sorted({module.bits for module in found.packed.values()})
+    widths = sorted({module.bits for module in seen.packed.values()})
     return (
-        f"{found.layout} in {found.source}; {len(found.modules.quantized)} modules of "
-        f"{' and '.join(map(str, widths)) or 'no'} bits, {len(found.modules.kept)} in 16 bit"
+        f"{seen.layout} in {seen.source}; {len(seen.modules.quantized)} modules of "
+        f"{' and '.join(map(str, widths)) or 'no'} bits, {len(seen.modules.kept)} in 16 bit"
     )
 
 

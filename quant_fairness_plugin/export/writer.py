@@ -96,6 +96,8 @@ def export(
         family=loaded.family.name,
         quantized_modules={name: tensor.grid.bits for name, tensor in quantized.tensors.items()},
         kept_modules=quantized.kept,
+        linear_modules=sum(len(loaded.linears(layer)) for layer in range(loaded.layers)),
+        sixteen_bit_bytes=2 * loaded.parameters,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
@@ -118,8 +120,7 @@ def export(
 def _served_rows(quantized: QuantizedModel) -> list[tuple[int, ...]]:
     """Return the beginning of a calibration row of every language; none where nothing was calibrated."""
     rows = quantized.calibration.rows if quantized.calibration is not None else {}
-    longest = quantized.loaded.family.architecture.longest_input(quantized.loaded.model.config.to_dict())
-    return [some[0][: min(ROW_TOKENS, longest)] for some in rows.values() if some]
+    return [some[0][:ROW_TOKENS] for some in rows.values() if some]
 
 
 def _check_source(quantized: QuantizedModel, out: Path) -> None:

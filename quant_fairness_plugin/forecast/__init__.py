@@ -36,7 +36,7 @@ from quant_fairness_plugin.measure.rows import tokenize
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.outline import Outline, outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
-from quant_fairness_plugin.model.tokenizer import counting_tokenizer
+from quant_fairness_plugin.model.tokenizer import check_vocabulary, counting_tokenizer, is_plain
 from quant_fairness_plugin.plans.costs import Disk, count_disk
 from quant_fairness_plugin.plans.plan_set import around_plans
 from quant_fairness_plugin.plans.tree import StateTree
@@ -117,6 +117,7 @@ def forecast(
         ArtifactError: a tokenizer that does not load, or pickled weights.
     """
     outline = outline_model(files, trust_remote_code=trust_remote_code)
+    config = config.fitted(outline)
     groups, trees = fitting_groups(outline, config.grid), _walks(outline, config, sweep)
     protected = check_layers(config.protect_layers, files.layers) if isinstance(config.protect_layers, tuple) else ()
     text = _read_text(files, outline, texts.part("search"), trust_remote_code)
@@ -156,6 +157,8 @@ def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[li
 
 def _read_text(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_code: bool) -> Text:
     tokenizer = counting_tokenizer(files, trust_remote_code=trust_remote_code)
+    if not is_plain(files):  # else `preflight` did
+        check_vocabulary(tokenizer, texts, rows=outline.vocabulary, name=files.name)
     tokenized = tokenize(cast(Any, tokenizer), texts, context=min(CONTEXT, outline.positions))
     return count_text(tokenized, texts, batch_tokens=BATCH_TOKENS)
 

@@ -7,7 +7,6 @@ and its bytes are left out. A sentence longer than the context is read in window
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +19,8 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import LanguageScores, StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure.metrics import significant
+from quant_fairness_plugin.model.context import check_context, longest_input
+from quant_fairness_plugin.model.tokenizer import check_ids, start_token, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 PAD = 0
 """Any id will do: padding stands on the right, is masked, and its predictions are never read."""
-SMALLEST_CONTEXT = 4
 UNKNOWN_SHARE = 0.01
 NLL, KL, FLIPS = range(3)
 
@@ -92,7 +92,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: TextSet, *, context: int
         ConfigError: a sentence without a token to score.
     """
     encoded = {language: _encode(tokenizer, language, texts) for language in texts.languages}
-    prefix = _prefix(tokenizer)
+    prefix = start_token(tokenizer)
     rows = tuple(
         Row(language, index, ids, first)
         for language, sentences in encoded.items()
@@ -102,10 +102,34 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: TextSet, *, context: int
     return TokenRows(texts, rows, encoded)
 
 
+def tokenize_for(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: TextSet, *, context: int
+) -> TokenRows:
+    """Tokenize every sentence as a model reads it: in windows of at most `context` tokens and of its longest input.
+
+    Raises:
+        UnsupportedModelError: as `tokenize`, or a model that takes too few tokens at once.
+        ConfigError: as `tokenize`.
+        ArtifactError: a token that the model has no embedding for.
+    """
+    tokenized = tokenize(tokenizer, texts, context=min(context, position_limit(model)))
+    ids = {identifier for row in tokenized.rows for identifier in row.ids}
+    check_ids(tokenizer, ids, rows=embedding_rows(model), name=texts.name)
+    return tokenized
+
+
 def position_limit(model: PreTrainedModel) -> int:
-    """Return the longest input of the model; models without learned or rotary positions (BLOOM) name none."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit >= SMALLEST_CONTEXT else sys.maxsize
+    """Return the longest input of a model; `sys.maxsize` where nothing bounds it.
+
+    Raises:
+        UnsupportedModelError: too few tokens to score a sentence in windows.
+    """
+    return check_context(type(model).__name__, longest_input(model.config.to_dict()))
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Return how many tokens a model has an embedding for."""
+    return len(model.get_input_embeddings().get_parameter("weight"))
 
 
 def sum_rows(batch: Batch, per_token: Tensor, name: str, texts: TextSet) -> Array:
@@ -120,21 +144,15 @@ def sum_rows(batch: Batch, per_token: Tensor, name: str, texts: TextSet) -> Arra
     return sums
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that stands before every text: BOS, else EOS, else none."""
-    identifier = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return None if identifier is None else int(identifier)
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet) -> list[_Text]:
-    skipped = 1 if _prefix(tokenizer) is None else 0
+    skipped = 1 if start_token(tokenizer) is None else 0
     if skipped and not tokenizer.is_fast:
         raise UnsupportedModelError(
             "the tokenizer has no BOS, no EOS and no character offsets, so that the bytes of the first token are "
             "unknown; set tokenizer.bos_token, or use its fast version"
         )
     sentences = texts.sentences[language]
-    encoding = tokenizer(list(sentences), add_special_tokens=False, return_offsets_mapping=bool(skipped), verbose=False)
+    encoding = text_ids(tokenizer, sentences, offsets=bool(skipped))
     encoded = []
     for index, sentence in enumerate(sentences):
         ids = tuple(encoding["input_ids"][index])

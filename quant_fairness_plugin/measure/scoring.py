@@ -21,13 +21,12 @@ from quant_fairness_plugin.measure.rows import (
     FLIPS,
     KL,
     NLL,
-    SMALLEST_CONTEXT,
     Array,
     Batch,
-    position_limit,
     sum_rows,
-    tokenize,
+    tokenize_for,
 )
+from quant_fairness_plugin.model.context import SMALLEST_CONTEXT
 
 CHUNK_ELEMENTS = 1 << 22
 """Probabilities are compared in pieces of so many elements (16 MiB in float32)."""
@@ -71,12 +70,11 @@ def score_states(
     Raises:
         ConfigError: no state, two of one name, a limit too small, or a sentence without a token to score.
         UnsupportedModelError: no BOS, no EOS and no character offsets; or states of different vocabularies.
-        ArtifactError: a state predicts NaN or infinity.
+        ArtifactError: a state predicts NaN or infinity, or a token has no embedding.
     """
     _check_arguments(states, batch_tokens, context)
     with states[0].applied() as model:
-        window = min(context, position_limit(model))
-    tokenized = tokenize(tokenizer, texts, context=window)
+        tokenized = tokenize_for(model, tokenizer, texts, context=context)
     batches = tokenized.batches(batch_tokens)
     totals = {state.name: tokenized.empty_totals() for state in states}
     for number, batch in enumerate(batches):

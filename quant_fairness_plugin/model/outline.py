@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.architectures import Architecture, Block, find_architecture, match_architecture
 from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFFERS
+from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, tensor_shapes
 
@@ -177,5 +177,4 @@ def _built(files: ModelFiles, trust_remote_code: bool) -> Outline:
     model.tie_weights()
     family = detect_family(model)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return Outline(family, files.layers, shapes, limit if isinstance(limit, int) else sys.maxsize)
+    return Outline(family, files.layers, shapes, longest_input(model.config.to_dict()))

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.model.load import LoadedModel
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
 
 
 class EnoughError(Exception):

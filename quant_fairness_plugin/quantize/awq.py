@@ -1,10 +1,10 @@
-"""AWQ: scale input channels so that rounding hurts the outputs least. Step 6 (quantize), one fusion group.
+"""AWQ: scale input channels so that rounding hurts the outputs least.
 
 Takes the weights `[rows, cols]` of a fusion group, their Hessians and the mean magnitude of their common input; returns
 the integers of each scaled weight. Written from Lin et al., "AWQ" (arXiv 2306.00978, section 3.2): channels that carry
 large inputs are multiplied by a scale before rounding, which makes their relative error smaller, and the module in
 front is divided by it. A candidate is judged by the fair objective tr(ΔW H ΔWᵀ), summed over the fusion group, where
-ΔW = Q(W s) / s - W. Then the range of every group of every row is shrunk where that lowers its own part of the loss.
+ΔW = Q(W s) / s - W. Then the range of every group of every row is shrunk where that lowers its part of the loss.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def solve_awq(
         magnitude: mean of the inputs' magnitude `[cols]`, in any unit.
         grids: module → its grid. Where its clipping rule is not `absmax`, that rule sets the ranges.
         scale_dtype: dtype in which the grids' scales will be stored.
-        effective: the scale that the module in front is really divided by when it is asked for one
+        effective: the scale that the module in front is really divided by instead of the wanted one
             (`folding.Source.effective`); None where there is no such module, and no channel is scaled.
         clipped: modules whose ranges are searched. The products of q and k magnify what is clipped in either.
 
@@ -109,10 +109,10 @@ def _search_scale(
     scale_dtype: torch.dtype,
     effective: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The candidate with the least loss, summed over the fusion group; the first of equals."""
+    """Return the candidate with the least loss, summed over the fusion group; the first of equals."""
     best, least = effective(torch.ones_like(magnitude)), float("inf")
-    for asked in _candidates(magnitude):
-        scale, loss = effective(asked), 0.0
+    for wanted in _candidates(magnitude):
+        scale, loss = effective(wanted), 0.0
         for name, weight in weights.items():
             rounded = quantize_rtn(weight * scale, grids[name], scale_dtype=scale_dtype)
             loss += output_loss(weight, rounded.dequantize() / scale, hessians[name])
@@ -122,7 +122,7 @@ def _search_scale(
 
 
 def _candidates(magnitude: Tensor) -> Iterator[Tensor]:
-    """Scales to try, each with its largest and smallest value as far above 1 as below; the first one is 1."""
+    """Yield scales to try, each with its largest and smallest value as far above 1 as below; the first one is 1."""
     floor = SMALLEST_SHARE * float(magnitude.max())
     inputs = magnitude.clamp(min=floor) if floor > 0 else torch.ones_like(magnitude)
     for step in range(RATIOS):
@@ -131,7 +131,7 @@ def _candidates(magnitude: Tensor) -> Iterator[Tensor]:
 
 
 def _clip(weight: Tensor, hessian: Tensor, grid: Grid, *, scale_dtype: torch.dtype) -> QuantizedTensor:
-    """The weight on its grid, with the range of every group of every row as its own output error likes it best."""
+    """Return the weight on its grid, with the range of every group of every row at the least of its output error."""
     scales, zeros = fit_grid(weight, grid, scale_dtype=scale_dtype)
     grouped = weight.view(*scales.shape, -1)
     width = grouped.shape[2]
@@ -153,7 +153,7 @@ def _clip(weight: Tensor, hessian: Tensor, grid: Grid, *, scale_dtype: torch.dty
 
 
 def _group_loss(grouped: Tensor, scales: Tensor, zeros: Tensor, grid: Grid, blocks: Tensor) -> Tensor:
-    """Δw H Δwᵀ `[rows, groups]` of every group on its own, with the block of H that belongs to its channels."""
+    """Δw H Δwᵀ `[rows, groups]` of every group by itself, with the block of H that belongs to its channels."""
     zero = zeros.unsqueeze(2)
     levels = to_integers(grouped, scales.unsqueeze(2), zero, bits=grid.bits)
     error = ((levels.float() - zero) * scales.float().unsqueeze(2) - grouped).transpose(0, 1)

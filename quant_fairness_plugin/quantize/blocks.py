@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.model.rehearsal import BlockCall, rehearse
+from quant_fairness_plugin.model.tokenizer import check_ids
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel  # loads Transformers, which a forecast does without
 
 
 @dataclass(slots=True)
@@ -42,18 +47,21 @@ def first_inputs(loaded: LoadedModel, calibration: CalibrationSet, *, batch_toke
     Args:
         loaded: the model, in evaluation mode; not changed.
         calibration: token rows.
-        batch_tokens: most tokens of a batch (a longer row is a batch of its own).
+        batch_tokens: most tokens of a batch (a longer row is a batch by itself).
 
     Raises:
         ConfigError: a row is longer than the model's context.
+        ArtifactError: a token that the model has no embedding for.
     """
-    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    context = position_limit(loaded.model)
     longest = max(len(row) for rows in calibration.rows.values() for row in rows)
-    if context is not None and longest > context:
+    if longest > context:
         raise ConfigError(
             f"a calibration row has {longest} tokens, the model's context {context}; build the calibration with "
             f"row_tokens of at most {context}"
         )
+    tokens = {token for rows in calibration.rows.values() for row in rows for token in row}
+    check_ids(loaded.tokenizer, tokens, rows=embedding_rows(loaded.model), name=calibration.source)
     return [_enter(loaded, language, ids) for language, ids in _batches(calibration, batch_tokens)]
 
 

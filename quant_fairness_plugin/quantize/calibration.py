@@ -1,4 +1,4 @@
-"""Calibration text as token rows, and how much each language counts. Step 6 (quantize).
+"""Calibration text as token rows, and how much each language counts.
 
 Takes a tokenizer and a text set; returns a `CalibrationSet`. Budgets are counted after tokenization: an equal number of
 *sentences* would give languages that the tokenizer splits finely several times the weight of the others.
@@ -6,7 +6,7 @@ Takes a tokenizer and a text set; returns a `CalibrationSet`. Budgets are counte
 - `uniform`: every language the same number of tokens and the same weight.
 - `proportional`: every language all its tokens, and its share of them as weight.
 - `english`: English alone.
-- `minimax`: the tokens of `uniform`; the weights are found while quantizing (`minimax.quantize_minimax`).
+- `minimax`: the tokens of `uniform`; the weights are adapted while quantizing (`minimax.quantize_minimax`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import TextSet, Weighting, digest
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
+from quant_fairness_plugin.model.tokenizer import start_token, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -156,11 +157,11 @@ def build_calibration(
     part = texts.part("calibrate")
     if weighting == "english":
         languages = (_english(part, languages),)
-    chosen = _check(part, languages, tokens_per_language, row_tokens)
-    separator = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    used = _check(part, languages, tokens_per_language, row_tokens)
+    separator = start_token(tokenizer)
     order = list(range(len(part)))
     random.Random(seed).shuffle(order)
-    packed = {lang: _pack(tokenizer, part.sentences[lang], order, separator, row_tokens) for lang in chosen}
+    packed = {lang: _pack(tokenizer, part.sentences[lang], order, separator, row_tokens) for lang in used}
     budgets = _budgets({lang: sum(map(len, rows)) for lang, rows in packed.items()}, tokens_per_language, weighting)
     total = sum(budgets.values())
     return CalibrationSet(
@@ -170,7 +171,7 @@ def build_calibration(
         row_tokens=row_tokens,
         separator=separator,
         seed=seed,
-        weights={lang: own / total for lang, own in budgets.items()} if weighting == "proportional" else None,
+        weights={lang: budget / total for lang, budget in budgets.items()} if weighting == "proportional" else None,
         weighting=weighting,
     )
 
@@ -187,15 +188,15 @@ def _english(part: TextSet, languages: Sequence[str] | None) -> str:
     )
 
 
-def _budgets(available: Mapping[str, int], asked: int | None, weighting: Weighting) -> dict[str, int]:
+def _budgets(available: Mapping[str, int], wanted: int | None, weighting: Weighting) -> dict[str, int]:
     """Tokens that each language contributes, from those it has."""
     smallest = min(available, key=available.__getitem__)
-    if weighting == "proportional" and asked is not None:
+    if weighting == "proportional" and wanted is not None:
         raise ConfigError(
-            f"{asked} tokens per language and 'proportional' weights exclude each other: these take all tokens of "
+            f"{wanted} tokens per language and 'proportional' weights exclude each other: these take all tokens of "
             "every language; leave the number out, or use uniform weights"
         )
-    budget = available[smallest] if asked is None else asked
+    budget = available[smallest] if wanted is None else wanted
     if available[smallest] < max(budget, 1):
         raise ConfigError(
             f"{smallest} has {available[smallest]} calibration tokens, fewer than the {budget} of every language; "
@@ -205,21 +206,21 @@ def _budgets(available: Mapping[str, int], asked: int | None, weighting: Weighti
 
 
 def _check(part: TextSet, languages: Sequence[str] | None, tokens: int | None, row_tokens: int) -> tuple[str, ...]:
-    chosen = part.languages if languages is None else tuple(languages)
-    if unknown := [language for language in chosen if language not in part.languages]:
+    names = part.languages if languages is None else tuple(languages)
+    if unknown := [language for language in names if language not in part.languages]:
         raise UnknownLanguageError(
             f"{part.name} has no {', '.join(unknown)} to calibrate on; it has {', '.join(part.languages)}"
         )
-    if not chosen or not len(part):
+    if not names or not len(part):
         raise ConfigError(
-            f"{part.name} has no sentences to calibrate on in {len(chosen)} languages; "
+            f"{part.name} has no sentences to calibrate on in {len(names)} languages; "
             "give a text set with sentences in the part 'calibrate', and at least one language"
         )
     if row_tokens < 2:
         raise ConfigError(f"{row_tokens} tokens a row are too few; use at least 2, such as {ROW_TOKENS}")
     if tokens is not None and tokens < 1:
         raise ConfigError(f"{tokens} tokens per language are too few; use at least 1, or None for as many as there are")
-    return chosen
+    return names
 
 
 def _pack(
@@ -244,15 +245,15 @@ def _stream(
 ) -> Iterator[int]:
     for index in order:
         yield from start
-        yield from tokenizer(sentences[index], add_special_tokens=False)["input_ids"]
+        yield from text_ids(tokenizer, [sentences[index]])["input_ids"][0]
 
 
 def _cut(rows: list[tuple[int, ...]], budget: int) -> tuple[tuple[int, ...], ...]:
     """The first `budget` tokens, in the same rows."""
-    kept: list[tuple[int, ...]] = []
+    cut: list[tuple[int, ...]] = []
     for row in rows:
         if budget <= 0:
             break
-        kept.append(row[:budget])
-        budget -= len(kept[-1])
-    return tuple(kept)
+        cut.append(row[:budget])
+        budget -= len(cut[-1])
+    return tuple(cut)

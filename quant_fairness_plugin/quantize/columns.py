@@ -1,11 +1,11 @@
-"""Input channels that keep 16 bit beside the integers of a quantized module. Step 6 (quantize).
+"""Input channels that keep 16 bit beside the integers of a quantized module.
 
 Takes the weights of a fusion group, their Hessians and their integers; returns which channels lose most, and what has
 to be added to the dequantized weight there: W16 - deq(q). The integers stay complete, so that a program that does not
 know of this reads an ordinary quantized weight.
 
 A channel loses the squared error of its weights times the mean square of its input: the diagonal of the fair Hessian,
-which divides every language's moment by that language's own output energy. The modules of a fusion group share their
+which divides every language's moment by that language's output energy. The modules of a fusion group share their
 inputs and are computed in one launch, so they keep the same channels.
 """
 
@@ -31,7 +31,7 @@ class KeptColumns:
     """16-bit float `[rows, C]`: the original weight minus the dequantized one."""
 
     def added_to(self, weight: Tensor) -> Tensor:
-        """A copy of the dequantized weight, float32 `[rows, cols]`, with its own values in the kept channels."""
+        """Return a copy of the dequantized weight, float32 `[rows, cols]`, with 16-bit values in these channels."""
         return weight.index_add(1, self.index.long(), self.delta.to(weight))
 
 
@@ -78,13 +78,13 @@ def choose_columns(
 
 
 def decoupled(hessian: Tensor, index: Tensor) -> Tensor:
-    """The Hessian as if the channels `index` and the others never occurred together.
+    """Return the Hessian as if the channels `index` and the others never occurred together.
 
-    GPTQ then lets neither make up for the other's errors: those of kept channels do not exist once their 16-bit values
-    are put back, and a correction for them would be an error of its own.
+    GPTQ then lets neither make up for the other's errors: those of 16-bit channels do not exist once their values are
+    put back, and a correction for them would be a new error.
     """
     apart = hessian.clone()
-    kept = torch.zeros(len(hessian), dtype=torch.bool, device=hessian.device)
-    kept[index.long()] = True
-    apart[kept.unsqueeze(0) != kept.unsqueeze(1)] = 0
+    wide = torch.zeros(len(hessian), dtype=torch.bool, device=hessian.device)
+    wide[index.long()] = True
+    apart[wide.unsqueeze(0) != wide.unsqueeze(1)] = 0
     return apart

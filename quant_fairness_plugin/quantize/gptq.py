@@ -33,7 +33,7 @@ class GptqResult:
     loss_relative_to_output_energy: float
     """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ): the squared output error over the squared output, on the calibration text."""
     damp_used: float
-    """The damping at which the Hessian was positive definite; larger than asked where it had to be raised."""
+    """The damping at which the Hessian was positive definite; larger than wanted where it had to be raised."""
 
 
 def solve_gptq(
@@ -85,7 +85,7 @@ def solve_gptq(
 
 
 def output_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of two weights `[rows, cols]`; 0 where the weight has no output at all."""
+    """Return tr(ΔW H ΔWᵀ) / tr(W H Wᵀ) of two weights `[rows, cols]`; 0 where the weight has no output at all."""
     energy = _energy(weight, hessian)
     return _energy(weight - quantized, hessian) / energy if energy > 0 else 0.0
 
@@ -155,10 +155,10 @@ def _solve(
         for i in range(stop - start):
             group, pivot = groups[start + i], factor[start + i, start + i : stop]
             scale, zero = scales[:, group], zeros[:, group]
-            chosen = to_integers(part[:, i], scale, zero, bits=bits)
-            value = (chosen.to(work.dtype) - zero) * scale.to(work.dtype)
+            levels = to_integers(part[:, i], scale, zero, bits=bits)
+            value = (levels.to(work.dtype) - zero) * scale.to(work.dtype)
             errors[:, i] = (part[:, i] - value) / pivot[0]
             part[:, i:] -= errors[:, i : i + 1] * pivot
-            integers[:, start + i] = chosen
+            integers[:, start + i] = levels
         work[:, stop:] -= errors @ factor[start:stop, stop:]
     return integers

@@ -1,7 +1,7 @@
 """Integer grids on tensors: fit scales and zero points, round to them, and read the weights back.
 
-Step 6 (quantize). Takes weights `[rows, cols]` = `[output channels, input channels]`; returns a `QuantizedTensor`.
-Integers are always chosen against the scale as it will be stored (16 bit), so what is measured is what is written.
+Takes weights `[rows, cols]` = `[output channels, input channels]`; returns a `QuantizedTensor`.
+Integers are always rounded against the scale as it will be stored (16 bit), so what is measured is what is written.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def fit_grid(
     Clipping rules: `absmax` covers the whole range. `mse` shrinks it, in steps of 1 %, to the least squared error;
     `empirical` takes the best of all scales by that measure. `gaussian`, `laplace` and `student-t` take the range that
     is best for a distribution of the group's width. `minimax` shrinks it to the least output error of
-    the language that suffers most, each against its own 16-bit output energy.
+    the language that suffers most, each against its 16-bit output energy.
 
     Args:
         weight: float `[rows, cols]`, not changed.

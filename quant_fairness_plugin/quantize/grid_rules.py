@@ -10,6 +10,8 @@ from quant_fairness_plugin.errors import ConfigError
 BITS = tuple(range(2, 9))
 """Widths of an integer."""
 GROUP_SIZES = (32, 64, 128, -1)
+AUTO_GROUP_SIZES = (128, 64, 32)
+"""What `auto` chooses from: the fewest scales first."""
 """Input channels that share a scale; -1 for all of a row."""
 CLIPS: tuple[Clip, ...] = get_args(Clip)
 PACKED_MULTIPLE = 8
@@ -57,7 +59,7 @@ def check_group_size(group_size: object) -> None:
 
 
 def group_count(grid: Grid, columns: int) -> int:
-    """Scales per output channel of a weight with `columns` input channels.
+    """Return the scales per output channel of a weight with `columns` input channels.
 
     Raises:
         ConfigError: the group size does not divide the columns.
@@ -72,7 +74,7 @@ def group_count(grid: Grid, columns: int) -> int:
 
 
 def misfit(grid: Grid, rows: int, columns: int) -> str | None:
-    """The reason why a weight of this shape must stay in 16 bit, or None where the grid fits it.
+    """Return the reason why a weight of this shape must stay in 16 bit, or None where the grid fits it.
 
     Args:
         grid: a checked grid.
@@ -88,15 +90,15 @@ def misfit(grid: Grid, rows: int, columns: int) -> str | None:
 
 
 def column_count(share: float, cols: int) -> int:
-    """How many of `cols` input channels a share of them is: the nearest number, and at least 1; 0 of nothing."""
+    """Return how many of `cols` input channels a share of them is: the nearest number, and at least 1; 0 of nothing."""
     return max(1, round(share * cols)) if share else 0
 
 
 def has_columns(grid: Grid, share: float) -> bool:
-    """Whether a module on this grid keeps channels."""
+    """Return whether a module on this grid has 16-bit channels."""
     return share > 0 and grid.bits <= MOST_BITS
 
 
 def column_bytes(rows: int, cols: int, share: float) -> int:
-    """Bytes that the kept channels of one module take: 16 bit a weight, and an index a channel."""
+    """Return the bytes that the 16-bit channels of a module take: 16 bit a weight, and an index a channel."""
     return column_count(share, cols) * (2 * rows + INDEX_BYTES)

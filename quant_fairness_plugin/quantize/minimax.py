@@ -1,4 +1,4 @@
-"""Language weights that lower the damage of whichever language has most of it. Step 6 (quantize).
+"""Language weights that lower the damage of whichever language has most of it.
 
 Takes a way to quantize with a `CalibrationSet`; returns the `QuantizedModel` of the best round, whose calibration holds
 the weights and all rounds. Multiplicative weights (Arora, Hazan and Kale 2012, doi 10.4086/toc.2012.v008a006):
@@ -37,10 +37,10 @@ Quantize = Callable[[CalibrationSet], QuantizedModel]
 
 
 def quantize_calibrated(quantize: Quantize, calibration: CalibrationSet, texts: TextSet) -> QuantizedModel:
-    """Quantize with a calibration as its weighting says: once, or with `minimax` until the weights are found.
+    """Quantize with a calibration as its weighting says: once, or with `minimax` until the weights are settled.
 
     Args:
-        quantize: `quantize_model` with everything but the calibration.
+        quantize: `quantize_model` with all arguments but the calibration.
         calibration: token rows; where its weighting is `minimax`, with the weights to start from.
         texts: the text set that it was built from; only the part `calibrate` is read.
 
@@ -55,12 +55,12 @@ def quantize_calibrated(quantize: Quantize, calibration: CalibrationSet, texts: 
 def quantize_minimax(
     quantize: Quantize, calibration: CalibrationSet, texts: TextSet, *, rounds: int = ROUNDS, step: float = STEP
 ) -> QuantizedModel:
-    """The quantized model whose worst language loses least on the calibration text, over the rounds that were tried.
+    """Return the quantized model whose worst language loses least on the calibration text, over all rounds tried.
 
-    The first round has the calibration's own weights, so the result is never worse *on that text* than those.
+    The first round has the weights of the calibration, so the result is never worse *on that text* than those.
 
     Args:
-        quantize: `quantize_model` with everything but the calibration.
+        quantize: `quantize_model` with all arguments but the calibration.
         calibration: token rows, and the weights to start from.
         texts: the text set that it was built from; only the part `calibrate` is read.
         rounds: most times that the model is quantized.
@@ -78,23 +78,23 @@ def quantize_minimax(
     part = texts.part("calibrate").choose(tuple(calibration.rows))
     best: QuantizedModel | None = None
     tried: list[MinimaxRound] = []
-    chosen, weights = 0, calibration.shares
-    while len(tried) < rounds and len(tried) - chosen <= PATIENCE:
+    best_round, weights = 0, calibration.shares
+    while len(tried) < rounds and len(tried) - best_round <= PATIENCE:
         used = replace(calibration, weights=weights, weighting="minimax")
         quantized = quantize(used)
-        found = MinimaxRound(weights, calibration_damage(quantized, part))
-        log.info("round %d: worst %s, KL %.5f bits per byte", len(tried), found.worst, found.worst_kl)
-        if best is None or found.worst_kl < tried[chosen].worst_kl:
-            best, chosen = replace(quantized, calibration=used), len(tried)
-        tried.append(found)
-        weights = raised_weights(weights, found.kl_bits_per_byte, step=step)
+        outcome = MinimaxRound(weights, calibration_damage(quantized, part))
+        log.info("round %d: worst %s, KL %.5f bits per byte", len(tried), outcome.worst, outcome.worst_kl)
+        if best is None or outcome.worst_kl < tried[best_round].worst_kl:
+            best, best_round = replace(quantized, calibration=used), len(tried)
+        tried.append(outcome)
+        weights = raised_weights(weights, outcome.kl_bits_per_byte, step=step)
     assert best is not None
     assert best.calibration is not None
     return replace(best, calibration=replace(best.calibration, rounds=tuple(tried)))
 
 
 def raised_weights(weights: Mapping[str, float], damage: Mapping[str, float], *, step: float) -> dict[str, float]:
-    """The next round's weights: w · exp(step · KL / largest KL), for the languages of `damage` only.
+    """Return the next round's weights: w · exp(step · KL / largest KL), for the languages of `damage` only.
 
     Their sum stays what it was, and so does every other language's weight.
 
@@ -112,7 +112,7 @@ def raised_weights(weights: Mapping[str, float], damage: Mapping[str, float], *,
 
 
 def calibration_damage(quantized: QuantizedModel, part: TextSet) -> dict[str, float]:
-    """KL to the 16-bit model in bits per byte, of the languages that it supports.
+    """Return the KL to the 16-bit model in bits per byte, of the languages that it supports.
 
     Raises:
         QualityGateError: it supports none of them.
@@ -133,7 +133,7 @@ def calibration_damage(quantized: QuantizedModel, part: TextSet) -> dict[str, fl
 
 
 def quantized_state(name: str, quantized: QuantizedModel) -> ModelState:
-    """A quantized model as a model state; its weights are dequantized once and kept."""
+    """Return a quantized model as a model state; its weights are dequantized once and held."""
     weights = quantized.dense_weights()
     return ModelState(name, lambda: swapped(quantized.loaded, weights))
 

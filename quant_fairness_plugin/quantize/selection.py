@@ -5,7 +5,7 @@ Takes a loaded model, the protected layers and a grid; returns a `Selection`, be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
@@ -14,7 +14,7 @@ from quant_fairness_plugin.artifacts import Grid, Precision, Unit, bits_of_preci
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
-from quant_fairness_plugin.quantize.grid_rules import check_grid, misfit
+from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_grid, misfit
 
 NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
 
@@ -57,6 +57,25 @@ class Selection:
         return tuple(name for units in self.units.values() for unit in units for name in unit)
 
 
+def fitting_group_size(model: Modules) -> int:
+    """Return the group size that leaves the fewest weights of a model in 16 bit, the largest of equals.
+
+    One for the whole model, which every reader takes; -1, a scale for a whole row, where no size of `auto` fits at all.
+    """
+    weights = {size: sum(_fitting_weights(model, Grid(group_size=size))) for size in (*AUTO_GROUP_SIZES, -1)}
+    largest = max(weights[size] for size in AUTO_GROUP_SIZES)
+    return next((size for size in AUTO_GROUP_SIZES if largest and weights[size] == largest), -1)
+
+
+def _fitting_weights(model: Modules, grid: Grid) -> Iterator[int]:
+    """Yield the number of weights of every fusion group that a grid fits."""
+    for layer in range(model.layers):
+        for unit in model.family.units_of(layer):
+            shapes = [model.matrix(f"{model.family.blocks}.{layer}.{name}") for name in unit.modules]
+            if all(misfit(grid, *shape) is None for shape in shapes):
+                yield sum(rows * cols for rows, cols in shapes)
+
+
 def select_modules(
     loaded: Modules,
     grid: Grid,
@@ -83,7 +102,7 @@ def select_modules(
     checked = check_layers(list(protected), loaded.layers) if protected else ()
     precisions = _parse_overrides(loaded, overrides)
     units: dict[int, tuple[tuple[str, ...], ...]] = {}
-    kept: dict[str, str] = {}
+    in_16_bit: dict[str, str] = {}
     grids: dict[str, Grid] = {}
     for layer in range(loaded.layers):
         if layer in checked:
@@ -91,11 +110,11 @@ def select_modules(
         fitting, misfits = _select_units(loaded, layer, _group_grids(loaded, Unit(layer), grid, precisions))
         units[layer] = tuple(names for names, _ in fitting)
         grids |= {name: group_grid for names, group_grid in fitting for name in names}
-        kept |= misfits
+        in_16_bit |= misfits
     if not any(units.values()):
-        name, reason = next(iter(kept.items()), ("all units", "in 16 bit by the plan"))
+        name, reason = next(iter(in_16_bit.items()), ("all units", "in 16 bit by the plan"))
         raise ConfigError(f"{grid} fits no module of the model: {name}: {reason}; use another group size, or -1")
-    return Selection(units=units, kept=kept, protected=checked, grids=grids)
+    return Selection(units=units, kept=in_16_bit, protected=checked, grids=grids)
 
 
 def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[Unit, Precision]) -> dict[str, Grid]:
@@ -127,7 +146,7 @@ def _select_units(
 ) -> tuple[list[tuple[tuple[str, ...], Grid]], dict[str, str]]:
     """Return the fusion groups of a layer that have a grid and fit it, and what does not fit."""
     fitting: list[tuple[tuple[str, ...], Grid]] = []
-    kept: dict[str, str] = {}
+    in_16_bit: dict[str, str] = {}
     for unit in loaded.family.units:
         if unit.name not in grids:
             continue
@@ -138,5 +157,7 @@ def _select_units(
             fitting.append((names, grids[unit.name]))
             continue
         first = next(iter(misfits))
-        kept |= {name: misfits.get(name, f"shares a fusion group with {first}: {misfits[first]}") for name in names}
-    return fitting, kept
+        in_16_bit |= {
+            name: misfits.get(name, f"shares a fusion group with {first}: {misfits[first]}") for name in names
+        }
+    return fitting, in_16_bit

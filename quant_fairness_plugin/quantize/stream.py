@@ -46,7 +46,7 @@ class QuantizedModel:
     method: str
     """A name of `methods.METHODS`."""
     tensors: dict[str, QuantizedTensor]
-    """Full module name → integers, each with its own grid (an INT8 unit has other bits than the plan's grid)."""
+    """Full module name → integers, each with its grid (an INT8 unit has other bits than the plan's grid)."""
     folded: dict[str, Tensor]
     """AWQ: full parameter name (`….input_layernorm.weight`, `….v_proj.bias`) → 16-bit value that replaces the model's,
     as the module stores it, float32 with values of the storage dtype; empty otherwise."""
@@ -77,7 +77,7 @@ class QuantizedModel:
         """Return everything that `exchange.swapped` needs to compute the quantized model.
 
         Full module name → dequantized weight as the module stores it, and full parameter name → folded value, in the
-        parameter's own dtype and device.
+        parameter's dtype and device.
         """
         modules = {
             name: module for layer in range(self.loaded.layers) for name, module in self.loaded.linears(layer).items()

@@ -13,7 +13,10 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
+from quant_fairness_plugin.measure.rows import embedding_rows
+from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
+from quant_fairness_plugin.model.tokenizer import check_ids, prompt_ids
 from quant_fairness_plugin.serve.decode import greedy_tokens
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +68,7 @@ def generate_text(
 ) -> Generated:
     """Continue a prompt greedily, which is deterministic. The prompt is taken as it is, without a chat template.
 
+    Of what the tokenizer adds, only what stands in front is used: an EOS behind the prompt would end the text.
     The likeliest token is taken as it is: penalties of the generation config are not applied, and the log says so.
 
     Args:
@@ -76,23 +80,24 @@ def generate_text(
 
     Raises:
         ConfigError: nothing to continue, no tokens wanted, or more of both than the model has positions for.
+        ArtifactError: the prompt has a token that the model has no embedding for.
     """
-    encoded = tokenizer(prompt, return_tensors="pt")
-    tokens: Any = encoded["input_ids"]
-    _check_lengths(model, int(tokens.shape[-1]), max_new_tokens)
+    tokens = prompt_ids(tokenizer, prompt)
+    _check_lengths(model, len(tokens), max_new_tokens)
+    check_ids(tokenizer, tokens, rows=embedding_rows(model), name="the prompt")
     _warn_of_penalties(model)
-    prompt_ids = tokens.to(model.device)
+    start = torch.tensor([tokens], device=model.device)
     streamer = _Writer(tokenizer, write)
     times, new = [time.perf_counter()], list[int]()
     with quiet_transformers():
-        for token in greedy_tokens(model, prompt_ids, max_new_tokens=max_new_tokens, stops=_stops(model)):
+        for token in greedy_tokens(model, start, max_new_tokens=max_new_tokens, stops=_stops(model)):
             times.append(time.perf_counter())
             new.append(token)
             streamer.put(torch.tensor([token]))  # type: ignore[no-untyped-call] # Transformers has no types here
     streamer.end()  # type: ignore[no-untyped-call]
     return Generated(
         text=str(tokenizer.decode(new, skip_special_tokens=True)),
-        prompt_tokens=int(tokens.shape[-1]),
+        prompt_tokens=len(tokens),
         new_tokens=len(new),
         prefill_seconds=times[1] - times[0],
         decode_seconds=times[-1] - times[1],
@@ -131,8 +136,8 @@ def _check_lengths(model: PreTrainedModel, prompt_tokens: int, max_new_tokens: i
         raise ConfigError(f"{max_new_tokens} new tokens cannot be generated; ask for at least 1.")
     if prompt_tokens < 1:
         raise ConfigError("the prompt is empty; give at least one character to continue.")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and prompt_tokens + max_new_tokens > positions:
+    positions = longest_input(model.config.to_dict())
+    if prompt_tokens + max_new_tokens > positions:
         raise ConfigError(
             f"{prompt_tokens} tokens of the prompt and {max_new_tokens} new ones are more than the model's {positions} "
             "positions. Ask for fewer, or shorten the prompt."

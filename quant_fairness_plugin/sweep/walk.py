@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.measure.rows import Array, Batch, TokenRows, position_limit, tokenize
+from quant_fairness_plugin.measure.rows import Array, Batch, TokenRows, tokenize_for
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.plans.tree import State, StateTree, build_tree
@@ -79,7 +79,7 @@ def plan_tree(plans: Mapping[str, Mapping[str, Precision]], units: UnitMap) -> S
 
 def tokenize_texts(loaded: LoadedModel, texts: TextSet) -> TokenRows:
     """Return the sentences as a sweep reads them, cut into windows that the model has positions for."""
-    return tokenize(loaded.tokenizer, texts, context=min(CONTEXT, position_limit(loaded.model)))
+    return tokenize_for(loaded.model, loaded.tokenizer, texts, context=CONTEXT)
 
 
 @torch.no_grad()

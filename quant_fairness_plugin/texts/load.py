@@ -33,7 +33,8 @@ def load_texts(
 
     Args:
         source: `bundled`; a `.json` file `{lang: text or [texts]}`; a `.jsonl` file of `{"id", "part", "register",
-            "<lang>": text, ...}` (the first three may be left out); a `.tsv` file with the same columns; a folder of
+            "<lang>": text, ...}` (the first three may be left out; `id` is Indonesian where it holds sentences, and
+            `row_id` names the rows in any case); a `.tsv` file with the same columns; a folder of
             `<lang>.txt`, one sentence a line; or `datasets:<name>[:split]`.
         languages: tags of the languages to load, in this order; all of the set where None.
         reference: the language that others are compared with, which must be among them; None for no reference.

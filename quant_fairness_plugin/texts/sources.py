@@ -10,11 +10,20 @@ from typing import Any, cast, get_args
 
 from quant_fairness_plugin.artifacts import Part
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
+from quant_fairness_plugin.texts.columns import (
+    META,
+    check_sentences,
+    identifier_column,
+    is_identifier_name,
+    name_columns,
+    name_equal_columns,
+    name_quoted_columns,
+)
 from quant_fairness_plugin.texts.languages import normalise_language
 from quant_fairness_plugin.texts.sentences import RawTexts, clean_sentence
 
-# Columns of a table that are no language. Indonesian, whose tag is `id`, is written `ind` in a table.
-_META = ("id", "part", "register")
+BUNDLED = "bundled"
+"""The source whose columns are known."""
 Row = tuple[str, Mapping[str, Any]]
 """A place for messages (`texts.tsv line 3`) and the cells of a row."""
 
@@ -96,29 +105,39 @@ def read_tsv(path: Path) -> RawTexts:
                 f"{where}: {len(cells)} cells; the first line names {len(header)} columns. Mend the line."
             )
         rows.append((where, dict(zip(header, cells, strict=True))))
+    name_quoted_columns(header, lines, str(path))
     return from_rows(rows, str(path))
 
 
 def from_rows(rows: Sequence[Row], source: str) -> RawTexts:
-    """Turn rows into columns; every row must have a text for each language of the first row, and no others."""
+    """Turn rows into columns; every row must have a text for each language of the first row, and no others.
+
+    `part` and `register` are no languages, and a column `id` is one where it holds sentences (see `columns.py`).
+    """
     if not rows:
         raise ArtifactError(f"{source}: no sentences; expected one row per sentence, with a text for each language")
-    names = [name for name in rows[0][1] if name not in _META]
-    tags = {name: _column_language(name, source) for name in names}
+    beyond_doubt = [name for name in rows[0][1] if name not in META and not is_identifier_name(name)]
+    identifier = identifier_column([row for _, row in rows], beyond_doubt, source)
+    meta = {*META, identifier}
+    names = [name for name in rows[0][1] if name not in meta]
+    if source != BUNDLED:
+        name_columns([name for name in rows[0][1] if name in meta], identifier, source)
+    for name in names:
+        _column_language(name, source)
     for where, row in rows:
-        if odd := {name for name in row if name not in _META} ^ set(names):
+        if odd := {name for name in row if name not in meta} ^ set(names):
             raise ArtifactError(
                 f"{where}: {_shown(odd)} is in this row or in the first one, but not in both; the languages of the "
                 f"first row are {_shown(names)}. Parallel columns must have equal length: fill or drop the row."
             )
     columns: dict[str, Sequence[object]] = {}
     for name in names:
-        _add_column(columns, tags[name], [row[name] for _, row in rows], source)
+        _add_column(columns, name, [row[name] for _, row in rows], source)
     places = [where for where, _ in rows]
     raw = _from_columns(columns, source, places=places)
     return RawTexts(
         sentences=raw.sentences,
-        ids=_ids([row.get("id") for _, row in rows], source) or raw.ids,
+        ids=_ids([row.get(identifier) if identifier else None for _, row in rows], source) or raw.ids,
         parts=_parts(rows),
         registers=tuple(_register(row.get("register", ""), where) for where, row in rows),
     )
@@ -139,11 +158,13 @@ def _from_columns(
         )
     count = next(iter(lengths.values()))
     where = places or [f"{source} sentence {i + 1}" for i in range(count)]
+    sentences = {
+        language: tuple(clean_sentence(text, f"{where[i]}, {language}") for i, text in enumerate(texts))
+        for language, texts in columns.items()
+    }
+    name_equal_columns(sentences, source)
     return RawTexts(
-        sentences={
-            language: tuple(clean_sentence(text, f"{where[i]}, {language}") for i, text in enumerate(texts))
-            for language, texts in columns.items()
-        },
+        sentences=sentences,
         ids=tuple(f"s{i + 1:04d}" for i in range(count)),
         parts=None,
         registers=("",) * count,
@@ -152,6 +173,7 @@ def _from_columns(
 
 def _add_column(columns: dict[str, Sequence[object]], tag: str, texts: Sequence[object], where: str) -> None:
     language = _column_language(tag, where)
+    check_sentences(tag, texts, where)
     if language in columns:
         raise ArtifactError(f"{where}: {language} occurs twice (once as {reprlib.repr(tag)}); keep one of them")
     columns[language] = texts

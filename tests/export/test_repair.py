@@ -19,7 +19,7 @@ from tests.export import foreign_folders as tools
 from tests.export.conftest import Exported, rewrite_json
 
 Tool = Callable[[Path], None]
-ALL_READ = {"transformers": "", "vllm": "", "gptqmodel": ""}
+ALL_READ = {"transformers": "", "vllm": "", "gptqmodel": "", "sglang": ""}
 TOOLS: list[tuple[str, Tool]] = [
     ("gptq", tools.gptqmodel),
     ("gptq", tools.autoround_gptq),

@@ -31,7 +31,7 @@ from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
-from tests.export.build import TEXTS, plan_of, quantize_tiny
+from tests.export.build import TEXTS, quantize_tiny
 from tests.export.conftest import rewrite_json
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ToyFormat(Format):
 def toy(tiny_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, ExportRecord]:
     monkeypatch.setitem(FORMATS, "toy", ToyFormat())  # the one line
     quantized = quantize_tiny(tiny_model("llama", layers=4))
-    record = export(quantized, tmp_path / "out", plan=plan_of(quantized), texts=TEXTS, format="toy")
+    record = export(quantized, tmp_path / "out", texts=TEXTS, format="toy")
     return tmp_path / "out", record
 
 

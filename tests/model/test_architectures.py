@@ -27,7 +27,7 @@ from quant_fairness_plugin.model.architectures import (
     known_families,
     match_architecture,
 )
-from quant_fairness_plugin.model.architectures.architecture import POSITION_KEYS
+from quant_fairness_plugin.model.context import POSITION_KEYS
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model

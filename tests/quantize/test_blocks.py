@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.quantize import blocks
 from quant_fairness_plugin.quantize.blocks import first_inputs
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.moments import LanguageMoment, fair_moments, language_moments, output_energy
@@ -156,9 +157,12 @@ def test_a_row_longer_than_the_context_is_an_error(load: Load) -> None:
         first_inputs(load(), calibration, batch_tokens=512)
 
 
-def test_hooks_are_gone_after_an_error(load: Load, rows: CalibrationSet) -> None:
+def test_hooks_are_gone_after_an_error(load: Load, rows: CalibrationSet, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load()
     wrong = CalibrationSet({"en": ((99_999,),)}, "x", "0", 1, 0, 0)
+    with pytest.raises(ArtifactError, match=r"x: the tokenizer gives None the id 99999, .* has 264 rows, ids 0\.\.263"):
+        first_inputs(loaded, wrong, batch_tokens=100)
+    monkeypatch.setattr(blocks, "check_ids", lambda *_, **__: None)  # so that the error comes while the model runs
     with pytest.raises(IndexError, match="out of range"):
         first_inputs(loaded, wrong, batch_tokens=100)
     batches = first_inputs(loaded, rows, batch_tokens=100)

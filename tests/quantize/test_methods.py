@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,9 @@ from tests.export.build import TEXTS
 from tests.planning import plan_of_layers, quantize_layers
 
 GRID = Grid(group_size=32)
+PACKAGE = Path(__file__).parents[2] / "quant_fairness_plugin"
+FORMATS = {"checkpoint", "serve", "sweep", "export/repair.py"}
+"""Where `gptq` and `awq` are formats or `quant_method`s of a checkpoint."""
 
 
 class Halving(Method):
@@ -124,3 +128,26 @@ def test_the_facts_do_without_torch() -> None:
     code = "import sys, quant_fairness_plugin.quantize.methods as m; print(len(m.METHODS), 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["3", "False"]
+
+
+def compared_methods(source: str) -> list[str]:
+    """Comparisons of something called `method` with a name of `METHODS`."""
+    comparisons = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Compare)]
+    return [
+        ast.unparse(node)
+        for node in comparisons
+        if ast.unparse(node.left).split(".")[-1] == "method"
+        and any(
+            isinstance(part, ast.Constant) and part.value in METHODS
+            for side in node.comparators
+            for part in ast.walk(side)
+        )
+    ]
+
+
+def test_no_one_compares_a_method_with_a_name() -> None:
+    assert compared_methods('if job.method != "awq" or method in ("rtn", "x"): pass') != []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if not any(name.startswith(place) for place in FORMATS):
+            assert compared_methods(path.read_text(encoding="utf-8")) == [], name

@@ -7,7 +7,7 @@ import pytest
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.selection import select_modules
+from quant_fairness_plugin.quantize.selection import fitting_group_size, select_modules
 from tests.tiny import FAMILIES
 
 Load = Callable[..., LoadedModel]
@@ -98,3 +98,12 @@ def test_an_override_that_names_no_unit_is_an_error(load: Load, name: str) -> No
 def test_a_plan_that_leaves_nothing_to_quantize_is_an_error(load: Load) -> None:
     with pytest.raises(ConfigError, match="fits no module of the model: all units: in 16 bit by the plan"):
         select_modules(load(), Grid(group_size=32), overrides={"layers.0": "fp16", "layers.1": "fp16"})
+
+
+@pytest.mark.parametrize(("width", "size"), [(32, 32), (64, 64), (128, 128), (192, 64), (48, 32), (40, -1)])
+def test_the_automatic_group_size_leaves_the_fewest_weights_in_16_bit(load: Load, width: int, size: int) -> None:
+    """The MLP is twice as wide: of width 48 only `down` (96 inputs) fits groups of 32, of width 40 nothing fits any."""
+    loaded = load(width=width)
+    assert fitting_group_size(loaded) == size
+    if width not in (48, 40):
+        assert select_modules(loaded, Grid(group_size=size)).kept == {}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
 from quant_fairness_plugin.serve.generate import Generated, generate_text, load_tokenizer
@@ -62,3 +63,22 @@ def test_what_cannot_be_continued_is_refused(served: Served, prompt: str, tokens
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="the tokenizer does not load"):
         load_tokenizer(tmp_path)
+
+
+def test_an_eos_behind_the_prompt_is_left_out(served: Served) -> None:
+    model, tokenizer = load_quantized(served("llama"), kernel="reference"), load_tokenizer(served("llama"))
+    expected = generate_text(model, tokenizer, PROMPT, max_new_tokens=12)
+    end = str(tokenizer.eos_token)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(  # type: ignore[attr-defined]
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer(PROMPT)["input_ids"][-1] == tokenizer.eos_token_id
+    done = generate_text(model, tokenizer, PROMPT, max_new_tokens=12)
+    assert (done.text, done.prompt_tokens) == (expected.text, expected.prompt_tokens)
+
+
+def test_a_prompt_with_a_token_outside_of_the_embedding_is_refused(served: Served) -> None:
+    model, tokenizer = load_quantized(served("llama")), load_tokenizer(served("llama"))
+    tokenizer.add_tokens([f"<{index}>" for index in range(20)])
+    with pytest.raises(ArtifactError, match="the prompt: the tokenizer gives '<19>' the id 276, .* has 264 rows"):
+        generate_text(model, tokenizer, "one <19>", max_new_tokens=1)

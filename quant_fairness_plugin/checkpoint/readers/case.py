@@ -57,9 +57,9 @@ class ListRule:
     skips: Callable[[Quantization, str], bool]
     """Whether a module of that name is left in 16 bit."""
     merged: bool = False
-    """Whether the reader asks for the names of merged modules."""
+    """Whether the reader looks up the names of merged modules."""
     everywhere: bool = False
-    """Whether the reader asks for modules outside of the decoder blocks too."""
+    """Whether the reader looks up modules outside of the decoder blocks too."""
 
     @property
     def label(self) -> str:
@@ -94,11 +94,11 @@ class WidthRule:
     width: Callable[[Quantization, ModuleMap, str], object]
     """The bits that a module of that name gets; None where the metadata says nothing of it."""
     merged: bool = False
-    """Whether the reader asks for the names of merged modules."""
+    """Whether the reader looks up the names of merged modules."""
 
     @property
     def label(self) -> str:
-        """The field and who is asked for, for messages."""
+        """The field and whose names are looked up, for messages."""
         return f"{self.key} (bits of {'merged' if self.merged else 'unmerged'} modules)"
 
     def problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
@@ -160,7 +160,7 @@ def server_problems(
     skips_merged: Callable[[str], bool],
     skips_part: Callable[[str], bool],
 ) -> Iterator[str]:
-    """Yield what a server gets wrong that asks for a merged name first, and then for each of its parts.
+    """Yield what a server gets wrong that looks a merged name up first, and then for each of its parts.
 
     Args:
         case: the checkpoint.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,9 +26,12 @@ from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.activations import spread_ids
+from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
 
 PROMPT_LENGTHS = (1, 2, 17, 63)
+CONTINUED = 12
+"""Tokens that a reader adds to a prompt."""
 TOLERANCE = 2.0
 """In units of float16. vLLM measured 0.7 and 0.9 (random and trained model), gptqmodel 0.9; readers that take two other
 layers for the protected one would be at 4.7 and more."""
@@ -68,24 +71,34 @@ def compare_with_reader(folder: Path, reader: str, python: Path) -> str:
     """
     model = load_dense_model(folder)
     reading = read_with(reader, folder, fixed_prompts(model), python)
-    found = compare_reading(reading, model)
-    if not found.agrees:
+    gap = compare_reading(reading, model)
+    if not gap.agrees:
         raise UnsupportedModelError(
             f"{folder}: {reader} {reading.version} computes something else than the files say: log-probabilities are "
-            f"{found.distance:.3g} float16 units away (allowed {TOLERANCE:g}), greedy tokens {found.behind:.3g} behind "
+            f"{gap.distance:.3g} float16 units away (allowed {TOLERANCE:g}), greedy tokens {gap.behind:.3g} behind "
             f"(allowed {2 * TOLERANCE:g}). Do not use this checkpoint with it."
         )
     return (
-        f"{reader} {reading.version}: log-probabilities within {found.distance:.2f} float16 units of the dequantized "
-        f"weights ({found.unit:.2g} nats each), greedy tokens within {found.behind:.2f}"
+        f"{reader} {reading.version}: log-probabilities within {gap.distance:.2f} float16 units of the dequantized "
+        f"weights ({gap.unit:.2g} nats each), greedy tokens within {gap.behind:.2f}"
     )
 
 
 def fixed_prompts(model: PreTrainedModel) -> list[list[int]]:
-    """Prompts of fixed lengths with tokens from everywhere in the vocabulary, the same on every call."""
+    """Prompts of fixed lengths with tokens from everywhere in the vocabulary, the same on every call.
+
+    Where the model takes fewer tokens at once, the longer ones are cut to what it takes.
+    """
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
-    return [torch.randint(0, vocabulary, (length,), generator=draw).tolist() for length in PROMPT_LENGTHS]
+    lengths = _lengths(PROMPT_LENGTHS, model, room=CONTINUED)
+    return [torch.randint(0, vocabulary, (length,), generator=draw).tolist() for length in lengths]
+
+
+def _lengths(wanted: Sequence[int], model: PreTrainedModel, *, room: int = 0) -> tuple[int, ...]:
+    """Return lengths of which none, with `room` more tokens, is more than the model takes at once."""
+    most = max(1, longest_input(model.config.to_dict()) - room)
+    return tuple(dict.fromkeys(min(length, most) for length in wanted))
 
 
 def compare_reading(reading: Reading, model: PreTrainedModel) -> Comparison:
@@ -95,11 +108,11 @@ def compare_reading(reading: Reading, model: PreTrainedModel) -> Comparison:
         reading: what the reader said.
         model: the dequantized model in float32; not changed.
     """
-    own = _differences(reading, model)
+    differences = _differences(reading, model)
     in_float16 = deepcopy(model).to(torch.float16)  # type: ignore[arg-type] # as in model/load.py
-    unit = _rms(_differences(reading, in_float16) - own)
+    unit = _rms(_differences(reading, in_float16) - differences)
     behind = max((gap for sequence in reading.sequences for gap in _behind(sequence, model)), default=0.0)
-    return Comparison(unit, _rms(own) / unit, behind / unit)
+    return Comparison(unit, _rms(differences) / unit, behind / unit)
 
 
 def _differences(reading: Reading, model: PreTrainedModel) -> Tensor:
@@ -107,17 +120,17 @@ def _differences(reading: Reading, model: PreTrainedModel) -> Tensor:
 
 
 def _gaps(sequence: Mapping[str, Any], model: PreTrainedModel) -> Iterator[float]:
-    own = _log_probabilities(model, sequence["ids"])
+    ours = _log_probabilities(model, sequence["ids"])
     for i, predictions in enumerate(sequence["predictions"]):
         for token, value in predictions.items():
-            yield value - float(own[i, int(token)])
+            yield value - float(ours[i, int(token)])
 
 
 def _behind(sequence: Mapping[str, Any], model: PreTrainedModel) -> Iterator[float]:
-    own = _log_probabilities(model, sequence["ids"])
+    ours = _log_probabilities(model, sequence["ids"])
     first = len(sequence["ids"]) - sequence["new"]
     for i, token in enumerate(sequence["ids"][first:], start=first):
-        yield float(own[i - 1].max() - own[i - 1, token])
+        yield float(ours[i - 1].max() - ours[i - 1, token])
 
 
 @torch.no_grad()
@@ -174,9 +187,9 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         model, info = loaded
         check_loading_info(folder, info)
         _widen(model)
-        found = _logits(model)
+        actual = _logits(model)
     largest = max(float(row.abs().max()) for row in expected)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) / largest
+    difference = max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True)) / largest
     if not difference <= tolerance:  # also when it is NaN
         raise UnsupportedModelError(
             f"{folder}: Transformers computes other logits than the files say (relative difference {difference:.3g}, "
@@ -214,6 +227,6 @@ def _widen(model: PreTrainedModel) -> None:
 def _logits(model: PreTrainedModel) -> list[Tensor]:
     """Logits of fixed token rows, float32. The rows run through the vocabulary in steps that do not divide it."""
     vocabulary = model.config.get_text_config().vocab_size
-    rows = [torch.tensor([spread_ids(vocabulary, length)]) for length in ROW_LENGTHS]
+    rows = [torch.tensor([spread_ids(vocabulary, length)]) for length in _lengths(ROW_LENGTHS, model)]
     model.train(False)
     return [model(input_ids=row).logits.float() for row in rows]

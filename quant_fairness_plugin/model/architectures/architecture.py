@@ -5,15 +5,14 @@ Only data and questions about it, so that plan-time code can read it: neither to
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from quant_fairness_plugin.model.context import longest_input
+
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys of config.json for the number of layers; where a config has several, they must agree."""
-POSITION_KEYS = ("max_position_embeddings", "n_positions")
-"""Keys of config.json for the longest input."""
 OBSOLETE_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Names of tensors that old checkpoints hold and that models now compute themselves, as regular expressions."""
 
@@ -146,8 +145,7 @@ class Architecture:
 
     def longest_input(self, config: Mapping[str, Any]) -> int:
         """Return how many tokens a model takes, by its config; `sys.maxsize` where nothing bounds them."""
-        given = [config[key] for key in POSITION_KEYS if isinstance(config.get(key), int)]
-        return min(given, default=self.default_positions or sys.maxsize)
+        return longest_input(config, self.default_positions)
 
 
 def _renamed(name: str, old: str, new: str) -> str:

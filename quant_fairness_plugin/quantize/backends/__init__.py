@@ -5,7 +5,7 @@ that back into a `QuantizedModel`, so that record, card, formats, verification a
 
 - `known_backends`, `find_backend`: by name, through the entry points `quant_fairness.backends`
 - `check_backend`: everything that can be refused before anything is loaded (no torch)
-- `rules`: a plan in the tools' own skip rules, and their configurations
+- `rules`: a plan in the tools' skip rules, and their configurations
 - `gptqmodel`, `llmcompressor`: the two that come with this package, one file per outside tool
 """
 
@@ -31,7 +31,7 @@ ENTRY_POINTS = "quant_fairness.backends"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What a backend is asked to do: a 16-bit model in a folder, a plan module by module, and token rows."""
+    """What a backend is to do: a 16-bit model in a folder, a plan module by module, and token rows."""
 
     source: Path
     """Folder of the 16-bit model: safetensors weights, `config.json`, tokenizer."""
@@ -60,7 +60,7 @@ class Job:
 class Backend(Protocol):
     """Another tool that quantizes. Third parties register a class without arguments as `quant_fairness.backends`.
 
-    Importing its module must import neither the tool nor torch: `check` and `refuse` are asked before anything is
+    Importing its module must import neither the tool nor torch: `check` and `refuse` are called before anything is
     loaded.
     """
 
@@ -87,7 +87,7 @@ class Backend(Protocol):
         """Why the tool cannot quantize this family in this way, and the way out; None where it can.
 
         Args:
-            family: name of the family, or a `model_type` that is not looked at yet.
+            family: name of the family, or a `model_type` whose family is not known yet.
             method: one of `methods`.
             grid: the grid of the plan.
         """
@@ -123,8 +123,8 @@ def find_backend(name: str) -> Backend:
                 backend: Backend = point.load()()
             except ImportError as err:
                 raise MissingExtraError(
-                    f"backend {name!r} ({point.value}) cannot be imported ({err}); allowed are backends whose packages "
-                    "are installed. Install what is missing, or use --backend native."
+                    f"backend {name!r} ({point.value}) cannot be imported ({err}); accepted are backends whose "
+                    "packages are installed. Install what is missing, or use --backend native."
                 ) from err
             return backend
     raise ConfigError(f"backend {name!r} is unknown; known are {', '.join(known_backends())}. Correct --backend.")
@@ -163,7 +163,7 @@ def check_backend(
     }
     for option in (option for option, wrong in ignored.items() if wrong):
         raise ConfigError(
-            f"{option} cannot be handed to backend {name!r}; allowed are bits 4, clip 'absmax' and calibration "
+            f"{option} cannot be handed to backend {name!r}; accepted are bits 4, clip 'absmax' and calibration "
             "'uniform' (the same number of tokens in every language). Use those, or --backend native."
         )
     backend.check()

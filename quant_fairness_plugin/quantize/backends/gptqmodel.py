@@ -100,19 +100,19 @@ def _check_shapes(job: Job) -> None:
 
 
 def longest_rows(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """The rows of the largest length, and a warning of what that leaves out.
+    """Return the rows of the largest length, and log a warning of what that leaves out.
 
     Where rows differ in length, gptqmodel 7.6's AWQ keeps only the last of a module's inputs and rounds `down_proj`
     without a search (its log: "fallback quant").
     """
     longest = max(map(len, rows))
-    kept = [row for row in rows if len(row) == longest]
-    tokens, used = sum(map(len, rows)), longest * len(kept)
+    equal = [row for row in rows if len(row) == longest]
+    tokens, used = sum(map(len, rows)), longest * len(equal)
     if used < tokens:
         log.warning(
             "gptqmodel's AWQ needs rows of one length: %d of %d calibration tokens are left out", tokens - used, tokens
         )
-    return kept
+    return equal
 
 
 def _quantize(job: Job, out: Path) -> Path:

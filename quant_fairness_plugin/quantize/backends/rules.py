@@ -1,4 +1,4 @@
-"""A plan in the tools' own words: which modules they must leave alone, and with how many bits they quantize the rest.
+"""A plan in the tools' words: which modules they must leave alone, and with how many bits they quantize the rest.
 
 Plain data in, plain data out; imports no tool and no torch. The rules name unmerged modules, as the tools see them
 while quantizing; what servers need is written by `export/formats`.
@@ -14,7 +14,7 @@ from quant_fairness_plugin.artifacts import Grid
 
 DynamicRules = dict[str, dict[str, int]]
 
-GPTQMODEL_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+GPTQMODEL_OPTIONS: Mapping[str, dict[str, Any]] = {
     "gptq": {"desc_act": False},  # no server reads permuted groups
     "awq": {},
 }
@@ -48,10 +48,10 @@ def dynamic_rules(grids: Mapping[str, Grid], kept: Iterable[str], *, grid: Grid,
     A layer that is skipped whole takes one rule, `-:^model\.layers\.1\..*`.
     """
     skipped = [name for name in kept if name.startswith(f"{blocks}.")]
-    wider = {name: own.bits for name, own in grids.items() if own.bits != grid.bits}
+    wider = {name: other.bits for name, other in grids.items() if other.bits != grid.bits}
     rules: DynamicRules = {f"-:{pattern}": {} for pattern in _patterns(skipped, grids, blocks)}
     for bits in sorted(set(wider.values())):
-        same = [name for name, own in wider.items() if own == bits]
+        same = [name for name, width in wider.items() if width == bits]
         others = [name for name in grids if name not in same] + skipped
         rules |= {f"+:{pattern}": {"bits": bits} for pattern in _patterns(same, others, blocks)}
     return rules
@@ -62,7 +62,7 @@ def compressed_groups(grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
     widths = {grid.bits: grid for grid in grids.values()}
     return {
         f"group_{i}": {
-            "targets": ["Linear"] if len(widths) == 1 else [n for n, own in grids.items() if own.bits == bits],
+            "targets": ["Linear"] if len(widths) == 1 else [n for n, other in grids.items() if other.bits == bits],
             "weights": {
                 "num_bits": bits,
                 "type": "int",

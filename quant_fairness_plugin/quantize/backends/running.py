@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def running(tool: str) -> Iterator[None]:
-    """Run a tool with its output kept from ours, and put back what it changes in the process.
+    """Run a tool with its output apart from ours, and put back what it changes in the process.
 
     The tools print thousands of lines, from threads of their own and through handlers that they bind while they are
     imported, so file descriptors 1 and 2 are turned aside. What was printed is logged (DEBUG).
@@ -50,7 +50,7 @@ def running(tool: str) -> Iterator[None]:
 def _failure(tool: str, err: Exception) -> UnsupportedModelError:
     text = " ".join(str(err).split())[:300]
     return UnsupportedModelError(
-        f"{tool} failed on this model ({type(err).__name__}: {text or 'no message'}); allowed are models that it can "
+        f"{tool} failed on this model ({type(err).__name__}: {text or 'no message'}); accepted are models that it can "
         "quantize. Use --backend native; QUANT_FAIRNESS_VERBOSE=1 shows where it failed."
     )
 
@@ -64,7 +64,7 @@ def _aside(tool: str) -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
-        kept = [os.dup(number) for number in (1, 2)]
+        copies = [os.dup(number) for number in (1, 2)]
         try:
             for number in (1, 2):
                 os.dup2(aside.fileno(), number)
@@ -73,7 +73,7 @@ def _aside(tool: str) -> Iterator[None]:
         finally:
             out.flush()
             err.flush()
-            for number, copy in zip((1, 2), kept, strict=True):
+            for number, copy in zip((1, 2), copies, strict=True):
                 os.dup2(copy, number)
                 os.close(copy)
             _log_lines(tool, aside)

@@ -1,4 +1,4 @@
-"""The best scale of a group for the very values in it, without a model of their distribution. Step 6 (quantize).
+"""The best scale of a group for the very values in it, without a model of their distribution.
 
 Between two *breakpoints* of the scale (where some value changes its integer) the squared error is a parabola in the
 scale. So the best of all scales is found by going through the breakpoints in order and taking, on each stretch between
@@ -51,11 +51,11 @@ def clip_exactly(groups: Groups, grid: Grid, full: Fit) -> Fit:
     rows, count, size = groups.values.shape
     values, scales, zeros = groups.values.reshape(-1, size), full[0].flatten(), full[1].flatten()
     chunk = max(1, CHUNK_VALUES // size)
-    found = [
+    parts = [
         _best_of_zeros(values[part], (scales[part], zeros[part]), grid)
         for part in (slice(start, start + chunk) for start in range(0, rows * count, chunk))
     ]
-    return torch.cat([best for best, _ in found]).view(rows, count), torch.cat([zero for _, zero in found]).view(
+    return torch.cat([best for best, _ in parts]).view(rows, count), torch.cat([zero for _, zero in parts]).view(
         rows, count
     )
 
@@ -70,10 +70,10 @@ def _best_of_zeros(values: Tensor, full: Fit, grid: Grid) -> Fit:
     for shift in (0,) if grid.symmetric else (0, -1, 1):
         zero = (middle + shift).clamp(0, steps)
         candidates = _candidates(values, start, zero, least, steps)
-        found, error = _scan(candidates, scales.dtype)
-        better = (error < least) & (found >= SMALLEST_SCALE[scales.dtype])
+        candidate, error = _scan(candidates, scales.dtype)
+        better = (error < least) & (candidate >= SMALLEST_SCALE[scales.dtype])
         least = torch.where(better, error, least)
-        scales, zeros = torch.where(better, found, scales), torch.where(better, zero.to(zeros.dtype), zeros)
+        scales, zeros = torch.where(better, candidate, scales), torch.where(better, zero.to(zeros.dtype), zeros)
     return scales, zeros
 
 

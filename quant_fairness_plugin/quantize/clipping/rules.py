@@ -1,4 +1,4 @@
-"""The scale of every group of a weight, by each clipping rule. Step 6 (quantize), what `grid.fit_grid` is made of.
+"""The scale of every group of a weight, by each clipping rule. `grid.fit_grid` is made of these.
 
 Takes weights in groups `[rows, groups, size]` and the range that they span; returns stored scales and zero points
 `[rows, groups]`. Every rule judges a scale as it will be stored (16 bit).
@@ -92,9 +92,9 @@ def shrink(groups: Groups, grid: Grid, full: Fit, error: Callable[[Tensor, Tenso
         for candidate in tries:
             keep = (1 - candidate / 100).to(groups.low.dtype)
             new_scales, new_zeros = fit_range(groups.low * keep, groups.high * keep, grid, scales.dtype)
-            found = error(new_scales, new_zeros)
-            better = found < least
-            least, percent = torch.where(better, found, least), torch.where(better, candidate, percent)
+            loss = error(new_scales, new_zeros)
+            better = loss < least
+            least, percent = torch.where(better, loss, least), torch.where(better, candidate, percent)
             scales, zeros = torch.where(better, new_scales, scales), torch.where(better, new_zeros, zeros)
     return scales, zeros
 

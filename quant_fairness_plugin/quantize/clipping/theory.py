@@ -1,6 +1,6 @@
 """Where to clip: the range that a uniform quantizer of 2^bits levels should cover, for a distribution of known shape.
 
-Step 6 (quantize), the theory that `clip_search` applies to weights; imports no torch. The question is that of Banner
+What `rules` applies to weights; imports no torch. The question is that of Banner
 et al., "Post training 4-bit quantization" (ACIQ, arXiv 1810.05723). Their answer rests on two approximations: rounding
 noise of Δ²/12 on the whole axis, and overload counted from the threshold. Here the squared error itself is minimised:
 cell by cell, its integral has a closed form in the distribution's partial moments. (At 4 bits and up the two agree to a
