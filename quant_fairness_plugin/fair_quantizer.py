@@ -69,6 +69,7 @@ class FairQuantizer:
         self._plan: ProtectionPlan | None = None
         self._quantized: QuantizedModel | None = None
         self._exported: Path | None = None
+        self._tried = False
 
     @classmethod
     def from_pretrained(
@@ -295,7 +296,10 @@ class FairQuantizer:
         plan = self.recommend()
         if plan.overrides != checked:
             steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
-        companions_of(self.loaded).say_what_is_left_out(self.loaded.files.folder)
+        if not self._tried:
+            steps.try_export(self.loaded, self.texts, self.config)
+            companions_of(self.loaded).say_what_is_left_out(self.loaded.files.folder)
+            self._tried = True
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:

@@ -5,7 +5,7 @@ Nothing is remembered here, and nothing is done in another order than it is call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import (
+    CheckpointFormat,
     Evidence,
     ExportRecord,
     Measurement,
@@ -28,9 +29,10 @@ from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.evidence import Rivals, gather_evidence
 from quant_fairness_plugin.export.foreign import quantize_with
+from quant_fairness_plugin.export.trial import try_architecture
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.objectives import find_objective
@@ -38,8 +40,9 @@ from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
-from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
 from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
@@ -71,11 +74,20 @@ def load_checked(
 
     With a memory budget its blocks stay in their files.
     """
-    open_model = load_model if memory_budget is None else open_streamed
-    loaded = open_model(checked.files, dtype=getattr(torch, dtype), trust_remote_code=source.trust_remote_code)
+    compute, trust = getattr(torch, dtype), source.trust_remote_code
+    loaded = (
+        load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=probe_sentences(checked.texts))
+        if memory_budget is None
+        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust)
+    )
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
+
+
+def probe_sentences(texts: TextSet) -> list[str]:
+    """Return a sentence of every language of the calibration part, on which the range of activations is looked at."""
+    return [rows[0] for rows in texts.part("calibrate").sentences.values() if rows]
 
 
 def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
@@ -88,7 +100,7 @@ def open_in_memory(
 ) -> tuple[LoadedModel, TextSet]:
     """Copy a model that is in memory, check the configuration against it, and return it with the texts."""
     sentences = open_texts(config, texts)
-    loaded = copy_model(model, tokenizer)
+    loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
     check_model(config, loaded.files)
     check_tokens(loaded, sentences)
     return loaded, sentences
@@ -275,6 +287,36 @@ def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Ma
     """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
     check_whole(loaded, "quantized")
     check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
+
+
+def try_export(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
+    """Export a small model of an architecture without a record, before the work. Raises as `try_architecture`."""
+    try_architecture(
+        loaded.model, loaded.tokenizer, texts=texts, format=config.format, reader=config.reader, grid=config.grid
+    )
+
+
+def format_problems(
+    files: ModelFiles,
+    texts: TextSet,
+    config: FairConfig,
+    formats: Iterable[CheckpointFormat],
+    *,
+    trust_remote_code: bool = False,
+) -> dict[CheckpointFormat, str]:
+    """Return the formats in which a small model of an architecture without a record fails, with the reason.
+
+    Loads no weight of the model.
+    """
+    model = empty_model(files, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
+    problems: dict[CheckpointFormat, str] = {}
+    for form in formats:
+        try:
+            try_architecture(model, tokenizer, texts=texts, format=form, reader="transformers", grid=config.grid)
+        except UnsupportedModelError as err:
+            problems[form] = str(err)
+    return problems
 
 
 def evidence(

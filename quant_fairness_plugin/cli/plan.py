@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -16,6 +16,7 @@ from quant_fairness_plugin.cli.sweep_options import MemoryBudget, PlansOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import choice
+from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.sweep.memory import parse_size
 
@@ -45,14 +46,24 @@ def plan(
     from quant_fairness_plugin.forecast import forecast
     from quant_fairness_plugin.forecast.report import forecast_lines
 
+    formats = FORMATS if format_ is None else (format_,)
     expected = forecast(
         files,
         sentences,
         config,
         plans.to_sweep(config),
         memory_budget=budget,
-        formats=FORMATS if format_ is None else (format_,),
+        formats=formats,
         readers=READERS if reader is None else (reader,),
         trust_remote_code=access.trust_remote_code,
     )
+    if find_architecture(str(files.config.get("model_type", ""))) is None:
+        # Loads torch and Transformers, which a known family does without.
+        from quant_fairness_plugin.steps import format_problems
+
+        trust = access.trust_remote_code
+        possible = [name for name in formats if any(one.format == name and not one.reason for one in expected.readers)]
+        problems = format_problems(files, sentences, config, possible, trust_remote_code=trust)
+        readers = tuple(replace(one, reason=one.reason or problems.get(one.format, "")) for one in expected.readers)
+        expected = replace(expected, readers=readers)
     typer.echo(json.dumps(asdict(expected), indent=1) if as_json else "\n".join(forecast_lines(expected)))

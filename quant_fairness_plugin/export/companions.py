@@ -38,6 +38,8 @@ _NEEDED = re.compile(
 )
 """What a loader of the text model reads: without one of these, the export would be another model's."""
 _PROCESSORS = re.compile(r"(|\w+_)(pre)?processor_config\.json", re.ASCII)
+_PROVENANCE = frozenset({"gguf_source.json", "training.json"})
+"""What a model was made from: of GGUF files (`model.gguf.SOURCE`) and of the bundled models."""
 _TEXTS = re.compile(
     r"(.*[._-])?(licen[cs]es?|copying|copyright|notices?|authors|citation|readme|(acceptable_)?use[._-]policy|terms)"
     r"([._-].*)?",
@@ -98,7 +100,7 @@ def find_companions(source: Path, weights: tuple[Path, ...], *, runs_code: bool 
         if _NEEDED.fullmatch(path.name) or (runs_code and path.suffix == ".py"):
             _check_needed(source, path)
             files[name] = path
-        elif _PROCESSORS.fullmatch(path.name) or _is_text(path):
+        elif _PROCESSORS.fullmatch(path.name) or path.name in _PROVENANCE or _is_text(path):
             reason = _why_not(source, path, limit=MAX_TEXT_BYTES)
             if reason:
                 left_out[name] = reason

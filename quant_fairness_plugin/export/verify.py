@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -77,7 +78,13 @@ class VerifyReport:
         }
 
 
-def verify(folder: str | Path, *, reader: str | None = None, python: Path | None = None) -> VerifyReport:
+def verify(
+    folder: str | Path,
+    *,
+    reader: str | None = None,
+    python: Path | None = None,
+    rows: Sequence[Sequence[int]] = (),
+) -> VerifyReport:
     """Check a checkpoint folder of any origin, from file checksums to the numbers of a real reader.
 
     Args:
@@ -86,6 +93,7 @@ def verify(folder: str | Path, *, reader: str | None = None, python: Path | None
             load the folder here, otherwise reported as not run.
         python: the Python that has the reader; None looks in this one, then in the environment variable of the reader
             (see `checkpoint.readers`).
+        rows: token ids on which it is also run in the dtype that it is served in, such as rows of its calibration.
 
     Returns:
         The checks that passed, those that could not be run here with the reason, and what each reader would get wrong
@@ -108,6 +116,7 @@ def verify(folder: str | Path, *, reader: str | None = None, python: Path | None
     if all(problem for name, problem in problems.items() if READERS[name].script):
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise UnsupportedModelError(f"{folder}: no reader reads it right. {listed}. Try quant-fairness repair.")
+    checks.append(_check_served(folder, rows))
     checks.append(_check_reader(folder, case, reader, python, problems))
     for check in checks:
         _logger.info("%s: %s %s: %s", folder, check.name, check.outcome, check.detail)
@@ -179,6 +188,12 @@ def _metadata_summary(seen: Inspection) -> str:
         f"{seen.layout} in {seen.source}; {len(seen.modules.quantized)} modules of "
         f"{' and '.join(map(str, widths)) or 'no'} bits, {len(seen.modules.kept)} in 16 bit"
     )
+
+
+def _check_served(folder: Path, rows: Sequence[Sequence[int]]) -> CheckResult:
+    from quant_fairness_plugin.checkpoint.served import compare_served
+
+    return CheckResult("served", "passed", compare_served(folder, rows))
 
 
 def _check_reader(

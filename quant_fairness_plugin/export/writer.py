@@ -36,6 +36,7 @@ from quant_fairness_plugin.export.contents import checkpoint_tensors, write_shar
 from quant_fairness_plugin.export.source_card import SourceCard, read_source_card
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.model.activations import ROW_TOKENS
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
@@ -110,7 +111,7 @@ def export(
         _copy_companions(loaded, companions, folder)
         record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
-        verify(folder)
+        verify(folder, rows=_served_rows(quantized))
         if measure is not None:
             measured = measure(folder)
             evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
@@ -118,6 +119,12 @@ def export(
             check_recorded_files(folder, record)
     _logger.info("%s: written and verified, %s", out, format)
     return record
+
+
+def _served_rows(quantized: QuantizedModel) -> list[tuple[int, ...]]:
+    """Return the beginning of a calibration row of every language; none where nothing was calibrated."""
+    rows = quantized.calibration.rows if quantized.calibration is not None else {}
+    return [some[0][:ROW_TOKENS] for some in rows.values() if some]
 
 
 def _check_source(quantized: QuantizedModel, out: Path) -> None:

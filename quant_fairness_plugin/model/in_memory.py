@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.skeleton import place_buffers
@@ -21,16 +23,20 @@ _LOCATION_KEYS = ("_name_or_path", "transformers_version")
 """What a config in memory says of where it was loaded, which an export must not repeat."""
 
 
-def copy_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> LoadedModel:
+def copy_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, *, sentences: Sequence[str] = ()
+) -> LoadedModel:
     """Copy a model: its weights rounded to 16 bit, computed in float32, in evaluation mode, without gradients.
 
     The model that is given is not changed, nor does it share memory with the copy. 16-bit weights are stored as they
     are; 32-bit weights in bfloat16 where each of them is a bfloat16 value already (a checkpoint in bfloat16 that was
-    loaded in float32), else in float16. So the copy is what `load_model` makes of the model's own files.
+    loaded in float32), else in float16, and in bfloat16 where activations exceed float16. So the copy is what
+    `load_model` makes of the model's own files.
 
     Args:
         model: a causal language model of Transformers with 16- or 32-bit weights, on one device.
         tokenizer: its tokenizer.
+        sentences: texts on which the range of activations is looked at.
 
     Raises:
         ConfigError: no tokenizer, or something else in its place.
@@ -61,6 +67,11 @@ def copy_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     copied = copy.deepcopy(model, dict(parameters))
     copied.train(False)
     _restore_tables(copied, files)
+    fitting = fitting_dtype(copied, probe_rows(copied, wrapped.tokenizer, wrapped.family, sentences), storage, files)
+    if fitting != storage:
+        storage = fitting
+        for (name, parameter), original in zip(copied.named_parameters(), model.parameters(), strict=True):
+            parameter.data = rounded(original.detach(), name, files, storage=storage).float()
     return replace(wrapped, files=files, model=copied, storage_dtype=storage)
 
 

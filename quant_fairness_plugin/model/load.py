@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
-from quant_fairness_plugin.model.resolve import ModelFiles, resolved
+from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
     round_parameters,
@@ -41,6 +43,7 @@ __all__ = [
     "set_linear_weight",
 ]
 
+_logger = logging.getLogger(__name__)
 _COMPUTE = (torch.float32, torch.float16, torch.bfloat16)
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
 """What Transformers raises for a checkpoint or config that it cannot use; they have no common base class."""
@@ -103,11 +106,14 @@ def load_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     device: str = "cpu",
+    sentences: Sequence[str] = (),
+    storage: torch.dtype | None = None,
 ) -> LoadedModel:
     """Load a model for measuring and quantizing: its weights rounded to 16 bit, computed in `dtype`.
 
-    The rounding makes "the 16-bit model" exact: a float32 checkpoint is rounded to float16 first, as an export
-    would store it. The model is in evaluation mode and takes no gradients.
+    The rounding makes "the 16-bit model" exact: a float32 checkpoint is rounded first, as an export would store it: to
+    the 16-bit dtype that its config says, else to float16, and to bfloat16 where activations exceed float16. The model
+    is in evaluation mode and takes no gradients.
 
     Args:
         name: a bundled name, a folder, a `.safetensors` file (its folder is the model) or a Hub id; or the files that
@@ -117,6 +123,8 @@ def load_model(
         trust_remote_code: run the model code that the checkpoint brings along.
         allow_pickle: read `pytorch_model.bin` where there is no safetensors file (with `weights_only`).
         device: where the model goes after loading.
+        sentences: texts on which the range of its activations is looked at, beside token ids from everywhere.
+        storage: what the weights are rounded to; None decides by files and activations.
 
     Raises:
         ConfigError: no such model, a dtype that is not computed in, or a device that this machine does not have.
@@ -127,14 +135,18 @@ def load_model(
     compute = compute_dtype(dtype)
     check_device(device)
     files = resolved(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    storage = storage_dtype(files)
+    stored = storage_dtype(files)
     model = _load_weights(files, trust_remote_code)
     family = detect_family(model)
     check_layer_count(files, model, family)
+    _say_untied(files, model, family)
+    tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
+    if storage is None:
+        storage = fitting_dtype(model, probe_rows(model, tokenizer, family, sentences), stored, files)
     round_parameters(model, files, storage=storage, compute=compute)
     model.requires_grad_(False)
     model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
-    return LoadedModel(files, model, load_tokenizer(files, trust_remote_code=trust_remote_code), family, storage)
+    return LoadedModel(files, model, tokenizer, family, storage)
 
 
 def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
@@ -267,6 +279,15 @@ def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel
     return model
 
 
+def _say_untied(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+    if getattr(model.config, "tie_word_embeddings", False) and not family.tied_head:
+        _logger.warning(
+            "%s: config.json says tie_word_embeddings, and the file holds a head of its own, other than the embedding: "
+            "it is used, as Transformers does, and exported with tie_word_embeddings false",
+            files.name,
+        )
+
+
 def check_keys(files: ModelFiles, info: dict[str, Any]) -> None:
     """Refuse a checkpoint that does not hold exactly the model's tensors; Transformers would fill gaps at random.
 
@@ -284,8 +305,11 @@ def check_keys(files: ModelFiles, info: dict[str, Any]) -> None:
     }
     differences = [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in problems.items() if keys]
     if differences:
+        advice = "Get matching files."
+        if len(problems["missing"]) == 1 and "head" in problems["missing"][0]:
+            advice = f"{HEAD_ADVICE} {advice}"
         raise ArtifactError(
-            f"{files.folder}: the tensors are not those of the config ({'; '.join(differences)}). Get matching files."
+            f"{files.folder}: the tensors are not those of the config ({'; '.join(differences)}). {advice}"
         )
 
 

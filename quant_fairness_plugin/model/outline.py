@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from quant_fairness_plugin.model.architectures import Architecture, Block, match_architecture
+from quant_fairness_plugin.errors import ArtifactError
+from quant_fairness_plugin.model.architectures import Architecture, Block, find_architecture, match_architecture
 from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFFERS
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.families import Family, detect_family
-from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
+from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, tensor_shapes
 
 Sizes = tuple[int, ...]
 
@@ -61,7 +62,9 @@ def outline_model(files: ModelFiles, *, trust_remote_code: bool = False) -> Outl
         ArtifactError: pickled weights, or files that are malformed.
     """
     shapes = {name: shape for name, (_, shape) in tensor_shapes(files).items()}
-    record = match_architecture(lambda record: _block_of(shapes, record), _model_type(files))
+    # Of any other type, only the model that Transformers builds says what is loaded: names and shapes can be alike.
+    known = find_architecture(_model_type(files)) is not None
+    record = match_architecture(lambda record: _block_of(shapes, record), _model_type(files)) if known else None
     outline = None if record is None else _known(files, record, shapes)
     return outline or _built(files, trust_remote_code)
 
@@ -134,12 +137,36 @@ def _known(files: ModelFiles, record: Architecture, stored: Mapping[str, Sizes])
     present = {name.rpartition(".")[0] for name in shapes}
     if not present.issuperset(record.embeddings):
         return None
-    tied = record.head not in present or bool(files.config.get("tie_word_embeddings", record.tied_by_default))
+    tied = _is_tied(files, record, present)
     if tied:
         shapes.pop(f"{record.head}.weight", None)
     architecture = replace(record, final_norm=record.final_norm if record.final_norm in present else None)
     family = Family(record.family_name(_model_type(files)), architecture, tied)
     return Outline(family, files.layers, shapes, record.longest_input(files.config))
+
+
+def _is_tied(files: ModelFiles, record: Architecture, present: set[str]) -> bool:
+    """Return whether the head is the embedding: the config says so, and the file holds no other one.
+
+    Raises:
+        ArtifactError: the config says that the head is another one, and the file holds none.
+    """
+    if record.head not in present:
+        if files.config.get("tie_word_embeddings") is False:
+            raise ArtifactError(
+                f"{files.folder}: holds no {record.stored_name(record.head)}, and config.json says tie_word_embeddings "
+                f"false; expected a head, or true. {HEAD_ADVICE}"
+            )
+        return True
+    if not files.config.get("tie_word_embeddings", record.tied_by_default):
+        return False
+    # Loads torch. Transformers, too, uses the head of the file where it is not the embedding.
+    from quant_fairness_plugin.model.reading import find_tensors, same_values
+
+    places = find_tensors(files)
+    whole = _whole_names({name: place.shape for name, place in places.items()}, record)
+    named = {record.loaded_name(name): place for name, place in zip(whole, places.values(), strict=True)}
+    return same_values(named[f"{record.head}.weight"], named[f"{record.embeddings[0]}.weight"])
 
 
 def _built(files: ModelFiles, trust_remote_code: bool) -> Outline:

@@ -26,6 +26,7 @@ from quant_fairness_plugin.model.weights import check_inside, find_weights, read
 
 BUNDLED = ("demo", "demo-gpt2")
 
+HEAD_ADVICE = "Where the head is the embedding, set tie_word_embeddings to true in config.json."
 _logger = logging.getLogger(__name__)
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
 _QUANTIZED_ENDINGS = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax")

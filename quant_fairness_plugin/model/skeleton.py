@@ -17,10 +17,8 @@ from transformers.core_model_loading import WeightRenaming
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFFERS
 from quant_fairness_plugin.model.load import check_keys
-from quant_fairness_plugin.model.reading import Place, read_parts, read_tensor
+from quant_fairness_plugin.model.reading import Place, read_tensor, same_values
 from quant_fairness_plugin.model.resolve import ModelFiles
-
-_COMPARED_VALUES = 1 << 22
 
 
 def match_tensors(model: PreTrainedModel, files: ModelFiles, stored: Mapping[str, Place]) -> dict[str, Place]:
@@ -107,22 +105,12 @@ def _renamed(model: PreTrainedModel, name: str, wanted: Mapping[str, Tensor]) ->
 def _join_tied(model: PreTrainedModel, places: dict[str, Place]) -> None:
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in places and source in places:
-            if _same(places[target], places[source]):
+            if same_values(places[target], places[source]):
                 places[target] = places[source]
             else:
                 _untie(model, target)
         elif target in places or source in places:
             places[target] = places[source] = places.get(target) or places[source]
-
-
-def _same(one: Place, other: Place) -> bool:
-    if one.shape != other.shape:
-        return False
-    rows = one.shape[0]
-    size = max(1, _COMPARED_VALUES // max(1, one.shape[-1]))
-    parts = [(start, min(start + size, rows)) for start in range(0, rows, size)]
-    pairs = zip(read_parts(one, parts), read_parts(other, parts), strict=True)
-    return all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
 def _untie(model: PreTrainedModel, name: str) -> None:

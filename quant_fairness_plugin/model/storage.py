@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,15 @@ from torch import Tensor, nn
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
 
+_SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def storage_dtype(files: ModelFiles) -> torch.dtype:
-    """Return the 16-bit dtype of a checkpoint: that of most of its values; float16 where they have 32 bits or more.
+    """Return the 16-bit dtype of a checkpoint: that of most of its values.
+
+    Where these have 32 bits or more, it is the one that the config says (in which Transformers and servers would load
+    them), and float16 where it says none of 16 bits.
 
     Raises:
         UnsupportedModelError: the checkpoint holds no values of 16, 32 or 64 bits.
@@ -38,12 +44,24 @@ def storage_dtype(files: ModelFiles) -> torch.dtype:
             f"{files.name}: no floating-point weights; expected float16, bfloat16 or float32. "
             "Use the unquantized model."
         )
-    return sixteen_bit(sizes.most_common(1)[0][0])
+    most = sizes.most_common(1)[0][0]
+    return most if most in _SIXTEEN_BIT else sixteen_bit(announced_dtype(files.config) or most)
+
+
+def announced_dtype(config: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype that a config says its model is loaded in; None where it says none."""
+    text = config.get("text_config")
+    for source in (config, text if isinstance(text, Mapping) else {}):
+        for key in ("dtype", "torch_dtype"):
+            dtype = getattr(torch, str(source.get(key)).removeprefix("torch."), None)
+            if isinstance(dtype, torch.dtype):
+                return dtype
+    return None
 
 
 def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
     """Return the 16-bit dtype in which values of a dtype are stored: itself, or else float16."""
-    return dtype if dtype in {torch.float16, torch.bfloat16} else torch.float16
+    return dtype if dtype in _SIXTEEN_BIT else torch.float16
 
 
 def round_parameters(model: nn.Module, files: ModelFiles, *, storage: torch.dtype, compute: torch.dtype) -> None:

@@ -72,6 +72,8 @@ class Recipe:
     folder: Path
     dtype: torch.dtype
     device: str
+    storage: torch.dtype
+    """What the weights were rounded to."""
     trust_remote_code: bool
     allow_pickle: bool
     bank: BankRecipe
@@ -122,6 +124,7 @@ def pack(job: Job) -> Recipe:
         folder=files.folder.resolve(),
         dtype=job.loaded.model.dtype,
         device=str(job.loaded.model.device),
+        storage=job.loaded.storage_dtype,
         trust_remote_code=files.runs_code,
         allow_pickle=files.weights[0].suffix != ".safetensors",
         bank=job.bank.recipe(),
@@ -144,6 +147,7 @@ def unpack(recipe: Recipe) -> Job:
             str(recipe.folder),
             dtype=recipe.dtype,
             device=recipe.device,
+            storage=recipe.storage,
             trust_remote_code=recipe.trust_remote_code,
             allow_pickle=recipe.allow_pickle,
         )

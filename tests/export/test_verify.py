@@ -81,7 +81,15 @@ def change_tensors(folder: Path, change: Callable[[Tensors], object]) -> None:
 def test_a_sound_folder_passes_every_check(exported: Exported) -> None:
     report = verify(exported())
     assert report.complete
-    assert [check.name for check in report.checks] == ["files", "headers", "metadata", "tensors", "values", "reader"]
+    assert [check.name for check in report.checks] == [
+        "files",
+        "headers",
+        "metadata",
+        "tensors",
+        "values",
+        "served",
+        "reader",
+    ]
     assert "logits within 0 of" in report.checks[-1].detail
     assert json.loads(json.dumps(report.to_dict()))["checks"][0]["outcome"] == "passed"
 
@@ -146,6 +154,7 @@ def test_a_folder_of_another_tool_is_judged_by_its_tensors_and_for_each_reader(d
         ("metadata", "passed"),
         ("tensors", "passed"),
         ("values", "passed"),
+        ("served", "passed"),
         ("reader", "not run"),
     ]
     assert "no quant_fairness.json: another tool wrote this" in report.checks[0].detail

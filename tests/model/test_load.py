@@ -16,8 +16,11 @@ from transformers.utils import logging as transformers_logging
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.families import detect_family
+from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, from_loaded, load_model, quiet_transformers
+from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import model_sha256, resolve_model
+from quant_fairness_plugin.model.streamed import open_streamed
 from tests.model.checkpoints import edit
 from tests.tiny import FAMILIES, byte_tokenizer
 
@@ -338,3 +341,61 @@ def test_nested_silence_ends_with_the_outer_block() -> None:
             pass
         assert not transformers_logging.is_progress_bar_enabled()
     assert transformers_logging.is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", None])
+def test_a_32_bit_checkpoint_is_stored_in_the_16_bit_dtype_that_its_config_says(
+    tiny_model: Callable[..., Path], tmp_path: Path, key: str, dtype: str | None
+) -> None:
+    folder = Path(shutil.copytree(tiny_model("llama", dtype="float32"), tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config if dtype is None else config | {key: dtype}))
+    loaded = load_model(str(folder))
+    assert loaded.storage_dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float16)
+    assert torch.equal(loaded.model.get_parameter(UP), loaded.model.get_parameter(UP).to(loaded.storage_dtype).float())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_activations_beyond_float16_are_stored_in_bfloat16(
+    tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, dtype: str
+) -> None:
+    """Whatever the config says; each weight alone would fit."""
+    folder = Path(shutil.copytree(tiny_model("llama", dtype=dtype), tmp_path / "model"))
+    down = torch.zeros(32, 64)
+    down[7] = 60_000.0
+    change(folder, **{UP.replace("up_proj", "down_proj"): down})
+    loaded = load_model(str(folder), sentences=["one sentence"])
+    assert loaded.storage_dtype == torch.bfloat16
+    assert "and float16 ends at 65504: stored and served in bfloat16" in caplog.text
+    copied = copy_model(loaded.model.to(torch.float32), loaded.tokenizer)
+    assert copied.storage_dtype == torch.bfloat16
+
+
+def test_a_head_of_its_own_is_used_although_the_config_ties_it(
+    tiny_model: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Transformers does; plan, sweep and quantize see the same model."""
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "model"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    loaded = load_model(str(folder))
+    assert not loaded.family.tied_head
+    assert "config.json says tie_word_embeddings, and the file holds a head of its own" in caplog.text
+    assert outline_model(resolve_model(str(folder))).family == loaded.family
+    assert not open_streamed(str(folder)).family.tied_head
+    change(folder, lm_head__weight=load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone())
+    assert load_model(str(folder)).family.tied_head
+    assert outline_model(resolve_model(str(folder))).family.tied_head
+
+
+def test_a_missing_head_that_the_config_does_not_tie_names_the_key(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model("gemma"), tmp_path / "model"))
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    for opened in (load_model, lambda name: outline_model(resolve_model(name))):
+        with pytest.raises(ArtifactError, match=r"lm_head.*set tie_word_embeddings to true in config\.json"):
+            opened(str(folder))

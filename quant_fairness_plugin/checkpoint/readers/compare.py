@@ -25,6 +25,7 @@ from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
 
@@ -226,7 +227,6 @@ def _widen(model: PreTrainedModel) -> None:
 def _logits(model: PreTrainedModel) -> list[Tensor]:
     """Logits of fixed token rows, float32. The rows run through the vocabulary in steps that do not divide it."""
     vocabulary = model.config.get_text_config().vocab_size
-    steps = torch.arange(max(ROW_LENGTHS)) * 7919 + 1
-    rows = [(steps[:length] % vocabulary).unsqueeze(0) for length in _lengths(ROW_LENGTHS, model)]
+    rows = [torch.tensor([spread_ids(vocabulary, length)]) for length in _lengths(ROW_LENGTHS, model)]
     model.train(False)
     return [model(input_ids=row).logits.float() for row in rows]
