@@ -71,7 +71,7 @@ def _front_matter(path: Path) -> dict[str, Any]:
         return {}
 
 
-class _Plain(yaml.SafeLoader):
+class _Plain(yaml.SafeLoader):  # type: ignore[misc] # yaml has no types
     """Reads only strings, numbers and booleans as such: `no` stays Norwegian, dates stay text."""
 
 

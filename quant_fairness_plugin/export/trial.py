@@ -105,7 +105,8 @@ def small_model(model: PreTrainedModel) -> PreTrainedModel | None:
         for parameter in small.parameters():
             parameter.data = parameter.data.half().float()
         small.requires_grad_(False)
-        return small.train(False)
+        small.train(False)
+        return small
     return None
 
 
