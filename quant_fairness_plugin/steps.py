@@ -33,11 +33,13 @@ from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.evidence import Rivals, gather_evidence
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.trial import try_architecture
+from quant_fairness_plugin.export.verify import HALF_PRECISION_KERNELS
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
+from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
@@ -290,7 +292,21 @@ def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Ma
 
 
 def try_export(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
-    """Export a small model of an architecture without a record, before the work. Raises as `try_architecture`."""
+    """Check before the work what an export would meet at its end.
+
+    Raises:
+        UnsupportedModelError: a small model of an architecture without a record cannot be exported, or activations
+            exceed float16, in which the format's readers compute.
+    """
+    if config.format in HALF_PRECISION_KERNELS and loaded.storage_dtype != torch.float16:
+        rows = probe_rows(loaded.model, loaded.tokenizer, loaded.family, probe_sentences(texts))
+        largest = largest_activation(loaded.model, rows)
+        if largest > LARGEST_FLOAT16:
+            raise UnsupportedModelError(
+                f"{loaded.files.name}: activations reach {largest:.3g}, and readers of {config.format} compute in "
+                f"float16, which ends at {LARGEST_FLOAT16:.5g}; formats whose readers compute in bfloat16 are "
+                "accepted. Use --format compressed-tensors."
+            )
     try_architecture(
         loaded.model, loaded.tokenizer, texts=texts, format=config.format, reader=config.reader, grid=config.grid
     )

@@ -50,7 +50,18 @@ def download(name: str, *, revision: str | None, allow_pickle: bool, trust_remot
     from httpx import HTTPError
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", "*.safetensors", "LICENSE*", "NOTICE*", "README.md"]
+    patterns = [
+        "*.json",
+        "*.txt",
+        "*.model",
+        "*.jinja",
+        "*.safetensors",
+        "*LICENSE*",
+        "*LICENCE*",
+        "NOTICE*",
+        "README.md",
+    ]
+    patterns += ["COPYING*", "USE_POLICY*", "*.tiktoken"]
     patterns += ["pytorch_model*.bin"] * allow_pickle + ["*.py"] * trust_remote_code
     ignored = ["*/*", "consolidated*"]  # other formats in subfolders; Mistral's second copy of the weights
     try:

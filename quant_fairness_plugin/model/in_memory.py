@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
+from quant_fairness_plugin.model.native import CODE_KEYS
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.skeleton import place_buffers
 from quant_fairness_plugin.model.storage import rounded, sixteen_bit
@@ -97,7 +98,7 @@ def _check_tied(model: PreTrainedModel) -> None:
 def _described(files: ModelFiles, model: PreTrainedModel) -> ModelFiles:
     """Return the description of the model as its files would give it, wherever it was loaded from."""
     name = Path(files.name).resolve().name if os.path.isdir(files.name) else files.name
-    config = {key: value for key, value in files.config.items() if key not in _LOCATION_KEYS}
+    config = {key: value for key, value in files.config.items() if key not in (*_LOCATION_KEYS, *CODE_KEYS)}
     # A model that was never saved does not say its class, and vLLM looks for nothing else.
     config["architectures"] = config.get("architectures") or [type(model).__name__]
     return replace(files, name=name, config=config)

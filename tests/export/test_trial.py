@@ -103,3 +103,19 @@ def test_plan_and_quantize_say_the_same_before_the_work(tmp_path: Path, model_ty
         quantizer.save_pretrained(tmp_path / "out")
     assert problems == {"compressed-tensors": str(caught.value)}
     assert steps == []
+
+
+def test_activations_beyond_float16_are_refused_where_readers_compute_in_it(tmp_path: Path) -> None:
+    model = build("llama", SMALL).to(torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[7] = 1e8
+    model.save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    options: dict[str, Any] = {"group_size": 32, "languages": ("en", "he"), "protect_layers": "none", "method": "rtn"}
+    steps: list[str] = []
+    quantizer = FairQuantizer.from_pretrained(
+        tmp_path / "m", progress=lambda step, *_: steps.append(step), format="awq", **options
+    )
+    with pytest.raises(UnsupportedModelError, match="readers of awq compute in float16.*--format compressed-tensors"):
+        quantizer.save_pretrained(tmp_path / "out")
+    assert steps == []

@@ -357,7 +357,7 @@ def test_the_measurement_is_of_the_written_folder_and_lands_in_record_and_card(
 def test_a_failure_at_any_disk_operation_leaves_nothing(
     small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "verify", lambda folder: None)  # nothing is written there
+    monkeypatch.setattr(writer, "verify", lambda folder, **options: None)  # nothing is written there
     state = {"n": 0, "fail_at": 0}
 
     def counted(real: Callable[..., None]) -> Callable[..., None]:
@@ -391,7 +391,7 @@ def test_a_failed_verification_leaves_the_old_export(
     write(small, tmp_path / "out")
     before = (tmp_path / "out" / "quant_fairness.json").read_bytes()
 
-    def fail(folder: Path) -> None:
+    def fail(folder: Path, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(writer, "verify", fail)
@@ -533,3 +533,45 @@ def test_a_width_that_no_group_divides_stays_16_bit_and_is_listed(
     assert "not a multiple of group size 64" in card
     for name in ("gptq", "awq"):
         assert write(quantized, tmp_path / name, format=name).kept_modules == record.kept_modules
+
+
+def test_a_head_that_the_config_ties_and_the_file_does_not_is_exported_as_its_own(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    """So every reader computes what Transformers computes from the source."""
+    source = Path(shutil.copytree(tiny_model("llama", layers=2), tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    write(quantize_tiny(source), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    head, own = (load_file(folder / "model.safetensors")["lm_head.weight"] for folder in (source, tmp_path / "out"))
+    assert torch.equal(head, own)
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_bfloat16_model_saved_in_32_bit_is_served_in_bfloat16(
+    tiny_model: Callable[..., Path], tmp_path: Path, key: str
+) -> None:
+    """Its residual stream exceeds float16, as its config knows."""
+    source = Path(shutil.copytree(tiny_model("llama", dtype="float32"), tmp_path / "source"))
+    state = load_file(source / "model.safetensors")
+    state["model.layers.0.mlp.down_proj.weight"][7] = 60_000.0
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config.pop("dtype")
+    (source / "config.json").write_text(json.dumps(config | {key: "bfloat16"}))
+    write(quantize_tiny(source), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {written.get(name) for name in ("dtype", key)} == {"bfloat16"}
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values() if t.is_floating_point()} == {
+        torch.bfloat16
+    }
+
+
+def test_what_overflows_in_its_own_dtype_gets_no_name(small: QuantizedModel, tmp_path: Path) -> None:
+    """A quantized model that is stored in float16 against all checks."""
+    name = "model.layers.1.mlp.down_proj.weight"
+    folded = {name: torch.full_like(small.loaded.model.get_parameter(name), 60_000.0)}
+    with pytest.raises(ArtifactError, match=r"in float16, which its config\.json says it is served in"):
+        write(replace(small, folded=folded), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -72,7 +72,7 @@ def test_before_the_repair_transformers_fails(repaired: Repaired) -> None:
 def test_the_repair_says_so_and_leaves_the_weights_alone(repaired: Repaired) -> None:
     assert "takes model.layers.0" in verify(repaired.written).problems["transformers"]
     assert repaired.report.verified is not None
-    assert repaired.report.verified.problems == {"transformers": "", "vllm": "", "gptqmodel": ""}
+    assert repaired.report.verified.problems == {"transformers": "", "vllm": "", "gptqmodel": "", "sglang": ""}
     weights = "model.safetensors"
     assert file_record(repaired.out / weights) == file_record(repaired.written / weights)
 
