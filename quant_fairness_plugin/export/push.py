@@ -60,16 +60,8 @@ def push_folder(
     # Imported here: it takes half a second, and only those who upload need it.
     from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # exported, but lazily
 
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as err:
-        raise ConfigError(
-            f"{repo_id!r} cannot be the name of a repository ({_one_line(err, token)}); NAME and ORGANISATION/NAME are "
-            "accepted. Correct it"
-        ) from err
+    _check_name(repo_id, token)
     record = load_record(folder)
     verify(folder)
     additions = [CommitOperationAdd(name, folder / name) for name in sorted([*record.files, RECORD])]
@@ -87,6 +79,19 @@ def push_folder(
         ) from err
     _logger.info("%s: %d files uploaded to %s", folder, len(additions), repo_id)
     return str(commit.commit_url)
+
+
+def _check_name(repo_id: str, token: str | None) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # exported, but lazily
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as err:
+        raise ConfigError(
+            f"{repo_id!r} cannot be the name of a repository ({_one_line(err, token)}); NAME and ORGANISATION/NAME are "
+            "accepted. Correct it"
+        ) from err
 
 
 def _one_line(err: BaseException, token: str | None) -> str:

@@ -87,24 +87,7 @@ def export(
     _check_source(quantized, out)
     companions = companions_of(loaded)
     card = read_source_card(loaded.files, companions)
-    arguments: dict[str, Any] = {"format": format, "reader": reader, "method": quantized.method, "plan": plan.source}
-    if loaded.files.memory_sha256 is not None:
-        arguments[IN_MEMORY] = True
-    made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
-    record = ExportRecord(
-        provenance=replace(made, versions=made.versions | dict(quantized.versions)),
-        method=quantized.method,
-        format=format,
-        plan=plan,
-        family=loaded.family.name,
-        quantized_modules={name: tensor.grid.bits for name, tensor in quantized.tensors.items()},
-        kept_modules=quantized.kept,
-        linear_modules=sum(len(loaded.linears(layer)) for layer in range(loaded.layers)),
-        sixteen_bit_bytes=2 * loaded.parameters,
-        calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
-        measurement=None,
-        protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
-    )
+    record = _new_record(quantized, texts, layout, reader=reader, seed=seed)
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
         _write_model(quantized, folder, layout)
@@ -119,6 +102,34 @@ def export(
             check_recorded_files(folder, record)
     _logger.info("%s: written and verified, %s", out, format)
     return record
+
+
+def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, reader: str, seed: int) -> ExportRecord:
+    """Return what is known of a checkpoint before its files are written."""
+    loaded, plan = quantized.loaded, quantized.plan
+    arguments: dict[str, Any] = {
+        "format": layout.name,
+        "reader": reader,
+        "method": quantized.method,
+        "plan": plan.source,
+    }
+    if loaded.files.memory_sha256 is not None:
+        arguments[IN_MEMORY] = True
+    made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
+    return ExportRecord(
+        provenance=replace(made, versions=made.versions | dict(quantized.versions)),
+        method=quantized.method,
+        format=layout.name,
+        plan=plan,
+        family=loaded.family.name,
+        quantized_modules={name: tensor.grid.bits for name, tensor in quantized.tensors.items()},
+        kept_modules=quantized.kept,
+        linear_modules=sum(len(loaded.linears(layer)) for layer in range(loaded.layers)),
+        sixteen_bit_bytes=2 * loaded.parameters,
+        calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
+        measurement=None,
+        protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
+    )
 
 
 def _served_rows(quantized: QuantizedModel) -> list[tuple[int, ...]]:
