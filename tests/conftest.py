@@ -17,11 +17,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the number of torch threads: two on a loaded machine turned 1.5 s into 52 s, so one is the default."""
+    parser.addoption("--torch-threads", type=int, default=1, help="torch threads of every test process")
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _one_torch_thread() -> None:
+def _torch_threads(pytestconfig: pytest.Config) -> None:
     import torch
 
-    torch.set_num_threads(1)  # two threads on a loaded machine turned 1.5 s into 52 s
+    torch.set_num_threads(pytestconfig.getoption("--torch-threads"))
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,8 @@ def test_trials_give_the_bits_of_the_plain_sweep(
 ) -> None:
     units = map_units(loaded)
     bank = RtnBank(loaded, units, GRID)
-    plain = score_plans(loaded, PLANS, texts(), units=units, bank=bank, batch_tokens=BATCH_TOKENS)
+    with jobs.fixed_threads(1):  # as trials run: float32 sums depend on how they are split
+        plain = score_plans(loaded, PLANS, texts(), units=units, bank=bank, batch_tokens=BATCH_TOKENS)
     assert whole[0] == plain
     assert sweep(loaded, None) == plain
     assert len(files(whole[1])) > 3
