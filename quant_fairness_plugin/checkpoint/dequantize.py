@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, dense_weight, tensor_layout
+from quant_fairness_plugin.checkpoint.experts import loaded_module, stored_module
 from quant_fairness_plugin.checkpoint.folder import check_headers, packed_modules, read_quantization, weight_files
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.experts import unfold_experts
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
@@ -47,7 +49,8 @@ def iterate_dense(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for module in checkpoint.packed:
         weight = checkpoint.dense(module)
         is_transposed = is_conv1d(checkpoint.bare.get_submodule(module))
-        yield f"{module}.weight", weight.t().contiguous() if is_transposed else weight
+        name = stored_module(checkpoint.bare, module)
+        yield f"{name}.weight", weight.t().contiguous() if is_transposed else weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +63,7 @@ class Checkpoint:
     plain: tuple[str, ...]
     """Tensors that are stored as the model holds them, biases included."""
     packed: Mapping[str, tuple[str, ...]]
-    """Quantized module → suffixes of its tensors."""
+    """Quantized module, as the loaded model calls it → suffixes of its tensors."""
     input_scales: Mapping[str, Tensor]
     """Quantized module → what its inputs are divided by, with AutoAWQ."""
     files: Mapping[str, Any]
@@ -73,7 +76,8 @@ class Checkpoint:
 
     def parts(self, module: str) -> dict[str, Tensor]:
         """The tensors that stand for one quantized module's weight, by suffix."""
-        return {suffix: self.tensor(f"{module}.{suffix}") for suffix in self.packed[module]}
+        stored = stored_module(self.bare, module)
+        return {suffix: self.tensor(f"{stored}.{suffix}") for suffix in self.packed[module]}
 
     def dense(self, module: str) -> Tensor:
         """One quantized module's weight `[rows, cols]` in float32.
@@ -100,11 +104,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         files |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
-    packed: dict[str, tuple[str, ...]] = {name: () for name in packed_modules(shapes, quantization)}
+    packed: dict[str, tuple[str, ...]] = {
+        loaded_module(bare, name): () for name in packed_modules(shapes, quantization)
+    }
     extra = extra_tensors(shapes, packed, bare)
     plain = []
     for name in shapes:
-        module, _, suffix = name.rpartition(".")
+        stored, _, suffix = name.rpartition(".")
+        module = loaded_module(bare, stored)
         if module in packed and suffix != "bias":
             packed[module] += (suffix,)
         elif name not in extra:
@@ -159,7 +166,7 @@ def model_from_state(
 
 
 def bare_model(folder: Path) -> PreTrainedModel:
-    """The unquantized architecture of an export, on the meta device.
+    """The unquantized architecture of an export, on the meta device, its experts unfolded.
 
     Raises:
         ArtifactError: a config that Transformers cannot build a model from.
@@ -173,6 +180,7 @@ def bare_model(folder: Path) -> PreTrainedModel:
         raise ArtifactError(
             f"{folder / 'config.json'}: describes no model that can be built ({reason}). Restore the exported file."
         ) from err
+    unfold_experts(model)
     return model
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from quant_fairness_plugin.artifacts import ExportRecord
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, tensor_layout
 from quant_fairness_plugin.checkpoint.dequantize import bare_model, extra_tensors
+from quant_fairness_plugin.checkpoint.experts import loaded_module, stored_module, with_stacks
 from quant_fairness_plugin.checkpoint.folder import (
     check_headers,
     packed_modules,
@@ -105,9 +106,10 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     form = checkpoint_format("fp16-twin") if layout is None else format_of_layout(layout)
     model = bare_model(folder)
     family = detect_family(model)
-    names = packed_modules(shapes, quantization)
+    names = {loaded_module(model, name) for name in packed_modules(shapes, quantization)}
     extra = extra_tensors(shapes, names, model)
     packed = {name: _stored_grid(name, model, shapes, form) for name in sorted(names)}
+    stored = {stored_module(model, name): grid for name, grid in packed.items()}
     _check_complete(model, family, packed, shapes.keys() - set(extra))
     return Inspection(
         folder=folder,
@@ -122,7 +124,7 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         packed=packed,
         tensors=len(shapes),
         dtype=_one_dtype({name: kind for name, (kind, _) in shapes.items() if name not in extra}),
-        facts=_facts(folder, form, packed, missing=form.added_tensors(model).keys() - shapes.keys()),
+        facts=_facts(folder, form, stored, missing=form.added_tensors(model).keys() - shapes.keys()),
     )
 
 
@@ -134,7 +136,8 @@ def modules_by_tensors(model: nn.Module, family: Family, shapes: TensorShapes, r
     """
     form = checkpoint_format(record.format)
     marker = f".{form.suffixes[0]}" if form.packs else None
-    packed = {name.removesuffix(marker) for name in shapes if name.endswith(marker)} if marker else set()
+    found = [name.removesuffix(marker) for name in shapes if name.endswith(marker)] if marker else []
+    packed = {loaded_module(model, name) for name in found}
     recorded = set(record.quantized_modules) if form.packs else set()
     for name in sorted(packed ^ recorded):
         raise ArtifactError(
@@ -171,14 +174,20 @@ def check_tensor_list(
     return f"{len(expected)} tensors, {dtype}"
 
 
-def check_values(folder: Path, record: ExportRecord) -> str:
+def check_values(folder: Path, model: nn.Module, record: ExportRecord) -> str:
     """Check that every float is finite, groups are in order, and zero points are those of the recorded grid.
+
+    Args:
+        folder: the export.
+        model: the unquantized architecture, on any device.
+        record: what was exported.
 
     Raises:
         ArtifactError: a value that no loader would report; names the tensor.
     """
     grid, form = record.plan.grid, checkpoint_format(record.format)
-    for values in read_values(folder, form, record.quantized_modules):
+    widths = {stored_module(model, name): bits for name, bits in record.quantized_modules.items()}
+    for values in read_values(folder, form, widths):
         if not values.finite:
             raise ArtifactError(f"{values.where} holds NaN or infinite values. Export again.")
         if grid.symmetric and not values.symmetric:
@@ -200,7 +209,7 @@ def _stored_grid(name: str, model: PreTrainedModel, shapes: TensorShapes, form: 
             f"{name} is quantized in the weight files, and the architecture has no such linear module; allowed are its "
             "own. Get the config.json that belongs to these files."
         ) from err
-    prefix = f"{name}."
+    prefix = f"{stored_module(model, name)}."
     present = {key.removeprefix(prefix): shape for key, (_, shape) in shapes.items() if key.startswith(prefix)}
     try:
         grid = form.grid(present, rows, cols)
@@ -224,6 +233,7 @@ def _state_names(model: nn.Module, packed: Collection[str]) -> tuple[dict[str, T
     once = {name for name, _ in model.named_parameters()}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     state = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in packed}
+    state = with_stacks(model, state, packed)
     return state, {name for name in state if name in once or name not in every}
 
 
@@ -232,7 +242,7 @@ def _check_complete(model: PreTrainedModel, family: Family, packed: Collection[s
     state, needed = _state_names(model, packed)
     present = {stored_name(name, family) if name in state else name for name in present}  # tools name heads both ways
     suffixes = {suffix for entry in FORMATS.values() for suffix in (*entry.suffixes, *entry.optional)}
-    known = {f"{name}.{suffix}" for name in packed for suffix in suffixes}
+    known = {f"{stored_module(model, name)}.{suffix}" for name in packed for suffix in suffixes}
     known |= {stored_name(name, family) for name in state}
     missing = {stored_name(name, family) for name in needed} - present
     _check_names(missing, present - known, f"The files must hold exactly the model's. {_AGAIN}")
@@ -258,7 +268,7 @@ def _expected_tensors(
         rows, cols = linear_weight(model.get_submodule(module)).shape
         stored = StoredGrid(rows, cols, record.quantized_modules[module], group_count(grid, cols))
         kinds = form.expected(stored, symmetric=grid.symmetric)
-        expected |= {f"{module}.{suffix}": kind for suffix, kind in kinds.items()}
+        expected |= {f"{stored_module(model, module)}.{suffix}": kind for suffix, kind in kinds.items()}
     return expected | {name: (None, (length,)) for name, length in form.added_tensors(model).items()}
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.checkpoint.experts import expert_target, skipped_patterns
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.families import Family
 
@@ -45,6 +47,8 @@ def module_map(
         fused={name: parts for layer in range(layers) for name, parts in family.fused_modules(layer).items()},
         bits={name: bits[name] for name in linears if name in bits},
         aliases=tuple({stored_name(family.head, family)} - {family.head}),
+        patterns=skipped_patterns(model, done),
+        experts=expert_target(model, done),
     )
 
 
@@ -89,6 +93,17 @@ class ModuleMap:
     """Quantized module → bits, where they are not those of the grid (INT8 units)."""
     aliases: tuple[str, ...] = ()
     """Further names under which servers know kept modules, such as GPT-NeoX's `embed_out`."""
+    patterns: tuple[str, ...] = ()
+    """Of a mixture of experts: regular expressions, after `re:`, for its routers and the experts in 16 bit."""
+    experts: str | None = None
+    """The regular expression for all routed experts, where some are quantized."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What a list of all that stays in 16 bit holds: full names, and patterns in the place of experts' names."""
+        rules = [re.compile(pattern.removeprefix("re:")) for pattern in self.patterns]
+        single = tuple(name for name in self.kept if not any(rule.match(name) for rule in rules))
+        return (*single, *self.aliases, *self.patterns)
 
     @property
     def kept_in_blocks(self) -> tuple[str, ...]:

@@ -147,7 +147,7 @@ def _check_recorded(folder: Path) -> tuple[str, list[CheckResult], Case]:
         CheckResult("headers", "passed", f"{len(shapes)} tensors, each once"),
         CheckResult("metadata", "passed", metadata),
         CheckResult("tensors", "passed", listed),
-        CheckResult("values", "passed", check_values(folder, record)),
+        CheckResult("values", "passed", check_values(folder, model, record)),
     ]
     if columns := check_columns(folder, record, model, str(config.get("dtype"))):
         checks.append(CheckResult("columns", "passed", columns))

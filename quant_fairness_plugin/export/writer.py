@@ -23,6 +23,7 @@ from quant_fairness_plugin.artifacts import (
 )
 from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
+from quant_fairness_plugin.checkpoint.experts import stored_module
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.formats.format import Format
@@ -243,6 +244,6 @@ def _expected_values(quantized: QuantizedModel, *, twin: bool) -> dict[str, part
     def folded(name: str) -> Tensor:
         return quantized.folded[name].to("cpu", loaded.storage_dtype).float()
 
-    weights = {f"{name}.weight": partial(weight, name) for name in quantized.tensors}
+    weights = {f"{stored_module(loaded.model, name)}.weight": partial(weight, name) for name in quantized.tensors}
     rest = {stored_name(name, loaded.family): partial(folded, name) for name in quantized.folded}
     return rest | weights

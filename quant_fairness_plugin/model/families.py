@@ -19,7 +19,13 @@ from quant_fairness_plugin.model.architectures import (
     known_families,
     match_architecture,
 )
-from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts, names_experts
+from quant_fairness_plugin.model.architectures.experts import (
+    expert_counts,
+    find_mixture,
+    mixture_advice,
+    mixture_units,
+    names_experts,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -124,6 +130,8 @@ def detect_family(model: PreTrainedModel) -> Family:
             f"{_kind(model)}: blocks 0 and {other} of {path} hold different modules; expected a list of equal "
             f"decoder blocks. Supported are {', '.join(known_families())} and models of that shape."
         )
+    if experts := _unfolded(blocks[0]):
+        return _mixture(model, path, structures[0], experts)
     record = match_architecture(lambda record: structures[0] if record.blocks == path else None, _kind(model))
     return _generic(model, path, structures) if record is None else _known(model, record)
 
@@ -169,20 +177,23 @@ def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Mo
     mixture: list[str] = []
     others: dict[str, str] = {}
     for i, block in enumerate(blocks):
+        taken = bool(_unfolded(block))
         for name, module in block.named_modules():
             if any(part.startswith("lora_") for part in name.split(".")):
                 raise UnsupportedModelError(
                     f"{_kind(model)}: {path}.{i}.{name} is an unmerged LoRA adapter; plain models are accepted. "
                     "Merge it first (peft's merge_and_unload)."
                 )
-            if names_experts(name):
+            if names_experts(name) and not taken:
                 mixture.append(f"{path}.{i}.{name}")
             elif reason := _not_dense(module):
                 others[f"{path}.{i}.{name}"] = reason
     counted = any(True for _ in expert_counts(_config(model)))
     if mixture or (counted and others):
         where = next((name for name in mixture if name.endswith(".experts")), [*mixture, *others][0])
-        raise UnsupportedModelError(f"{_kind(model)}: {where} holds a mixture of experts, {MIXTURE_ADVICE}")
+        raise UnsupportedModelError(
+            f"{_kind(model)}: {where} holds a mixture of experts, {mixture_advice(_kind(model))}"
+        )
     for name, reason in others.items():
         raise UnsupportedModelError(
             f"{_kind(model)}: {name} {reason}, which would stay as it is; expected blocks of linear modules and norms. "
@@ -268,6 +279,27 @@ def _generic(model: PreTrainedModel, path: str, blocks: list[Block]) -> Family:
         head=head,
     )
     return Family(GENERIC, record, tied)
+
+
+def _unfolded(block: nn.Module) -> str:
+    """Return the name of the routed experts of a block, relative to it; empty where it has none."""
+    from quant_fairness_plugin.model.experts import expert_modules
+
+    return next((name for name, _ in expert_modules(block)), "")
+
+
+def _mixture(model: PreTrainedModel, path: str, block: Block, experts: str) -> Family:
+    generic = _generic(model, path, [block, block]).architecture
+    mixture = find_mixture(_kind(model))
+    assert mixture is not None, "experts are unfolded in families that are taken only"
+    record = replace(
+        generic,
+        families=(_kind(model),),
+        units=mixture_units(block.linears, experts),
+        moved=mixture.moved,
+    )
+    _, tied = _head(model)
+    return Family(_kind(model), record, tied)
 
 
 def _head(model: PreTrainedModel) -> tuple[str, bool]:

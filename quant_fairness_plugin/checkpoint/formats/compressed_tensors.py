@@ -97,6 +97,9 @@ class CompressedTensorsFormat(Format):
         for number, bits in enumerate(sorted(set(modules.bits.values())), start=1):
             names = [name for name in modules.quantized if modules.bits.get(name) == bits]
             groups[f"group_{number}"] = _group(names, grid, bits)
+        if modules.experts is not None and groups:
+            # Transformers gives experts the first group whose pattern names them, else the first without a pattern.
+            groups = {"experts": _group([modules.experts], grid, grid.bits)} | groups
         # Last, because compressed-tensors warns of every name that comes after a class which matched first.
         groups["group_0"] = _group(["Linear"], grid, grid.bits)
         return {
@@ -104,7 +107,7 @@ class CompressedTensorsFormat(Format):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [*modules.kept, *modules.aliases],
+            "ignore": list(modules.left_out),
         }
 
     def scheme_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
@@ -112,6 +115,8 @@ class CompressedTensorsFormat(Format):
         expected = {"quant_method": self.method, "format": "pack-quantized", "quantization_status": "compressed"}
         yield from wrong_fields(quantization, expected)
         yield from _wrong_groups(modules, quantization.get("config_groups"))
+        if modules.experts is not None:
+            yield from _wrong_experts(quantization.get("config_groups"))
         yield from _wrong_ignore(modules, quantization)
 
 
@@ -138,7 +143,7 @@ def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         yield f"config_groups is {groups!r}; expected: a table of groups"
         return
-    *others, last = groups.values()
+    *others, last = (group for group in groups.values() if group.get("targets") != [modules.experts])
     yield from wrong_fields(last, {"targets": ["Linear"]})
     if len(others) > 1 or any("Linear" in group.get("targets", []) for group in others):
         yield f"config_groups holds {1 + len(others)} groups; expected: one for names, and after it one for Linear"
@@ -148,6 +153,16 @@ def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
         # Another target would match nothing, and no reader would say so.
         for name in set(group.get("targets", ())) - {"Linear", *modules.quantized}:
             yield f"targets hold {name!r}, which is no quantized module; expected: full names of unmerged modules"
+
+
+def _wrong_experts(groups: object) -> Iterator[str]:
+    """All experts of a checkpoint have one group: the first with a pattern that names them, else without a pattern."""
+    tables = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    patterns = [[target.startswith("re:") for target in group.get("targets", ())] for group in tables]
+    named = [g for g in tables if any(t.startswith("re:") and "experts" in t for t in g.get("targets", ()))]
+    plain = [group for group, found in zip(tables, patterns, strict=True) if not all(found)]
+    for group in [*named, *plain][:1]:
+        yield from _wrong_group(group, STORED_BITS)
 
 
 def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
@@ -173,7 +188,7 @@ def _wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[st
         return
     listed = quantization["ignore"]
     for entry in listed:
-        if entry not in {*modules.kept, *modules.aliases, *modules.quantized}:
+        if entry not in {*modules.kept, *modules.aliases, *modules.quantized, *modules.patterns}:
             yield f"ignore holds {entry!r}, which is no linear module; expected: full names of unmerged modules"
-    for name in sorted(set(modules.aliases) - set(listed)):
+    for name in sorted({*modules.aliases, *modules.patterns} - set(listed)):
         yield f"ignore lacks {name}, another name of a 16-bit module; expected: every name of the 16-bit modules"
