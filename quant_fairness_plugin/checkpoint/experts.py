@@ -92,20 +92,18 @@ def skipped_patterns(model: nn.Module, quantized: Collection[str]) -> tuple[str,
     mixture = mixture_of(model)
     if mixture is None:
         return ()
-    return (
-        "re:.*\\.gate$",
-        *(f"re:{pattern}" for pattern in _expert_patterns(kept_experts(model, quantized), mixture)),
-    )
+    kept = kept_experts(model, quantized)
+    return (r"re:.*\.gate$", *(f"re:{pattern}" for pattern in _expert_patterns(kept, mixture)))
 
 
 def expert_target(model: nn.Module, quantized: Collection[str]) -> str | None:
     """Return the regular expression for all routed experts; None where none are quantized."""
     found = mixture_of(model) is not None and any(".experts." in name for name in quantized)
-    return "re:.*\\.experts\\.\\d+\\..*" if found else None
+    return r"re:.*\.experts\.\d+\..*" if found else None
 
 
 def _expert_patterns(kept: Collection[str], mixture: Mixture) -> Iterator[str]:
     for name in kept:
         before, place, last = name.rsplit(".", 2)
-        places = "|".join(mixture.places) if mixture.places != (place,) else place
-        yield rf"{re.escape(before)}\.({places})\.{last}\..*" if "|" in places else rf"{re.escape(name)}\..*"
+        places = place if mixture.places == (place,) else f"({'|'.join(mixture.places)})"
+        yield rf"{re.escape(before)}\.{places}\.{last}\..*"

@@ -22,6 +22,8 @@ from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, Resour
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
+from quant_fairness_plugin.model.architectures.experts import find_mixture
+from quant_fairness_plugin.model.experts import with_unfolded_experts
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, quiet_transformers
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
@@ -37,9 +39,9 @@ MAX_VALUES = 2_000_000_000
 
 def is_known(model: PreTrainedModel) -> bool:
     """Return whether a family has a record of its own, and with it tests in every format."""
-    return (
-        find_architecture(str(getattr(model.config, "model_type", ""))) is not None and not detect_family(model).generic
-    )
+    kind = str(getattr(model.config, "model_type", ""))
+    recorded = find_architecture(kind) is not None or find_mixture(kind) is not None
+    return recorded and not detect_family(with_unfolded_experts(model)).generic
 
 
 def try_architecture(

@@ -191,9 +191,8 @@ def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Mo
     counted = any(True for _ in expert_counts(_config(model)))
     if mixture or (counted and others):
         where = next((name for name in mixture if name.endswith(".experts")), [*mixture, *others][0])
-        raise UnsupportedModelError(
-            f"{_kind(model)}: {where} holds a mixture of experts, {mixture_advice(_kind(model))}"
-        )
+        advice = mixture_advice(_kind(model))
+        raise UnsupportedModelError(f"{_kind(model)}: {where} holds a mixture of experts, {advice}")
     for name, reason in others.items():
         raise UnsupportedModelError(
             f"{_kind(model)}: {name} {reason}, which would stay as it is; expected blocks of linear modules and norms. "
