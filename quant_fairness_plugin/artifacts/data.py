@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.errors import ConfigError
 
 NO_SURPRISES = ConfigDict(extra="forbid")
@@ -331,6 +332,8 @@ class ExportRecord:
     protected_columns: dict[str, int] = field(default_factory=dict)
     """Module → how many of its input channels are in `quant_fairness_columns.safetensors` too, in 16 bit."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+    experts: ExpertCoverage | None = None
+    """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,6 +55,8 @@ def write_checkpoint(
 def report_checkpoint(record: ExportRecord, out: Path, *, as_json: bool) -> None:
     """Print what was written: the record as JSON, or the table and a line; what it was calibrated on, on stderr."""
     typer.echo("\n".join(coverage_lines(record.calibration)), err=True)
+    if record.experts is not None:
+        typer.echo("\n".join(record.experts.lines()), err=True)
     if as_json:
         typer.echo(to_json(record), nl=False)
         return

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, Unit
+from quant_fairness_plugin.artifacts import ExpertCoverage, Grid, ProtectionPlan, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.experts import Experts
@@ -66,6 +66,8 @@ class QuantizedModel:
     """Versions of the backend's packages; empty for our own core."""
     columns: Mapping[str, KeptColumns] = field(default_factory=dict)
     """Full module name → the input channels that keep 16 bit beside its integers."""
+    experts: ExpertCoverage | None = None
+    """Of a mixture of experts: how calibration reached them, where that was counted."""
 
     @property
     def grid(self) -> Grid:
