@@ -14,14 +14,20 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "gpt2", "bloom")
+MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe")
+"""With four experts a layer, two for each token, of the width of the model."""
 VOCABULARY = 264
 END_OF_TEXT = "<|endoftext|>"
 
@@ -58,6 +64,22 @@ def tiny_config(family: str, *, layers: int, width: int) -> PretrainedConfig:
             return Qwen3Config(**grouped)
         case "gemma":
             return GemmaConfig(**grouped)
+        case "qwen3_moe":
+            return Qwen3MoeConfig(**grouped, moe_intermediate_size=width, num_experts=4, num_experts_per_tok=2)
+        case "mixtral":
+            return MixtralConfig(
+                **(grouped | {"intermediate_size": width}), num_local_experts=4, num_experts_per_tok=2,
+                sliding_window=None,
+            )  # fmt: skip
+        case "qwen2_moe":
+            return Qwen2MoeConfig(
+                **{k: v for k, v in grouped.items() if k != "head_dim"}, moe_intermediate_size=width,
+                shared_expert_intermediate_size=2 * width, num_experts=4, num_experts_per_tok=2,
+            )  # fmt: skip
+        case "olmoe":
+            return OlmoeConfig(
+                **{k: v for k, v in grouped.items() if k != "head_dim"}, num_experts=4, num_experts_per_tok=2
+            )
         case "opt":
             sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 2 * width}
             rest = {"num_hidden_layers": layers, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -78,7 +100,7 @@ def write_tiny_model(folder: Path, family: str, *, layers: int = 2, width: int =
     model = AutoModelForCausalLM.from_config(tiny_config(family, layers=layers, width=width))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0.0, 0.15)
             else:
                 parameter.add_(0.05 * torch.randn_like(parameter))

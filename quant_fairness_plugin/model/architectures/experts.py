@@ -68,13 +68,13 @@ def find_mixture(model_type: str) -> Mixture | None:
 def mixture_advice(model_type: str) -> str:
     """Return why a mixture is refused, with what is accepted, to end a sentence that says what was found."""
     taken = ", ".join(sorted(name for mixture in MIXTURES for name in mixture.families))
-    why = "stacks them in its files, where no reader takes single quantized experts"
+    family = model_type or "this family"
+    why = f"the files of {family} stack them, and no reader takes them quantized one by one"
     if model_type not in _STACKED:
-        why = "was read back by no reader with quantized experts"
+        why = f"no reader was run on quantized experts of {family}"
     return (
-        f"which calibration would reach with too few tokens unseen: {model_type or 'this family'} {why}; accepted are "
-        f"{taken}, and dense models. Use a dense model of the family, or quantize this one with a tool that knows its "
-        "experts (gptqmodel, llm-compressor)."
+        f"and {why}; accepted are {taken}, and dense models. Use a dense model of the family, or quantize this one "
+        "with a tool that knows its experts (gptqmodel, llm-compressor)."
     )
 
 
