@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -64,22 +65,6 @@ def tiny_config(family: str, *, layers: int, width: int) -> PretrainedConfig:
             return Qwen3Config(**grouped)
         case "gemma":
             return GemmaConfig(**grouped)
-        case "qwen3_moe":
-            return Qwen3MoeConfig(**grouped, moe_intermediate_size=width, num_experts=4, num_experts_per_tok=2)
-        case "mixtral":
-            return MixtralConfig(
-                **(grouped | {"intermediate_size": width}), num_local_experts=4, num_experts_per_tok=2,
-                sliding_window=None,
-            )  # fmt: skip
-        case "qwen2_moe":
-            return Qwen2MoeConfig(
-                **{k: v for k, v in grouped.items() if k != "head_dim"}, moe_intermediate_size=width,
-                shared_expert_intermediate_size=2 * width, num_experts=4, num_experts_per_tok=2,
-            )  # fmt: skip
-        case "olmoe":
-            return OlmoeConfig(
-                **{k: v for k, v in grouped.items() if k != "head_dim"}, num_experts=4, num_experts_per_tok=2
-            )
         case "opt":
             sizes = {"hidden_size": width, "word_embed_proj_dim": width, "ffn_dim": 2 * width}
             rest = {"num_hidden_layers": layers, "num_attention_heads": 4, "max_position_embeddings": 256}
@@ -90,6 +75,24 @@ def tiny_config(family: str, *, layers: int, width: int) -> PretrainedConfig:
             return GPT2Config(**ids, n_embd=width, n_layer=layers, n_head=4, n_positions=256, n_inner=2 * width)
         case "bloom":
             return BloomConfig(**ids, hidden_size=width, n_layer=layers, n_head=4)
+        case _:
+            return _mixture_config(family, grouped, width)
+
+
+def _mixture_config(family: str, grouped: dict[str, Any], width: int) -> PretrainedConfig:
+    routed = {"num_experts_per_tok": 2}
+    plain = {key: value for key, value in grouped.items() if key != "head_dim"} | routed
+    match family:
+        case "qwen3_moe":
+            return Qwen3MoeConfig(**grouped, **routed, moe_intermediate_size=width, num_experts=4)
+        case "mixtral":
+            sizes = grouped | routed | {"intermediate_size": width}
+            return MixtralConfig(**sizes, num_local_experts=4, sliding_window=None)
+        case "qwen2_moe":
+            sizes = {"moe_intermediate_size": width, "shared_expert_intermediate_size": 2 * width}
+            return Qwen2MoeConfig(**plain, **sizes, num_experts=4)
+        case "olmoe":
+            return OlmoeConfig(**plain, num_experts=4)
         case _:
             raise ValueError(f"unknown family {family!r}")
 

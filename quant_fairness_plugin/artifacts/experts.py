@@ -91,6 +91,10 @@ class ExpertCoverage:
         """Yield a sentence for every language, on its worst layer."""
         for language in self.languages:
             use = self.worst(language)
+            if not use.few_own:
+                reached = "calibration reached every expert that it uses"
+                yield f"{language}: {reached} with {self.enough} of its own tokens or more"
+                continue
             place = f"{use.used} of {self.experts} experts of layer {use.layer.removeprefix('layers.')}"
             yield (
                 f"{language} uses {place}; calibration reached {use.few} of them with fewer than {self.enough} tokens "
