@@ -219,7 +219,7 @@ class Format(ABC):
             if grid.words(integers) == words and 0 < groups <= cols:
                 return grid
         raise ValueError(
-            f"its packed tensor has {words} words for {integers} integers in {groups} groups; allowed are "
+            f"its packed tensor has {words} words for {integers} integers in {groups} groups; accepted are "
             f"{' or '.join(map(str, self.widths))} bits"
         )
 
