@@ -23,6 +23,7 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     WORD_BITS,
     Format,
@@ -67,6 +68,7 @@ class GptqFormat(Format):
                 "--sym, or --format compressed-tensors",
             ),
         ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )

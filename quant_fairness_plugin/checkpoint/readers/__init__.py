@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision
@@ -104,6 +105,7 @@ def find_refusal(
         conv1d=architecture is not None and architecture.conv1d,
         head_on_disk="" if architecture is None else architecture.head_on_disk or "",
         scaled_activation="" if scaled is None else scaled.activation,
+        wrapped=isinstance(family, Family) and family.wrapper is not None,
     )
     return first_refusal(rules, request)
 
@@ -112,7 +114,11 @@ def reader_problems(case: Case) -> dict[str, str]:
     """Return what each reader would get wrong, as one sentence; empty for a reader that gets all of it right."""
     if not case.modules.quantized:
         return dict.fromkeys(READERS, "")
-    return {name: next(iter(reader.problems(case)), "") for name, reader in READERS.items()}
+    cases = [replace(case, modules=view) for view in case.modules.views]
+    return {
+        name: next((problem for seen in cases for problem in reader.problems(seen)), "")
+        for name, reader in READERS.items()
+    }
 
 
 def metadata_problems(
@@ -132,7 +138,8 @@ def metadata_problems(
     owners = {name: reader.metadata for name, reader in READERS.items()} | {"others": OTHERS}
     for owner, rules in owners.items():
         for rule in rules.get(layout.method, ()):
-            yield f"{owner}: {rule.label}", tuple(rule.problems(modules, quantization))
+            broken = (problem for view in modules.views for problem in rule.problems(view, quantization))
+            yield f"{owner}: {rule.label}", tuple(broken)
 
 
 def check_metadata(layout: Format, modules: ModuleMap, quantization: Quantization) -> str:

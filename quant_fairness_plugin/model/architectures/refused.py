@@ -34,8 +34,8 @@ _REASONS = {
     "hrm_text": "a model that runs the same blocks in cycles, so that one layer cannot be protected alone",
     "reformer": "a model of reversible blocks with hashed attention, which cannot be run block by block",
     "git": "a captioning model, whose text decoder attends to an image",
+    "mllama": "a model some of whose blocks attend to images alone, which no text calibrates",
 }
-_OTHER_SENSES = ("vision_config", "audio_config")
 
 
 def refusal_of(model_type: str, config: Mapping[str, Any]) -> str | None:
@@ -46,6 +46,4 @@ def refusal_of(model_type: str, config: Mapping[str, Any]) -> str | None:
         config: its `config.json`.
     """
     reason = _REASONS.get(model_type)
-    if reason is None and any(isinstance(config.get(key), Mapping) for key in _OTHER_SENSES):
-        reason = "a model of text with images or sound, whose decoder is only a part of it"
     return None if reason is None else f"{model_type or 'the model'} is {reason}; {_DENSE}"
