@@ -51,6 +51,7 @@ def check_exportable(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    wrapped: bool = False,
 ) -> None:
     """Refuse what no loader, or not the wanted one, would read correctly.
 
@@ -60,12 +61,13 @@ def check_exportable(
         grid: the integer grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
         overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`.
+        wrapped: whether the text decoder is a part of the model; a family map says so itself.
 
     Raises:
         ConfigError: an unknown format or reader.
         UnsupportedModelError: a combination that upstream reads wrongly or not at all; names the ways out.
     """
-    refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides)
+    refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides, wrapped=wrapped)
     if refusal is not None:
         raise UnsupportedModelError(str(refusal))
 
@@ -77,6 +79,7 @@ def find_refusal(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    wrapped: bool = False,
 ) -> Refusal | None:
     """Return why a combination cannot be written and read, or None where it can; as `check_exportable`.
 
@@ -86,6 +89,7 @@ def find_refusal(
         grid: the grid.
         reader: the reader.
         overrides: precisions of single layers and units.
+        wrapped: as for `check_exportable`.
 
     Raises:
         ConfigError: an unknown format or reader.
@@ -105,7 +109,7 @@ def find_refusal(
         conv1d=architecture is not None and architecture.conv1d,
         head_on_disk="" if architecture is None else architecture.head_on_disk or "",
         scaled_activation="" if scaled is None else scaled.activation,
-        wrapped=isinstance(family, Family) and family.wrapper is not None,
+        wrapped=wrapped or (isinstance(family, Family) and family.wrapper is not None),
     )
     return first_refusal(rules, request)
 
