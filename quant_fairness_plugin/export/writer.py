@@ -102,7 +102,7 @@ def export(
             evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
             record = _describe(replace(record, plan=evaluated, measurement=measured), card, folder)
             check_recorded_files(folder, record)
-    if copies.summary():
+    if copies.summary() and loaded.files.weights:
         _logger.warning("%s: %s", out, copies.summary())
     _logger.info("%s: written and verified, %s", out, format)
     return record

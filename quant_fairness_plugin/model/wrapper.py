@@ -47,7 +47,8 @@ def find_wrapper(model: PreTrainedModel) -> Wrapper | None:
     Args:
         model: on any device, the meta device included.
     """
-    if model.config.get_text_config() is model.config:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config") or config.get_text_config() is config:
         return None
     path, head = _path(model, model.get_decoder()), _path(model, model.get_output_embeddings())  # type: ignore[no-untyped-call]
     if path in ("", model.base_model_prefix):
