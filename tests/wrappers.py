@@ -51,7 +51,8 @@ def wrapper_config(kind: str, *, layers: int = 2, width: int = 32) -> Pretrained
 def make_wrapper(kind: str, *, layers: int = 2, width: int = 32) -> PreTrainedModel:
     """A random wrapper in float32 whose predictions differ from uniform."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForMultimodalLM.from_config(wrapper_config(kind, layers=layers, width=width))
+    config = wrapper_config(kind, layers=layers, width=width)
+    model: PreTrainedModel = AutoModelForMultimodalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
@@ -64,5 +65,7 @@ def make_wrapper(kind: str, *, layers: int = 2, width: int = 32) -> PreTrainedMo
 
 def write_wrapper(folder: Path, kind: str, *, layers: int = 2, width: int = 32) -> None:
     """Write a random wrapper in bfloat16, as such models are published, its text decoder and its other parts alike."""
-    make_wrapper(kind, layers=layers, width=width).to(torch.bfloat16).save_pretrained(folder)
+    model = make_wrapper(kind, layers=layers, width=width)
+    model.to(torch.bfloat16)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

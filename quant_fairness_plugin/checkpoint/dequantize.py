@@ -25,7 +25,7 @@ from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
-from quant_fairness_plugin.model.unread import sort_names
+from quant_fairness_plugin.model.unread import LoadedNames, sort_names
 from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
 
 
@@ -191,14 +191,19 @@ def bare_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def check_loading_info(folder: Path, info: Mapping[str, Any]) -> None:
+def check_loading_info(folder: Path, info: Mapping[str, Any], overlooked: Collection[str] = ()) -> None:
     """Refuse a load in which Transformers would have filled gaps with random numbers.
+
+    Args:
+        folder: what was loaded.
+        info: what Transformers reports.
+        overlooked: names of tensors that may be there, though no module has them.
 
     Raises:
         ArtifactError: tensors that are missing, unexpected or of another shape.
     """
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(problem) or ())
+        keys = sorted({str(key) for key in info.get(problem) or ()}.difference(overlooked))
         if keys:
             raise ArtifactError(
                 f"{folder}: {problem.replace('_', ' ')}: {', '.join(keys[:5])} ({len(keys)} in all); the files do not "
@@ -221,6 +226,13 @@ def unread_tensors(names: Iterable[str], bare: PreTrainedModel) -> list[str]:
         bare: the unquantized architecture.
     """
     return sort_names(bare, detect_family(bare), names).unread
+
+
+def overlooked_keys(folder: Path) -> set[str]:
+    """What Transformers may rightly call unexpected in a folder: tensors that are only copied, by all their names."""
+    bare = bare_model(folder)
+    unread, names = unread_tensors(check_headers(folder), bare), LoadedNames(bare)
+    return {*unread, *(names.find(name) for name in unread)}
 
 
 def extra_tensors(names: Iterable[str], packed: Collection[str], bare: PreTrainedModel) -> tuple[str, ...]:

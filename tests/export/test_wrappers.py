@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
-from quant_fairness_plugin.artifacts import ExportRecord
+from quant_fairness_plugin.artifacts import CheckpointFormat, ExportRecord
 from quant_fairness_plugin.checkpoint.dequantize import load_dense_model, read_dense_state
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.export.trial import try_architecture
@@ -106,9 +106,11 @@ def test_verify_sees_a_copy_with_other_bytes(done: tuple[str, Done], tmp_path: P
 
 
 @pytest.mark.parametrize("layout", ["gptq", "awq"])
-def test_formats_that_no_reader_was_run_on_are_refused(done: tuple[str, Done], tmp_path: Path, layout: str) -> None:
+def test_formats_that_no_reader_was_run_on_are_refused(
+    done: tuple[str, Done], tmp_path: Path, layout: CheckpointFormat
+) -> None:
     with pytest.raises(UnsupportedModelError, match="also sees or hears"):
-        export(done[1][2], tmp_path / "out", texts=TEXTS, format=layout)  # type: ignore[arg-type]
+        export(done[1][2], tmp_path / "out", texts=TEXTS, format=layout)
 
 
 def test_a_wrapper_in_memory_survives_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_a_model_that_is_all_text_has_no_wrapper(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(tiny_config("llama", layers=2, width=32))
+        model = AutoModelForCausalLM.from_config(tiny_config("llama", layers=2, width=32))  # type: ignore[no-untyped-call]
     assert find_wrapper(model) is None
     assert detect_family(model).wrapper is None
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import GPTQConfig, PreTrainedModel
 
-from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model
+from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model, overlooked_keys
 from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
@@ -186,7 +186,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             **_exact_kernel(folder),
         )
         model, info = loaded
-        check_loading_info(folder, info)
+        check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
         actual = _logits(model)
     largest = max(float(row.abs().max()) for row in expected)

@@ -57,6 +57,13 @@ def sequence(model: torch.nn.Module, ids: list[int]) -> dict[str, Any]:
     return {"ids": ids, "new": 0, "predictions": predictions}
 
 
+def copied(checkpoint: str) -> set[str]:
+    """Return the tensors that the folder's record says were only copied, which no module need have."""
+    record = Path(checkpoint) / "quant_fairness.json"
+    content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return set(content.get("copied_tensors") or ())
+
+
 def model_class(checkpoint: str) -> Any:
     """Return the class that the config names where the text decoder is a part of the model, else the causal one."""
     config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
@@ -70,7 +77,9 @@ def read(checkpoint: str, request: dict[str, Any]) -> dict[str, Any]:
         checkpoint, dtype=torch.float16, output_loading_info=True, **plain_kernel(checkpoint)
     )
     model, info = loaded
-    gaps = {problem: sorted(map(str, info.get(problem) or ()))[:5] for problem in LOADING_PROBLEMS}
+    gaps = {
+        problem: sorted(set(map(str, info.get(problem) or ())) - copied(checkpoint))[:5] for problem in LOADING_PROBLEMS
+    }
     if any(gaps.values()):
         raise ValueError(f"Transformers reports {gaps}")
     model.train(False)
