@@ -50,7 +50,7 @@ class Columns:
                 f"torch.int32 [C] and [C, {N}]"
             )
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < K:
-            raise ValueError(f"columns name channels {int(index.min())}..{int(index.max())}; allowed are 0..{K - 1}")
+            raise ValueError(f"columns name channels {int(index.min())}..{int(index.max())}; accepted are 0..{K - 1}")
         repeated = len(index) - int(index.bincount().count_nonzero()) if len(index) else 0
         if repeated:
             raise ValueError(f"columns name {repeated} channels more than once")
@@ -88,7 +88,7 @@ def int4_matmul(
     """
     _check(x, weight, columns, dense, bias, silu_mul)
     if kernel not in KERNELS:
-        raise ValueError(f"unknown kernel {kernel!r}; allowed are {', '.join(KERNELS)}")
+        raise ValueError(f"unknown kernel {kernel!r}; accepted are {', '.join(KERNELS)}")
     if kernel == "auto":
         kernel = "triton" if x.is_cuda else "reference"
     if kernel == "triton" and (missing := missing_for_triton(x.device)) is not None:

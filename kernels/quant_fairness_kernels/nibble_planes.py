@@ -90,7 +90,7 @@ def kernel_group(K: int, groups: int) -> int:
         if (K // groups) % size == 0:
             return size
     raise ValueError(
-        f"groups of {K // groups} channels are not supported; allowed are multiples of 32, or one group per feature"
+        f"groups of {K // groups} channels are not supported; accepted are multiples of 32, or one group per feature"
     )
 
 
@@ -167,7 +167,7 @@ def planes_from_gptq(tensors: GptqTensors, *, version: int = 1) -> NibblePlanes:
         ValueError: another version, or what `pack_planes` raises.
     """
     if version not in (1, 2):
-        raise ValueError(f"unknown gptq checkpoint version {version}; allowed are 1 and 2")
+        raise ValueError(f"unknown gptq checkpoint version {version}; accepted are 1 and 2")
     K, G = int(tensors.g_idx.numel()), int(tensors.scales.shape[0])
     in_order = torch.arange(K, dtype=tensors.g_idx.dtype, device=tensors.g_idx.device) // max(1, K // G)
     integers, scales, zeros = unpack_gptq(tensors._replace(g_idx=in_order))

@@ -51,7 +51,7 @@ def compare_served(folder: Path, rows: Sequence[Sequence[int]] = ()) -> str:
     if not error <= SERVED_TOLERANCE:  # also when it is NaN
         what = f"logits that are {error:.3g} off" if error == error else "NaN or infinite values"
         raise ArtifactError(
-            f"{folder}: in {name}, which its config.json says it is served in, it computes {what}; allowed are finite "
+            f"{folder}: in {name}, which its config.json says it is served in, it computes {what}; accepted are finite "
             f"ones within {SERVED_TOLERANCE:g} of float32. Convert the source to bfloat16 and quantize that."
         )
     return f"{name}: logits within {error:.2g} of float32 on {len(rows)} rows"

@@ -115,7 +115,7 @@ def _check_target(folder: Path, out: Path | None, *, in_place: bool, dry_run: bo
         raise ArtifactError(f"{folder} is not a folder; expected a checkpoint folder. Check the path.")
     if (folder / RECORD).is_file():
         raise ArtifactError(
-            f"{folder} was written by this program ({RECORD}), and its checksums would no longer fit; allowed are "
+            f"{folder} was written by this program ({RECORD}), and its checksums would no longer fit; accepted are "
             "folders of other tools. Use quant-fairness verify, and export again what it finds."
         )
     target = out if out is not None else default_repaired(folder)

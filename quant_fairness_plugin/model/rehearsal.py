@@ -1,4 +1,4 @@
-"""Step 1, running a model's blocks one by one from outside: what each block is called with, and what follows the last.
+"""Running a model's blocks one by one from outside: what each block is called with, and what follows the last.
 
 Every family hands its blocks other arguments (masks, rotary embeddings, ALiBi, …) and does something else before the
 first and after the last. Instead of a description per family, the model itself is *rehearsed*: run with blocks that

@@ -1,4 +1,4 @@
-"""Step 8 of 8: load an exported checkpoint with our own kernels and run it.
+"""Serve: load an exported checkpoint with our own kernels and run it.
 
 `load.load_quantized` takes a folder, `swap.use_kernels` a model that Transformers has loaded; both put the module of
 `linear` in the place of every 4-bit one. `kernels` chooses what computes, `planes` repacks, `generate` writes text.

@@ -1,4 +1,4 @@
-"""Step 8, greedy decoding over a cache of fixed size, one token at a time; on a GPU as replays of one CUDA graph.
+"""Greedy decoding over a cache of fixed size, one token at a time; on a GPU as replays of one CUDA graph.
 
 A step reads the last token from one tensor and writes the next one into it, and the cache counts its own tokens, so a
 step depends on nothing outside the GPU: it can be recorded once and replayed. The first steps run without a graph, for

@@ -1,4 +1,4 @@
-"""Step 8, modules that get the same input in one launch: q, k and v, or gate and up. Small matrices leave a GPU idle.
+"""Fuse modules that get the same input in one launch: q, k and v, or gate and up. Small matrices leave a GPU idle.
 
 The features of the modules are stored one after the other, and each module hands out its own slice. The first of them
 that is called computes all; the others, called with the very same tensor, find theirs ready.
@@ -85,9 +85,9 @@ def launches(model: nn.Module, names: Iterable[str], *, fuse: bool) -> list[tupl
     group_of: dict[str, tuple[str, ...]] = {}
     wanted = list(names)
     for group in _groups(model) if fuse else ():
-        found = tuple(name for name in group if name in wanted)
-        if len(found) > 1:
-            group_of |= dict.fromkeys(found, found)
+        members = tuple(name for name in group if name in wanted)
+        if len(members) > 1:
+            group_of |= dict.fromkeys(members, members)
     return list(dict.fromkeys(group_of.get(name, (name,)) for name in wanted))
 
 
@@ -139,8 +139,8 @@ def _bias(parts: Sequence[Prepared]) -> Tensor | None:
 
 
 def _columns(parts: Sequence[Prepared]) -> Columns | None:
-    kept = [part.columns for part in parts if part.columns is not None]
-    return Columns(kept[0].index, torch.cat([part.weights for part in kept], dim=1)) if kept else None
+    columns = [part.columns for part in parts if part.columns is not None]
+    return Columns(columns[0].index, torch.cat([part.weights for part in columns], dim=1)) if columns else None
 
 
 def _equal(one: Tensor | None, other: Tensor | None) -> bool:

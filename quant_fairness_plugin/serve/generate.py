@@ -1,4 +1,4 @@
-"""Step 8, text out of a model, piece by piece, and how fast it came."""
+"""Text out of a model, piece by piece, and how fast it came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Step 8, which kernel computes, in which type and where; asked before anything is read."""
+"""Choose the kernel, the dtype and the device of a served model, before anything is read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 
 
 def choose_kernel(kernel: str, dtype: torch.dtype | None = None, *, device: torch.device | None = None) -> Choice:
-    """Resolve what was asked for to a kernel, a type and a device.
+    """Resolve the wanted kernel, dtype and device to those that this machine can use.
 
     `auto` is the Triton kernels on a GPU that they run on, the CPU path elsewhere, and the reference for float32. The
     CPU path takes bfloat16 unless told otherwise, because that is the only 16-bit type that CPUs multiply quickly.
@@ -37,9 +37,9 @@ def choose_kernel(kernel: str, dtype: torch.dtype | None = None, *, device: torc
         ConfigError: an unknown kernel or type, two that do not go together, or a kernel that cannot run here.
     """
     if kernel not in get_args(Kernel):
-        raise ConfigError(f"unknown kernel {kernel!r}; allowed are {', '.join(get_args(Kernel))}. Use one of these.")
+        raise ConfigError(f"unknown kernel {kernel!r}; accepted are {', '.join(get_args(Kernel))}. Use one of these.")
     if dtype not in (None, *DTYPES):
-        raise ConfigError(f"dtype {dtype} is not computed in; allowed are float16, bfloat16 and float32. Use those.")
+        raise ConfigError(f"dtype {dtype} is not computed in; accepted are float16, bfloat16 and float32. Use those.")
     if kernel == "auto":
         kernel = _fitting(dtype, device)
     if kernel == "triton":

@@ -1,4 +1,4 @@
-"""Step 8, the linear module that computes with a 4-bit weight, and its way into a model."""
+"""The linear module that computes with a 4-bit weight, and its way into a model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class _PlaneSizes:
 class QuantizedLinear(nn.Module):
     """`x @ W^T + bias` with a 4-bit W `[out_features, in_features]`, by the Triton kernels or by the CPU path.
 
-    On a GPU 0.5 byte per weight. On a CPU 2, or 4 in float32, because the dequantized weight is kept for prompts; where
-    torch's 4-bit operator is faster for few tokens (bfloat16, measured shapes) 2.5, since both forms are kept. So a CPU
+    On a GPU 0.5 byte per weight. On a CPU 2, or 4 in float32, because the dequantized weight stays for prompts; where
+    torch's 4-bit operator is faster for few tokens (bfloat16, measured shapes) 2.5, since both forms stay. So a CPU
     model needs up to 1.25 times the memory of its 16-bit original: the CPU path is for speed and for the same results
     as elsewhere, not for memory.
 
@@ -72,9 +72,9 @@ class QuantizedLinear(nn.Module):
         self._sizes = _PlaneSizes(planes.N, planes.K, planes.groups, planes.symmetric, planes.dtype)
         for name in ("words", "scales", "permutation", "counters"):
             self.register_buffer(name, None if on_cpu else getattr(planes, name), persistent=False)
-        kept = None if on_cpu or columns is None else columns.checked(N=planes.N, K=planes.K)
-        self.register_buffer("column_index", None if kept is None else kept.index, persistent=False)
-        self.register_buffer("column_weights", None if kept is None else kept.weights.to(dtype), persistent=False)
+        checked = None if on_cpu or columns is None else columns.checked(N=planes.N, K=planes.K)
+        self.register_buffer("column_index", None if checked is None else checked.index, persistent=False)
+        self.register_buffer("column_weights", None if checked is None else checked.weights.to(dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`, both in `dtype`.
@@ -148,9 +148,9 @@ def check_protected(model: nn.Module, *, dtype: torch.dtype, replaced: Iterable[
             continue
         weight = linear_weight(module) if isinstance(module._parameters.get("weight"), nn.Parameter) else None
         if weight is None or weight.is_meta or type(module.weight) is not nn.Parameter or weight.dtype != dtype:
-            found = "no plain weight" if weight is None else f"a weight in {weight.dtype} on {weight.device}"
+            held = "no plain weight" if weight is None else f"a weight in {weight.dtype} on {weight.device}"
             raise UnsupportedModelError(
-                f"{name} is protected, and holds {found}; expected is a plain one in {dtype}. Load the model with "
+                f"{name} is protected, and holds {held}; expected is a plain one in {dtype}. Load the model with "
                 f"dtype={dtype}."
             )
         seen += 1

@@ -1,4 +1,4 @@
-"""Step 8: an exported folder in, a Transformers model that runs out."""
+"""Loading for serving: an exported folder in, a Transformers model that runs out."""
 
 from __future__ import annotations
 
@@ -87,19 +87,19 @@ def load_quantized(
 @torch.no_grad()
 def _with_columns(model: PreTrainedModel, folder: Path, columns: Mapping[str, KeptColumns]) -> PreTrainedModel:
     """A dense float32 model, with what the side file adds to its weights."""
-    for name, kept in columns.items():
+    for name, extra in columns.items():
         weight = linear_weight(model.get_submodule(name))
-        check_fit(folder, name, kept, tuple(weight.shape))
-        weight.index_add_(1, kept.index.long(), kept.delta.to(weight))
+        check_fit(folder, name, extra, tuple(weight.shape))
+        weight.index_add_(1, extra.index.long(), extra.delta.to(weight))
     return model
 
 
 def _check_columns(folder: Path, checkpoint: Checkpoint, columns: Mapping[str, KeptColumns]) -> None:
     """Channels are added to what a quantized module computes; there must be such a module, and it must have them."""
-    for name, kept in columns.items():
+    for name, extra in columns.items():
         if name not in checkpoint.packed:
             raise ArtifactError(f"{folder / COLUMNS_FILE}: {name} is no quantized module. Export again.")
-        check_fit(folder, name, kept, tuple(linear_weight(checkpoint.bare.get_submodule(name)).shape))
+        check_fit(folder, name, extra, tuple(linear_weight(checkpoint.bare.get_submodule(name)).shape))
 
 
 def _build(
@@ -125,7 +125,7 @@ def _build(
 
 
 def _prepare(
-    model: PreTrainedModel, name: str, checkpoint: Checkpoint, choice: Choice, kept: KeptColumns | None
+    model: PreTrainedModel, name: str, checkpoint: Checkpoint, choice: Choice, extra: KeptColumns | None
 ) -> Prepared | None:
     """One module for the kernels; where they cannot compute it, it is put into the model dense, and None comes back."""
     assert choice.dtype is not None  # resolved by the caller
@@ -135,17 +135,17 @@ def _prepare(
     if reason is not None:
         _logger.info("%s is dequantized: %s", name, reason)
         weight = checkpoint.dense(name)
-        put_dense(model, name, weight if kept is None else kept.added_to(weight), dtype=choice.dtype)
+        put_dense(model, name, weight if extra is None else extra.added_to(weight), dtype=choice.dtype)
         return None
     planes = stored_planes(parts, checkpoint.layout, dtype=None if choice.kernel == "cpu" else choice.dtype)
     bias = model.get_submodule(name).bias
     assert bias is None or isinstance(bias, Tensor)
-    return Prepared(planes, bias, _columns(kept))
+    return Prepared(planes, bias, _columns(extra))
 
 
-def _columns(kept: KeptColumns | None) -> Columns | None:
+def _columns(extra: KeptColumns | None) -> Columns | None:
     """Kept channels as the kernels take them."""
-    return None if kept is None else Columns(kept.index, kept.delta.t().contiguous())
+    return None if extra is None else Columns(extra.index, extra.delta.t().contiguous())
 
 
 def _state(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ def _state(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
         module = checkpoint.bare.get_submodule(name)
         rows, cols = linear_weight(module).shape
         shape = (cols, rows) if is_conv1d(module) else (rows, cols)
-        state[f"{name}.weight"] = torch.zeros((), dtype=dtype).expand(shape)
+        state[f"{checkpoint.stored_name(name)}.weight"] = torch.zeros((), dtype=dtype).expand(shape)
     return state
 
 

@@ -108,4 +108,4 @@ def _exact_scales(scales: Tensor) -> Tensor | None:
     if scales.dtype in SIXTEEN_BIT:
         return scales
     narrow = (scales.to(dtype) for dtype in SIXTEEN_BIT)
-    return next((found for found in narrow if torch.equal(found.to(scales.dtype), scales)), None)
+    return next((scale for scale in narrow if torch.equal(scale.to(scales.dtype), scales)), None)

@@ -1,4 +1,4 @@
-"""Step 8, our kernels in a model that Transformers loaded with another package's quantization code."""
+"""Our kernels in a model that Transformers loaded with another package's quantization code."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def use_kernels(model: PreTrainedModel, *, kernel: Kernel = "auto") -> PreTraine
     """
     dtype, device = model.dtype, model.device
     choice = choose_kernel(kernel, dtype, device=device)
-    found = {name: _read(name, module) for name, module in model.named_modules()}
-    quantized = {name: entry for name, entry in found.items() if entry is not None}
+    entries = {name: _read(name, module) for name, module in model.named_modules()}
+    quantized = {name: entry for name, entry in entries.items() if entry is not None}
     if not quantized:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no quantized linear modules; expected those of compressed-tensors or "
@@ -85,7 +85,7 @@ def _read(name: str, module: nn.Module) -> _Found | None:
     suffixes = UNCHANGED.get(kind.__name__) if kind.__module__.split(".")[0] == "gptqmodel" else None
     if suffixes is None:
         raise UnsupportedModelError(
-            f"{name} is a {kind.__module__}.{kind.__name__}, whose tensors are not read here; allowed are "
+            f"{name} is a {kind.__module__}.{kind.__name__}, whose tensors are not read here; accepted are "
             f"compressed-tensors, and gptqmodel's {', '.join(UNCHANGED)}. Load the model with backend='torch', or the "
             "folder with load_quantized."
         )
@@ -111,8 +111,8 @@ def _read_compressed_tensors(name: str, module: nn.Module) -> _Found:
 
 
 def _parts(module: nn.Module, suffixes: tuple[str, ...]) -> dict[str, Tensor]:
-    found = {suffix: getattr(module, suffix, None) for suffix in suffixes}
-    return {suffix: tensor.detach() for suffix, tensor in found.items() if isinstance(tensor, Tensor)}
+    tensors = {suffix: getattr(module, suffix, None) for suffix in suffixes}
+    return {suffix: tensor.detach() for suffix, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 def _bias(module: nn.Module) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""Step 8, what vLLM calls when it starts (entry point `vllm.general_plugins`): one more quantization method to ask for.
+"""What vLLM calls when it starts (entry point `vllm.general_plugins`): one more quantization method to ask for.
 
 `vllm serve DIR --quantization quant_fairness` computes the 4-bit modules of a checkpoint with our kernels. Without that
 option nothing changes: `compressed-tensors`, `gptq` and `awq` stay with vLLM's own.

@@ -1,4 +1,4 @@
-"""Step 8, our kernels inside vLLM: what it asks of a quantization method. Imported by `vllm_plugin.register` alone.
+"""Our kernels inside vLLM: what it asks of a quantization method. Imported by `vllm_plugin.register` alone.
 
 vLLM's own method of the checkpoint's format makes the parameters and loads them, merged and sharded as vLLM does it.
 Only then are the packed tensors repacked for our kernels, and computed with. A module that these cannot compute (8

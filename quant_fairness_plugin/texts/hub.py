@@ -34,7 +34,7 @@ def read_dataset(source: str) -> RawTexts:
     rows = _one_split(_fetch(name, split, source), source)
     if len(rows) > MAX_ROWS:
         raise ConfigError(
-            f"{source}: {len(rows):,} rows; allowed are {MAX_ROWS:,}. "
+            f"{source}: {len(rows):,} rows; accepted are {MAX_ROWS:,}. "
             f"Take a slice: {PREFIX}{name}:{split or 'test'}[:2000]"
         )
     return from_rows([(f"{source} row {i}", _flat(row)) for i, row in enumerate(rows)], source)

@@ -1,4 +1,4 @@
-"""The entry of step 2: any source of sentences in, a checked `TextSet` with a checksum out."""
+"""Load texts: any source of sentences in, a checked `TextSet` with a checksum out."""
 
 from __future__ import annotations
 

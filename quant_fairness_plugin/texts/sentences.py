@@ -46,7 +46,7 @@ def clean_sentence(text: object, where: str) -> str:
         raise ArtifactError(f"{where}: {type(text).__name__} instead of text; every language needs a sentence here")
     if len(text) > MAX_CHARACTERS:
         raise ArtifactError(
-            f"{where}: {len(text):,} characters in one piece; allowed are {MAX_CHARACTERS:,}. Split it."
+            f"{where}: {len(text):,} characters in one piece; accepted are {MAX_CHARACTERS:,}. Split it."
         )
     unix = text.replace("\r\n", "\n")
     for character in unix:

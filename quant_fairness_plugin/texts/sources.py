@@ -40,10 +40,10 @@ def read_path(path: Path) -> RawTexts:
         return read_folder(path)
     reader = _READERS.get(path.suffix.lower())
     if path.exists() and reader is None:
-        raise ConfigError(f"{path}: not a kind of text file that can be read; allowed are {', '.join(_READERS)} files")
+        raise ConfigError(f"{path}: not a kind of text file that can be read; accepted are {', '.join(_READERS)} files")
     if not path.is_file() or reader is None:
         raise ArtifactError(
-            f"{path}: no such text set; allowed are 'bundled', a {', '.join(_READERS)} file, a folder of <lang>.txt "
+            f"{path}: no such text set; accepted are 'bundled', a {', '.join(_READERS)} file, a folder of <lang>.txt "
             "files, or datasets:<name>[:split]. Check the name."
         )
     return reader(path)
@@ -208,7 +208,7 @@ def _parts(rows: Sequence[Row]) -> tuple[Part, ...] | None:
         if row.get("part") not in allowed:
             raise ArtifactError(
                 f"{where}: part {reprlib.repr(row.get('part'))}; "
-                f"allowed are {', '.join(allowed)}, in every row or in none"
+                f"accepted are {', '.join(allowed)}, in every row or in none"
             )
     return tuple(cast(Part, row["part"]) for _, row in rows)
 

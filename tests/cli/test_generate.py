@@ -57,7 +57,7 @@ def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--kernel", "cuda"], 2, "unknown kernel 'cuda'; allowed are auto, triton, cpu, reference"),
+        (["--kernel", "cuda"], 2, "unknown kernel 'cuda'; accepted are auto, triton, cpu, reference"),
         (["--kernel", "triton"], 2, "kernel 'triton' cannot run: they run on an NVIDIA GPU"),
         (["--max-new-tokens", "0"], 2, "0 new tokens cannot be generated"),
     ],

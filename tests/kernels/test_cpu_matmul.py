@@ -134,8 +134,8 @@ def test_bad_input_is_refused_with_its_value() -> None:
 @pytest.mark.parametrize(
     ("index", "shape", "message"),
     [
-        ([64], (1, 16), r"columns name channels 64..64; allowed are 0..63"),
-        ([3, -1], (2, 16), r"columns name channels -1..3; allowed are 0..63"),
+        ([64], (1, 16), r"columns name channels 64..64; accepted are 0..63"),
+        ([3, -1], (2, 16), r"columns name channels -1..3; accepted are 0..63"),
         ([3, 5, 3], (3, 16), "columns name 1 channels more than once"),
         ([3], (2, 16), r"columns are torch.int32 \[1\] with weights \[2, 16\]; they must be .* \[C, 16\]"),
         ([3], (1, 15), r"with weights \[1, 15\]"),

@@ -144,7 +144,7 @@ BAD: list[tuple[str, Callable[[NibblePlanes], object], str]] = [
         lambda p: int4_matmul(activations(2, 96), p, dense=activations(7, 96), silu_mul=True),
         "no dense ones",
     ),
-    ("kernel", lambda p: int4_matmul(activations(2, 96), p, kernel="cuda"), "unknown kernel 'cuda'; allowed are auto"),  # type: ignore[arg-type] # the refusal is the test
+    ("kernel", lambda p: int4_matmul(activations(2, 96), p, kernel="cuda"), "unknown kernel 'cuda'; accepted are auto"),  # type: ignore[arg-type] # the refusal is the test
 ]  # fmt: skip
 
 

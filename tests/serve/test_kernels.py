@@ -68,8 +68,8 @@ def test_a_model_in_memory_stays_where_it_is() -> None:
 @pytest.mark.parametrize(
     ("kernel", "dtype", "message"),
     [
-        ("fast", None, "unknown kernel 'fast'; allowed are auto, triton, cpu, reference"),
-        ("cpu", torch.int8, r"dtype torch\.int8 is not computed in; allowed are float16, bfloat16 and float32"),
+        ("fast", None, "unknown kernel 'fast'; accepted are auto, triton, cpu, reference"),
+        ("cpu", torch.int8, r"dtype torch\.int8 is not computed in; accepted are float16, bfloat16 and float32"),
         ("reference", torch.bfloat16, r"'reference' computes in float32, not in torch\.bfloat16"),
         ("triton", None, "kernel 'triton' cannot run: they run on an NVIDIA GPU.*sees no CUDA device here"),
     ],

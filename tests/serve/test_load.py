@@ -228,7 +228,7 @@ def test_a_protected_module_that_is_stored_in_8_bit_is_refused(copy: Callable[..
 
 
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown kernel 'cuda'; allowed are auto, triton, cpu, reference"):
+    with pytest.raises(ConfigError, match="unknown kernel 'cuda'; accepted are auto, triton, cpu, reference"):
         load_quantized(tmp_path, kernel="cuda")  # type: ignore[arg-type] # the refusal is the test
     with pytest.raises(ConfigError, match="kernel 'triton' computes in float16 or bfloat16"):
         load_quantized(tmp_path, kernel="triton", dtype=torch.float32)

@@ -70,7 +70,7 @@ def test_a_dataset_without_a_name_is_refused(library: SimpleNamespace) -> None:
 
 def test_a_whole_corpus_is_refused(library: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "MAX_ROWS", 1)
-    with pytest.raises(ConfigError, match=r"2 rows; allowed are 1\. Take a slice: datasets:me/news:test\[:2000\]"):
+    with pytest.raises(ConfigError, match=r"2 rows; accepted are 1\. Take a slice: datasets:me/news:test\[:2000\]"):
         load_texts("datasets:me/news")
 
 

@@ -48,7 +48,7 @@ def test_joiners_and_bidi_marks_are_part_of_a_text() -> None:
         ("", r"f line 3: the text is empty; every language needs a sentence"),
         (" \t ", r"f line 3: the text is empty"),
         ("\u200b\ufeff\u2028", r"f line 3: the text is empty"),
-        ("a" * (MAX_CHARACTERS + 1), r"f line 3: 1,000,001 characters in one piece; allowed are 1,000,000"),
+        ("a" * (MAX_CHARACTERS + 1), r"f line 3: 1,000,001 characters in one piece; accepted are 1,000,000"),
         (None, r"f line 3: NoneType instead of text"),
         (7, r"f line 3: int instead of text"),
         (["a"], r"f line 3: list instead of text"),

@@ -146,9 +146,9 @@ def test_jsonl_rows_may_hold_nothing_but_texts(tmp_path: Path) -> None:
         ('{"id": "x", "en": "a"}\n{"en": "b"}', r"an id is missing, empty or no text"),
         ('{"id": "", "en": "a"}', r"an id is missing, empty or no text"),
         ('{"id": NaN, "en": "a"}', r"an id is missing, empty or no text"),
-        ('{"part": "test", "en": "a"}', r"line 1: part 'test'; allowed are calibrate, search, confirm, all"),
-        ('{"part": "search", "en": "a"}\n{"en": "b"}', r"line 2: part None; allowed are"),
-        ('{"part": ["search"], "en": "a"}', r"line 1: part \['search'\]; allowed are"),
+        ('{"part": "test", "en": "a"}', r"line 1: part 'test'; accepted are calibrate, search, confirm, all"),
+        ('{"part": "search", "en": "a"}\n{"en": "b"}', r"line 2: part None; accepted are"),
+        ('{"part": ["search"], "en": "a"}', r"line 1: part \['search'\]; accepted are"),
         ('{"register": 3, "en": "a"}', r"line 1: register 3 is no text"),
         ('{"en": "a", "iw": "b", "he": "c"}', r"he occurs twice"),
     ],
@@ -194,7 +194,7 @@ def test_a_malformed_table_is_refused_with_the_line(tmp_path: Path, text: str, m
 
 def test_a_source_that_is_not_there_names_the_allowed_ones(tmp_path: Path) -> None:
     with pytest.raises(
-        ArtifactError, match=r"bundeld: no such text set; allowed are 'bundled', a \.json, \.jsonl, \.tsv"
+        ArtifactError, match=r"bundeld: no such text set; accepted are 'bundled', a \.json, \.jsonl, \.tsv"
     ):
         read_path(tmp_path / "bundeld")
     with pytest.raises(ArtifactError, match=r"gone\.json: no such text set"):

@@ -22,6 +22,7 @@ from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
     MIXTURES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     Format,
     Quantization,
@@ -69,6 +70,7 @@ class AwqFormat(Format):
                 "--format compressed-tensors",
             ),
         ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )

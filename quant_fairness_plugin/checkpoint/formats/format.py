@@ -93,6 +93,16 @@ MERGED_NAMES: Rule = (
     ),
 )
 
+TEXT_ONLY: Rule = (
+    lambda r: r.wrapped,
+    Refusal(
+        "format '{r.format}' of a model that also sees or hears is refused: its readers find modules by lists that "
+        "each compares with names of its own, and none was run on such a checkpoint",
+        "is compressed-tensors",
+        f"--format compressed-tensors, or {TWIN}",
+    ),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredGrid:
@@ -247,7 +257,7 @@ class Format(ABC):
             if grid.words(integers) == words and 0 < groups <= cols:
                 return grid
         raise ValueError(
-            f"its packed tensor has {words} words for {integers} integers in {groups} groups; allowed are "
+            f"its packed tensor has {words} words for {integers} integers in {groups} groups; accepted are "
             f"{' or '.join(map(str, self.widths))} bits"
         )
 
