@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from quant_fairness_plugin.artifacts import TextSet, Unit
+from quant_fairness_plugin.artifacts import Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
@@ -128,7 +128,10 @@ def preflight(
     check_model(config, files)
     kind = str(files.config.get("model_type", ""))
     if out is not None and find_mixture(kind) is not None:
-        check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
+        layers = config.protect_layers if isinstance(config.protect_layers, tuple) else ()
+        kept: dict[str, Precision] = {str(Unit(layer)): "fp16" for layer in layers}
+        overrides = config.overrides | kept
+        check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
     if out is not None:
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)

@@ -82,7 +82,7 @@ def export(
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
-    check_exportable(loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides)
+    check_exportable(loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out)
     layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)

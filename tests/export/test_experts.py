@@ -133,6 +133,21 @@ def test_what_no_reader_takes_is_refused(options: dict[str, Any], reason: str, r
     assert find_refusal("llama", **(wanted | {"format": "compressed-tensors", "reader": None})) is None
 
 
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.experts"])
+def test_readers_are_refused_where_they_were_not_right(name: str) -> None:
+    kept: dict[str, Precision] = {name: "fp16"}
+    wanted: dict[str, Any] = {"format": "compressed-tensors", "grid": Grid()}
+    refusal = find_refusal("mixtral", reader="vllm", overrides=kept, **wanted)
+    assert refusal is not None
+    assert "computes NaN" in refusal.reason
+    assert find_refusal("mixtral", reader="vllm", **wanted) is None
+    assert find_refusal("qwen3_moe", reader="vllm", overrides=kept, **wanted) is None
+    assert find_refusal("mixtral", reader="transformers", overrides=kept, **wanted) is None
+    for reader in ("gptqmodel", "sglang"):
+        assert "was not run on quantized experts" in str(find_refusal("qwen3_moe", reader=reader, **wanted))
+        assert "was not run on quantized experts" not in str(find_refusal("qwen3", reader=reader, **wanted))
+
+
 def test_int8_beside_experts_is_written() -> None:
     overrides: dict[str, Precision] = {"layers.3.qkv": "int8", "layers.4.experts": "fp16"}
     assert find_refusal("qwen3_moe", format="compressed-tensors", grid=Grid(), overrides=overrides) is None

@@ -148,3 +148,13 @@ def test_a_folder_and_its_outline_agree(tiny_model: Callable[..., Path]) -> None
     twin = with_unfolded_experts(random_model("qwen2_moe"))
     assert outline.family.units == detect_family(twin).units
     assert outline.matrix("model.layers.1.mlp.experts.3.down_proj") == (32, 32)
+
+
+def test_routers_are_no_norms_of_a_sweep(load: Load) -> None:
+    from quant_fairness_plugin.plans.units import map_units
+
+    units = map_units(load("qwen2_moe")).parameters
+    assert len(units["layers.1.experts"]) == 4 * 3
+    assert set(units["layers.1.norms"]) == {
+        "model.layers.1.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight",
+    }  # fmt: skip

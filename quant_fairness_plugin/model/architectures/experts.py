@@ -14,6 +14,8 @@ from quant_fairness_plugin.model.architectures.architecture import FusionGroup, 
 
 EXPERTS = "experts"
 """The unit of all routed experts of a layer. Servers give them one precision: single experts cannot have their own."""
+LINEAR_NAMES = ("gate_proj", "up_proj", "down_proj")
+"""What most files call the matrices of an expert: gate, up, down."""
 _COUNT_KEY = re.compile(r"(\w+_)?(n|num)_(\w+_)?experts")
 """`num_experts`, `num_local_experts`, `n_routed_experts`, `moe_num_experts`, …, but not `num_experts_per_tok`."""
 _WORDS = frozenset({"expert", "experts", "moe", "router"})
@@ -33,7 +35,7 @@ class Mixture:
 
     families: tuple[str, ...]
     """Values of `model_type`."""
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    names: tuple[str, str, str] = LINEAR_NAMES
     """Names of the matrices of one expert in files and servers: gate, up, down."""
     moved: tuple[str, str] | None = None
     """Name of the module around router and experts in Transformers, and in files and servers."""
