@@ -27,35 +27,48 @@ HOMOGENEOUS = frozenset({"relu"})
 """Names of activations with f(c x) = c f(x) for every c > 0."""
 
 
-def model_folds(loaded: LoadedModel) -> dict[str, Fold]:
-    """Return fusion group → fold, for those groups of the model whose input scale can be folded away exactly.
+def check_folds(loaded: LoadedModel) -> None:
+    """Refuse an architecture of which no fold is known: one without a record in which tracing proved none.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    kind = str(loaded.model.config.model_type)
+    family = loaded.family
+    # Of another `model_type` with blocks of a record's structure, it is not known what its norms and activations do.
+    known = kind in family.architecture.families or family.kinds
+    if not known or not any(family.kind_of(layer).folds for layer in range(loaded.layers)):
+        raise UnsupportedModelError(
+            f"{kind}: it is not known where AWQ's scales can be folded in this architecture; method 'awq' works with "
+            f"{', '.join(known_families())} and where a small model shows it. Use method 'gptq' or 'rtn'"
+        )
+
+
+def model_folds(loaded: LoadedModel, layer: int = 0) -> dict[str, Fold]:
+    """Return fusion group → fold, for those groups of a layer whose input scale can be folded away exactly.
 
     Raises:
         UnsupportedModelError: an architecture whose norms and activations are not known.
     """
-    kind = str(loaded.model.config.model_type)
-    architecture = loaded.family.architecture
-    # Of another `model_type` with blocks of this structure, it is not known what its norms and activations compute.
-    if kind not in architecture.families or not architecture.folds:
-        raise UnsupportedModelError(
-            f"{kind}: it is not known where AWQ's scales can be folded in this architecture; method 'awq' works with "
-            f"{', '.join(known_families())}. Use method 'gptq' or 'rtn'"
-        )
-    return {fold.unit: fold for fold in architecture.folds if _exact(loaded, fold)}
+    check_folds(loaded)
+    return {fold.unit: fold for fold in loaded.family.kind_of(layer).folds if _exact(loaded, layer, fold)}
 
 
-def _exact(loaded: LoadedModel, fold: Fold) -> bool:
+def _exact(loaded: LoadedModel, layer: int, fold: Fold) -> bool:
     """Return whether dividing the source and multiplying the unit changes nothing in this very model."""
-    block, config = loaded.block(0), loaded.model.config
+    block, config = loaded.block(layer), loaded.model.config
     source = block.get_submodule(fold.source)
+    proved = bool(loaded.family.kinds)  # on a small model of the same config, norms and activations included
     if not is_linear(source):
+        if proved:
+            return True
         # Where the norm comes after the addition, its output is the next residual as well.
         after = not getattr(config, "do_layer_norm_before", True)
         return not after and not getattr(config, "apply_residual_connection_post_layernorm", False)
-    if fold.activated:
+    if fold.activated and not proved:
         activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
         return activation in HOMOGENEOUS
-    unit = next(unit for unit in loaded.family.units_of(0) if unit.name == fold.unit)
+    unit = next(unit for unit in loaded.family.units_of(layer) if unit.name == fold.unit)
     # Grouped kv heads: several input channels of o read one output channel of v.
     return len(linear_weight(source)) == linear_weight(block.get_submodule(unit.modules[0])).shape[1]
 

@@ -157,7 +157,7 @@ def solve_awq_unit(problem: Problem, solved: Solved) -> None:
     """Solve a fusion group with AWQ and fold its scale; a source that is quantized already gets other scales."""
     loaded, unit, weights, hessians = problem.loaded, problem.unit, problem.weights, problem.inputs.hessians
     names = tuple(weights)
-    fold = model_folds(loaded).get(unit.group or "")
+    fold = model_folds(loaded, unit.layer).get(unit.group or "")
     source = None if fold is None else fold_source(loaded, unit.layer, fold, solved.tensors)
     with error_prefix(names[0]):
         results, scale = solve_awq(

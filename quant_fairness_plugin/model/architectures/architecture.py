@@ -44,6 +44,18 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockKind:
+    """What blocks of one kind are made of. A model of a single kind has it in its record."""
+
+    units: tuple[FusionGroup, ...]
+    """Every linear module that can be quantized, each exactly once, in forward order."""
+    folds: tuple[Fold, ...] = ()
+    """Where AWQ's scales go; empty where nothing was proved to take them."""
+    kept: tuple[tuple[str, str], ...] = ()
+    """Linear modules that stay in 16 bit whatever a plan says, relative to the block, each with its reason."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScaledActivation:
     """An activation that Transformers divides by `<activation>.scales` in every block of an AWQ model.
 
