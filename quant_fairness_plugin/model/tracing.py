@@ -86,7 +86,7 @@ def _trace(model: PreTrainedModel, path: str) -> tuple[BlockKind, ...]:
             reason = f"a small model of its class fails ({type(err).__name__}: {' '.join(str(err).split())[:120]})"
             continue
         heads = _head_counts(model)
-        return tuple(_without_steering(kinds[structures[i]], block, heads) for i, block in enumerate(blocks))
+        return tuple(_without_steering(*kinds[structures[i]], block, heads) for i, block in enumerate(blocks))
     raise UnsupportedModelError(f"its blocks cannot be traced: {reason}")
 
 
@@ -96,7 +96,7 @@ def _blocks(model: nn.Module, path: str) -> list[nn.Module]:
     return list(blocks)
 
 
-def _kinds(trial: _Trial, wanted: Iterable[Block]) -> dict[Block, BlockKind]:
+def _kinds(trial: _Trial, wanted: Iterable[Block]) -> dict[Block, tuple[BlockKind, frozenset[str]]]:
     structures = [block_structure(block) for block in trial.blocks]
     return {
         structure: _kind(trial, [layer for layer, other in enumerate(structures) if other == structure])
@@ -104,8 +104,11 @@ def _kinds(trial: _Trial, wanted: Iterable[Block]) -> dict[Block, BlockKind]:
     }
 
 
-def _kind(trial: _Trial, layers: Sequence[int]) -> BlockKind:
-    """Return the groups and proved folds of blocks of the small model that are built alike."""
+def _kind(trial: _Trial, layers: Sequence[int]) -> tuple[BlockKind, frozenset[str]]:
+    """Return what blocks of the small model that are built alike are made of, and their modules that may steer.
+
+    These are all but those that read what the last linear module of their parent reads.
+    """
     layer = layers[0]
     events = trial.events[layer]
     reads = [event for event in events if event.linear]
@@ -113,7 +116,9 @@ def _kind(trial: _Trial, layers: Sequence[int]) -> BlockKind:
     units = tuple(_named_groups(trial, layer, reads))
     kept = [(name, NEVER_RUN) for name in block_structure(trial.blocks[layer]).linears if name not in called]
     folds = tuple(fold for unit in units if (fold := _find_fold(trial, layers, unit)) is not None)
-    return BlockKind(units, folds, tuple(kept))
+    last = {event.parent: event.read for event in reads}
+    before = frozenset(event.name for event in reads if event.read != last[event.parent])
+    return BlockKind(units, folds, tuple(kept)), before
 
 
 def _head_counts(model: PreTrainedModel) -> frozenset[int]:
@@ -123,12 +128,14 @@ def _head_counts(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(times * count for count in counts for times in (1, 2))
 
 
-def _without_steering(kind: BlockKind, block: nn.Module, heads: frozenset[int]) -> BlockKind:
+def _without_steering(
+    kind: BlockKind, candidates: frozenset[str], block: nn.Module, heads: frozenset[int]
+) -> BlockKind:
     """Return the kind with those modules kept that give one number a head, by the sizes of the model itself.
 
     In a recurrent layer these decide how fast its state decays: their error adds up over all tokens, and they are tiny.
     """
-    steering = {name for unit in kind.units for name in unit.modules if _steers(block, name, heads)}
+    steering = {name for name in candidates if _steers(block, name, heads)}
     if not steering:
         return kind
     units, lost = [], set()
@@ -180,16 +187,16 @@ class _Trial:
         self.model, self.blocks = model, _blocks(model, path)
         randomize(model)
         try:
-            self.model.to(torch.float64)
+            nn.Module.double(model)
             self.events = self._watch()
         except RuntimeError:  # code that mixes in float32 of its own
-            self.model.to(torch.float32)
+            nn.Module.float(model)
             self.events = self._watch()
         self.logits = self.run()
 
     def run(self) -> Tensor:
         """Logits, `[1, tokens, vocabulary]`."""
-        embedding = self.model.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+        embedding = self.model.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
         vocabulary = embedding.shape[0]
         ids = torch.tensor([[token % vocabulary for token in TOKENS]])
