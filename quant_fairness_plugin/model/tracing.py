@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -138,17 +138,24 @@ def _without_steering(
     steering = {name for name in candidates if _steers(block, name, heads)}
     if not steering:
         return kind
-    units, lost = [], set()
+    units: list[FusionGroup] = []
+    lost: dict[str, tuple[str, ...]] = {}
     for unit in kind.units:
         modules = tuple(name for name in unit.modules if name not in steering)
         if modules == unit.modules:
             units.append(unit)
             continue
-        lost.add(unit.name)  # a fold must reach all that read the norm
+        lost[unit.name] = tuple(name for name in unit.modules if name in steering)
         if modules:
             name = unit.name if unit.fused else _plain_name(modules)
             units.append(FusionGroup(name, modules, unit.fused))
-    folds = tuple(fold for fold in kind.folds if fold.unit not in lost)
+    # What a fold multiplied as a part of its group, it still has to.
+    names = {old.name: new.name for old in kind.units for new in units if new.modules[0] in old.modules}
+    folds = tuple(
+        replace(fold, unit=names[fold.unit], also=(*fold.also, *lost.get(fold.unit, ())))
+        for fold in kind.folds
+        if fold.unit in names
+    )
     return BlockKind(tuple(units), folds, (*kind.kept, *((name, STEERS) for name in sorted(steering))))
 
 
@@ -193,6 +200,7 @@ class _Trial:
             nn.Module.float(model)
             self.events = self._watch()
         self.logits = self.run()
+        self.key_heads = _key_heads(model)
 
     def run(self) -> Tensor:
         """Logits, `[1, tokens, vocabulary]`."""
@@ -236,6 +244,13 @@ class _Trial:
         finally:
             for parameter, value in values:
                 parameter.detach().copy_(value)
+
+
+def _key_heads(model: PreTrainedModel) -> tuple[int, ...]:
+    """Return the numbers of heads of keys and values that the config says."""
+    config = model.config.to_dict()
+    counts = {value for key, value in config.items() if "head" in key and ("kv" in key or "key_value" in key)}
+    return tuple(sorted(count for count in counts if type(count) is int and count > 0))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -383,18 +398,31 @@ def _find_fold(trial: _Trial, layers: Sequence[int], unit: FusionGroup) -> Fold 
 
 
 def _candidates(trial: _Trial, layer: int, unit: FusionGroup, read: Key) -> Iterator[Fold]:
-    """Yield the norm that wrote what a group reads, else the linear modules before it that are as wide as it reads."""
+    """Yield the norm that wrote what a group reads, else the linear modules before it that are as wide as it reads.
+
+    Only the first group that reads a norm may divide it: the integers of those before it are made by then.
+    """
     columns, parent = _columns(trial, layer, unit.modules[0]), unit.modules[0].rpartition(".")[0]
+    readers = [event.name for event in trial.events[layer] if event.linear and event.read == read]
+    also = tuple(name for name in readers if name not in unit.modules)
     for event in trial.events[layer]:
         if not event.linear and event.wrote == read:
-            yield Fold(unit.name, event.name)
-            yield Fold(unit.name, event.name, offset=1.0)
+            if readers[0] in unit.modules:
+                norm = trial.blocks[layer].get_submodule(event.name)
+                heads = 0 if _outputs(norm) == columns else 1  # a norm of each head, with the same weight for all
+                yield Fold(unit.name, event.name, heads=heads, also=also)
+                yield Fold(unit.name, event.name, offset=1.0, heads=heads, also=also)
             return
     for event in trial.events[layer]:
         if event.name in unit.modules:
             return
-        if event.linear and event.parent == parent and _rows(trial, layer, event.name) == columns:
-            yield Fold(unit.name, event.name)
+        rows = _rows(trial, layer, event.name) if event.linear and event.parent == parent else 0
+        if rows == columns:
+            yield Fold(unit.name, event.name, also=also)
+        elif rows and columns % rows == 0:
+            for heads in trial.key_heads:
+                if rows % heads == 0:
+                    yield Fold(unit.name, event.name, heads=heads, also=also)
 
 
 def _is_proved(trial: _Trial, layers: Sequence[int], unit: FusionGroup, fold: Fold) -> bool:
@@ -409,16 +437,33 @@ def _is_proved(trial: _Trial, layers: Sequence[int], unit: FusionGroup, fold: Fo
         for layer in layers
     }
     sources = {layer: trial.blocks[layer].get_submodule(fold.source) for layer in layers}
-    if any(_outputs(source) != len(scales[layer]) for layer, source in sources.items()):
+    if not all(_fits(fold, _outputs(source), len(scales[layer])) for layer, source in sources.items()):
         return False
     with trial.changed(layers):
         for layer, scale in scales.items():
-            _multiply(trial.blocks[layer], unit.modules, scale)
+            scales[layer] = scale = _spread(scale, _outputs(sources[layer]), fold.heads)
+            _multiply(trial.blocks[layer], (*unit.modules, *fold.also), scale)
         if trial.distance() < MOVED:
             return False
         for layer, scale in scales.items():
-            _divide(sources[layer], scale, fold.offset)
+            _divide(sources[layer], _heads_of(scale, _outputs(sources[layer]), fold.heads), fold.offset)
         return trial.distance() < EQUAL
+
+
+def _fits(fold: Fold, rows: int, columns: int) -> bool:
+    return columns % rows == 0 and rows % fold.heads == 0 if fold.heads else rows == columns
+
+
+def _spread(scale: Tensor, rows: int, heads: int) -> Tensor:
+    """Return a scale that is the same for all heads that read the same head of the source."""
+    if not heads:
+        return scale
+    return scale[:rows].view(heads, 1, -1).expand(-1, len(scale) // rows, -1).flatten()
+
+
+def _heads_of(scale: Tensor, rows: int, heads: int) -> Tensor:
+    """Return the scale of the source's rows: that of the first head that reads each of its heads."""
+    return scale.view(heads, -1, rows // heads)[:, 0].flatten() if heads else scale
 
 
 def _outputs(source: nn.Module) -> int:

@@ -69,8 +69,9 @@ def _exact(loaded: LoadedModel, layer: int, fold: Fold) -> bool:
         activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
         return activation in HOMOGENEOUS
     unit = next(unit for unit in loaded.family.units_of(layer) if unit.name == fold.unit)
+    rows, cols = len(linear_weight(source)), linear_weight(block.get_submodule(unit.modules[0])).shape[1]
     # Grouped kv heads: several input channels of o read one output channel of v.
-    return len(linear_weight(source)) == linear_weight(block.get_submodule(unit.modules[0])).shape[1]
+    return cols % rows == 0 and rows % fold.heads == 0 if fold.heads else rows == cols
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,22 @@ class Source:
     """The storage dtype."""
     tensor: QuantizedTensor | None = None
     """The integers, where the module is quantized already."""
+    heads: int = 0
+    """As in `Fold`."""
+
+    def by_row(self, scale: Tensor) -> Tensor:
+        """Return what each row of the source is to be divided by: of the scales of all that read it, the mean of logs.
+
+        Args:
+            scale: of the input channels of the group, `[cols]`.
+        """
+        if not self.heads:
+            return scale
+        width = len(self._lead()) // self.heads
+        several = scale.view(self.heads, -1, width)
+        first = several[:, 0]
+        # Where they agree already, not a bit of them changes.
+        return torch.where((several == first[:, None]).all(1), first, several.log().mean(1).exp()).flatten()
 
     def effective(self, scale: Tensor) -> Tensor:
         """Return the scale, `[cols]`, that the source is divided by where `scale` is wanted.
@@ -103,11 +120,15 @@ class Source:
         row has in common. It is 1 for a channel that 16 bit cannot hold after the division: one that overflows, falls
         below what the dtype resolves, or is 0 anyway.
         """
-        return self._divided(scale)[1]
+        effective = self._divided(self.by_row(scale))[1]
+        if not self.heads:
+            return effective
+        readers = len(scale) // len(effective)
+        return effective.view(self.heads, 1, -1).expand(-1, readers, -1).flatten()
 
     def fold(self, scale: Tensor) -> Folded:
         """Divide the source by `effective(scale)`, in the model too. The integers of a quantized source stay."""
-        lead, effective = self._divided(scale)
+        lead, effective = self._divided(self.by_row(scale))
         parameters: dict[str, Tensor] = {}
         tensor = self.tensor
         if tensor is not None:
@@ -158,7 +179,22 @@ def fold_source(loaded: LoadedModel, layer: int, fold: Fold, tensors: Mapping[st
     """
     name = f"{loaded.family.blocks}.{layer}.{fold.source}"
     module = loaded.block(layer).get_submodule(fold.source)
-    return Source(name, module, fold.offset, loaded.storage_dtype, tensors.get(name))
+    return Source(name, module, fold.offset, loaded.storage_dtype, tensors.get(name), fold.heads)
+
+
+def multiply_others(loaded: LoadedModel, layer: int, fold: Fold, scale: Tensor) -> dict[str, Tensor]:
+    """Multiply what reads a fold's source outside of its group, in the model; rounded to the storage dtype.
+
+    Returns:
+        Full parameter name → new value as the module stores it, as in `Folded.parameters`.
+    """
+    values: dict[str, Tensor] = {}
+    for name in fold.also:
+        module = loaded.block(layer).get_submodule(name)
+        wide = (linear_weight(module).float() * scale).to(loaded.storage_dtype).float()
+        stored = wide if linear_weight(module).is_contiguous() else wide.t().contiguous()
+        values[f"{loaded.family.blocks}.{layer}.{name}.weight"] = _set(module, "weight", stored)
+    return values
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:

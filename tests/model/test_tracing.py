@@ -21,12 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the models' own code warns
 IDS = torch.arange(3, 33).reshape(2, 15)
 UNITS = {
     # unit → the module that its scale is folded into; empty for none. Where layers differ: by layer.
-    "granite": {0: {"qkv": "input_layernorm", "o": "", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"}},
+    "granite": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"}},
     "phi3": {0: {"qkv": "input_layernorm", "o": "", "gate_up": "post_attention_layernorm", "down": ""}},
-    "cohere2": {0: {"qkv": "", "o": "", "gate_up": "", "down": "mlp.up_proj"}},
-    "gemma2": {0: {"qkv": "input_layernorm", "o": "", "gate_up": "pre_feedforward_layernorm", "down": "mlp.up_proj"}},
-    "olmo2": {0: {"qkv": "", "o": "", "gate_up": "", "down": "mlp.up_proj"}},
-    "falcon": {0: {"qkv": "", "o": "", "fc_in": "", "fc_out": ""}},
+    "cohere2": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "", "down": "mlp.up_proj"}},
+    "gemma2": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "pre_feedforward_layernorm", "down": "mlp.up_proj"}},
+    "olmo2": {0: {"qkv": "", "o": "self_attn.v_proj", "gate_up": "", "down": "mlp.up_proj"}},
+    "falcon": {0: {"qkv": "input_layernorm", "o": "", "fc_in": "", "fc_out": ""}},
     "gpt_bigcode": {0: {"qkv": "ln_1", "o": "", "fc_in": "ln_2", "fc_out": ""}},
     "minicpm3": {
         0: {
@@ -38,15 +38,15 @@ UNITS = {
             "down": "mlp.up_proj",
         }
     },
-    "nemotron": {0: {"qkv": "input_layernorm", "o": "", "fc_in": "post_attention_layernorm", "fc_out": ""}},
+    "nemotron": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "fc_in": "post_attention_layernorm", "fc_out": ""}},
     "xglm": {0: {"qkv": "self_attn_layer_norm", "o": "self_attn.v_proj", "fc_in": "final_layer_norm", "fc_out": ""}},
     "lfm2": {
         0: {"conv.in_proj": "operator_norm", "o": "", "gate_up": "ffn_norm", "down": "feed_forward.w3"},
-        1: {"qkv": "operator_norm", "o": "", "gate_up": "ffn_norm", "down": "feed_forward.w3"},
+        1: {"qkv": "operator_norm", "o": "self_attn.v_proj", "gate_up": "ffn_norm", "down": "feed_forward.w3"},
     },
     "qwen3_5_text": {
-        0: {"qkvz": "", "o": "", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"},
-        3: {"qkv": "input_layernorm", "o": "", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"},
+        0: {"qkvz": "input_layernorm", "o": "linear_attn.norm", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"},
+        3: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"},
     },
     "gemma4_text": {
         layer: {
@@ -111,11 +111,11 @@ def test_what_is_folded_leaves_the_whole_model_as_it_is(case: tuple[str, PreTrai
             for fold in family.kind_of(layer).folds:
                 readers = [block.get_submodule(name) for name in units[fold.unit].modules]
                 source = block.get_submodule(fold.source)
-                scale = torch.rand(linear_weight(readers[0]).shape[1], dtype=model.dtype) + 0.5
-                if is_linear(source) and len(linear_weight(source)) != len(scale):
-                    continue
+                rows = len(source.weight)  # type: ignore[arg-type]
+                scale = torch.rand(rows, dtype=model.dtype) + 0.5
+                readers += [block.get_submodule(name) for name in fold.also]
                 for reader in readers:
-                    reader.weight.data = reader.weight.data @ scale.diag()
+                    reader.weight.data = reader.weight.data @ by_reader(scale, reader, fold.heads).diag()
                 divide(source, scale, fold.offset)
                 count += 1
         after = logits(model)
@@ -206,6 +206,16 @@ def divide(source: nn.Module, scale: Tensor, offset: float) -> None:
     source.weight.data = (source.weight.data + offset) / scale - offset if rows is None else rows  # type: ignore[union-attr,operator]
     if getattr(source, "bias", None) is not None:
         source.bias.data = source.bias.data / scale  # type: ignore[union-attr]
+
+
+def by_reader(scale: Tensor, reader: nn.Module, heads: int) -> Tensor:
+    """The scale of each input channel, one by one: channels of head h read head h // (heads that share one)."""
+    columns = linear_weight(reader).shape[1]
+    if not heads:
+        return scale
+    width = len(scale) // heads
+    shared = columns // len(scale)
+    return torch.stack([scale[(c // width) // shared * width + c % width] for c in range(columns)])
 
 
 @contextmanager

@@ -41,6 +41,11 @@ class Fold:
     """What a norm adds to its weight before it multiplies."""
     activated: bool = False
     """Whether an activation lies between the source and the group: then only some activations let a scale through."""
+    heads: int = 0
+    """Heads of the source where each is read by several heads of the group (grouped values; a norm of single heads,
+    which has one); 0 where channels of both are the same."""
+    also: tuple[str, ...] = ()
+    """Linear modules outside of the group that read the source too, and must be multiplied with it."""
 
 
 @dataclass(frozen=True, slots=True)
