@@ -166,8 +166,8 @@ def _tile(once: Any, twice: Any, copies: int) -> Any:
         return tuple(_tile(a, b, copies) for a, b in zip(once, twice, strict=True))
     if isinstance(once, MutableMapping) and once:
         raise UnsupportedModelError(
-            "layers of this model take keys and values from earlier ones, which plans that differ there cannot share in "
-            "one walk; models whose layers only hand on a hidden state are swept. Name the layers to protect yourself."
+            "layers of this model take keys and values from earlier ones, which plans that differ there cannot share "
+            "in one walk; models whose layers only hand on a hidden state are swept. Name the layers to protect."
         )
     if not isinstance(once, Tensor) or once.shape == twice.shape or copies == 1:
         return once

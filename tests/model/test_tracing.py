@@ -19,43 +19,36 @@ from tests.traced import CONFIGS, traced_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the models' own code warns
 IDS = torch.arange(3, 33).reshape(2, 15)
-UNITS = {
-    # unit → the module that its scale is folded into; empty for none. Where layers differ: by layer.
-    "granite": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"}},
-    "phi3": {0: {"qkv": "input_layernorm", "o": "", "gate_up": "post_attention_layernorm", "down": ""}},
-    "cohere2": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "", "down": "mlp.up_proj"}},
-    "gemma2": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "pre_feedforward_layernorm", "down": "mlp.up_proj"}},
-    "olmo2": {0: {"qkv": "", "o": "self_attn.v_proj", "gate_up": "", "down": "mlp.up_proj"}},
-    "falcon": {0: {"qkv": "input_layernorm", "o": "", "fc_in": "", "fc_out": ""}},
+PRE, POST, UP = "input_layernorm", "post_attention_layernorm", "mlp.up_proj"
+VALUES = "self_attn.v_proj"
+GEMMA4 = {
+    "qkv": PRE, "o": "", "gate_up": "pre_feedforward_layernorm", "down": UP, "per_layer_input_gate": "",
+    "per_layer_projection": "",
+}  # fmt: skip
+LATENT = {"self_attn.q_b_proj": "self_attn.q_a_layernorm", "self_attn.kv_b_proj": "self_attn.kv_a_layernorm"}
+CONV = {"gate_up": "ffn_norm", "down": "feed_forward.w3"}
+UNITS: dict[str, dict[int, dict[str, str]]] = {
+    # layer → unit → the module that its scale is folded into; empty for none
+    "granite": {0: {"qkv": PRE, "o": VALUES, "gate_up": POST, "down": UP}},
+    "phi3": {0: {"qkv": PRE, "o": "", "gate_up": POST, "down": ""}},
+    "cohere2": {0: {"qkv": PRE, "o": VALUES, "gate_up": "", "down": UP}},
+    "gemma2": {0: {"qkv": PRE, "o": VALUES, "gate_up": "pre_feedforward_layernorm", "down": UP}},
+    "olmo2": {0: {"qkv": "", "o": VALUES, "gate_up": "", "down": UP}},
+    "falcon": {0: {"qkv": PRE, "o": "", "fc_in": "", "fc_out": ""}},
     "gpt_bigcode": {0: {"qkv": "ln_1", "o": "", "fc_in": "ln_2", "fc_out": ""}},
-    "minicpm3": {
-        0: {
-            "qkv_a": "input_layernorm",
-            "self_attn.q_b_proj": "self_attn.q_a_layernorm",
-            "self_attn.kv_b_proj": "self_attn.kv_a_layernorm",
-            "o": "",
-            "gate_up": "post_attention_layernorm",
-            "down": "mlp.up_proj",
-        }
-    },
-    "nemotron": {0: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "fc_in": "post_attention_layernorm", "fc_out": ""}},
-    "xglm": {0: {"qkv": "self_attn_layer_norm", "o": "self_attn.v_proj", "fc_in": "final_layer_norm", "fc_out": ""}},
+    "minicpm3": {0: {"qkv_a": PRE, **LATENT, "o": "", "gate_up": POST, "down": UP}},
+    "nemotron": {0: {"qkv": PRE, "o": VALUES, "fc_in": POST, "fc_out": ""}},
+    "xglm": {0: {"qkv": "self_attn_layer_norm", "o": VALUES, "fc_in": "final_layer_norm", "fc_out": ""}},
     "lfm2": {
-        0: {"conv.in_proj": "operator_norm", "o": "", "gate_up": "ffn_norm", "down": "feed_forward.w3"},
-        1: {"qkv": "operator_norm", "o": "self_attn.v_proj", "gate_up": "ffn_norm", "down": "feed_forward.w3"},
+        0: {"conv.in_proj": "operator_norm", "o": "", **CONV},
+        1: {"qkv": "operator_norm", "o": VALUES, **CONV},
     },
     "qwen3_5_text": {
-        0: {"qkvz": "input_layernorm", "o": "linear_attn.norm", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"},
-        3: {"qkv": "input_layernorm", "o": "self_attn.v_proj", "gate_up": "post_attention_layernorm", "down": "mlp.up_proj"},
+        0: {"qkvz": PRE, "o": "linear_attn.norm", "gate_up": POST, "down": UP},
+        3: {"qkv": PRE, "o": VALUES, "gate_up": POST, "down": UP},
     },
-    "gemma4_text": {
-        layer: {
-            "qkv": "input_layernorm", "o": "", "gate_up": "pre_feedforward_layernorm", "down": "mlp.up_proj",
-            "per_layer_input_gate": "", "per_layer_projection": "",
-        }
-        for layer in (0, 4)
-    },
-}  # fmt: skip
+    "gemma4_text": {0: GEMMA4, 4: GEMMA4},
+}
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -1,4 +1,4 @@
-"""AWQ with folds that were proved by tracing: what several units read, grouped heads, norms of single heads, hybrids."""
+"""AWQ with folds proved by tracing: what several units read, grouped heads, norms of single heads, hybrids."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Which causal architectures of the installed Transformers are quantized here, and what becomes of the others.
 
     make coverage                                            # all of them, some minutes; writes docs/architectures.md
-    python benchmarks/coverage.py --only phi3 lfm2           # prints these rows
+    python benchmarks/architectures.py --only phi3 lfm2           # prints these rows
 
 Of every architecture a tiny model with random weights is made, written as a checkpoint, and taken through the code that
 a user's model goes through: opened, swept with every unit protected once, quantized with GPTQ and layer 1 in 16 bit,
@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
 VOCABULARY, GROUP, MOST_VALUES = 264, 32, 30_000_000
 FORMATS = ("compressed-tensors", "gptq", "awq", "fp16-twin")
+READ_HERE = ("compressed-tensors", "fp16-twin")
+"""Formats that Transformers reads without gptqmodel."""
 _IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 _PLAIN = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -177,7 +179,8 @@ def tiny_config(model_type: str) -> Iterator[PretrainedConfig]:
     sizes = {key: value for key, value in (_ALL | _LINEAR | _ROUTED).items() if key in known and key not in left_out}
     own = _OWN.get(model_type, {})
     latent = {key: value for key, value in _LATENT.items() if key in known}
-    for fields in (sizes | dict(own), sizes | latent | dict(own)):
+    deeper = {key: 6 for key in ("num_hidden_layers",) if key in sizes}  # a pattern of six kinds of layers
+    for fields in (sizes | dict(own), sizes | latent | dict(own), sizes | deeper | dict(own)):
         try:
             yield AutoConfig.for_model(model_type, **fields)
         except Exception:  # noqa: BLE001 - configs check themselves in ways of their own
@@ -202,7 +205,7 @@ def write_tiny(model_type: str, folder: Path) -> str:
             with torch.device("meta"):
                 values = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
             if values > MOST_VALUES:
-                problem = f"its tiny config holds {values} values"
+                problem = f"not tried: the smallest config of it that is made here holds {values:,} values"
                 continue
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config).float().eval()
@@ -322,7 +325,6 @@ def _quantize(loaded: LoadedModel) -> Any:
 
 def _export(quantized: Any, folder: Path, work: Path) -> tuple[tuple[str, ...], tuple[str, ...], str]:
     """Return the formats that are written, those that Transformers reads here, and what is wrong with the default."""
-    from quant_fairness_plugin.checkpoint.readers.compare import missing_packages
     from quant_fairness_plugin.export.writer import export
 
     written, read, reason = [], [], ""
@@ -333,9 +335,8 @@ def _export(quantized: Any, folder: Path, work: Path) -> tuple[tuple[str, ...], 
             reason = reason or f"{form}: {_one_line(err, folder)}"
             continue
         written.append(form)
-        # `export` ran Transformers and compared its logits wherever what that needs is installed.
-        if form == "fp16-twin" or not missing_packages(form):
-            read.append(form)
+        if form in READ_HERE:
+            read.append(form)  # `export` ran Transformers on it and compared the logits
     return tuple(written), tuple(read), reason
 
 
@@ -383,16 +384,17 @@ def page(rows: Sequence[Row]) -> str:
         [
             "# Architectures",
             "",
-            "<!-- Written by `make coverage` (benchmarks/coverage.py); do not edit. -->",
+            "<!-- Written by `make coverage` (benchmarks/architectures.py); do not edit. -->",
             "",
-            f"Every causal architecture of Transformers {transformers.__version__} (torch {torch.__version__}): "
+            f"Every causal architecture of Transformers {transformers.__version__} (torch {torch.__version__.split('+')[0]}): "
             f"{len(members)} of {len(rows)} come all the way, {len(stopped)} stop on it, {len(refused)} are refused "
             "before anything is quantized.",
             "A row is a tiny model with random weights: opened, swept with every unit protected once, quantized with "
             f"GPTQ (INT4, groups of {GROUP}) and layer 1 in 16 bit, written in each format. *Read back*: Transformers "
-            "loads it and computes the logits of our own dequantizer; formats whose reader is not installed here are "
-            "only checked tensor by tensor. *AWQ folds*: units whose input scale was proved to fold away. Kinds of "
-            "layers are parted by `/`. What a trained model keeps of its quality is not measured here.",
+            "loads it and computes the logits of our own dequantizer; gptq and awq need gptqmodel for that, and are "
+            "only checked tensor by tensor ([readers.md](readers.md) has them read). *AWQ folds*: units whose input "
+            "scale was proved to fold away. Kinds of layers are parted by `/`. What a trained model keeps of its "
+            "quality is not measured here.",
             "",
             "## All the way",
             "",
