@@ -386,10 +386,9 @@ def page(rows: Sequence[Row]) -> str:
             "",
             "<!-- Written by `make coverage` (benchmarks/architectures.py); do not edit. -->",
             "",
-            f"Every causal architecture of Transformers {transformers.__version__} (torch {torch.__version__.split('+')[0]}): "
-            f"{len(members)} of {len(rows)} come all the way, {len(stopped)} stop on it, "
-            f"{len(refused)} are refused "
-            "before anything is quantized.",
+            f"Every causal architecture of Transformers {transformers.__version__} "
+            f"(torch {torch.__version__.split('+')[0]}): {len(members)} of {len(rows)} come all the way, "
+            f"{len(stopped)} stop on it, {len(refused)} are refused before anything is quantized.",
             "A row is a tiny model with random weights: opened, swept with every unit protected once, quantized with "
             f"GPTQ (INT4, groups of {GROUP}) and layer 1 in 16 bit, written in each format. *Read back*: Transformers "
             "loads it and computes the logits of our own dequantizer; gptq and awq need gptqmodel for that, and are "

@@ -197,8 +197,8 @@ def _stored_grid(name: str, model: PreTrainedModel, shapes: TensorShapes, form: 
         rows, cols = linear_weight(model.get_submodule(name)).shape
     except (AttributeError, TypeError) as err:
         raise ArtifactError(
-            f"{name} is quantized in the weight files, and the architecture has no such linear module; accepted are its "
-            "own. Get the config.json that belongs to these files."
+            f"{name} is quantized in the weight files, and the architecture has no such linear module; accepted are "
+            "its own. Get the config.json that belongs to these files."
         ) from err
     prefix = f"{name}."
     present = {key.removeprefix(prefix): shape for key, (_, shape) in shapes.items() if key.startswith(prefix)}
