@@ -65,6 +65,9 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 6, "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
+    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"] * 2},
     "minicpm3": _LATENT,
     "youtu": _LATENT,
@@ -260,17 +263,19 @@ def _walk(model_type: str, folder: Path, work: Path) -> Row:
     if outline_model(files).family != loaded.family:
         return Row(model_type, units=_units(loaded), reason="fails: plan and quantize see different units")
     row: dict[str, Any] = {"units": _units(loaded), "folds": _folds(loaded)}
+    stops = ""
     try:
         _sweep(loaded)
         row["swept"] = True
+    except Exception as err:  # noqa: BLE001 - a plan can be given without a sweep
+        stops = f"sweep: {_one_line(err, folder)}"
+    try:
         quantized = _quantize(loaded)
         row["quantized"] = True
     except Exception as err:  # noqa: BLE001 - the row says where it stops
-        return Row(
-            model_type, **row, reason=f"{'sweep' if not row.get('swept') else 'quantize'}: {_one_line(err, folder)}"
-        )
+        return Row(model_type, **row, reason=f"{stops} quantize: {_one_line(err, folder)}".strip())
     formats, read, reason = _export(quantized, folder, work)
-    return Row(model_type, **row, formats=formats, read=read, reason=reason)
+    return Row(model_type, **row, formats=formats, read=read, reason=stops or reason)
 
 
 def _units(loaded: LoadedModel) -> str:
