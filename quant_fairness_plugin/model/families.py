@@ -21,6 +21,7 @@ from quant_fairness_plugin.model.architectures import (
     match_architecture,
 )
 from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts, names_experts
+from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +44,20 @@ class Family:
     """Whether the head's weight is the input embedding's."""
     kinds: tuple[BlockKind, ...] = ()
     """What each layer is made of, one entry a layer; empty where all are as the record says."""
+    wrapper: Wrapper | None = None
+    """Where the text decoder and the other parts are; None where the whole model is text."""
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in files and servers of a module or tensor of the text model."""
+        return self.architecture.stored_name(name) if self.wrapper is None else self.wrapper.stored_name(name)
+
+    def loaded_name(self, name: str) -> str:
+        """Return the name in the loaded model of a module or tensor of the files. The inverse of `stored_name`."""
+        return self.architecture.loaded_name(name) if self.wrapper is None else self.wrapper.loaded_name(name)
+
+    def owns(self, name: str) -> bool:
+        """Return whether a module or tensor of the loaded model belongs to the text model."""
+        return self.wrapper is None or self.wrapper.owns(name)
 
     @property
     def generic(self) -> bool:
@@ -135,35 +150,37 @@ def detect_family(model: PreTrainedModel) -> Family:
     """
     from quant_fairness_plugin.model.structure import block_structure
 
-    path, blocks = _block_list(model)
+    wrapper = find_wrapper(model)
+    path, blocks = _block_list(model, wrapper)
     _refuse_adapters_and_experts(model, path, blocks)
     structures = [block_structure(block) for block in blocks]
     alike = len(set(structures)) == 1
     record = match_architecture(lambda record: structures[0] if alike and record.blocks == path else None, _kind(model))
     if record is not None and _kind(model) in record.families:
-        return _known(model, record)
-    if record is not None and not _has_embeddings(model, record):
-        record = None
-    kinds, reason = _trace(model, path)
-    if record is not None:
+        return replace(_known(model, record), wrapper=wrapper)
+    kinds, reason = _trace(model, path, wrapper)
+    if record is not None and _has_embeddings(model, record):
         family = _known(model, record)
         # The record knows the names; what the norms and activations compute, only tracing tells.
-        same = kinds is not None and all(set(kind.units) == set(record.units) for kind in kinds)
-        return replace(family, kinds=kinds) if same and kinds is not None else family
-    if kinds is not None:
-        return _traced(_read_off(model, path, structures, _kind(model)), kinds)
-    _check_generic(model, path, structures, reason)
-    return _read_off(model, path, structures, GENERIC)
+        if kinds is not None and all(set(kind.units) == set(record.units) for kind in kinds):
+            family = replace(family, kinds=kinds)
+    elif kinds is not None:
+        family = _traced(_read_off(model, path, structures, _kind(model), wrapper), kinds)
+    else:
+        _check_generic(model, path, structures, reason)
+        family = _read_off(model, path, structures, GENERIC, wrapper)
+    return replace(family, wrapper=wrapper)
 
 
-def _trace(model: PreTrainedModel, path: str) -> tuple[tuple[BlockKind, ...] | None, str]:
+def _trace(model: PreTrainedModel, path: str, wrapper: Wrapper | None) -> tuple[tuple[BlockKind, ...] | None, str]:
     """Return what tracing shows of every layer, or None with the reason why it shows nothing."""
-    if not hasattr(getattr(model, "config", None), "to_dict"):
+    text: Any = model if wrapper is None else model.get_submodule(wrapper.decoder)
+    if not hasattr(getattr(text, "config", None), "to_dict"):
         return None, "it has no config, by which a small model could be built"
     from quant_fairness_plugin.model.tracing import trace_blocks
 
     try:
-        return trace_blocks(model, path), ""
+        return trace_blocks(text, path if wrapper is None else path.removeprefix(f"{wrapper.decoder}.")), ""
     except UnsupportedModelError as err:
         _logger.info("%s: %s", _kind(model), err)
         return None, str(err)
@@ -187,14 +204,16 @@ def _kind(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)
 
 
-def _block_list(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Return full name and members of the only outermost `ModuleList` whose members hold linear modules."""
+def _block_list(model: nn.Module, wrapper: Wrapper | None) -> tuple[str, list[nn.Module]]:
+    """Return full name and members of the text model's only outermost `ModuleList` of modules with linear ones."""
     from torch import nn
 
     from quant_fairness_plugin.model.structure import linears
 
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
+        if wrapper is not None and not wrapper.owns(name):
+            continue
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside and any(True for _ in linears(module)):
             lists[name] = module
@@ -281,14 +300,15 @@ def _known(model: PreTrainedModel, record: Architecture) -> Family:
     return Family(record.family_name(_kind(model)), replace(record, head=head, final_norm=final_norm), tied)
 
 
-def _read_off(model: PreTrainedModel, path: str, blocks: list[Block], name: str) -> Family:
+def _read_off(model: PreTrainedModel, path: str, blocks: list[Block], name: str, wrapper: Wrapper | None) -> Family:
     """Return the map of an architecture without a record, of which so far only the modules are known."""
     from torch import nn
 
     from quant_fairness_plugin.model.structure import norms
 
-    outside = [(name, module) for name, module in model.named_modules() if not name.startswith(f"{path}.")]
-    after = [name for name in norms(model) if not name.startswith(f"{path}.")]
+    own = [(name, module) for name, module in model.named_modules() if wrapper is None or wrapper.owns(name)]
+    outside = [(name, module) for name, module in own if not name.startswith(f"{path}.")]
+    after = [name for name in norms(model) if name in dict(outside)]
     head, tied = _head(model)
     record = Architecture(
         families=() if name == GENERIC else (name,),

@@ -103,12 +103,16 @@ def build_model(
 
 
 def count_layers(config: Mapping[str, Any]) -> int:
-    """Return the number of layers that a config says; 0 where it says none."""
+    """Return the number of layers that a config says, of the text decoder where there are several; 0 if none."""
+    if isinstance(config.get("text_config"), dict):
+        return count_layers(config["text_config"])
     return next((config[key] for key in LAYER_KEYS if isinstance(config.get(key), int)), 0)
 
 
 def shortened(config: Mapping[str, Any], depth: int) -> Config:
-    """Return a config of the first layers; lists with an entry per layer are cut too."""
+    """Return a config of the first layers (of its text decoder); lists with an entry per layer are cut too."""
+    if isinstance(config.get("text_config"), dict):
+        return {**config, "text_config": shortened(config["text_config"], depth)}
     layers = count_layers(config)
     cut = {
         key: value[:depth] if isinstance(value, list) and len(value) == layers else value
@@ -149,8 +153,11 @@ def _narrow_value(key: str, value: int, width: int | None, heads: int) -> int:
 
 
 def _plain_rotary(value: Mapping[str, Any]) -> Config:
-    """Return rotary settings without lists that are as long as a head is wide."""
+    """Return rotary settings without lists that are as long as a head is wide, or add up to that."""
     plain = {key: _plain_rotary(part) if isinstance(part, dict) else part for key, part in value.items()}
+    if isinstance(plain.get("mrope_section"), list):  # of half a head
+        others = len(plain["mrope_section"]) - 1
+        plain["mrope_section"] = [HEAD_WIDTH // 2 - others, *[1] * others]
     for key in ("rope_type", "type"):
         if isinstance(plain.get(key), str) and plain[key] not in _PLAIN_ROTARY:
             kept = {k: v for k, v in plain.items() if k in ("rope_theta", "partial_rotary_factor")}

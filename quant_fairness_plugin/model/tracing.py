@@ -46,7 +46,8 @@ def trace_blocks(model: PreTrainedModel, path: str) -> tuple[BlockKind, ...]:
     """Return what each block of a model is made of, one entry a layer.
 
     Args:
-        model: on any device, the meta device included; only its modules' names and shapes are looked at.
+        model: a causal model, or the text decoder of another one, on any device, the meta device included; only its
+            modules' names and shapes are looked at.
         path: full name of its list of blocks.
 
     Raises:
@@ -203,14 +204,15 @@ class _Trial:
         self.key_heads = _key_heads(model)
 
     def run(self) -> Tensor:
-        """Logits, `[1, tokens, vocabulary]`."""
+        """Logits, `[1, tokens, vocabulary]`, or of a decoder without a head, its last hidden state."""
         embedding = self.model.get_input_embeddings().weight
         assert isinstance(embedding, Tensor)
         vocabulary = embedding.shape[0]
         ids = torch.tensor([[token % vocabulary for token in TOKENS]])
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            output = self.model(input_ids=ids, use_cache=False)
+        logits: Tensor = output.logits if "logits" in output else output.last_hidden_state
         return logits
 
     def _watch(self) -> list[list[_Event]]:
