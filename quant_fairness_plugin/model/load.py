@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
 from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.quiet import quiet_transformers
 from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved, tensor_shapes
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
@@ -215,20 +214,6 @@ def empty_model(
             f"{files.name}: cannot be built as a causal language model ({_one_line(err)}). Use a decoder-only model."
         ) from err
     return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence Transformers' progress bars and load report on stderr; restores both afterwards."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def compute_dtype(dtype: torch.dtype | None) -> torch.dtype:
