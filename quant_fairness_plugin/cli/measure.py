@@ -12,6 +12,7 @@ import typer
 from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Part, load, save, save_run_record, to_json
 from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
 from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import damage_table, describe_original, describe_part, show
@@ -32,11 +33,18 @@ def measure(
     ] = None,
     model: ModelOption = None,
     part: Annotated[Part, Option("Sentences to measure on:", "Texts")] = "confirm",
+    method: HowMeasured = "rigorous",
     output: OutputFile = None,
     as_json: Json = False,
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
+    if method == "legacy":
+        check_legacy(config, part=part != "confirm")
+        if checkpoint is not None:
+            check_original(checkpoint, source.resolve())
+        legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=as_json)
+        return
     checked = preflight(source, config)
     if checkpoint is not None:
         check_original(checkpoint, checked.files)
