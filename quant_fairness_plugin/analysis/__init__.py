@@ -3,6 +3,8 @@
 Every result is a frozen dataclass. `kinds` lists the questions that `analyze` asks, one module each:
 
 - `weights`: distributions by tensor; `predictors`: whether such figures predict a sweep
+- `tokens`: fertility by language; `segmentation`: token boundaries against morphemes
+- `collect`: one pass with hooks over two models; on it `representations` and `clipping`; `quantized`: the second model
 
 Behind `compare`:
 

@@ -42,6 +42,17 @@ ANALYSES: dict[str, Analysis] = {
             takes=("sweep",),
             reads_texts=False,
         ),
+        Analysis(
+            "tokens",
+            "How many tokens do the same sentences take in each language, and do tokens follow morphemes?",
+            takes=("gold",),
+        ),
+        Analysis(
+            "representations",
+            "What does quantization do to the hidden states of each layer and language, and where is their energy?",
+            takes=("checkpoint",),
+        ),
+        Analysis("clipping", "Would one clipping threshold for all languages hurt some of them, layer by layer?"),
     )
 }
 
