@@ -152,13 +152,13 @@ def _text_tokens(batch: Batch) -> dict[str, Rows]:
 
 @torch.no_grad()
 def _run(model: PreTrainedModel, blocks: str, batch: Batch, note: Note) -> None:
-    with _hooked(model.get_submodule(blocks), note):
+    with hooked(model.get_submodule(blocks), note):
         ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 @contextmanager
-def _hooked(blocks: nn.Module, note: Note) -> Iterator[None]:
+def hooked(blocks: nn.Module, note: Note) -> Iterator[None]:
     """Call `note(layer, input, output)` after every block for the time of a `with` block."""
 
     def hook(layer: int) -> Callable[..., None]:

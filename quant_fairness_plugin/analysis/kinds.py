@@ -52,6 +52,11 @@ ANALYSES: dict[str, Analysis] = {
             "What does quantization do to the hidden states of each layer and language, and where is their energy?",
             takes=("checkpoint",),
         ),
+        Analysis(
+            "interventions",
+            "What do fewer bits, pruning, leaving out heads or layers, or 16 bit up to a layer do to each language?",
+            takes=("kinds",),
+        ),
         Analysis("clipping", "Would one clipping threshold for all languages hurt some of them, layer by layer?"),
     )
 }

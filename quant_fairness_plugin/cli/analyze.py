@@ -16,7 +16,7 @@ from quant_fairness_plugin.artifacts import Interval, Undefined, write_atomicall
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, OutputFile
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.tables import number, show
+from quant_fairness_plugin.cli.tables import show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.preflight import preflight
@@ -103,7 +103,7 @@ def lines(result: object) -> Iterator[str | Table]:
             yield f"{title}: {len(value)} rows, in --json"
         elif isinstance(value, tuple) and value and is_dataclass(value[0]):
             yield _table(title, value)
-        elif not (isinstance(value, tuple) and not value):
+        elif not (_per_sentence(value) or value == ()):
             yield f"{title}: {_cell(value)}"
 
 
@@ -124,7 +124,7 @@ def _cell(value: object) -> str:
         case Undefined():
             return f"undefined: {value.undefined}"
         case Interval():
-            return number(value, 4)
+            return f"{value.estimate:.4g} [{value.low:.4g}, {value.high:.4g}]"  # they span orders of magnitude
         case float():
             return f"{value:.4g}"
         case None:

@@ -21,7 +21,11 @@ from quant_fairness_plugin.model.tokenizer import counting_tokenizer
 from tests.tiny import byte_tokenizer
 
 BOOTSTRAP = Bootstrap(draws=200)
-SENTENCES = {"en": ("two words", "a b c"), "he": ("שתי מילים", "אב"), "zh": ("两个词", "词")}
+SENTENCES: dict[str, tuple[str, ...]] = {
+    "en": ("two words", "a b c"),
+    "he": ("שתי מילים", "אב"),
+    "zh": ("两个词", "词"),
+}
 
 
 def texts() -> TextSet:

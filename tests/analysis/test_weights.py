@@ -26,7 +26,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256, resolv
 from tests.planted import planted_report, planted_texts
 
 
-def ask(folder: Path, **options: Path) -> WeightStatistics:
+def ask(folder: Path, *, sweep: Path | None = None) -> WeightStatistics:
     def refuse() -> None:
         raise AssertionError("a model was loaded")
 
@@ -34,7 +34,7 @@ def ask(folder: Path, **options: Path) -> WeightStatistics:
         files=resolve_model(str(folder)),
         texts=planted_texts(),
         config=FairConfig(),
-        options=AnalysisOptions(**options),
+        options=AnalysisOptions(sweep=sweep),
         load=refuse,  # type: ignore[arg-type]
     )
     result = find_analysis("weights").run(request)
