@@ -92,7 +92,7 @@ def collect(
     """
     tokenized = tokenize_for(loaded.model, loaded.tokenizer, texts, context=CONTEXT)
     batches = tokenized.batches(BATCH_TOKENS)
-    width = loaded.model.get_input_embeddings().get_parameter("weight").shape[1]
+    width = int(loaded.model.config.get_text_config().hidden_size)
     found = {name: Activations.empty(loaded.layers, len(texts), width) for name in texts.languages}
     for number, batch in enumerate(batches):
         notes = _Notes(found, _text_tokens(batch), sample)

@@ -135,10 +135,10 @@ def norm_placement(files: ModelFiles) -> str | Undefined:
 
 def _tensors(files: ModelFiles) -> Iterator[tuple[str, int | None, str, Place]]:
     """Yield kind, layer, name and place of every parameter, in forward order; a tied head is not one."""
-    model = empty_model(files)
-    family = detect_family(model)
-    places = match_tensors(model, files, find_tensors(files))
-    units = name_units(family, files.layers, [name for name, _ in model.named_parameters()])
+    model = empty_model(files, trust_remote_code=files.runs_code)
+    places = match_tensors(model, detect_family(model), files, find_tensors(files))
+    family = detect_family(model)  # a head of its own is known by now
+    units = name_units(family, files.layers, [name for name, _ in model.named_parameters() if family.owns(name)])
     for unit, names in ((unit, units.parameters[unit]) for stage in units.stages for unit in stage):
         if unit == HEAD and family.tied_head:
             continue
