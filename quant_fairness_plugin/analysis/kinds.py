@@ -57,6 +57,11 @@ ANALYSES: dict[str, Analysis] = {
             "What do fewer bits, pruning, leaving out heads or layers, or 16 bit up to a layer do to each language?",
             takes=("kinds",),
         ),
+        Analysis(
+            "choices",
+            "Does the quantized model still choose the right one of several texts, in every language?",
+            takes=("questions", "checkpoint"),
+        ),
         Analysis("clipping", "Would one clipping threshold for all languages hurt some of them, layer by layer?"),
     )
 }

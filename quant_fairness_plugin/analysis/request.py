@@ -37,6 +37,10 @@ class AnalysisOptions:
             metavar="FILE",
         ),
     ] = None
+    questions: Annotated[
+        Path | None,
+        Option("Questions with options, as JSONL, or a folder of CLAMS.", "Texts", metavar="PATH"),
+    ] = None
     kinds: Annotated[
         tuple[str, ...] | None,
         Option(
