@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from quant_fairness_plugin.artifacts import Precision, TextSet, Unit
-from quant_fairness_plugin.checkpoint.readers import check_exportable
+from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
-from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.export.companions import find_companions
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
@@ -133,10 +133,21 @@ def preflight(
         overrides = config.overrides | kept
         check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
     if out is not None:
+        _check_family_exportable(files, config)
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
     _check_tokens(files, sentences)
     return Checked(files, sentences)
+
+
+def _check_family_exportable(files: ModelFiles, config: FairConfig) -> None:
+    """Refuse before the weights are read what the type in config.json already says of format and reader."""
+    model_type = str(files.config.get("model_type", ""))
+    refusal = find_refusal(
+        model_type, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides
+    )
+    if find_architecture(model_type) is not None and refusal is not None:
+        raise UnsupportedModelError(str(refusal))
 
 
 def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:

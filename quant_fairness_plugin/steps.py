@@ -115,7 +115,7 @@ def check_config(config: FairConfig, loaded: LoadedModel) -> None:
     Raises:
         InvalidLayerError: says which.
     """
-    check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+    check_units(config, units=loaded.family.unit_names, layers=loaded.layers)
 
 
 def check_whole(loaded: LoadedModel, step: str) -> None:

@@ -94,6 +94,8 @@ class Provenance:
     arguments: dict[str, Any]
     """The arguments as resolved, defaults included."""
     seed: int
+    source: str = ""
+    """What the 16-bit model was computed from, where its files do not hold it: FP8 or MXFP4 weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

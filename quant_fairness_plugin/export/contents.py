@@ -16,7 +16,6 @@ from quant_fairness_plugin.checkpoint.experts import kept_experts, owner_of, sta
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.errors import ResourceError
-from quant_fairness_plugin.export.copies import Copies
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
@@ -24,18 +23,17 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 
 
-def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the checkpoint by name, made one at a time.
+def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the checkpoint that is not copied, by name, made one at a time.
 
     Tensors that the model shares (a tied head) come once, under the name that is registered first.
 
     Args:
         quantized: the model and its quantized modules; values that its method folded replace the model's.
         layout: how a quantized module is stored; one that packs nothing stores its dequantized values in 16 bit.
-        copies: what comes from the source as it is, last.
 
     Yields:
-        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype, but for copies.
+        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype.
     """
     model, dtype, family = quantized.loaded.model, quantized.loaded.storage_dtype, quantized.loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
@@ -64,7 +62,6 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies
             yield stored_name(part, family), stack().to("cpu", dtype)
     for name, length in layout.added_tensors(model).items():
         yield name, torch.ones(length, dtype=dtype)
-    yield from copies.read()
 
 
 def write_shards(

@@ -104,7 +104,8 @@ class _Work:
     def units(self, layer: int) -> Iterator[tuple[Unit, dict[str, nn.Module]]]:
         """Yield the fusion groups to quantize in a layer, in forward order, with their modules by full name."""
         modules = self.loaded.linears(layer)
-        names = {f"{self.loaded.family.blocks}.{layer}.{u.modules[0]}": u.name for u in self.loaded.family.units}
+        family = self.loaded.family
+        names = {f"{family.blocks}.{layer}.{unit.modules[0]}": unit.name for unit in family.units_of(layer)}
         for group in self.selection.units.get(layer, ()):
             yield Unit(layer, names[group[0]]), {name: modules[name] for name in group}
 

@@ -43,6 +43,23 @@ class Fold:
     """What a norm adds to its weight before it multiplies."""
     activated: bool = False
     """Whether an activation lies between the source and the group: then only some activations let a scale through."""
+    heads: int = 0
+    """Heads of the source where each is read by several heads of the group (grouped values; a norm of single heads,
+    which has one); 0 where channels of both are the same."""
+    also: tuple[str, ...] = ()
+    """Linear modules outside of the group that read the source too, and must be multiplied with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKind:
+    """What blocks of one kind are made of. A model of a single kind has it in its record."""
+
+    units: tuple[FusionGroup, ...]
+    """Every linear module that can be quantized, each exactly once, in forward order."""
+    folds: tuple[Fold, ...] = ()
+    """Where AWQ's scales go; empty where nothing was proved to take them."""
+    kept: tuple[tuple[str, str], ...] = ()
+    """Linear modules that stay in 16 bit whatever a plan says, relative to the block, each with its reason."""
 
 
 @dataclass(frozen=True, slots=True)

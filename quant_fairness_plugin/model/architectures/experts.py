@@ -105,11 +105,15 @@ def mixture_units(linears: Iterable[str], experts: str) -> tuple[FusionGroup, ..
 
     Args:
         linears: the linear modules of the block in forward order, the experts' own included.
-        experts: name of the module of the routed experts, relative to the block.
+        experts: name of the module of the routed experts, relative to the block; empty in a layer that has none.
     """
-    routed = tuple(name for name in linears if name.startswith(f"{experts}."))
+    if not experts:
+        return tuple(_fused(list(linears)))
+    routed = tuple(name for name in linears if experts and name.startswith(f"{experts}."))
     others = [name for name in linears if name not in routed and not names_experts(name.rpartition(".")[2])]
     units = list(_fused(others))
+    if not routed:
+        return tuple(units)
     last = max((i for i, unit in enumerate(units) if unit.modules[0].startswith("self_attn.")), default=-1)
     return (*units[: last + 1], FusionGroup(EXPERTS, routed, experts, routed=True), *units[last + 1 :])
 
