@@ -22,6 +22,7 @@ _WORDS = frozenset({"expert", "experts", "moe", "router"})
 """Parts of module names, between dots and underscores, such as `block_sparse_moe` or `shared_expert_gate`."""
 _ENDS = {
     ("q_proj", "k_proj", "v_proj"): ("qkv", "qkv_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"): ("qkv_a", "fused_qkv_a_proj"),
     ("gate_proj", "up_proj"): ("gate_up", "gate_up_proj"),
     ("o_proj",): ("o", None),
     ("down_proj",): ("down", None),
@@ -55,7 +56,7 @@ class Mixture:
 
 
 MIXTURES = (
-    Mixture(families=("qwen3_moe", "qwen2_moe", "olmoe")),
+    Mixture(families=("qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "glm4_moe")),
     Mixture(families=("mixtral",), names=("w1", "w3", "w2"), moved=("mlp", "block_sparse_moe")),
 )
 _STACKED = ("granitemoe", "granitemoehybrid", "granitemoeshared", "gpt_oss", "llama4", "llama4_text", "gemma4_text")
