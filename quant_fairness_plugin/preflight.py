@@ -178,6 +178,11 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
     model_type = str(files.config.get("model_type", ""))
     _check_backend(config, family=model_type)
     _check_context(files)
+    if config.tokens_per_expert is not None and find_mixture(model_type) is None:
+        raise ConfigError(
+            f"tokens_per_expert {config.tokens_per_expert} has no effect on {files.name}, which is no mixture of "
+            "experts; leave it out"
+        )
     if find_mixture(model_type) is not None:
         check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
     if is_wrapper(files.config):
