@@ -22,7 +22,6 @@ from typing_extensions import Unpack
 from quant_fairness_plugin import planning, steps
 from quant_fairness_plugin.artifacts import (
     ExportRecord,
-    Granularity,
     Measurement,
     Mode,
     Part,
@@ -242,8 +241,9 @@ class FairQuantizer:
     def _measure_units(self) -> SweepReport | UnitScores:
         if self.config.scores_units and self._memory_budget is None:
             return self.score()
-        granularity: Granularity = "unit" if self.config.exhaustive else "layer"
-        return self.sweep(granularity=granularity, precisions=self.config.menu)
+        if self.config.exhaustive:
+            return self.sweep(granularity="unit", precisions=self.config.menu)
+        return self.sweep(precisions=self.config.precisions or ("fp16",))
 
     def _plan_by(self, report: SweepReport | UnitScores | None) -> ProtectionPlan:
         if not isinstance(report, UnitScores):
@@ -258,7 +258,7 @@ class FairQuantizer:
 
     def _unprotected(self) -> QuantizedModel:
         """Return the model quantized without protection, made once."""
-        if self._bare is None:
+        if self._bare is None or (self._bare.method, self._bare.grid) != (self.config.method, self.config.grid):
             self._bare = self._quantize(steps.plan_of_layers(self.loaded, self.config, ()))
         return self._bare
 
@@ -342,13 +342,13 @@ class FairQuantizer:
     def _exportable_plan(self) -> ProtectionPlan:
         """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""
         checked = None if self._plan else steps.check_exportable_before_sweep(self.loaded, self.config)
-        plan = self.recommend()
-        if plan.overrides != checked:
-            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
         if not self._tried:
             steps.try_export(self.loaded, self.texts, self.config)
             companions_of(self.loaded).say_what_is_left_out(self.loaded.files.folder)
             self._tried = True
+        plan = self.recommend()
+        if plan.overrides != checked:
+            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:

@@ -11,11 +11,10 @@ from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import Access, Json, ModelArgument, OutputFolder, Overwrite, default_output
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import damage_table, describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import damage_table, describe_part, extent, show, singled_out
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
-from quant_fairness_plugin.recommend import describe_overrides
 
 
 def quantize_model(
@@ -61,9 +60,7 @@ def report_checkpoint(record: ExportRecord, out: Path, *, as_json: bool) -> None
     if record.measurement is not None:
         title = f"{out}: damage against the 16-bit model, {describe_part(record.measurement)}"
         show(damage_table(record.measurement, title=title))
-    layers = layer_list(record.plan.protected_layers) or "none"
-    others = describe_overrides(record.plan)
-    singled_out = f"protected layers {layers}{others and '; '}{others}{describe_columns(record.plan)}"
-    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {singled_out}, verified; {extent(record)}")
+    more = singled_out(record.plan)
+    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {more}, verified; {extent(record)}")
     if record.measurement is not None and record.measurement.condition:
         typer.echo(record.measurement.condition)

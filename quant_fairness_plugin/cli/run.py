@@ -19,11 +19,10 @@ from quant_fairness_plugin.cli.options import (
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import comparison_table, describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import comparison_table, describe_part, extent, show, singled_out
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
-from quant_fairness_plugin.recommend import describe_overrides
 
 
 @options()
@@ -37,7 +36,7 @@ def run(
     plan: PlanFile = None,
     access: Access,
 ) -> None:
-    """Measure, sweep, recommend, quantize, export, verify, and print each language's damage before and after."""
+    """Measure, score, plan, quantize, export, verify, and print each language's damage before and after."""
     saved, config = planned(plan, config)
     source = access.source(model)
     out = output or default_output(source.name)
@@ -57,11 +56,8 @@ def run(
 
 
 def _show(result: RunResult, config: FairConfig, out: Path) -> None:
-    layers, others = layer_list(result.plan.protected_layers) or "none", describe_overrides(result.plan)
-    singled_out = f"layers {layers} in 16 bit{others and '; '}{others}{describe_columns(result.plan)}"
-    title = (
-        f"{config.method} {config.grid}, {describe_part(result.protected)}: without protection, and with {singled_out}"
-    )
+    more, part = singled_out(result.plan), describe_part(result.protected)
+    title = f"{config.method} {config.grid}, {part}: without protection, and with {more}"
     show(comparison_table(result.unprotected, result.protected, title=title))
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)
