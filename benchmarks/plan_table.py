@@ -153,10 +153,11 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def sentences_of(rows: dict[str, dict[str, Any]]) -> str:
     plan, layers = rows[PLAN], rows[LAYERS]
     seconds = ", ".join(f"{what} {value:.0f}" for what, value in plan["cpu_seconds"].items())
+    gains = [figure(row["gain_over_int4"]) for row in (plan, layers)]
     return (
         f"{'; '.join(plan['reasons'])}. Measured on {plan['sentences']} confirm sentences a language: the worst "
-        f"language's KL falls by {figure(plan['gain_over_int4'])} over `INT4`, and by {figure(layers['gain_over_int4'])} "
-        f"with {layers['reasons'][0].split('; predicted')[0]}. CPU seconds ({plan['machine']}): {seconds}.\n"
+        f"language's KL falls by {gains[0]} over `INT4`, and by {gains[1]} with "
+        f"{layers['reasons'][0].split('; predicted')[0]}. CPU seconds ({plan['machine']}): {seconds}.\n"
     )
 
 

@@ -206,7 +206,9 @@ def test_plans_for_other_limits_come_from_the_same_scores(scored: FairQuantizer)
     assert small.extra_bytes < large.extra_bytes
     floor = round(small.extra_bytes / small.overhead)
     assert plan_under(scored, max_size=floor + small.extra_bytes).units == small.units
-    assert plan_under(scored, target_bits=4.0).overrides == {}  # scales alone take 0.5 bits more
+    assert plan_under(scored, target_bits=4.5).overrides == {}  # 4 bits and a scale of 16 for every 32
+    with pytest.raises(QualityGateError, match="the smallest allocation takes"):
+        plan_under(scored, target_bits=4.4)
     assert set(plan_under(scored, target_bits=16.0).overrides.values()) <= {"int8", "fp16"}
     with pytest.raises(QualityGateError, match="the target is 1e-09: raise it"):
         plan_under(scored, target="worst=0.000000001", precisions=("fp16", "int8"), protect_units=("0.qkv",))
