@@ -27,7 +27,7 @@ RANKS = [
     {"evidence"},
     {"export"},
     {"serve"},
-    {"forecast", "preflight"},
+    {"forecast", "planning", "preflight"},
     {"steps"},
     {"fair_quantizer", "seeds"},
     {"analysis"},
