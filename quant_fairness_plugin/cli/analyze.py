@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -50,6 +51,7 @@ def analyze(
     source = access.source(model)
     checked = preflight(source, config)
 
+    @cache
     def load() -> LoadedModel:
         # Loads torch.
         from quant_fairness_plugin.steps import load_checked
