@@ -117,7 +117,8 @@ def check_config(config: FairConfig, loaded: LoadedModel) -> None:
     Raises:
         InvalidLayerError: says which.
     """
-    check_units(config, units=loaded.family.unit_names, layers=loaded.layers)
+    family = loaded.family
+    check_units(config, units=lambda layer: tuple(unit.name for unit in family.units_of(layer)), layers=loaded.layers)
 
 
 def check_whole(loaded: LoadedModel, step: str) -> None:
