@@ -27,7 +27,7 @@ RANKS = [
     {"evidence"},
     {"export"},
     {"serve"},
-    {"analysis", "forecast", "preflight"},
+    {"analysis", "forecast", "preflight", "report"},
     {"steps"},
     {"fair_quantizer", "seeds"},
     {"__init__"},

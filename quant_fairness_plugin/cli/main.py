@@ -23,6 +23,7 @@ COMMANDS = {
     "quantize": "quant-fairness quantize demo --protect-layers 0,9,11 -o demo-int4",
     "compare": "quant-fairness compare --model demo --calibrations english,uniform",
     "verify": "quant-fairness verify demo-int4-fair",
+    "report": "quant-fairness report demo-int4-fair sweep.json -o report.html",
     "repair": "quant-fairness repair DIR --dry-run",
     "generate": "quant-fairness generate demo-int4-fair --prompt 'In the beginning'",
     "doctor": "quant-fairness doctor",
