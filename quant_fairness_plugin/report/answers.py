@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from quant_fairness_plugin.artifacts import ExportRecord, LanguageDamage, ProtectionPlan, SweepReport
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.model.resolve import BUNDLED
-from quant_fairness_plugin.recommend.assembly import bytes_of
-from quant_fairness_plugin.report.compared import Compared, choice_of
+from quant_fairness_plugin.report.compared import Compared, size_of
 from quant_fairness_plugin.report.sources import Sources
-from quant_fairness_plugin.report.words import Language, decimals, plan_words, size
+from quant_fairness_plugin.report.words import Language, decimals, is_hub_id, plan_words, size
 from quant_fairness_plugin.statistics.verdict import Verdict, judge
 
 
@@ -98,7 +97,8 @@ def _named(tag: str) -> str:
 
 def _acceptable(verdict: Verdict | None, gate: Gate) -> Answer:
     question = "Is that acceptable?"
-    bound = f"The bound is {gate.most:g} bits per byte, {'in every language' if gate.objective == 'worst' else 'mean'}."
+    over = "in any language" if gate.objective == "worst" else "in the mean of the languages"
+    bound = f"Accepted is a loss of at most {gate.most:g} bits per byte {over}; see the line above for what was found."
     if verdict is None:
         return Answer(question=question, short="Not known yet.", more="Only a checkpoint that was measured is judged.")
     said = {
@@ -107,7 +107,7 @@ def _acceptable(verdict: Verdict | None, gate: Gate) -> Answer:
         "DO NOT SHIP": "No.",
         "CANNOT TELL": "These sentences cannot tell.",
     }[verdict.decision]
-    return Answer(question=question, short=said, more=f"{_sentence(verdict.reason)} {bound}")
+    return Answer(question=question, short=said, more=bound)
 
 
 def _what_to_ship(sources: Sources, plan: ProtectionPlan | None, verdict: Verdict | None) -> Answer:
@@ -121,8 +121,8 @@ def _what_to_ship(sources: Sources, plan: ProtectionPlan | None, verdict: Verdic
     if verdict.decision == "SHIP WITH CARE":
         return Answer(
             question=question,
-            short="This checkpoint, to those whose languages lose little.",
-            more=f"{made} For the others protect more, or use 8 bits:",
+            short="This checkpoint, if its users can accept these losses.",
+            more=f"{made} Else protect more of it, or use 8 bits:",
             command=f"quant-fairness run --model {model} --max-overhead 0.4",
         )
     if verdict.decision == "DO NOT SHIP":
@@ -142,7 +142,7 @@ def _what_to_ship(sources: Sources, plan: ProtectionPlan | None, verdict: Verdic
 
 def _to_type(model: str) -> str:
     """Return a model's name where it can be found by it; a record of a local folder does not say where that is."""
-    return model if model in BUNDLED or "/" in model else "MODEL"
+    return model if model in BUNDLED or is_hub_id(model) else "MODEL"
 
 
 def _plan_to_make(question: str, sources: Sources, plan: ProtectionPlan | None) -> Answer:
@@ -166,15 +166,21 @@ def _cost(sources: Sources, plan: ProtectionPlan | None) -> Answer:
         weights = weight_bytes(sources.record)
         share = weights / sources.record.sixteen_bit_bytes
         short = f"{size(weights)} instead of {size(sources.record.sixteen_bit_bytes)} ({share:.0%})."
-    elif sources.sweep is not None and plan is not None:
-        total, dense = bytes_of(sources.sweep, choice_of(plan)), dense_bytes(sources.sweep)  # type: ignore[arg-type]
-        short = f"{size(total)} instead of {size(dense)} ({total / dense:.0%})."
     else:
-        short = "Size unknown." if plan is None else f"{plan.overhead:.1%} more bytes than without protection."
+        short = _forecast(sources.sweep, plan)
     if plan is not None:
         free = "Nothing was protected." if not plan.extra_bytes else ""
         parts.append(free or f"Protection is {size(plan.extra_bytes)} of it, {plan.overhead:.1%} extra.")
     return Answer(question=question, short=short, more=" ".join([*parts, "Speed was not measured."]))
+
+
+def _forecast(sweep: SweepReport | None, plan: ProtectionPlan | None) -> str:
+    """Say how large a checkpoint by a plan would be."""
+    total = None if sweep is None or plan is None else size_of(sweep, plan)
+    if sweep is not None and total is not None:
+        dense = dense_bytes(sweep)
+        return f"{size(total)} instead of {size(dense)} ({total / dense:.0%})."
+    return "Size unknown." if plan is None else f"{plan.overhead:.1%} more bytes than without protection."
 
 
 def weight_bytes(record: ExportRecord) -> int:

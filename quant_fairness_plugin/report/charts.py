@@ -109,7 +109,7 @@ def intervals(dots: Sequence[Dot], *, states: Sequence[str], bound: float | None
                 x=at, y=alt.value(-3), text=alt.Text("text:N")
             ),
         ]
-    return alt.layer(*layers).properties(height=alt.Step(17 if len(states) > 1 else 28), **_fitted(width))
+    return alt.layer(*layers).properties(height=alt.Step(13), **_fitted(width))
 
 
 def bars(labels: Sequence[str], values: Sequence[float], *, title: str, width: int) -> Any:

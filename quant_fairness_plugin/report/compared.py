@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import LanguageDamage, ProtectionPlan, SweepReport, SweepRow
+from quant_fairness_plugin.artifacts import LanguageDamage, Precision, ProtectionPlan, SweepReport, SweepRow, Unit
+from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.plan_set import NONE
-from quant_fairness_plugin.recommend.assembly import row_choice
+from quant_fairness_plugin.recommend.assembly import bytes_of, row_choice
 from quant_fairness_plugin.report.sources import Sources
 
 
@@ -69,6 +70,15 @@ def evaluated_row(sweep: SweepReport, plan: ProtectionPlan) -> SweepRow | None:
     return next((row for row in rows if dict(row_choice(sweep, row)) == wanted), None)
 
 
-def choice_of(plan: ProtectionPlan) -> dict[str, str]:
+def size_of(sweep: SweepReport, plan: ProtectionPlan) -> int | None:
+    """Return the bytes of a plan; None where it has a unit or a precision that the sweep did not price."""
+    try:
+        return bytes_of(sweep, choice_of(plan))
+    except ConfigError:
+        return None
+
+
+def choice_of(plan: ProtectionPlan) -> dict[str, Precision]:
     """Return what a plan singles out: unit → precision."""
-    return {f"layers.{layer}": "fp16" for layer in plan.protected_layers} | dict(plan.overrides)
+    whole: dict[str, Precision] = {str(Unit(layer)): "fp16" for layer in plan.protected_layers}
+    return whole | plan.overrides

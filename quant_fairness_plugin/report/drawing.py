@@ -23,6 +23,7 @@ _CONFIG: dict[str, Any] = {
     "axis": {
         "labelColor": "var(--ink)",
         "labelFontSize": 12,
+        "labelFlush": False,
         "labelPadding": 7,  # where the reader's font is wider than the measured one
         "gridColor": "var(--line)",
         "domainColor": "var(--line)",

@@ -24,12 +24,12 @@ from quant_fairness_plugin.report.sections.layers import layers_section
 from quant_fairness_plugin.report.sections.precision import precision_section
 from quant_fairness_plugin.report.sections.tradeoff import evidence_tradeoff, sweep_tradeoff
 from quant_fairness_plugin.report.sources import Sources
-from quant_fairness_plugin.report.words import Figure, Language
+from quant_fairness_plugin.report.words import Figure, Language, model_words
 
 _MODES = (
     ("tldr", "TL;DR", "the answer"),
-    ("practitioner", "Practitioner", "and what to do about it"),
-    ("researcher", "Researcher", "and how it is known"),
+    ("practitioner", "Practitioner", "what to do"),
+    ("researcher", "Researcher", "how it is known"),
 )
 """Name, label and purpose of each reading mode, the shortest first."""
 
@@ -80,7 +80,7 @@ def _page(sources: Sources, gate: Gate | None) -> Page:
     compared = compare(sources, plan)
     verdict = verdict_of(sources, gate)
     return Page(
-        model=sources.model.rsplit("/", 1)[-1],
+        model=model_words(sources.model),
         subtitle=_subtitle(sources, plan),
         heading=heading(verdict),
         answers=tuple(answers(sources, compared, plan, verdict, gate or Gate())),
@@ -133,7 +133,7 @@ def _provenance(sources: Sources) -> Iterator[tuple[str, str]]:
     made = _first_provenance(sources)
     if made is None:
         return
-    yield "16-bit model", f"{made.model}, sha256 {made.model_sha256}"
+    yield "16-bit model", f"{model_words(made.model)}, sha256 {made.model_sha256}"
     yield "texts", f"{made.text_set}, sha256 {made.text_sha256}"
     yield "seed", str(made.seed)
     yield "arguments", "; ".join(f"{name} {value}" for name, value in made.arguments.items())

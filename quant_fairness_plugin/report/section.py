@@ -13,7 +13,7 @@ from quant_fairness_plugin.report.words import Cell
 
 Level = Literal["tldr", "practitioner", "researcher"]
 """The shortest reading mode that shows a part; the longer ones show it, too."""
-WIDE, NARROW = 860, 340
+WIDE, NARROW = 1000, 340
 """Pixels of a chart on a screen, and on a telephone."""
 
 

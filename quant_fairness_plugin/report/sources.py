@@ -76,10 +76,10 @@ class Sources:
 
     @property
     def model(self) -> str:
-        """Name of the 16-bit model, without the folders before it."""
+        """Name of the 16-bit model, as the artifacts have it."""
         for source in (self.record, self.measurement, self.before, self.sweep, self.evidence):
             if source is not None:
-                return source.provenance.model.rstrip("/")
+                return source.provenance.model
         assert self.plan is not None
         return self.plan.model
 

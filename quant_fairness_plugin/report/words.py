@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from quant_fairness_plugin.artifacts import Interval, Number, ProtectionPlan
 from quant_fairness_plugin.recommend import describe_overrides
 from quant_fairness_plugin.texts.languages import language_name
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -76,6 +78,16 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if count >= 99.5 or unit == "bytes" else f"{count:.3g} {unit}"
         count /= 1000
     raise AssertionError  # the last unit takes everything
+
+
+def is_hub_id(model: str) -> bool:
+    """Return whether a model's name in an artifact is one of the Hub, rather than a folder of somebody's machine."""
+    return _HUB_ID.fullmatch(model) is not None
+
+
+def model_words(model: str) -> str:
+    """Return the name of a model without the folders that it lay in."""
+    return model if is_hub_id(model) else model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def layer_words(layers: Sequence[int]) -> str:

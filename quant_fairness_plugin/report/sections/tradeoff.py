@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from quant_fairness_plugin.artifacts import Evidence, Frontier, FrontierRow, Interval, ProtectionPlan, SweepReport
-from quant_fairness_plugin.recommend.assembly import bytes_of
 from quant_fairness_plugin.recommend.frontier import frontier_of
 from quant_fairness_plugin.report import charts
-from quant_fairness_plugin.report.compared import choice_of, evaluated_row
+from quant_fairness_plugin.report.compared import evaluated_row, size_of
 from quant_fairness_plugin.report.section import Key, Picture, Section, Table
 from quant_fairness_plugin.report.words import Cell, Figure, decimals, number, size
 
@@ -22,9 +21,8 @@ def sweep_tradeoff(sweep: SweepReport, plan: ProtectionPlan | None) -> Section |
     """Return the part for the plans of a sweep; None where no plan has both bytes and harms."""
     row = None if plan is None else evaluated_row(sweep, plan)
     chosen = None if row is None else row.plan
-    rule = None
-    if plan is not None and row is None:
-        rule = bytes_of(sweep, choice_of(plan)) / 1e6  # type: ignore[arg-type] # the plan's own precisions
+    total = None if plan is None or row is not None else size_of(sweep, plan)
+    rule = None if total is None else total / 1e6
     condition = "Forecast by rounding in memory, on the sentences that the plan is chosen by."
     return _section(frontier_of(sweep), chosen, rule, condition)
 
