@@ -161,7 +161,7 @@ def points(
         _panel(rows, roles, rule).properties(width=each, height=230, title=alt.Title(title, anchor="start"))
         for title, rows in panels
     ]
-    return alt.vconcat(*made) if narrow else alt.hconcat(*made)
+    return alt.vconcat(*made) if narrow else alt.hconcat(*made, bounds="flush", spacing=80)
 
 
 def _panel(rows: Sequence[Point], roles: Sequence[str], rule: float | None) -> Any:

@@ -56,4 +56,6 @@ def draw(chart: Any, text: str) -> Markup:
 
     specification = chart.to_dict() | {"config": _CONFIG}
     svg = vl_convert.vegalite_to_svg(specification)
-    return Markup(svg.replace("<svg ", f'<svg role="img" aria-label="{escape(text)}" ', 1))
+    named = svg.replace("<svg ", f'<svg role="img" aria-label="{escape(text)}" ', 1)
+    # Vega gives marks a role and no name; the picture's own text stands for all of them.
+    return Markup(named.replace("<g ", '<g aria-hidden="true" ', 1))

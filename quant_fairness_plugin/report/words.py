@@ -52,12 +52,14 @@ Cell = str | Figure | Language
 
 
 def decimals(value: float) -> str:
-    """Return bits per byte: three decimals, or two significant digits below 0.001.
+    """Return bits per byte with three decimals, and more below 0.01, so that two figures stay apart.
 
-    >>> decimals(0.1234), decimals(0.00042), decimals(0)
-    ('0.123', '0.00042', '0')
+    >>> decimals(0.1234), decimals(0.0042), decimals(0.00042), decimals(0)
+    ('0.123', '0.0042', '0.00042', '0')
     """
-    return "0" if value == 0 else f"{value:.3f}" if abs(value) >= 0.001 else f"{value:.5f}".rstrip("0").rstrip(".")
+    if value == 0:
+        return "0"
+    return f"{value:.3f}" if abs(value) >= 0.01 else f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.5f}"
 
 
 def number(value: Number) -> Figure:

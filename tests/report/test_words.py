@@ -11,7 +11,8 @@ from tests.report.samples import PLAN
 
 
 @pytest.mark.parametrize(
-    ("value", "wanted"), [(0.0, "0"), (0.4194, "0.419"), (0.001, "0.001"), (0.00042, "0.00042"), (-0.2, "-0.200")]
+    ("value", "wanted"),
+    [(0.0, "0"), (0.4194, "0.419"), (0.01, "0.010"), (0.0042, "0.0042"), (0.00042, "0.00042"), (-0.2, "-0.200")],
 )
 def test_decimals(value: float, wanted: str) -> None:
     assert decimals(value) == wanted
