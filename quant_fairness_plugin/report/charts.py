@@ -191,14 +191,14 @@ def strip(rows: Sequence[tuple[str, str, float]], *, title: str, width: int) -> 
     roles = ("ours", "random", "other")
     values = [{"line": line, "role": role, "value": value} for line, role, value in rows]
     order = list(dict.fromkeys(line for line, _, _ in rows))
-    spread = alt.Scale(zero=False, padding=10)
+    drawn = [value for _, _, value in rows]
+    spread = alt.Scale(domain=[min(0.0, *drawn), max(drawn) * 1.05], nice=False)
     base = alt.Chart(alt.Data(values=values)).encode(
         y=_names("line", order, labelLimit=LABELS),
         x=alt.X("value", type="quantitative", title=title, scale=spread, axis=alt.Axis(tickCount=_ticks(width))),
-        shape=alt.Shape("role", **_by_state(roles, ["diamond", "stroke", "circle"])),
+        shape=alt.Shape("role", **_by_state(roles, ["diamond", "M0,-1L0,1", "circle"])),
         color=alt.Color("role", **_by_state(roles, ["var(--before)", "var(--ink)", "var(--muted)"])),
         fill=alt.Fill("role", **_by_state(roles, ["var(--before)", "transparent", "transparent"])),
-        angle=alt.Angle("role", **_by_state(roles, [0, 90, 0])),
         size=alt.Size("role", **_by_state(roles, [200, 120, 50])),
     )
     ours = [{"value": value} for _, role, value in rows if role == "ours"]

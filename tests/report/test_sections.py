@@ -113,7 +113,7 @@ def test_random_plans_are_many_and_ours_is_first() -> None:
     section = controls_section(evidence())
     assert section is not None
     assert [str(row[0]) for row in section.table.rows][:2] == ["the plan", "random 0"]
-    assert "better than 88 % of 8 random plans (95 % interval 47 to 100 %, p = 0.222)" in section.lead
+    assert "The plan is better than 88 % of 8 random plans (95 % interval 47 to 100 %, p = 0.222)" in section.lead
     without = replace(evidence(), standing=Undefined("no random plan fits"))
     assert "undefined: no random plan fits" in (controls_section(without) or section).lead
 

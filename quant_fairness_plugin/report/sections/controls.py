@@ -25,7 +25,7 @@ def controls_section(evidence: Evidence) -> Section | None:
         name="controls",
         title="Is the plan better than chance?",
         level="researcher",
-        lead=f"{evidence.verdict.rstrip('.')}. {_standing(evidence)}",
+        lead=f"{_standing(evidence)} In detail: {evidence.verdict.rstrip('.')}.",
         picture=Picture.of(
             lambda width: charts.strip(placed, title="loss of the worst language, bits per byte", width=width),
             f"Loss of the worst language under the plan and under {len(placed) - 1} others. {_standing(evidence)}",
@@ -56,9 +56,9 @@ def _ordered(rows: list[EvidenceRow]) -> list[EvidenceRow]:
 def _standing(evidence: Evidence) -> str:
     standing = evidence.standing
     if not isinstance(standing, Standing):
-        return f"Its place among random plans is undefined: {standing.undefined}."
+        return f"The place of the plan among random ones is undefined: {standing.undefined}."
     return (
-        f"It is better than {standing.percentile:.0f} % of {standing.random_plans} random plans "
+        f"The plan is better than {standing.percentile:.0f} % of {standing.random_plans} random plans "
         f"(95 % interval {standing.low:.0f} to {standing.high:.0f} %, p = {standing.p_value:.3f})."
     )
 
