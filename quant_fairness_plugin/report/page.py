@@ -20,6 +20,7 @@ from quant_fairness_plugin.report.section import Section
 from quant_fairness_plugin.report.sections.controls import controls_section
 from quant_fairness_plugin.report.sections.coverage import coverage_section
 from quant_fairness_plugin.report.sections.damage import damage_section
+from quant_fairness_plugin.report.sections.experts import experts_section
 from quant_fairness_plugin.report.sections.layers import layers_section
 from quant_fairness_plugin.report.sections.precision import precision_section
 from quant_fairness_plugin.report.sections.tradeoff import evidence_tradeoff, sweep_tradeoff
@@ -115,6 +116,7 @@ def _sections(sources: Sources, plan: ProtectionPlan | None, gate: Gate) -> Iter
         yield precision_section(plan, sources.record)
     parts = (
         None if sources.record is None else coverage_section(sources.record),
+        None if sources.record is None or sources.record.experts is None else experts_section(sources.record.experts),
         None if sources.sweep is None else layers_section(sources.sweep),
         None if sources.evidence is None else controls_section(sources.evidence),
     )

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from quant_fairness_plugin.artifacts import Measurement, ProtectionPlan, Undefined
+from quant_fairness_plugin.artifacts import ExpertCoverage, Measurement, ProtectionPlan, Undefined
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.report.compared import compare, evaluated_row
 from quant_fairness_plugin.report.section import Section, shade
 from quant_fairness_plugin.report.sections.controls import controls_section
 from quant_fairness_plugin.report.sections.coverage import coverage_section
 from quant_fairness_plugin.report.sections.damage import damage_section
+from quant_fairness_plugin.report.sections.experts import experts_section
 from quant_fairness_plugin.report.sections.layers import layers_section
 from quant_fairness_plugin.report.sections.precision import precision_section
 from quant_fairness_plugin.report.sections.tradeoff import evidence_tradeoff, sweep_tradeoff
@@ -80,6 +81,22 @@ def test_calibration_by_language_and_nothing_where_there_was_none() -> None:
     assert section.lead.startswith("1,311 tokens, 2 languages")
     assert section.table.rows[1] == (Language.of("he"), Figure("77"), Figure("1"), Figure("0.250"))
     assert coverage_section(replace(record(), calibration={})) is None
+
+
+def test_experts_of_each_layer_and_language() -> None:
+    """By hand: of two experts calibration reached the second with 10 tokens in all, which are Hebrew."""
+    counts = {"layers.1": {"en": (100, 0), "he": (70, 10)}}
+    coverage = ExpertCoverage(
+        experts=2,
+        calibrated=counts,
+        reached={"layers.1": {"en": (5, 0), "he": (3, 9)}},
+        gates={"layers.1": {"en": (1.0, 0.0), "he": (0.25, 0.75)}},
+        part="confirm",
+    )
+    section = experts_section(coverage)
+    assert section.lead.startswith("Most exposed is Hebrew in layer 1: 75 % of its gate weights")
+    assert section.table.rows[1] == ("1", Language.of("he"), *map(Figure, ("2 of 2", "1 of 2", "1 of 2", "75.0%")))
+    assert section.table.rows[0][-1] == Figure("0.0%")
 
 
 def test_every_plan_of_a_sweep_is_in_the_table_and_the_recommended_one_is_marked() -> None:
