@@ -39,7 +39,7 @@ from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.plans.plan_set import BASELINE
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.steps import EXPORTED, exported_state
@@ -50,6 +50,8 @@ from quant_fairness_plugin.sweep.executors import Executor
 
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
+Reporter = Callable[[Path, Measurement, Measurement], None]
+"""Called with a checkpoint folder, the damage without protection, and the checkpoint's."""
 
 
 class FairQuantizer:
@@ -315,8 +317,20 @@ class FairQuantizer:
         """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
         return push_folder(folder or self._last_export(), repo_id, **options)
 
-    def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
-        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind."""
+    @property
+    def last_sweep(self) -> SweepReport | None:
+        """The sweep that is remembered; None before the first one."""
+        return self._report
+
+    def run(self, out: str | Path, *, overwrite: bool = False, report: Reporter | None = None) -> RunResult:
+        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind.
+
+        Args:
+            out: the folder to make.
+            overwrite: replace an earlier export of that name.
+            report: called with the folder before it gets its name, the damage without protection and that of the
+                folder; a file that it writes there becomes a part of the checkpoint's record.
+        """
         plan = self._exportable_plan()
         protects = plan.protected_layers or plan.overrides or plan.protect_columns
         bare = self._unprotected() if protects else self.quantize()
@@ -325,7 +339,10 @@ class FairQuantizer:
         def measure(folder: Path) -> Measurement:
             both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
             measured = both[0].measurements[EXPORTED]
-            return steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
+            protected = steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
+            if report is not None:
+                report(folder, both[0].measurements[NONE], protected)
+            return protected
 
         record = self._export(Path(out), overwrite=overwrite, measure=measure)
         return steps.compare(record, both[0])
