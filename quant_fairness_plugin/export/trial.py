@@ -18,6 +18,8 @@ from quant_fairness_plugin.checkpoint.refusals import TWIN
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.architectures.experts import find_mixture
+from quant_fairness_plugin.model.experts import with_unfolded_experts
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
@@ -29,9 +31,9 @@ from quant_fairness_plugin.recommend import explicit_plan
 
 def is_known(model: PreTrainedModel) -> bool:
     """Return whether a family has a record of its own, and with it tests in every format."""
-    return (
-        find_architecture(str(getattr(model.config, "model_type", ""))) is not None and not detect_family(model).generic
-    )
+    kind = str(getattr(model.config, "model_type", ""))
+    recorded = find_architecture(kind) is not None or find_mixture(kind) is not None
+    return recorded and not detect_family(with_unfolded_experts(model)).generic
 
 
 def try_architecture(

@@ -20,7 +20,13 @@ from quant_fairness_plugin.model.architectures import (
     known_families,
     match_architecture,
 )
-from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts, names_experts
+from quant_fairness_plugin.model.architectures.experts import (
+    expert_counts,
+    find_mixture,
+    mixture_advice,
+    mixture_units,
+    names_experts,
+)
 from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
 
 if TYPE_CHECKING:
@@ -154,6 +160,8 @@ def detect_family(model: PreTrainedModel) -> Family:
     path, blocks = _block_list(model, wrapper)
     _refuse_adapters_and_experts(model, path, blocks)
     structures = [block_structure(block) for block in blocks]
+    if find_mixture(_kind(model)) is not None and any(experts := [_unfolded(block) for block in blocks]):
+        return replace(_mixture(model, path, structures, experts), wrapper=wrapper)
     alike = len(set(structures)) == 1
     record = match_architecture(lambda record: structures[0] if alike and record.blocks == path else None, _kind(model))
     if record is not None and _kind(model) in record.families:
@@ -239,20 +247,22 @@ def _refuse_adapters_and_experts(model: nn.Module, path: str, blocks: list[nn.Mo
     mixture: list[str] = []
     others: dict[str, str] = {}
     for i, block in enumerate(blocks):
+        taken = bool(_unfolded(block))
         for name, module in block.named_modules():
             if any(part.startswith("lora_") for part in name.split(".")):
                 raise UnsupportedModelError(
                     f"{_kind(model)}: {path}.{i}.{name} is an unmerged LoRA adapter; plain models are accepted. "
                     "Merge it first (peft's merge_and_unload)."
                 )
-            if names_experts(name):
+            if names_experts(name) and not taken:
                 mixture.append(f"{path}.{i}.{name}")
             elif reason := _not_dense(module):
                 others[f"{path}.{i}.{name}"] = reason
     counted = any(True for _ in expert_counts(_config(model)))
     if mixture or (counted and others):
         where = next((name for name in mixture if name.endswith(".experts")), [*mixture, *others][0])
-        raise UnsupportedModelError(f"{_kind(model)}: {where} holds a mixture of experts, {MIXTURE_ADVICE}")
+        advice = mixture_advice(_kind(model))
+        raise UnsupportedModelError(f"{_kind(model)}: {where} holds a mixture of experts, {advice}")
     for name, reason in others.items():
         raise UnsupportedModelError(
             f"{_kind(model)}: {name} {reason}, which would stay as it is; expected blocks of linear modules and norms. "
@@ -329,6 +339,22 @@ def _traced(family: Family, kinds: tuple[BlockKind, ...]) -> Family:
     order = dict.fromkeys(unit.name for kind in kinds for unit in kind.units)
     record = replace(family.architecture, units=tuple(groups[name] for name in order))
     return replace(family, architecture=record, kinds=kinds)
+
+
+def _unfolded(block: nn.Module) -> str:
+    """Return the name of the routed experts of a block, relative to it; empty where it has none."""
+    from quant_fairness_plugin.model.experts import expert_modules
+
+    return next((name for name, _ in expert_modules(block)), "")
+
+
+def _mixture(model: PreTrainedModel, path: str, blocks: list[Block], experts: list[str]) -> Family:
+    """Return the map of a model with unfolded experts; some of its layers may have none."""
+    mixture = find_mixture(_kind(model))
+    assert mixture is not None, "experts are unfolded in families that are taken only"
+    kinds = [BlockKind(mixture_units(block.linears, name)) for block, name in zip(blocks, experts, strict=True)]
+    family = _traced(_read_off(model, path, blocks, _kind(model), None), tuple(kinds))
+    return replace(family, architecture=replace(family.architecture, moved=mixture.moved))
 
 
 def _head(model: PreTrainedModel) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid, Precision, Unit
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.architectures.experts import names_experts
 from quant_fairness_plugin.model.families import Family
 
 if TYPE_CHECKING:
@@ -129,7 +130,9 @@ def _in_layer(family: Family, layer: Unit, prefix: str, names: Sequence[str]) ->
     # What always stays in 16 bit is no unit.
     weights |= {f"{module}.weight" for module in family.kept(layer.layer)}
     biases = tuple(name for name in names if name.endswith(".bias"))
-    norms = tuple(name for name in names if name not in weights and name not in biases)
+    rest = (name for name in names if name not in weights and name not in biases)
+    # Routers and gates of shared experts are matrices that every checkpoint keeps in 16 bit.
+    norms = tuple(name for name in rest if not names_experts(name.removeprefix(prefix).rpartition(".")[0]))
     vectors = {str(layer.part(kind)): members for kind, members in ((BIASES, biases), (NORMS, norms))}
     return groups | {unit: members for unit, members in vectors.items() if members}
 

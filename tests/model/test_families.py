@@ -167,11 +167,7 @@ DEEPSEEK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 0}
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # model type → the experts' module of the first block that has them, and the config
-    "mixtral": ("model.layers.0.mlp.experts", SMALL | {"num_local_experts": 2}),
-    "qwen2_moe": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "moe_intermediate_size": 16}),
-    "qwen3_moe": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "moe_intermediate_size": 16}),
     "qwen3_next": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "moe_intermediate_size": 16}),
-    "olmoe": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "eos_token_id": 0}),
     "deepseek_v2": ("model.layers.0.mlp.experts", SMALL | DEEPSEEK | ROUTED | {"n_group": 1, "topk_group": 1}),
     "deepseek_v3": ("model.layers.0.mlp.experts", SMALL | DEEPSEEK | ROUTED | {"n_group": 1, "topk_group": 1}),
     "phimoe": ("model.layers.0.mlp.experts", SMALL | {"num_local_experts": 2}),
