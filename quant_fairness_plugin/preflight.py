@@ -262,6 +262,6 @@ def check_units(config: FairConfig, *, units: Callable[[int], tuple[str, ...]] |
         if unit.group is not None and units is not None and unit.group not in names:
             reason = f" ({SINGLE_EXPERTS})" if unit.group.startswith(f"{EXPERTS}.") else ""
             raise InvalidLayerError(
-                f"{unit.short} is not a unit of the model{reason}; its layer {unit.layer} has {', '.join(names)}. Write "
-                f"for example {unit.whole.part(names[-1]).short}."
+                f"{unit.short} is not a unit of the model{reason}; its layer {unit.layer} has "
+                f"{', '.join(names)}. Write for example {unit.whole.part(names[-1]).short}."
             )
