@@ -211,9 +211,9 @@ def tiny_config(model_type: str) -> Iterator[PretrainedConfig]:
     own = _OWN.get(model_type, {})
     latent = {key: value for key, value in _LATENT.items() if key in known}
     deeper = {key: 6 for key in ("num_hidden_layers",) if key in sizes}  # a pattern of six kinds of layers
-    for fields in (sizes | dict(own), sizes | latent | dict(own), sizes | deeper | dict(own)):
+    for given in (sizes | dict(own), sizes | latent | dict(own), sizes | deeper | dict(own)):
         try:
-            yield AutoConfig.for_model(model_type, **fields)
+            yield AutoConfig.for_model(model_type, **given)
         except Exception:  # noqa: BLE001 - configs check themselves in ways of their own
             continue
     try:
