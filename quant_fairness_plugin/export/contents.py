@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant_fairness_plugin.checkpoint.experts import kept_experts, owner_of, stacked_tensors
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.errors import ResourceError
@@ -36,6 +37,7 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     """
     model, dtype, family = quantized.loaded.model, quantized.loaded.storage_dtype, quantized.loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
+    kept = kept_experts(model, quantized.tensors) if layout.packs else {}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -43,6 +45,8 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
             continue
         seen.add(tensor.data_ptr())
         module = weights.get(name)
+        if owner_of(name, kept) is not None:
+            continue  # stacked, below
         if module is None:
             value = quantized.folded.get(name, tensor)
             kind = dtype if value.is_floating_point() else value.dtype
@@ -53,6 +57,9 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
         else:
             dense = stored_form(model.get_submodule(module), quantized.dense_weight(module))
             yield stored_name(name, family), dense.to("cpu", dtype).contiguous()
+    for owner, experts in kept.items():
+        for part, stack in stacked_tensors(owner, experts).items():
+            yield stored_name(part, family), stack().to("cpu", dtype)
     for name, length in layout.added_tensors(model).items():
         yield name, torch.ones(length, dtype=dtype)
 

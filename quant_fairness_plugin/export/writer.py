@@ -132,6 +132,7 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
         sixteen_bit_bytes=2 * loaded.parameters,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
+        experts=quantized.experts,
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
-from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts
+from quant_fairness_plugin.model.architectures.experts import expert_counts, find_mixture, mixture_advice
 from quant_fairness_plugin.model.architectures.refused import refusal_of
 from quant_fairness_plugin.model.gguf import gguf_folder
 from quant_fairness_plugin.model.headers import TensorShapes
@@ -253,8 +253,11 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     reason = refusal_of(str(config.get("model_type", "")), config)
     if reason is not None:
         raise UnsupportedModelError(f"{path}: {reason}")
-    for key, count in expert_counts(config):
-        raise UnsupportedModelError(f"{path}: the model holds a mixture of experts ({key} {count}), {MIXTURE_ADVICE}")
+    model_type = str(config.get("model_type", ""))
+    for key, count in expert_counts(config) if find_mixture(model_type) is None else ():
+        raise UnsupportedModelError(
+            f"{path}: the model holds a mixture of experts ({key} {count}), {mixture_advice(model_type)}"
+        )
 
 
 def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> bool:
