@@ -61,7 +61,7 @@ class FairQuantizer:
         memory_budget: int | None = None,
     ) -> None:
         steps.check_config(config, loaded)
-        self.loaded, self.texts, self.config = loaded, texts, config.fitted(loaded)
+        self.loaded, self.texts, self.config = loaded, texts, steps.fit_config(config, loaded)
         self._progress = progress or (lambda step, done, total: None)
         self._memory_budget = memory_budget
         self._report: SweepReport | None = None
@@ -295,7 +295,7 @@ class FairQuantizer:
         checked = None if self._plan else steps.check_exportable_before_sweep(self.loaded, self.config)
         plan = self.recommend()
         if plan.overrides != checked:
-            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
+            steps.check_exportable_plan(self.loaded, self.config, plan.overrides, protected=plan.protected_layers)
         if not self._tried:
             steps.try_export(self.loaded, self.texts, self.config)
             companions_of(self.loaded).say_what_is_left_out(self.loaded.files.folder)

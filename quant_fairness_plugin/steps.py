@@ -5,7 +5,7 @@ Nothing is remembered here, and nothing is done in another order than it is call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
-from quant_fairness_plugin.checkpoint.readers import check_exportable
+from quant_fairness_plugin.checkpoint.readers import check_exportable, takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.evidence import Rivals, gather_evidence
@@ -54,6 +54,7 @@ from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
+from quant_fairness_plugin.quantize.selection import group_sizes
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
@@ -109,12 +110,19 @@ def open_in_memory(
 
 
 def check_config(config: FairConfig, loaded: LoadedModel) -> None:
-    """Refuse a configuration that names layers or units that the model lacks.
+    """Refuse layers or units that the model lacks; warn of a group size that its units do not fit.
 
     Raises:
         InvalidLayerError: says which.
+        ConfigError: a stated group size that does not fit every unit, and the configuration is strict.
     """
     check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+    config.check_group_size(loaded)
+
+
+def fit_config(config: FairConfig, loaded: LoadedModel) -> FairConfig:
+    """Return the configuration with the largest group size that units of the model, format and reader take."""
+    return config.fitted(loaded, uniform=takes_one_group_size(config.format, config.reader))
 
 
 def check_whole(loaded: LoadedModel, step: str) -> None:
@@ -241,11 +249,17 @@ def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel) -> Protect
 
 
 def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> None:
-    """Refuse a plan of another model or grid.
+    """Refuse a plan of another model or grid, or with several group sizes for a format or reader that takes one.
 
     Raises:
         ConfigError: a plan for another number of layers, or for another grid than the configuration's.
+        UnsupportedModelError: group sizes that the format or the reader does not take; names the ways out.
     """
+    if plan.layers == loaded.layers and takes_one_group_size(config.format, config.reader):
+        sizes = group_sizes(loaded, plan.grid, protected=plan.protected_layers).values()
+        if len(set(sizes)) > 1:
+            form, reader = config.format, config.reader
+            check_exportable(loaded.family, format=form, grid=plan.grid, reader=reader, group_sizes=sizes)
     if (plan.layers, plan.grid) != (loaded.layers, config.grid):
         raise ConfigError(
             f"the plan is for {plan.layers} layers of {plan.model} and {plan.grid}; here are {loaded.layers} "
@@ -285,10 +299,19 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
     return expected
 
 
-def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> None:
-    """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
+def check_exportable_plan(
+    loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision], *, protected: Collection[int] = ()
+) -> None:
+    """Check precisions and group sizes against format and reader. Raises as `check_exportable_before_sweep`."""
     check_whole(loaded, "quantized")
-    check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
+    check_exportable(
+        loaded.family,
+        format=config.format,
+        grid=config.grid,
+        reader=config.reader,
+        overrides=overrides,
+        group_sizes=group_sizes(loaded, config.grid, protected=protected).values(),
+    )
 
 
 def try_export(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:

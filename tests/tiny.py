@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -24,6 +27,7 @@ from transformers import (
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "gpt2", "bloom")
 VOCABULARY = 264
 END_OF_TEXT = "<|endoftext|>"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,10 +76,19 @@ def tiny_config(family: str, *, layers: int, width: int) -> PretrainedConfig:
             raise ValueError(f"unknown family {family!r}")
 
 
-def write_tiny_model(folder: Path, family: str, *, layers: int = 2, width: int = 32, dtype: str = "float16") -> None:
+def write_tiny_model(
+    folder: Path,
+    family: str,
+    *,
+    layers: int = 2,
+    width: int = 32,
+    dtype: str = "float16",
+    changes: Mapping[str, Any] = NOTHING,
+) -> None:
     """Write a random model whose weights are large enough that its predictions differ from uniform."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, layers=layers, width=width))
+    config = tiny_config(family, layers=layers, width=width)
+    model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict() | dict(changes)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -23,7 +24,12 @@ def stored_name(name: str, family: Family) -> str:
 
 
 def module_map(
-    model: nn.Module, family: Family, quantized: Iterable[str], *, bits: Mapping[str, int] = NO_WIDTHS
+    model: nn.Module,
+    family: Family,
+    quantized: Iterable[str],
+    *,
+    bits: Mapping[str, int] = NO_WIDTHS,
+    sizes: Mapping[str, int] = NO_WIDTHS,
 ) -> ModuleMap:
     """Sort a model's linear modules into quantized and 16-bit ones. The model may live on the meta device.
 
@@ -32,6 +38,7 @@ def module_map(
         family: its map.
         quantized: full names of the quantized modules, in any order.
         bits: those of them that have other bits than the grid, with their bits.
+        sizes: group sizes of the quantized modules, where they are known.
     """
     from quant_fairness_plugin.model.linear import is_linear  # torch, which plan-time code does without
 
@@ -44,6 +51,7 @@ def module_map(
         kept=tuple(name for name in linears if name not in done),
         fused={name: parts for layer in range(layers) for name, parts in family.fused_modules(layer).items()},
         bits={name: bits[name] for name in linears if name in bits},
+        sizes={name: sizes[name] for name in linears if name in sizes},
         aliases=tuple({stored_name(family.head, family)} - {family.head}),
     )
 
@@ -87,8 +95,15 @@ class ModuleMap:
     """Name of a module that servers merge → the modules that it is merged from."""
     bits: Mapping[str, int] = field(default_factory=dict)
     """Quantized module → bits, where they are not those of the grid (INT8 units)."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Quantized module → input channels that share a scale (-1: all); empty where that is not known."""
     aliases: tuple[str, ...] = ()
     """Further names under which servers know kept modules, such as GPT-NeoX's `embed_out`."""
+
+    def usual_size(self, default: int) -> int:
+        """Return the group size of most modules of the grid's own bits; the default where there are none."""
+        sizes = Counter(size for name, size in self.sizes.items() if name not in self.bits)
+        return max(sizes, key=lambda size: (sizes[size], size), default=default)
 
     @property
     def kept_in_blocks(self) -> tuple[str, ...]:
@@ -97,9 +112,13 @@ class ModuleMap:
 
     @property
     def split_groups(self) -> tuple[str, ...]:
-        """Merged modules whose parts differ in precision (16 bit, 8 bit or the grid's): no server can load these."""
+        """Merged modules whose parts differ in bits (16, 8 or the grid's) or group size: no server can load these."""
         widths = dict.fromkeys(self.kept, 16) | dict(self.bits)
-        return tuple(name for name, parts in self.fused.items() if len({widths.get(part, 0) for part in parts}) > 1)
+
+        def schemes(parts: tuple[str, ...]) -> set[tuple[int, int]]:
+            return {(widths.get(part, 0), self.sizes.get(part, 0)) for part in parts}
+
+        return tuple(name for name, parts in self.fused.items() if len(schemes(parts)) > 1)
 
     @property
     def kept_fused(self) -> tuple[str, ...]:

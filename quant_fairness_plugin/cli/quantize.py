@@ -64,6 +64,6 @@ def report_checkpoint(record: ExportRecord, out: Path, *, as_json: bool) -> None
     layers = layer_list(record.plan.protected_layers) or "none"
     others = describe_overrides(record.plan)
     singled_out = f"protected layers {layers}{others and '; '}{others}{describe_columns(record.plan)}"
-    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {singled_out}, verified; {extent(record)}")
+    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {singled_out}, verified; {extent(record)}")
     if record.measurement is not None and record.measurement.condition:
         typer.echo(record.measurement.condition)

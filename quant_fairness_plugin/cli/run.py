@@ -60,7 +60,8 @@ def _show(result: RunResult, config: FairConfig, out: Path) -> None:
     layers, others = layer_list(result.plan.protected_layers) or "none", describe_overrides(result.plan)
     singled_out = f"layers {layers} in 16 bit{others and '; '}{others}{describe_columns(result.plan)}"
     title = (
-        f"{config.method} {config.grid}, {describe_part(result.protected)}: without protection, and with {singled_out}"
+        f"{config.method} {result.record.grids}, {describe_part(result.protected)}: without protection, and with "
+        f"{singled_out}"
     )
     show(comparison_table(result.unprotected, result.protected, title=title))
     for reason in (*result.plan.reasons, result.verdict):

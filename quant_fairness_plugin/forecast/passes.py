@@ -12,7 +12,7 @@ from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.plans.plan_set import BASELINE, Plan, PlanSet, plan_name
 from quant_fairness_plugin.plans.tree import State, StateTree, build_tree
 from quant_fairness_plugin.plans.units import UnitMap, name_units
-from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.quantize.grid_rules import misfit, unit_grid
 
 Plans = Mapping[str, Mapping[str, Precision]]
 
@@ -90,11 +90,16 @@ def fitting_groups(outline: Outline, grid: Grid) -> tuple[str, ...]:
     fitting = tuple(
         unit.name
         for unit in outline.family.units
-        if all(misfit(grid, *outline.matrix(prefix + module)) is None for module in unit.modules)
+        if _fits(grid, [outline.matrix(prefix + module) for module in unit.modules])
     )
     if not fitting:
         raise ConfigError(f"rtn {grid} fits no module of the model; use another group size, or -1")
     return fitting
+
+
+def _fits(grid: Grid, shapes: Sequence[tuple[int, int]]) -> bool:
+    grid = unit_grid(grid, (cols for _, cols in shapes))
+    return all(misfit(grid, *shape) is None for shape in shapes)
 
 
 def possible_walks(

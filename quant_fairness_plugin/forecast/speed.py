@@ -143,10 +143,13 @@ def _rounding(outline: Outline, grid: Grid, generator: object) -> Range:
     import torch
 
     from quant_fairness_plugin.quantize.grid import quantize_rtn
+    from quant_fairness_plugin.quantize.grid_rules import unit_grid
 
     columns = outline.matrix(outline.family.full_names(0)[0])[1]
     rows = max(1, min(columns, (1 << 20) // columns))
     weight = _random(generator, rows, columns)
-    fitting = grid if grid.group_size == -1 or columns % grid.group_size == 0 else Grid(bits=grid.bits, group_size=-1)
+    fitting = unit_grid(grid, (columns,))
+    if fitting.group_size != -1 and columns % fitting.group_size:
+        fitting = Grid(bits=grid.bits, group_size=-1)
     seconds = timed(lambda: quantize_rtn(weight, fitting, scale_dtype=torch.float16).dequantize())
     return seconds.times(1 / weight.numel())

@@ -18,7 +18,7 @@ from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.plans.tree import Variant
 from quant_fairness_plugin.plans.units import UnitMap, check_table
 from quant_fairness_plugin.quantize.grid import quantize_rtn
-from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.quantize.grid_rules import misfit, unit_grid
 
 
 class Bank(Protocol):
@@ -40,7 +40,8 @@ def variant_weights(bank: Bank, variant: Variant) -> dict[str, Tensor]:
 class RtnBank:
     """Rounds a unit to nearest when its weights are first needed, and keeps the result.
 
-    A fusion group that the grid does not fit in one of its matrices stays in 16 bit as a whole, as in a checkpoint.
+    A unit takes the largest group size, up to the grid's, that fits all its matrices; a fusion group that none fits
+    stays in 16 bit as a whole, as in a checkpoint.
     What no checkpoint format quantizes is simulation only: vectors (biases, norms) get one scale for all their values,
     and tables (embeddings, positions, head) are rounded in groups along their rows, whatever their number of rows.
     """
@@ -65,7 +66,9 @@ class RtnBank:
         key = (unit, precision)
         if key not in self._made:
             grid = replace(self._grid, bits=bits_of_precision(precision))
-            rounded = {name: self._round(name, grid) for name in self._units.parameters[unit]}
+            names = self._units.parameters[unit]
+            grid = unit_grid(grid, filter(None, map(self._columns, names)))
+            rounded = {name: self._round(name, grid) for name in names}
             made = {name: value for name, value in rounded.items() if value is not None}
             # Servers merge a fusion group into one matrix, which has one precision.
             made = made if len(made) == len(rounded) else {}
@@ -73,6 +76,11 @@ class RtnBank:
                 return made
             self._made[key] = made
         return self._made[key]
+
+    def _columns(self, name: str) -> int:
+        """Return the input channels of a matrix; 0 of a vector, which has one scale."""
+        shape = self._loaded.model.get_parameter(name).shape
+        return 0 if len(shape) != 2 else shape[0] if name in self._transposed else shape[1]
 
     def _round(self, name: str, grid: Grid) -> Tensor | None:
         value = self._loaded.model.get_parameter(name).detach()

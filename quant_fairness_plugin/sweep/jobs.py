@@ -27,7 +27,7 @@ from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.runner import BatchScores, TreeRunner
 from quant_fairness_plugin.sweep.walk import score_batch
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 """Goes up whenever the same trial would give another number, or its file another form."""
 
 BankRecipe = Callable[[LoadedModel, UnitMap], Bank]

@@ -17,7 +17,7 @@ from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.export.contents import write_shards
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.quantize.stream import QuantizedModel
-from tests.readers.matrix import BUNDLED, LAYERS, PROTECTED, WIDTH, Cell, Checkpoint
+from tests.readers.matrix import BUNDLED, LAYERS, MIXED, PROTECTED, WIDTH, Cell, Checkpoint
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +40,9 @@ def source_folder(made: Checkpoint, root: Path) -> Path:
     if made.model in BUNDLED:
         return ROOT / "quant_fairness_plugin" / "model" / "bundled" / made.model
     folder = root / f"{made.model}-{made.dtype}{'-tied' if made.tied else ''}"
+    folder = folder.with_name(f"{folder.name}-{made.variant.replace(' ', '_')}") if made.changes else folder
     if not folder.exists():
-        write_tiny_model(folder, made.model, layers=LAYERS, width=WIDTH, dtype=made.dtype)
+        write_tiny_model(folder, made.model, layers=LAYERS, width=WIDTH, dtype=made.dtype, changes=made.changes)
         if made.tied:
             _tie_head(folder)
     return folder
@@ -51,7 +52,10 @@ def refusal(cell: Cell, root: Path) -> str | None:
     """Why a user who names this reader is refused before anything is quantized; None: the work would begin."""
     made = cell.checkpoint
     try:
-        planned = _PlanOnly.from_pretrained(str(source_folder(made, root)), **options(made, cell.reader))
+        source = str(source_folder(made, root))
+        planned = _PlanOnly.from_pretrained(source, **options(made, cell.reader))
+        if made.variant == MIXED:  # a reader that takes one size gets one, unless the plan was made for another reader
+            planned = planned.following(FairQuantizer.from_pretrained(source, **options(made, "vllm")).recommend())
         planned.save_pretrained(root / f"{cell.name}-not-made", measure=None)
     except _PlanAcceptedError:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision
@@ -43,6 +43,16 @@ def find_reader(name: str) -> Reader:
     return READERS[name]
 
 
+def takes_one_group_size(format: str, reader: str | None) -> bool:
+    """Return whether a format, or a reader of it (None: any), takes one group size for all quantized modules.
+
+    Raises:
+        ConfigError: an unknown format or reader.
+    """
+    layout = checkpoint_format(format)
+    return layout.uniform or (reader is not None and layout.name in find_reader(reader).uniform)
+
+
 def check_exportable(
     family: Family | None,
     *,
@@ -50,6 +60,7 @@ def check_exportable(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    group_sizes: Collection[int] = (),
 ) -> None:
     """Refuse what no loader, or not the wanted one, would read correctly.
 
@@ -59,12 +70,15 @@ def check_exportable(
         grid: the integer grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
         overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`.
+        group_sizes: those of the quantized modules; none while the model is not known.
 
     Raises:
         ConfigError: an unknown format or reader.
         UnsupportedModelError: a combination that upstream reads wrongly or not at all; names the ways out.
     """
-    refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides)
+    refusal = find_refusal(
+        family, format=format, grid=grid, reader=reader, overrides=overrides, group_sizes=group_sizes
+    )
     if refusal is not None:
         raise UnsupportedModelError(str(refusal))
 
@@ -76,6 +90,7 @@ def find_refusal(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    group_sizes: Collection[int] = (),
 ) -> Refusal | None:
     """Return why a combination cannot be written and read, or None where it can; as `check_exportable`.
 
@@ -85,6 +100,7 @@ def find_refusal(
         grid: the grid.
         reader: the reader.
         overrides: precisions of single layers and units.
+        group_sizes: those of the quantized modules.
 
     Raises:
         ConfigError: an unknown format or reader.
@@ -104,6 +120,7 @@ def find_refusal(
         conv1d=architecture is not None and architecture.conv1d,
         head_on_disk="" if architecture is None else architecture.head_on_disk or "",
         scaled_activation="" if scaled is None else scaled.activation,
+        group_sizes=frozenset(group_sizes),
     )
     return first_refusal(rules, request)
 
