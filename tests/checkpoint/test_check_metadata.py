@@ -85,16 +85,17 @@ SIZED = replace(llama_map(int8=(10,)), sizes={n: 64 if "down" in n else 32 for n
 def test_every_reader_finds_every_modules_group_size(format_name: str) -> None:
     config = written(format_name, SIZED)
     check(format_name, SIZED, config)
-    sizes = {**SIZED.sizes, "model.layers.2.mlp.down_proj": 128, "model.layers.11.mlp.down_proj": 32}
+    gate_up = {f"model.layers.11.mlp.{name}_proj": 128 for name in ("gate", "up")}
+    sizes = {**SIZED.sizes, "model.layers.2.mlp.down_proj": 128, **gate_up}
     broken = problems(format_name, replace(SIZED, sizes=sizes), config)
-    unmerged, merged = (
-        (TARGETS, MERGED_TARGETS) if format_name == "compressed-tensors" else (DYNAMIC_BITS, DYNAMIC_BITS_MERGED)
-    )
-    for rule in (unmerged, merged):
-        assert [line.split(" gives ")[1] for line in broken.pop(rule)] == [
-            "model.layers.2.mlp.down_proj group size 64, and it has 128",
-            "model.layers.11.mlp.down_proj group size 64, and it has 32",
-        ]
+    of_targets = format_name == "compressed-tensors"
+    down = "model.layers.2.mlp.down_proj group size 64, and it has 128"
+    for rule, names in (
+        (TARGETS if of_targets else DYNAMIC_BITS, [*gate_up]),
+        (MERGED_TARGETS if of_targets else DYNAMIC_BITS_MERGED, ["model.layers.11.mlp.gate_up_proj"]),
+    ):
+        expected = {down, *(f"{name} group size 32, and it has 128" for name in names)}
+        assert {line.split(" gives ")[1] for line in broken[rule]} == expected
 
 
 def test_a_rule_of_layer_1_matches_nothing_of_layer_10() -> None:

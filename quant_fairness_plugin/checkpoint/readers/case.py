@@ -97,7 +97,7 @@ class SchemeRule:
     scheme: Callable[[Quantization, ModuleMap, str], Scheme]
     """The bits and the group size that a module of that name gets; None where the metadata says nothing of it."""
     merged: bool = False
-    """Whether the reader looks up the names of merged modules."""
+    """Whether the reader looks up the names of merged modules, where it merges some."""
 
     @property
     def label(self) -> str:
@@ -107,7 +107,7 @@ class SchemeRule:
     def problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
         """Yield every module that gets other bits or another group size than it is stored with."""
         quantized = set(modules.quantized)
-        merged = [name for name, parts in modules.fused.items() if quantized.issuperset(parts)]
+        merged = [name for name, parts in by_server_name(modules).items() if quantized.issuperset(parts)]
         for name in merged if self.merged else modules.quantized:
             bits, size = self.scheme(quantization, modules, name)
             first = modules.fused.get(name, (name,))[0]
