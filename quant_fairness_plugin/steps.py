@@ -5,6 +5,7 @@ Nothing is remembered here, and nothing is done in another order than it is call
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,16 +41,18 @@ from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
+from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.model.storage import storage_dtype
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
-from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
+from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
 from quant_fairness_plugin.quantize.methods import find_method
@@ -66,23 +69,36 @@ from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.texts.parts import overlap, true_part, used_before
 
 EXPORTED = "exported"
+_logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
 
 def load_checked(
-    checked: Checked, source: ModelSource, *, memory_budget: int | None = None, dtype: ComputeDtype = "float32"
+    checked: Checked, source: ModelSource, config: FairConfig, *, memory_budget: int | None = None
 ) -> LoadedModel:
     """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
 
     With a memory budget its blocks stay in their files.
+
+    Raises:
+        ConfigError: a device that this machine does not have; before anything is read.
     """
-    compute, trust = getattr(torch, dtype), source.trust_remote_code
+    device = find_device(config.device)
+    stored = str(storage_dtype(checked.files)).removeprefix("torch.")
+    compute, trust = getattr(torch, find_dtype(config.dtype, device, stored=stored)), source.trust_remote_code
     loaded = (
-        load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=probe_sentences(checked.texts))
+        load_model(
+            checked.files,
+            dtype=compute,
+            trust_remote_code=trust,
+            device=device,
+            sentences=probe_sentences(checked.texts),
+        )
         if memory_budget is None
-        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust)
+        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust, device=device)
     )
+    _logger.info("%s: computed in %s on %s", checked.files.name, compute, describe_device(loaded.model.device))
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
@@ -158,7 +174,7 @@ def measure(
         part=true_part(texts, part),
         # Nothing is selected for the 16-bit model itself, so that all sentences are new to it.
         condition=used_before(texts, part) if states else "",
-        provenance=lambda given: provenance(loaded.files, texts, seed=config.seed, arguments=given),
+        provenance=lambda given: provenance(loaded, texts, seed=config.seed, arguments=given),
         bootstrap=config.bootstrap,
         progress=progress,
     )
@@ -399,6 +415,11 @@ def quantize(
     Raises:
         QuantFairnessError: as `quantize_model` and `quantize_with`.
     """
+    if loaded.model.dtype == torch.bfloat16 != loaded.storage_dtype:
+        raise ConfigError(
+            f"dtype bfloat16 rounds the {str(loaded.storage_dtype).removeprefix('torch.')} weights of "
+            f"{loaded.files.name}, so that others would be quantized; float32 is accepted. Use --dtype float32"
+        )
     calibration = None
     if find_method(config.method).needs_calibration:
         calibration = build_calibration(
@@ -506,6 +527,13 @@ def measured_folder(
     return replace(measurement, held_out=held_out, condition=condition, original_compared=compared)
 
 
-def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:
-    """Return the state of a written checkpoint, read back from its files by our own dequantizer."""
-    return fixed_state(name, load_quantized(folder, kernel="reference"))
+def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -> ModelState:
+    """Return the state of a written checkpoint, read back from its files by our own dequantizer.
+
+    It is computed where and in what the 16-bit model is, so that a difference is not one of devices or dtypes.
+    """
+    model = load_quantized(folder, kernel="reference")
+    for parameter in model.parameters():  # and no buffer: positions stay exact in bfloat16
+        parameter.data = parameter.data.to(loaded.model.dtype)
+    model.to(loaded.model.device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    return fixed_state(name, model)

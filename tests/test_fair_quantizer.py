@@ -185,9 +185,12 @@ def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
 
 
 def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: Path, planted_file: str) -> None:
-    config = make_config(group_size=32, texts=planted_file, draws=200)
-    quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config, dtype="bfloat16")
+    config = make_config(group_size=32, texts=planted_file, draws=200, dtype="bfloat16", device="cpu")
+    quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config)
     report = quantizer.sweep(top=1)
+    assert (report.provenance.device, report.provenance.dtype) == ("cpu", "bfloat16")
+    with pytest.raises(ConfigError, match="bfloat16 rounds the float16 weights of .* Use --dtype float32"):
+        quantizer.protecting("none").quantize()
     assert quantizer.loaded.model.dtype == torch.bfloat16
     assert report.provenance.arguments["dtype"] == "bfloat16"
     ranking = report.rankings["protect-one worst"]

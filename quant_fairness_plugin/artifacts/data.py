@@ -99,6 +99,10 @@ class Provenance:
     arguments: dict[str, Any]
     """The arguments as resolved, defaults included."""
     seed: int
+    device: str = ""
+    """Where the model was computed; empty in results that do not say."""
+    dtype: str = ""
+    """What it was computed in, `float32` or `bfloat16`; empty in results that do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ import typer
 from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Part, load, save, save_run_record, to_json
 from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import damage_table, describe_original, describe_part, show
 from quant_fairness_plugin.config import FairConfig
@@ -23,7 +23,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import preflight
 
 
-@options(config=TEXTS)
+@options(config=(*TEXTS, *COMPUTE))
 def measure(
     config: FairConfig,
     access: Access,
@@ -54,7 +54,7 @@ def measure(
         )
     if output is not None:
         save(measured, output)
-        save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
+        save_run_record(output, seconds=time.monotonic() - started, device=measured.provenance.device, argv=sys.argv)
     if as_json:
         typer.echo(to_json(measured), nl=False)
         return

@@ -11,7 +11,7 @@ import typer
 from quant_fairness_plugin.artifacts import ProtectionPlan, SweepReport, load, save, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.evidence import verified
-from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.recommend_options import Limits, Printed
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
@@ -23,7 +23,7 @@ from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import Tool, plan_for_tool
 
 
-@options(config=("objective", *TEXTS, "strict"), file=False)
+@options(config=("objective", *TEXTS, *COMPUTE, "strict"), file=False)
 def recommend(
     config: FairConfig,
     limits: Limits,

@@ -48,6 +48,7 @@ from quant_fairness_plugin.config.parsers import (
 )
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import OBJECTIVES, find_objective
+from quant_fairness_plugin.model.devices import Dtype, check_device_name
 from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import METHODS, find_method
 from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes
@@ -209,6 +210,23 @@ class FairConfig:
     """Our core (`native`), or a name of the entry points `quant_fairness.backends`."""
     format: Annotated[CheckpointFormat, Option("Checkpoint format:", "Output")] = "compressed-tensors"
     reader: Annotated[Reader, Option("Reader that must be able to load the checkpoint:", "Output")] = "transformers"
+    device: Annotated[
+        str,
+        Option(
+            "Where to compute: cpu, cuda, cuda:1, mps, xpu, or auto: the first accelerator that is there, else cpu.",
+            "More",
+            metavar="NAME",
+            names=("auto", "cpu", "cuda", "mps", "xpu"),
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Option(
+            "What to compute in; auto is bfloat16 for weights stored in it, on an accelerator and where this CPU "
+            "multiplies faster in it, else float32:",
+            "More",
+        ),
+    ] = "auto"
     draws: Annotated[int, Option("Bootstrap resamples behind every interval.", "More")] = 2000
     seed: Annotated[int, Option("Seed of every random draw.", "More")] = 0
     strict: Annotated[
@@ -224,6 +242,7 @@ class FairConfig:
     def __post_init__(self) -> None:
         find_method(self.method)
         find_objective(self.objective)
+        check_device_name(self.device)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
         if self.group_size != "auto":
@@ -348,6 +367,8 @@ class FairOptions(TypedDict, total=False):
     backend: str
     format: CheckpointFormat
     reader: Reader
+    device: str
+    dtype: Dtype
     draws: int
     seed: int
     strict: bool

@@ -37,11 +37,11 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     model, dtype = quantized.loaded.model, quantized.loaded.storage_dtype
     weights = {f"{name}.weight": name for name in quantized.tensors}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    seen: set[int] = set()
+    once = {name for name, _ in model.named_parameters()}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
-        if tied and tensor.data_ptr() in seen:
+        if tied and name in every - once:
             continue
-        seen.add(tensor.data_ptr())
         module = weights.get(name)
         if module is None:
             value = quantized.folded.get(name, tensor)
@@ -49,7 +49,7 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
             # A copy, because safetensors refuses tensors that share memory.
             yield stored_name(name, quantized.loaded.family), value.to("cpu", kind, copy=True).contiguous()
         elif layout.packs:
-            yield from layout.tensors(module, quantized.tensors[module]).items()
+            yield from ((full, part.cpu()) for full, part in layout.tensors(module, quantized.tensors[module]).items())
         else:
             dense = stored_form(model.get_submodule(module), quantized.dense_weight(module))
             yield name, dense.to("cpu", dtype).contiguous()

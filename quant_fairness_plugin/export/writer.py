@@ -118,7 +118,7 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
     }
     if loaded.files.memory_sha256 is not None:
         arguments[IN_MEMORY] = True
-    made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
+    made = provenance(loaded, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     return ExportRecord(
         provenance=replace(made, versions=made.versions | dict(quantized.versions)),
         method=quantized.method,

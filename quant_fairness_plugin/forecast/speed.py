@@ -89,7 +89,7 @@ def _matmuls(outline: Outline, generator: object) -> tuple[Range, Range]:
     shapes = [outline.matrix(name) for name in outline.family.full_names(0)]
     per_token: dict[tuple[int, int], Range] = {}
     for rows, columns in set(shapes):
-        tokens = max(1, min(STACK_TOKENS["cpu"], PIECE // (rows * columns)))
+        tokens = max(1, min(STACK_TOKENS.cpu, PIECE // (rows * columns)))
         some = max(1, min(rows, PIECE // (tokens * columns)))
         hidden, weight = _random(generator, tokens, columns), _random(generator, some, columns)
         seconds = timed(lambda hidden=hidden, weight=weight: linear(hidden, weight))  # type: ignore[misc]
@@ -105,7 +105,7 @@ def _between(outline: Outline, generator: object, *, row_tokens: int, heads: int
     from torch.nn import functional
 
     width, inner = outline.width, max(outline.matrix(name)[1] for name in outline.family.full_names(0))
-    rows = max(1, min(STACK_TOKENS["cpu"], PIECE // (8 * (width + inner))) // row_tokens)
+    rows = max(1, min(STACK_TOKENS.cpu, PIECE // (8 * (width + inner))) // row_tokens)
     tokens = rows * row_tokens
     hidden, wide = _random(generator, tokens, width), _random(generator, tokens, inner)
     lead = hidden.view(rows, row_tokens, heads, width // heads).transpose(1, 2)

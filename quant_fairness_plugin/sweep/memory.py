@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quant_fairness_plugin.errors import ConfigError, ResourceError
+from quant_fairness_plugin.model.devices import ByDevice
 from quant_fairness_plugin.model.outline import Outline
 
 PIECE_TOKENS = 1024
@@ -144,6 +145,6 @@ CONTEXT = 2048
 """Longest window of a sentence, where the model allows it."""
 
 
-STACK_TOKENS = {"cpu": 1024, "cuda": 1 << 15}
+STACK_TOKENS = ByDevice(cpu=1024, accelerator=1 << 15)
 """Most tokens that a block is given at once, all stacked states together. On a CPU, so few that the widest activations
 still fit its cache."""

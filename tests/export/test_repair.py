@@ -213,8 +213,7 @@ def test_every_module_is_announced_with_its_own_group_size(damaged: Exported, tm
         r"+:^model\.layers\.2\.mlp\.down_proj$": {"group_size": 64}
     }
     assert report.verified is not None
-    several = "modules of several group sizes, and Transformers reads one per gptq checkpoint"
-    assert report.verified.problems == ALL_READ | {"transformers": several}
+    assert report.verified.problems == ALL_READ
 
 
 def mixed_dtypes(folder: Path) -> None:

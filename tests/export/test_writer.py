@@ -57,7 +57,9 @@ def test_transformers_reads_it_with_layer_1_of_12_in_16_bit(exported: Exported, 
     assert not any(".10." in name or ".11." in name for name in ignored)
 
 
-@pytest.mark.parametrize(("format_name", "reader"), [("compressed-tensors", "transformers"), ("gptq", "vllm")])
+@pytest.mark.parametrize(
+    ("format_name", "reader"), [("compressed-tensors", "transformers"), ("gptq", "vllm"), ("gptq", "transformers")]
+)
 def test_every_unit_is_written_with_its_own_group_size(
     tiny_model: Callable[..., Path], tmp_path: Path, format_name: str, reader: str
 ) -> None:
@@ -80,7 +82,7 @@ def test_every_unit_is_written_with_its_own_group_size(
         check_tensor_list(model, family, modules, shapes, wrong, "float16")
 
 
-@pytest.mark.parametrize(("format_name", "reader"), [("awq", "vllm"), ("gptq", "transformers")])
+@pytest.mark.parametrize(("format_name", "reader"), [("awq", "vllm"), ("compressed-tensors", "sglang")])
 def test_several_group_sizes_are_refused_where_one_is_read(
     tiny_model: Callable[..., Path], tmp_path: Path, format_name: str, reader: str
 ) -> None:

@@ -104,7 +104,6 @@ REFUSED: tuple[tuple[tuple[str, ...], tuple[str, ...], tuple[Reader, ...], str, 
     (("gpt_neox",), ("awq",), ("vllm",), "", "mlp.act.scales"),
     (("bloom",), FORMATS, ("vllm",), "", "BLOOM"),
     (FAMILIES, ("gptq",), ("transformers",), _INT8, "dynamic"),
-    (FAMILIES, ("gptq",), ("transformers",), MIXED, "another group size"),
 )
 """Families, formats, readers and variant (empty: all) → words of the refusal. Each was tried: see `docs/readers.md`."""
 

@@ -61,7 +61,7 @@ def problems(case: Case) -> Iterator[str]:
         yield "Transformers loads quantized Conv1D modules (GPT-2) as garbage; --format fp16-twin loads everywhere"
     if case.method == "gptq":
         yield from no_wrapped_zeros(case)
-        yield from _one_scheme(case)
+        yield from _one_width(case)
         yield from BLOCK_LIST.problems(case.modules, case.quantization)
     elif case.method == "awq":
         if case.facts.missing_scales:
@@ -74,12 +74,11 @@ def problems(case: Case) -> Iterator[str]:
             yield from rule.problems(case.modules, case.quantization)
 
 
-def _one_scheme(case: Case) -> Iterator[str]:
+def _one_width(case: Case) -> Iterator[str]:
+    """Bits are those of the whole checkpoint, and groups are those of each module's own `g_idx` and scales (run)."""
     announced = case.quantization.get("bits")
     if len({case.modules.bits.get(name, announced) for name in case.modules.quantized}) > 1:
         yield "modules of 4 and of 8 bits side by side, and Transformers reads one width per gptq checkpoint"
-    if len(set(case.modules.sizes.values())) > 1:
-        yield "modules of several group sizes, and Transformers reads one per gptq checkpoint"
 
 
 TRANSFORMERS = Reader(
@@ -104,17 +103,7 @@ TRANSFORMERS = Reader(
                 "--format compressed-tensors, or --reader vllm",
             ),
         ),
-        (
-            lambda r: r.format == "gptq" and r.several_sizes,
-            Refusal(
-                "format 'gptq' says by `dynamic` rules which modules have another group size, and Transformers ignores "
-                "them",
-                "are the readers vllm and gptqmodel",
-                "--group-size {r.smallest_size} for a plan of one size, --format compressed-tensors, or --reader vllm",
-            ),
-        ),
     ),
-    uniform=frozenset({"gptq"}),
     script="transformers_reader.py",
     # It reads gptq and awq through gptqmodel, so it shares gptqmodel's environment.
     modules=("gptqmodel", "optimum"),
