@@ -55,6 +55,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
+from quant_fairness_plugin.quantize.coverage import expert_coverage
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.selection import group_sizes
@@ -132,7 +133,7 @@ def check_config(config: FairConfig, loaded: LoadedModel) -> None:
         InvalidLayerError: says which.
         ConfigError: a stated group size that does not fit every unit, and the configuration is strict.
     """
-    check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+    check_units(config, units=loaded.family.unit_names, layers=loaded.layers)
     config.check_group_size(loaded)
 
 
@@ -440,7 +441,9 @@ def quantize(
     )
     if calibration is None:
         return with_our_core()
-    return quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    coverage = expert_coverage(loaded, calibration, texts)
+    quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    return quantized if coverage is None else replace(quantized, experts=coverage)
 
 
 def write(
@@ -491,9 +494,10 @@ def check_folder(folder: Path, loaded: LoadedModel) -> bool:
     if check_original(folder, loaded.files):
         return True
     name = f"{loaded.family.embeddings[0]}.weight"
+    on_disk = loaded.family.stored_name(name)
     checkpoint = open_checkpoint(folder)
-    if name in checkpoint.plain and recorded(folder) is not None:
-        stored, here = checkpoint.tensor(name), loaded.model.get_parameter(name)
+    if on_disk in checkpoint.plain and recorded(folder) is not None:
+        stored, here = checkpoint.tensor(on_disk), loaded.model.get_parameter(name)
         if not torch.equal(here.detach().to("cpu", stored.dtype), stored):
             raise ConfigError(
                 f"{folder} was not made from {loaded.files.name}: their embeddings differ. Name the original"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.errors import ConfigError
 
 NO_SURPRISES = ConfigDict(extra="forbid")
@@ -103,6 +104,8 @@ class Provenance:
     """Where the model was computed; empty in results that do not say."""
     dtype: str = ""
     """What it was computed in, `float32` or `bfloat16`; empty in results that do not say."""
+    source: str = ""
+    """What the 16-bit model was computed from, where its files do not hold it: FP8 or MXFP4 weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,7 +345,12 @@ class ExportRecord:
     """Quantized module → its group size, where it is not that of the plan's grid."""
     protected_columns: dict[str, int] = field(default_factory=dict)
     """Module → how many of its input channels are in `quant_fairness_columns.safetensors` too, in 16 bit."""
+    copied_tensors: dict[str, str] = field(default_factory=dict)
+    """Tensor in the files → checksum, of those that are the source's byte for byte, and were never computed with: parts
+    that are not text, and what no module of the model has."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+    experts: ExpertCoverage | None = None
+    """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from quant_fairness_plugin.artifacts import Granularity, Mode, Precision, SearchMethod
+from quant_fairness_plugin.cli.legacy import HowMeasured
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names, parse_precisions
@@ -105,6 +106,7 @@ class PlansOptions:
             metavar="LIST",
         ),
     ] = ()
+    method: HowMeasured = "rigorous"
 
     def to_sweep(self, config: FairConfig, *, search: Search | None = None, top: int = 3) -> SweepConfig:
         """Return the plans of the sweep, with the configuration's precisions where none were typed.

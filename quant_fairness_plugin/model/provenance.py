@@ -32,4 +32,5 @@ def provenance(loaded: LoadedModel, texts: TextSet, *, seed: int, arguments: dic
         seed=seed,
         device=describe_device(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
+        source="" if files.source is None else files.source.summary,
     )

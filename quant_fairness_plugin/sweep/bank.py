@@ -65,10 +65,8 @@ class RtnBank:
         """Parameter → rounded value as the model stores it."""
         key = (unit, precision)
         if key not in self._made:
-            grid = replace(self._grid, bits=bits_of_precision(precision))
-            names = self._units.parameters[unit]
-            grid = unit_grid(grid, filter(None, map(self._columns, names)))
-            rounded = {name: self._round(name, grid) for name in names}
+            grid = self._grid_of(unit, precision)
+            rounded = {name: self._round(name, grid) for name in self._units.parameters[unit]}
             made = {name: value for name, value in rounded.items() if value is not None}
             # Servers merge a fusion group into one matrix, which has one precision.
             made = made if len(made) == len(rounded) else {}
@@ -77,15 +75,24 @@ class RtnBank:
             self._made[key] = made
         return self._made[key]
 
-    def _columns(self, name: str) -> int:
-        """Return the input channels of a matrix; 0 of a vector, which has one scale."""
-        shape = self._loaded.model.get_parameter(name).shape
-        return 0 if len(shape) != 2 else shape[0] if name in self._transposed else shape[1]
+    def quantizes(self, unit: str, precision: Precision) -> bool:
+        """Return whether the grid fits a fusion group, judged by shapes alone: nothing is rounded."""
+        grid, names = self._grid_of(unit, precision), self._units.parameters[unit]
+        return all(misfit(grid, *self._matrix(name).shape) is None for name in names)
+
+    def _grid_of(self, unit: str, precision: Precision) -> Grid:
+        grid = replace(self._grid, bits=bits_of_precision(precision))
+        shapes = [self._matrix(name).shape for name in self._units.parameters[unit]]
+        return unit_grid(grid, [shape[1] for shape in shapes if len(shape) == 2])  # a vector has one scale
+
+    def _matrix(self, name: str) -> Tensor:
+        value = self._loaded.model.get_parameter(name).detach()
+        return value.t() if name in self._transposed else value
 
     def _round(self, name: str, grid: Grid) -> Tensor | None:
         value = self._loaded.model.get_parameter(name).detach()
         transposed = name in self._transposed
-        matrix = value.t() if transposed else value if value.dim() == 2 else value[None]
+        matrix = self._matrix(name) if value.dim() == 2 else value[None]
         if value.dim() != 2:
             grid = replace(grid, group_size=-1)
         elif name not in self._packed:
@@ -168,7 +175,7 @@ class CheckpointBank:
         carried: dict[str, dict[str, Callable[[], Tensor]]] = {}
         for layer in range(self._units.layers):
             names = {name for unit in self._units.stages[layer + 1] for name in self._units.parameters[unit]}
-            first = next((u for g in self._units.groups if self.quantizes(u := str(Unit(layer, g)))), None)
+            first = next((u for g in self._units.groups_of(layer) if self.quantizes(u := str(Unit(layer, g)))), None)
             if first is not None:
                 carried[first] = {name: read for name, read in self._folded.items() if name in names}
         return carried
@@ -217,9 +224,11 @@ def fitting_units(bank: Bank, units: UnitMap, precision: Precision) -> tuple[str
                 "(AWQ), so that only whole layers can be exchanged; use granularity 'layer'"
             )
         return tuple(name for name in units.group_names() if bank.quantizes(name))
-    # All blocks are equal, so that what fits in the first one fits in all.
-    fitting = {group for group in units.groups if bank.weights(str(Unit(0, group)), precision)}
-    return tuple(name for name in units.group_names() if Unit.parse(name).group in fitting)
+    return tuple(name for name in units.group_names() if _quantizes(bank, name, precision))
+
+
+def _quantizes(bank: Bank, unit: str, precision: Precision) -> bool:
+    return bank.quantizes(unit, precision) if isinstance(bank, RtnBank) else bool(bank.weights(unit, precision))
 
 
 def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
@@ -230,5 +239,5 @@ def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
     """
     if isinstance(bank, CheckpointBank):
         return  # a checkpoint without a quantized module is no bank
-    if not any(bank.weights(str(Unit(0, group)), precision) for group in units.groups):
+    if not any(_quantizes(bank, name, precision) for name in units.group_names()):
         raise ConfigError(f"{bank.description} fits no module of the model; use another group size, or -1")

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
+    MIXTURES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     Format,
     Quantization,
@@ -58,6 +60,7 @@ class AwqFormat(Format):
     zeros = "qzeros"
     order = "g_idx"  # which some tools write, and readers overlook
     rules = (
+        *MIXTURES,
         *WIDTHS,
         (
             lambda r: r.int8,
@@ -75,6 +78,7 @@ class AwqFormat(Format):
                 "--group-size {r.smallest_size} for a plan of one size, or --format compressed-tensors",
             ),
         ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )

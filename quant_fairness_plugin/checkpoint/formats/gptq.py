@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
+    MIXTURES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     WORD_BITS,
     Format,
@@ -58,6 +60,7 @@ class GptqFormat(Format):
     zero_offset = 1
     order = "g_idx"
     rules = (
+        *MIXTURES,
         *WIDTHS,
         (
             lambda r: not r.grid.symmetric,
@@ -67,6 +70,7 @@ class GptqFormat(Format):
                 "--sym, or --format compressed-tensors",
             ),
         ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )
@@ -162,6 +166,8 @@ class GptqVersion2(GptqFormat):
 def skip_rules(modules: ModuleMap) -> tuple[str, ...]:
     r"""Return the `dynamic` keys that exclude every 16-bit module of the blocks, under its plain and its merged name.
 
+    What no module of the model has is excluded too: a server may have a module for it.
+
     A block without quantized modules takes one rule, `-:^model\.layers\.1\..*`; a single module one with its full name.
     """
     layers = modules.kept_layers
@@ -170,7 +176,8 @@ def skip_rules(modules: ModuleMap) -> tuple[str, ...]:
         for name in (*modules.kept_in_blocks, *modules.kept_fused)
         if not any(name.startswith(f"{layer}.") for layer in layers)
     ]
-    return tuple([f"-:^{re.escape(layer)}\\..*" for layer in layers] + [f"-:^{re.escape(name)}$" for name in single])
+    whole = [f"-:^{re.escape(name)}\\..*" for name in (*layers, *modules.unread)]
+    return tuple(whole + [f"-:^{re.escape(name)}$" for name in single])
 
 
 def scheme_rules(modules: ModuleMap, grid: Grid) -> dict[str, dict[str, int]]:
