@@ -19,6 +19,7 @@ from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.devices import describe_device
 from quant_fairness_plugin.preflight import preflight
 
 if TYPE_CHECKING:
@@ -50,11 +51,16 @@ def analyze(
     source = access.source(model)
     checked = preflight(source, config)
 
+    computed: dict[str, str] = {}
+
     def load() -> LoadedModel:
         # Loads torch.
         from quant_fairness_plugin.steps import load_checked
 
-        return load_checked(checked, source, config)
+        loaded = load_checked(checked, source, config)
+        computed["device"] = describe_device(loaded.model.device)
+        computed["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+        return loaded
 
     with progress() as shown:
         request = Request(
@@ -66,7 +72,7 @@ def analyze(
             progress=lambda done, total: shown(kind, done, total),
         )
         result = analysis.run(request)
-    provenance = request.provenance(reads_texts=analysis.reads_texts)
+    provenance = request.provenance(reads_texts=analysis.reads_texts) | computed
     document = {"schema_version": 1, "kind": "analysis", "analysis": kind, "provenance": provenance}
     text = json.dumps(document | {"result": asdict(result)}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     if output is not None:
