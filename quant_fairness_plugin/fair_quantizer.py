@@ -40,7 +40,7 @@ from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
-from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
+from quant_fairness_plugin.preflight import Checked, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.steps import EXPORTED, exported_state
 from quant_fairness_plugin.sweep.bank import Bank
@@ -73,7 +73,7 @@ class FairQuantizer:
         memory_budget: int | None = None,
     ) -> None:
         steps.check_config(config, loaded)
-        self.loaded, self.texts, self.config = loaded, texts, config.fitted(loaded)
+        self.loaded, self.texts, self.config = loaded, texts, steps.fit_config(config, loaded)
         self._progress = progress or (lambda step, done, total: None)
         self._memory_budget = memory_budget
         self._report: SweepReport | None = None
@@ -133,16 +133,14 @@ class FairQuantizer:
         checked: Checked | None = None,
         progress: Progress | None = None,
         memory_budget: int | None = None,
-        dtype: ComputeDtype = "float32",
     ) -> Self:
         """Load a model by name from a complete source and configuration; see `from_pretrained`.
 
-        With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else. In
-        bfloat16 a sweep is faster where the processor computes in it, and ranks almost alike; measure in float32.
+        With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else.
         `checked` is what `preflight` returned for the same source and configuration, which is then not run again.
         """
         checked = checked or preflight(source, config, texts=texts)
-        loaded = steps.load_checked(checked, source, memory_budget=memory_budget, dtype=dtype)
+        loaded = steps.load_checked(checked, source, config, memory_budget=memory_budget)
         return cls(loaded, checked.texts, config, progress=progress, memory_budget=memory_budget)
 
     def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> Self:
@@ -176,7 +174,7 @@ class FairQuantizer:
         """
         folder = folder or self._last_export()
         compared = steps.check_folder(folder, self.loaded)
-        measured = self.measure(exported_state(folder), part=part).measurements[EXPORTED]
+        measured = self.measure(exported_state(folder, self.loaded), part=part).measurements[EXPORTED]
         return steps.measured_folder(measured, folder, self.texts, part, compared=compared)
 
     def sweep(
@@ -337,7 +335,7 @@ class FairQuantizer:
         both: list[Measured] = []
 
         def measure(folder: Path) -> Measurement:
-            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
+            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder, self.loaded)))
             measured = both[0].measurements[EXPORTED]
             protected = steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
             if report is not None:
@@ -365,7 +363,7 @@ class FairQuantizer:
             self._tried = True
         plan = self.recommend()
         if plan.overrides != checked:
-            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
+            steps.check_exportable_plan(self.loaded, self.config, plan.overrides, protected=plan.protected_layers)
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:

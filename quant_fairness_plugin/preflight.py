@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from quant_fairness_plugin.artifacts import TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
@@ -29,7 +29,6 @@ from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
 _logger = logging.getLogger(__name__)
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,5 +91,5 @@ def report_checkpoint(
         show((detailed_damage_table if details else damage_table)(record.measurement, title=title))
         typer.echo("\n".join(damage_notes(record.measurement)))
     more = singled_out(record.plan)
-    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {more}, verified; {extent(record)}")
+    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}, verified; {extent(record)}")
     check_gate(record.measurement, config)

@@ -70,7 +70,7 @@ def run(
 def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) -> None:
     show_verdict(result.protected, config)
     more, part = singled_out(result.plan), describe_part(result.protected)
-    title = f"{config.method} {config.grid}, {part}: without protection, and with {more}"
+    title = f"{config.method} {result.record.grids}, {part}: without protection, and with {more}"
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
     typer.echo("\n".join(damage_notes(result.protected)))
