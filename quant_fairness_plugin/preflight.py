@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from quant_fairness_plugin.artifacts import TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
@@ -29,7 +29,6 @@ from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
 _logger = logging.getLogger(__name__)
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +261,6 @@ def check_units(config: FairConfig, *, units: Callable[[int], tuple[str, ...]] |
         if unit.group is not None and units is not None and unit.group not in names:
             reason = f" ({SINGLE_EXPERTS})" if unit.group.startswith(f"{EXPERTS}.") else ""
             raise InvalidLayerError(
-                f"{unit.short} is not a unit of the model{reason}; its layer {unit.layer} has "
-                f"{', '.join(names)}. Write for example {unit.whole.part(names[-1]).short}."
+                f"{unit.short} is not a unit of the model{reason}; its layer {unit.layer} has {', '.join(names)}. "
+                f"Write for example {unit.whole.part(names[-1]).short}."
             )
