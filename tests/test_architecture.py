@@ -27,7 +27,7 @@ RANKS = [
     {"evidence"},
     {"export"},
     {"serve"},
-    {"forecast", "preflight", "report"},
+    {"forecast", "planning", "preflight", "report"},
     {"steps"},
     {"fair_quantizer", "seeds"},
     {"analysis"},

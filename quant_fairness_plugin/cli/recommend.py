@@ -12,7 +12,7 @@ from quant_fairness_plugin.artifacts import ProtectionPlan, SweepReport, load, s
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.evidence import verified
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_recommend
-from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.recommend_options import SEED_TOP, Limits, Printed
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
@@ -24,7 +24,7 @@ from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import Tool, plan_for_tool
 
 
-@options(config=("objective", *TEXTS, "strict"), file=False)
+@options(config=("objective", *TEXTS, *COMPUTE, "strict"), file=False)
 def recommend(
     config: FairConfig,
     limits: Limits,
