@@ -24,6 +24,7 @@ from quant_fairness_plugin.artifacts import (
     ProtectionPlan,
     SweepReport,
     TextSet,
+    UnitScores,
 )
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
@@ -50,7 +51,8 @@ from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.storage import storage_dtype
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
-from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
+from quant_fairness_plugin.planning import limit_of
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
@@ -60,7 +62,7 @@ from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.selection import group_sizes
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
-from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
@@ -147,7 +149,8 @@ def check_config(config: FairConfig, loaded: LoadedModel) -> None:
         InvalidLayerError: says which.
         ConfigError: a stated group size that does not fit every unit, and the configuration is strict.
     """
-    check_units(config, units=loaded.family.unit_names, layers=loaded.layers)
+    family = loaded.family
+    check_units(config, units=lambda layer: tuple(unit.name for unit in family.units_of(layer)), layers=loaded.layers)
     config.check_group_size(loaded)
 
 
@@ -235,11 +238,10 @@ def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | Non
     if config.protect_layers == "auto":
         if report is None:
             raise ConfigError('protect_layers "auto" needs a sweep; sweep first, or list the layers')
-        share = layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead)
         plan = recommend_plan(
             report,
-            Limit(max_overhead=share),
-            objective=config.objective,
+            limit_of(loaded, config),
+            objective=config.decides_by,
             top=config.top,
             strict=config.strict,
             overrides=config.overrides,
@@ -298,7 +300,7 @@ def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) ->
         )
 
 
-def check_report(report: SweepReport, loaded: LoadedModel, config: FairConfig) -> None:
+def check_report(report: SweepReport | UnitScores, loaded: LoadedModel, config: FairConfig) -> None:
     """Refuse a sweep that the plan cannot come from.
 
     Raises:
@@ -324,7 +326,7 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
         ConfigError: the model was opened with a memory budget, so that it cannot be quantized.
     """
     expected = config.overrides
-    if config.protect_layers == "auto" and "int8" in config.precisions:
+    if config.protect_layers == "auto" and config.precisions is not None and "int8" in config.precisions:
         expected = {"layers.0": "int8", **expected}
     check_exportable_plan(loaded, config, expected)
     return expected

@@ -141,11 +141,13 @@ class ModuleMap:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Regular expressions for all that is not of the text model, wherever a server puts it.
+        """Regular expressions for all that is not in the decoder blocks of a model with several parts.
 
-        Servers call a vision tower `visual.…` or `model.visual.…`, and merge modules in it.
+        Servers call a vision tower `visual.…` or `model.visual.…` and merge modules in it, and put the head into the
+        text decoder.
         """
-        parts = [rf"(.*\.)?{re.escape(part.rpartition('.')[2])}(\..*)?$" for part in self.parts]
+        outside = [name for name in self.kept_text if not name.startswith(f"{self.blocks}.")] if self.parts else []
+        parts = [rf"(.*\.)?{re.escape(part.rpartition('.')[2])}(\..*)?$" for part in (*self.parts, *outside)]
         return (*parts, *(rf"{re.escape(name)}(\..*)?$" for name in self.unread))
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,6 +54,7 @@ def analyze(
 
     computed: dict[str, str] = {}
 
+    @cache
     def load() -> LoadedModel:
         # Loads torch.
         from quant_fairness_plugin.steps import load_checked

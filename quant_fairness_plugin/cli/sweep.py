@@ -21,6 +21,7 @@ from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import write_report
 from quant_fairness_plugin.cli.sweep_checks import check_execution, check_sets
 from quant_fairness_plugin.cli.sweep_options import ExecutionOptions, PlansOptions, SearchOptions
 from quant_fairness_plugin.cli.tables import (
@@ -88,6 +89,7 @@ def sweep(
         )
     if output is not None:
         save(report, output)
+        write_report(output.with_suffix(".html"), [report], config)
         save_run_record(output, seconds=time.monotonic() - started, device=report.provenance.device, argv=sys.argv)
     counts = combination_lines(report, config.objective)
     if as_json:

@@ -117,7 +117,7 @@ class PlansOptions:
         return SweepConfig(
             modes=self.mode,
             granularity=self.granularity,
-            precisions=self.precisions or config.precisions,
+            precisions=self.precisions or config.precisions or ("fp16",),
             combine=self.combine,
             search=search,
             max_plans=self.max_plans,

@@ -198,6 +198,12 @@ def layers_budget(loaded: Modules, grid: Grid, share: float, max_overhead: float
     return max_overhead - cost
 
 
+def bytes_at_bits(loaded: Modules, grid: Grid, bits: float) -> int:
+    """Return the bytes of a checkpoint whose layers take so many bits a weight on average, scales included."""
+    table, other = count_bytes(loaded, grid)
+    return other + int(sum(table["fp16"]) * bits / 16)
+
+
 def _columns_cost(selected: Selection, loaded: Modules, share: float) -> int:
     names = [name for name in selected.modules if has_columns(selected.grids[name], share)]
     return sum(column_bytes(*loaded.matrix(name), share) for name in names)
