@@ -273,6 +273,16 @@ def test_the_model_goes_to_the_device_of_the_configuration(
     assert (given["device"], given["dtype"]) == ("cuda:0", torch.float32)  # its weights are stored in float16
 
 
+def test_a_model_in_memory_is_computed_in_float32(planted_model: Path, planted_file: str) -> None:
+    pair = in_memory(planted_model)
+    with pytest.raises(ConfigError, match="dtype bfloat16 is accepted together with a model's name"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, dtype="bfloat16")
+    with pytest.raises(ConfigError, match="device cuda:97 is not here"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cuda:97")
+    loaded = FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cpu").loaded
+    assert (loaded.model.device.type, loaded.model.dtype) == ("cpu", torch.float32)
+
+
 def test_group_sizes_of_a_model_and_of_a_plan(tiny_model: Callable[..., Path], planted_file: str) -> None:
     """Of width 96 `down` has 192 input channels, so groups of 64, and all else groups of 32."""
     folder = str(tiny_model(width=96))
