@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest
 
+from quant_fairness_plugin.analysis.lm_eval import read_pair
 from quant_fairness_plugin.analysis.quantized import quantized_state
 from quant_fairness_plugin.analysis.questions import Question, read_questions
 from quant_fairness_plugin.analysis.request import Request
@@ -78,8 +80,14 @@ def analyse(request: Request) -> Choices:
         ConfigError: no questions were given, or a group of a single question.
         ArtifactError: a file that holds no questions.
     """
-    if request.options.questions is None:
-        raise ConfigError("analyze choices needs questions; name a JSONL file or a folder of CLAMS with --questions")
+    logs = request.options.lm_eval_samples
+    if (request.options.questions is None) == (logs is None):
+        raise ConfigError(
+            "analyze choices needs --questions (a file) or --lm-eval-samples (two logs); give one of them"
+        )
+    if logs is not None:
+        return of_logs(*logs, request)
+    assert request.options.questions is not None
     questions = read_questions(request.options.questions)
     loaded = request.load()
     state = quantized_state(loaded, request.config.fitted(loaded).grid, request.options.checkpoint)
@@ -96,6 +104,14 @@ def analyse(request: Request) -> Choices:
             request.progress(done + 1, len(wanted))
     compared = compare(wanted, answers, state.name, request.config.bootstrap)
     return Choices(state.name, compared, {name: dict(found) for name, found in answers.items()})
+
+
+def of_logs(before: Path, after: Path, request: Request) -> Choices:
+    """Return the same figures for the answers that two logs of lm-eval hold; no model is run."""
+    questions, right = read_pair(before, after, request.texts.languages)
+    state = after.name
+    answers = {name: {BASELINE: first, state: second} for name, (first, second) in right.items()}
+    return Choices(state, compare(questions, answers, state, request.config.bootstrap), answers)
 
 
 def answer(loaded: LoadedModel, state: ModelState, questions: Sequence[Question]) -> dict[str, tuple[bool, ...]]:

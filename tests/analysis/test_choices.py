@@ -99,6 +99,15 @@ def test_clams_is_read_by_folder(tmp_path: Path) -> None:
         read_questions(tmp_path / "he_evalset")
 
 
+def test_multiblimp_is_read_by_its_two_columns(tmp_path: Path) -> None:
+    path = tmp_path / "heb.tsv"
+    path.write_text('phenomenon\tsen\twrong_sen\nSV-#\tהוא "רץ\tהוא רצים\n', encoding="utf-8")
+    assert read_questions(path) == (Question("he", "SV-#", ('הוא "רץ', "הוא רצים"), 0),)
+    path.write_text("sentence\tother\na\tb\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="line 2: no sen and wrong_sen"):
+        read_questions(path)
+
+
 @pytest.mark.parametrize(
     "change", [{"answer": 2}, {"answer": True}, {"options": ["a", "a"]}, {"options": ["a"]}, {"extra": 1}, {"group": 3}]
 )
