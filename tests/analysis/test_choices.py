@@ -83,6 +83,9 @@ def test_questions_are_asked_from_a_file(load: Callable[..., LoadedModel], tmp_p
         ("en", "all", 4),
         ("en", "spelling", 4),
     ]
+    path.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="'spelling' has 1 question in en"):
+        analyse(request_of(load("llama", layers=2), options={"questions": path}))
     with pytest.raises(ConfigError, match="--questions"):
         analyse(request_of(load("llama", layers=2)))
 
