@@ -14,6 +14,7 @@ from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, Unsuppo
 from quant_fairness_plugin.export.companions import find_companions
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
 from quant_fairness_plugin.model.context import check_context, longest_input
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.native import is_wrapper
@@ -21,6 +22,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokenizer, stored_embedding_rows
 from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
+from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
 from quant_fairness_plugin.quantize.methods import check_method
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
@@ -124,6 +126,9 @@ def preflight(
     check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
     check_model(config, files)
+    kind = str(files.config.get("model_type", ""))
+    if out is not None and find_mixture(kind) is not None:
+        check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
     if out is not None:
         _check_family_exportable(files, config)
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
@@ -170,6 +175,8 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
     model_type = str(files.config.get("model_type", ""))
     _check_backend(config, family=model_type)
     _check_context(files)
+    if find_mixture(model_type) is not None:
+        check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
     if is_wrapper(files.config):
         _check_wrapper(config, files)
     if isinstance(config.protect_layers, tuple):
@@ -250,7 +257,8 @@ def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: in
                 f"accepted are 0..{layers - 1}. Layers are counted from 0; correct the list."
             )
         if unit.group is not None and units is not None and unit.group not in units:
+            reason = f" ({SINGLE_EXPERTS})" if unit.group.startswith(f"{EXPERTS}.") else ""
             raise InvalidLayerError(
-                f"{unit.short} is not a unit of the model; its layers have {', '.join(units)}. Write for example "
-                f"{unit.whole.part(units[-1]).short}."
+                f"{unit.short} is not a unit of the model{reason}; its layers have {', '.join(units)}. Write for "
+                f"example {unit.whole.part(units[-1]).short}."
             )

@@ -52,6 +52,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
+from quant_fairness_plugin.quantize.coverage import expert_coverage
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
@@ -114,7 +115,7 @@ def check_config(config: FairConfig, loaded: LoadedModel) -> None:
     Raises:
         InvalidLayerError: says which.
     """
-    check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+    check_units(config, units=loaded.family.unit_names, layers=loaded.layers)
 
 
 def check_whole(loaded: LoadedModel, step: str) -> None:
@@ -396,7 +397,9 @@ def quantize(
     )
     if calibration is None:
         return with_our_core()
-    return quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    coverage = expert_coverage(loaded, calibration, texts)
+    quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    return quantized if coverage is None else replace(quantized, experts=coverage)
 
 
 def write(

@@ -17,9 +17,10 @@ from quant_fairness_plugin.analysis.request import Request
 from quant_fairness_plugin.artifacts import SweepReport, Undefined, Unit, load
 from quant_fairness_plugin.evidence.weight_statistics import LayerStatistics, criticality
 from quant_fairness_plugin.measure.metrics import significant
+from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import empty_model
-from quant_fairness_plugin.model.reading import Place, find_tensors, read_tensor
+from quant_fairness_plugin.model.reading import Place, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.skeleton import match_tensors
 from quant_fairness_plugin.plans.units import HEAD, name_units

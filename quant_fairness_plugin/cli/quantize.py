@@ -72,6 +72,8 @@ def report_checkpoint(
         QualityGateError: the stated gate is not passed.
     """
     typer.echo("\n".join(coverage_lines(record.calibration)), err=True)
+    if record.experts is not None:
+        typer.echo("\n".join(record.experts.lines()), err=True)
     if as_json:
         typer.echo(to_json(record), nl=False)
         return check_gate(record.measurement, config)

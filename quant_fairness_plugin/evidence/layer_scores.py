@@ -100,7 +100,7 @@ def _changes(loaded: LoadedModel, units: UnitMap, bank: Bank, precision: Precisi
     return {
         str(layer): {
             name: value - loaded.model.get_parameter(name).detach()
-            for group in units.groups
+            for group in units.groups_of(layer.layer)
             for name, value in bank.weights(str(layer.part(group)), precision).items()
         }
         for layer in map(Unit, range(units.layers))

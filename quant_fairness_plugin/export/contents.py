@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant_fairness_plugin.checkpoint.experts import kept_experts, owner_of, stacked_tensors
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.errors import ResourceError
-from quant_fairness_plugin.export.copies import Copies
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
@@ -23,21 +23,21 @@ SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
 
 
-def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the checkpoint by name, made one at a time.
+def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the checkpoint that is not copied, by name, made one at a time.
 
     Tensors that the model shares (a tied head) come once, under the name that is registered first.
 
     Args:
         quantized: the model and its quantized modules; values that its method folded replace the model's.
         layout: how a quantized module is stored; one that packs nothing stores its dequantized values in 16 bit.
-        copies: what comes from the source as it is, last.
 
     Yields:
-        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype, but for copies.
+        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype.
     """
     model, dtype, family = quantized.loaded.model, quantized.loaded.storage_dtype, quantized.loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
+    kept = kept_experts(model, quantized.tensors) if layout.packs else {}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -45,6 +45,8 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies
             continue
         seen.add(tensor.data_ptr())
         module = weights.get(name)
+        if owner_of(name, kept) is not None:
+            continue  # stacked, below
         if module is None:
             value = quantized.folded.get(name, tensor)
             kind = dtype if value.is_floating_point() else value.dtype
@@ -55,9 +57,11 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies
         else:
             dense = stored_form(model.get_submodule(module), quantized.dense_weight(module))
             yield stored_name(name, family), dense.to("cpu", dtype).contiguous()
+    for owner, experts in kept.items():
+        for part, stack in stacked_tensors(owner, experts).items():
+            yield stored_name(part, family), stack().to("cpu", dtype)
     for name, length in layout.added_tensors(model).items():
         yield name, torch.ones(length, dtype=dtype)
-    yield from copies.read()
 
 
 def write_shards(
