@@ -219,6 +219,19 @@ def plan_under(scored: FairQuantizer, **options: Any) -> ProtectionPlan:
     return other.recommend(scored.score())
 
 
+def test_exhaustive_sweeps_every_unit_at_every_precision(
+    scored: FairQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored.score()
+    monkeypatch.setattr("quant_fairness_plugin.planning.score", lambda *a, **k: pytest.fail("scored"))
+    config = replace(scored.config, exhaustive=True)
+    other = FairQuantizer(scored.loaded, scored.texts, config)
+    plan = other.recommend()
+    report = other.sweep(granularity="unit", precisions=("fp16", "int8"))
+    assert set(report.units) == set(scored.score().units)
+    assert plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
+
+
 def test_what_the_reader_cannot_load_is_left_out_of_the_menu(scored: FairQuantizer) -> None:
     assert planning.menu_of(scored.loaded, scored.config) == (("fp16", "int8"), False)
     config = replace(scored.config, format="gptq")
