@@ -210,13 +210,26 @@ def test_plans_for_other_limits_come_from_the_same_scores(scored: FairQuantizer)
     with pytest.raises(QualityGateError, match="the smallest allocation takes"):
         plan_under(scored, target_bits=4.4)
     assert set(plan_under(scored, target_bits=16.0).overrides.values()) <= {"int8", "fp16"}
-    with pytest.raises(QualityGateError, match="the target is 1e-09: raise it"):
-        plan_under(scored, target="worst=0.000000001", precisions=("fp16", "int8"), protect_units=("0.qkv",))
+    with pytest.raises(QualityGateError, match="target 1e-09 takes 16 bit for every unit"):
+        plan_under(scored, target="worst=0.000000001")
 
 
 def plan_under(scored: FairQuantizer, **options: Any) -> ProtectionPlan:
     other = FairQuantizer(scored.loaded, scored.texts, replace(scored.config, **options))
     return other.recommend(scored.score())
+
+
+def test_exhaustive_sweeps_every_unit_at_every_precision(
+    scored: FairQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored.score()
+    monkeypatch.setattr("quant_fairness_plugin.planning.score", lambda *a, **k: pytest.fail("scored"))
+    config = replace(scored.config, exhaustive=True)
+    other = FairQuantizer(scored.loaded, scored.texts, config)
+    plan = other.recommend()
+    report = other.sweep(granularity="unit", precisions=("fp16", "int8"))
+    assert set(report.units) == set(scored.score().units)
+    assert plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
 
 
 def test_what_the_reader_cannot_load_is_left_out_of_the_menu(scored: FairQuantizer) -> None:
@@ -440,8 +453,8 @@ def test_a_folder_is_measured_after_an_export_and_not_before(quantizer: FairQuan
         other.protecting("none").measure_folder()
 
 
-@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 2), ((PLANTED_LAYER,), 2)])
-def test_a_run_resolves_the_model_once_and_checks_once_before_and_once_while_writing(
+@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 3), ((PLANTED_LAYER,), 2)])
+def test_a_run_resolves_the_model_once_and_checks_what_is_known_of_its_plan(
     planted_model: Path,
     planted_file: str,
     tmp_path: Path,
