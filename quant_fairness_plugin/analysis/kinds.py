@@ -60,7 +60,12 @@ ANALYSES: dict[str, Analysis] = {
         Analysis(
             "choices",
             "Does the quantized model still choose the right one of several texts, in every language?",
-            takes=("questions", "checkpoint"),
+            takes=("questions", "lm_eval_samples", "checkpoint"),
+        ),
+        Analysis(
+            "hypotheses",
+            "Which figures of the languages (tokens, morphemes, outliers, training share) go with their damage?",
+            takes=("gold", "checkpoint"),
         ),
         Analysis("clipping", "Would one clipping threshold for all languages hurt some of them, layer by layer?"),
     )

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.stats import rankdata
 
-from quant_fairness_plugin.artifacts import Bootstrap, Interval, Number, SweepReport, Undefined, Unit
+from quant_fairness_plugin.analysis.correlations import correlations, over_items
+from quant_fairness_plugin.artifacts import Bootstrap, Number, SweepReport, Undefined, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval
-from quant_fairness_plugin.measure.metrics import Array, significant
+from quant_fairness_plugin.measure.metrics import Array
 from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256
 from quant_fairness_plugin.plans.plan_set import plan_name
 from quant_fairness_plugin.statistics.series import plan_series
 
 OBJECTIVE = "worst"
-FEWEST_LAYERS = 4
-"""Fisher's interval divides by the root of n - 3."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +80,5 @@ def _compare(name: str, against: str, score: Array, importance: Array) -> LayerS
     rho = correlations(rankdata(score), np.apply_along_axis(rankdata, 1, importance))
     linear = correlations(score, importance)
     return LayerScore(
-        name, against, count, interval(rho), over_layers(float(rho[0]), count), interval(np.square(linear))
+        name, against, count, interval(rho), over_items(float(rho[0]), count), interval(np.square(linear))
     )
-
-
-def correlations(score: Array, rows: Array) -> Array:
-    """Return Pearson's correlation of a score `[layers]` with each row `[rows, layers]`."""
-    first, second = score - score.mean(), rows - rows.mean(axis=1, keepdims=True)
-    values: Array = second @ first / np.sqrt((first**2).sum() * (second**2).sum(axis=1))
-    return values
-
-
-def over_layers(rho: float, layers: int) -> Number:
-    """Return Fisher's 95 % interval of a rank correlation, with the factor of Spearman's variance (Bonett 2000)."""
-    if layers < FEWEST_LAYERS:
-        return Undefined(f"{layers} layers: an interval over layers needs at least {FEWEST_LAYERS}")
-    centre = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, rho)))  # a perfect order has no finite transform
-    reach = float(norm.ppf(0.975)) * math.sqrt((1 + rho**2 / 2) / (layers - 3))
-    low, high = math.tanh(centre - reach), math.tanh(centre + reach)
-    return Interval(significant(rho), significant(min(low, rho)), significant(max(high, rho)))

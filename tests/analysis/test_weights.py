@@ -13,7 +13,7 @@ from scipy import stats
 
 from quant_fairness_plugin.analysis.distributions import describe, magnitude_histogram
 from quant_fairness_plugin.analysis.kinds import find_analysis
-from quant_fairness_plugin.analysis.predictors import compare_scores, over_layers
+from quant_fairness_plugin.analysis.predictors import compare_scores
 from quant_fairness_plugin.analysis.request import AnalysisOptions, Request
 from quant_fairness_plugin.analysis.weights import WeightStatistics, kind_shares, norm_placement
 from quant_fairness_plugin.artifacts import Interval, Undefined, save
@@ -118,16 +118,6 @@ def test_a_score_that_is_the_benefit_agrees_and_a_reversed_one_does_not(tiny_mod
     assert isinstance(flat.rho, Undefined)
     with pytest.raises(ConfigError, match="of another model"):
         compare_scores({"same": benefit}, planted_report(benefit), files)
-
-
-def test_few_layers_leave_a_wide_interval() -> None:
-    found = over_layers(0.5, 12)
-    assert isinstance(found, Interval)
-    reach = 1.959964 * np.sqrt((1 + 0.125) / 9)
-    assert (found.low, found.high) == pytest.approx(
-        (np.tanh(np.arctanh(0.5) - reach), np.tanh(np.arctanh(0.5) + reach))
-    )
-    assert isinstance(over_layers(0.5, 3), Undefined)
 
 
 def test_a_sweep_of_another_model_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
