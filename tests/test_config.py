@@ -230,5 +230,26 @@ def test_auto_scores_units_unless_a_sweep_is_asked_for() -> None:
 
 def test_the_group_size_is_left_to_the_model_unless_it_is_given(tiny_model: Callable[..., Path]) -> None:
     outline = outline_model(resolve_model(str(tiny_model(width=64))))
-    assert FairConfig().fitted(outline).grid.group_size == 64
+    assert FairConfig().fitted(outline).grid.group_size == 128  # that of `down`
+    assert FairConfig().fitted(outline, uniform=True).grid.group_size == 64
     assert FairConfig(group_size=32).fitted(outline) == FairConfig(group_size=32)
+    assert FairConfig(group_size=-1).fitted(outline, uniform=True).grid.group_size == -1
+    narrow = outline_model(resolve_model(str(tiny_model(width=40))))
+    assert FairConfig().fitted(narrow).grid.group_size == -1
+    assert FairConfig(group_size=64).fitted(narrow).grid.group_size == 64  # refused where modules are selected
+
+
+def test_a_stated_group_size_that_does_not_fit_is_said_and_refused_where_strict(
+    tiny_model: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    outline = outline_model(resolve_model(str(tiny_model(width=96))))
+    for fitting in (FairConfig(strict=True), FairConfig(group_size=32, strict=True), FairConfig(group_size=-1)):
+        fitting.check_group_size(outline)
+    assert not caplog.messages
+    FairConfig(group_size=128).check_group_size(outline)
+    [line] = caplog.messages
+    assert line == (
+        "group size 128 does not divide the input channels of 8 of 8 units, first layers.0.qkv: they take 64 or 32"
+    )
+    with pytest.raises(ConfigError, match="group size 64 .* 6 of 8 units, first layers.0.qkv; they would take 32. Use"):
+        FairConfig(group_size=64, strict=True).check_group_size(outline)

@@ -46,6 +46,7 @@ from quant_fairness_plugin.artifacts.evidence import (
     Outcome,
     Standing,
 )
+from quant_fairness_plugin.artifacts.experts import ExpertCoverage, ExpertUse
 from quant_fairness_plugin.artifacts.files import (
     digest,
     from_json,
@@ -78,6 +79,8 @@ __all__ = [
     "Comparison",
     "Evidence",
     "EvidenceRow",
+    "ExpertCoverage",
+    "ExpertUse",
     "ExportRecord",
     "FileRecord",
     "Frontier",

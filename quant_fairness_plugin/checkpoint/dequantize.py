@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, dense_weight, tensor_layout
+from quant_fairness_plugin.checkpoint.experts import loaded_module, stored_module
 from quant_fairness_plugin.checkpoint.folder import check_headers, packed_modules, read_quantization, weight_files
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.experts import unfold_experts
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
@@ -74,7 +76,7 @@ class Checkpoint:
 
     def stored_name(self, module: str) -> str:
         """The name in files of a quantized module."""
-        return module if self.wrapper is None else self.wrapper.stored_name(module)
+        return stored_module(self.bare, module) if self.wrapper is None else self.wrapper.stored_name(module)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
@@ -111,14 +113,17 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         files |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
-    stored = {name if wrapper is None else wrapper.loaded_name(name) for name in packed_modules(shapes, quantization)}
-    packed: dict[str, tuple[str, ...]] = dict.fromkeys(stored, ())
+
+    def loaded(name: str) -> str:
+        return loaded_module(bare, name) if wrapper is None else wrapper.loaded_name(name)
+
+    packed: dict[str, tuple[str, ...]] = {loaded(name): () for name in packed_modules(shapes, quantization)}
     unread = set(unread_tensors(shapes, bare))
     extra = extra_tensors(shapes.keys() - unread, packed, bare)
     plain = []
     for name in shapes:
-        module, _, suffix = name.rpartition(".")
-        module = module if wrapper is None else wrapper.loaded_name(module)
+        stored, _, suffix = name.rpartition(".")
+        module = loaded(stored)
         if module in packed and suffix != "bias":
             packed[module] += (suffix,)
         elif name not in extra and name not in unread:
@@ -174,7 +179,7 @@ def model_from_state(
 
 
 def bare_model(folder: Path) -> PreTrainedModel:
-    """The unquantized architecture of an export, on the meta device.
+    """The unquantized architecture of an export, on the meta device, its experts unfolded.
 
     Raises:
         ArtifactError: a config that Transformers cannot build a model from.
@@ -188,6 +193,7 @@ def bare_model(folder: Path) -> PreTrainedModel:
         raise ArtifactError(
             f"{folder / 'config.json'}: describes no model that can be built ({reason}). Restore the exported file."
         ) from err
+    unfold_experts(model)
     return model
 
 

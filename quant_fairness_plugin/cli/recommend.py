@@ -11,9 +11,10 @@ import typer
 from quant_fairness_plugin.artifacts import ProtectionPlan, SweepReport, load, save, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.evidence import verified
-from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.legacy import check_legacy, legacy_recommend
+from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.recommend_options import Limits, Printed
+from quant_fairness_plugin.cli.recommend_options import SEED_TOP, Limits, Printed
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
@@ -23,7 +24,7 @@ from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import Tool, plan_for_tool
 
 
-@options(config=("objective", *TEXTS, "exhaustive", "strict"), file=False)
+@options(config=("objective", *TEXTS, *COMPUTE, "exhaustive", "strict"), file=False)
 def recommend(
     config: FairConfig,
     limits: Limits,
@@ -41,6 +42,11 @@ def recommend(
     """
     if printed.as_ is not None and as_json:
         raise ConfigError("--as and --json exclude each other; give one, and --output to save the plan as well")
+    if limits.method == "legacy":
+        budget = [name for name in limits.given if name != "--top"]
+        check_legacy(config, report=report, printed=printed != Printed(), **dict.fromkeys(budget, True))
+        legacy_recommend(access.source(model), config, limits.top or SEED_TOP, output=output, as_json=as_json)
+        return
     config = limits.within(config)
     if report is None and limits.is_budget and limits.weights is None and not (printed.frontier or printed.verify):
         plan = _plan_by_scores(access.source(model), config)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import (
     LoadedModel,
@@ -25,7 +26,7 @@ from quant_fairness_plugin.model.load import (
     empty_model,
     load_tokenizer,
 )
-from quant_fairness_plugin.model.reading import Place, find_tensors, read_parts, read_rows, read_tensor
+from quant_fairness_plugin.model.reading import Place, read_parts, read_rows, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
 from quant_fairness_plugin.model.storage import rounded, storage_dtype

@@ -21,6 +21,7 @@ from quant_fairness_plugin.artifacts import Precision, TextSet
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.measure.rows import Batch, Row, TokenRows, pad_rows, tokenize_for
+from quant_fairness_plugin.model.devices import wide_dtype
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.units import UnitMap
@@ -208,7 +209,7 @@ class _Watch:
 
             def add(gradient: Tensor) -> None:
                 for key, change in moved.items():
-                    self.slopes[key] += float((gradient * change).sum(dtype=torch.float64))
+                    self.slopes[key] += float((gradient * change).sum(dtype=wide_dtype(gradient.device)))
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 

@@ -212,8 +212,8 @@ def test_weights_are_numbers_by_language() -> None:
             parse_weights(text)
 
 
-def test_dtypes_to_sweep_in() -> None:
-    dtype = declared_fields(ExecutionOptions)["dtype"]
-    assert [dtype.parse(word) for word in ("float32", "bfloat16")] == ["float32", "bfloat16"]
-    with pytest.raises(ConfigError, match="--dtype 'float16' is unknown; use float32 or bfloat16"):
+def test_dtypes_to_compute_in() -> None:
+    dtype = declared_fields(FairConfig)["dtype"]
+    assert [dtype.parse(word) for word in ("auto", "float32", "bfloat16")] == ["auto", "float32", "bfloat16"]
+    with pytest.raises(ConfigError, match="--dtype 'float16' is unknown; use auto, float32 or bfloat16"):
         dtype.parse("float16")

@@ -29,6 +29,7 @@ from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.storage import announced_dtype
 
 PROMPT_LENGTHS = (1, 2, 17, 63)
 CONTINUED = 12
@@ -174,7 +175,10 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         ArtifactError: Transformers reports tensors that are missing or unexpected.
         UnsupportedModelError: it loads, and computes something else.
     """
-    expected = _logits(load_dense_model(folder))
+    dense = load_dense_model(folder)
+    _round_experts(dense, folder)
+    expected = _logits(dense)
+    del dense
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         loaded: Any = auto_class(read_config(folder)[0]).from_pretrained(
@@ -197,6 +201,15 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             f"allowed {tolerance:g}). Do not use this checkpoint with it; --format fp16-twin loads everywhere."
         )
     return difference
+
+
+def _round_experts(model: PreTrainedModel, folder: Path) -> None:
+    """Round experts to the storage dtype: Transformers unpacks quantized ones while loading, and stacks them in it."""
+    stored = announced_dtype(read_config(folder)[0])
+    for module in model.modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # the interface of stacked experts
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(stored).float()
 
 
 def _exact_kernel(folder: Path) -> dict[str, Any]:
