@@ -56,8 +56,8 @@ from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_co
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
-from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
-from quant_fairness_plugin.quantize.coverage import expert_coverage
+from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.selection import group_sizes
@@ -437,15 +437,7 @@ def quantize(
             f"dtype bfloat16 rounds the {str(loaded.storage_dtype).removeprefix('torch.')} weights of "
             f"{loaded.files.name}, so that others would be quantized; float32 is accepted. Use --dtype float32"
         )
-    calibration = None
-    if find_method(config.method).needs_calibration:
-        calibration = build_calibration(
-            loaded.tokenizer,
-            texts.part("calibrate"),
-            tokens_per_language=config.tokens_per_language,
-            row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
-            weighting=config.calibration,
-        )
+    calibration = _calibration(loaded, texts, config) if find_method(config.method).needs_calibration else None
     if config.backend != NATIVE and calibration is not None:
         return quantize_with(config.backend, loaded, plan, method=config.method, calibration=calibration)
     with_our_core = partial(
@@ -460,6 +452,21 @@ def quantize(
     coverage = expert_coverage(loaded, calibration, texts)
     quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
     return quantized if coverage is None else replace(quantized, experts=coverage)
+
+
+def _calibration(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> CalibrationSet:
+    """Return the calibration rows of a configuration, with those that its experts still need."""
+    build = partial(
+        build_calibration,
+        loaded.tokenizer,
+        texts.part("calibrate"),
+        row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
+    )
+    calibration = build(tokens_per_language=config.tokens_per_language, weighting=config.calibration)
+    if config.tokens_per_expert is None:
+        return calibration
+    whole = build(languages=tuple(calibration.rows), weighting="proportional")
+    return reach_experts(loaded, calibration, whole, enough=config.tokens_per_expert)
 
 
 def write(

@@ -118,6 +118,8 @@ def test_lists_become_tuples() -> None:
         ({"draws": 10}, "draws 10 are too few"),
         ({"method": "rtn", "calibration": "english"}, "calibration 'english' has no effect on method 'rtn'"),
         ({"calibration": "proportional", "tokens_per_language": 9}, "takes all tokens of every language, not 9 each"),
+        ({"tokens_per_expert": 0}, "tokens_per_expert 0 cannot be used with method 'gptq'"),
+        ({"tokens_per_expert": 9, "method": "rtn"}, "tokens_per_expert 9 cannot be used with method 'rtn'"),
         ({"colour": 1}, "known names: method, bits"),
     ],
 )

@@ -84,7 +84,7 @@ def export(
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
     sizes = {tensor.grid.group_size for tensor in quantized.tensors.values()}
     check_exportable(
-        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides, group_sizes=sizes
+        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out, group_sizes=sizes
     )
     layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)

@@ -232,9 +232,7 @@ def test_folded_values_that_did_not_arrive_are_noticed(
     small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norm = small.loaded.model.state_dict()["model.norm.weight"]
-    monkeypatch.setattr(
-        writer, "checkpoint_tensors", lambda q, layout, copies: checkpoint_tensors(small, layout, copies)
-    )
+    monkeypatch.setattr(writer, "checkpoint_tensors", lambda _, *rest: checkpoint_tensors(small, *rest))
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight: what was written is not what was quantized"):
         write(replace(small, folded={"model.norm.weight": norm + 1}), tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"1 tensors were not written, first model\.nowhere"):
@@ -520,9 +518,8 @@ def test_an_untied_copy_of_a_shared_tensor_is_stored_twice(small: QuantizedModel
         names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())]
         assert "lm_head.weight" in names
         model.config.tie_word_embeddings = True
-        assert "lm_head.weight" not in [
-            name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())
-        ]
+        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())]
+        assert "lm_head.weight" not in names
     finally:
         model.lm_head.weight = head
         model.config.tie_word_embeddings = False
