@@ -214,6 +214,7 @@ class FairQuantizer:
         """
         steps.check_whole(self.loaded, "scored by gradients")
         if self._scores is None:
+            planning.check_scorable(self.loaded)
             progress = partial(self._progress, "score")
             self._scores = planning.score(self.loaded, self.texts, self.config, self._scoring_bank(), progress=progress)
         return self._scores

@@ -120,9 +120,23 @@ def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
 def open_in_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: FairConfig, texts: TextSet | None
 ) -> tuple[LoadedModel, TextSet]:
-    """Copy a model that is in memory, check the configuration against it, and return it with the texts."""
+    """Copy a model that is in memory, check the configuration against it, and return it with the texts.
+
+    The copy is computed in float32, where the model is, or on the device that the configuration names.
+
+    Raises:
+        ConfigError: another dtype, a device that is not there, or a configuration that does not fit the model.
+    """
+    if config.dtype == "bfloat16":
+        raise ConfigError(
+            "dtype bfloat16 is accepted together with a model's name or folder; a model in memory is computed in "
+            "float32. Leave dtype out, or save the model and name its folder"
+        )
+    device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
+    if device is not None:
+        loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     check_model(config, loaded.files)
     check_tokens(loaded, sentences)
     return loaded, sentences

@@ -210,13 +210,26 @@ def test_plans_for_other_limits_come_from_the_same_scores(scored: FairQuantizer)
     with pytest.raises(QualityGateError, match="the smallest allocation takes"):
         plan_under(scored, target_bits=4.4)
     assert set(plan_under(scored, target_bits=16.0).overrides.values()) <= {"int8", "fp16"}
-    with pytest.raises(QualityGateError, match="the target is 1e-09: raise it"):
-        plan_under(scored, target="worst=0.000000001", precisions=("fp16", "int8"), protect_units=("0.qkv",))
+    with pytest.raises(QualityGateError, match="target 1e-09 takes 16 bit for every unit"):
+        plan_under(scored, target="worst=0.000000001")
 
 
 def plan_under(scored: FairQuantizer, **options: Any) -> ProtectionPlan:
     other = FairQuantizer(scored.loaded, scored.texts, replace(scored.config, **options))
     return other.recommend(scored.score())
+
+
+def test_exhaustive_sweeps_every_unit_at_every_precision(
+    scored: FairQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored.score()
+    monkeypatch.setattr("quant_fairness_plugin.planning.score", lambda *a, **k: pytest.fail("scored"))
+    config = replace(scored.config, exhaustive=True)
+    other = FairQuantizer(scored.loaded, scored.texts, config)
+    plan = other.recommend()
+    report = other.sweep(granularity="unit", precisions=("fp16", "int8"))
+    assert set(report.units) == set(scored.score().units)
+    assert plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
 
 
 def test_what_the_reader_cannot_load_is_left_out_of_the_menu(scored: FairQuantizer) -> None:
@@ -271,6 +284,16 @@ def test_the_model_goes_to_the_device_of_the_configuration(
     with pytest.raises(ConfigError, match="stop here"):
         FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, device="cuda")
     assert (given["device"], given["dtype"]) == ("cuda:0", torch.float32)  # its weights are stored in float16
+
+
+def test_a_model_in_memory_is_computed_in_float32(planted_model: Path, planted_file: str) -> None:
+    pair = in_memory(planted_model)
+    with pytest.raises(ConfigError, match="dtype bfloat16 is accepted together with a model's name"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, dtype="bfloat16")
+    with pytest.raises(ConfigError, match="device cuda:97 is not here"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cuda:97")
+    loaded = FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cpu").loaded
+    assert (loaded.model.device.type, loaded.model.dtype) == ("cpu", torch.float32)
 
 
 def test_group_sizes_of_a_model_and_of_a_plan(tiny_model: Callable[..., Path], planted_file: str) -> None:
@@ -430,8 +453,8 @@ def test_a_folder_is_measured_after_an_export_and_not_before(quantizer: FairQuan
         other.protecting("none").measure_folder()
 
 
-@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 2), ((PLANTED_LAYER,), 2)])
-def test_a_run_resolves_the_model_once_and_checks_once_before_and_once_while_writing(
+@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 3), ((PLANTED_LAYER,), 2)])
+def test_a_run_resolves_the_model_once_and_checks_what_is_known_of_its_plan(
     planted_model: Path,
     planted_file: str,
     tmp_path: Path,
