@@ -43,7 +43,7 @@ def measure(model: Path) -> Iterator[dict[str, Any]]:
         for bits in WIDTHS
         for method, calibration in STATES
     }
-    states = [replace(unprotected_state(quantized), name=str(key)) for key, quantized in made.items()]
+    states = [unprotected_state(quantized)._replace(name=str(key)) for key, quantized in made.items()]
     measured = quantizer.measure(*states).measurements
     for (bits, method, calibration), quantized in made.items():
         yield row_of(quantized, measured[str((bits, method, calibration))]) | {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from quant_fairness_plugin.artifacts import TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
@@ -28,7 +29,6 @@ from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
 _logger = logging.getLogger(__name__)
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +173,16 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         InvalidLayerError: a layer or unit that the model lacks.
     """
     model_type = str(files.config.get("model_type", ""))
+    if is_wrapper(files.config):
+        _check_wrapper(config, files)
     _check_backend(config, family=model_type)
     _check_context(files)
     if find_mixture(model_type) is not None:
         check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
-    if is_wrapper(files.config):
-        _check_wrapper(config, files)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
-    check_units(config, units=known_units(model_type), layers=files.layers)
+    units = known_units(model_type)
+    check_units(config, units=None if units is None else lambda layer: units, layers=files.layers)
     if config.top is not None and not 1 <= config.top < files.layers:
         raise ConfigError(
             f"top {config.top} is not a number of layers; the model has {files.layers}, use 1..{files.layers - 1}"
@@ -238,12 +239,12 @@ def known_units(model_type: str) -> tuple[str, ...] | None:
     return None if architecture is None else tuple(unit.name for unit in architecture.units)
 
 
-def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: int) -> None:
+def check_units(config: FairConfig, *, units: Callable[[int], tuple[str, ...]] | None, layers: int) -> None:
     """Check that the layers and units with a precision of their own are the model's.
 
     Args:
         config: the configuration.
-        units: names of a layer's units, or None where they are not known yet.
+        units: names of the units of a layer, or None where they are not known yet.
         layers: how many layers the model has.
 
     Raises:
@@ -256,9 +257,10 @@ def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: in
                 f"{unit.short}: layer {unit.layer} does not exist: the model has {layers} layers, "
                 f"accepted are 0..{layers - 1}. Layers are counted from 0; correct the list."
             )
-        if unit.group is not None and units is not None and unit.group not in units:
+        names = () if units is None else units(unit.layer)
+        if unit.group is not None and units is not None and unit.group not in names:
             reason = f" ({SINGLE_EXPERTS})" if unit.group.startswith(f"{EXPERTS}.") else ""
             raise InvalidLayerError(
-                f"{unit.short} is not a unit of the model{reason}; its layers have {', '.join(units)}. Write for "
-                f"example {unit.whole.part(units[-1]).short}."
+                f"{unit.short} is not a unit of the model{reason}; its layer {unit.layer} has {', '.join(names)}. "
+                f"Write for example {unit.whole.part(names[-1]).short}."
             )

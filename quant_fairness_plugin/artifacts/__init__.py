@@ -57,6 +57,7 @@ from quant_fairness_plugin.artifacts.files import (
     to_json,
     write_atomically,
 )
+from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import (
     Combinations,
     Necessity,
@@ -115,6 +116,7 @@ __all__ = [
     "TextSet",
     "Undefined",
     "Unit",
+    "UnitScores",
     "Weighting",
     "bits_of_precision",
     "digest",

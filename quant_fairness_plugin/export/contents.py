@@ -39,11 +39,11 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     weights = {f"{name}.weight": name for name in quantized.tensors}
     kept = kept_experts(model, quantized.tensors) if layout.packs else {}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    seen: set[int] = set()
+    once = {name for name, _ in model.named_parameters()}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
-        if not family.owns(name) or (tied and tensor.data_ptr() in seen):
+        if not family.owns(name) or (tied and name in every - once):
             continue
-        seen.add(tensor.data_ptr())
         module = weights.get(name)
         if owner_of(name, kept) is not None:
             continue  # stacked, below
@@ -53,7 +53,8 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
             # A copy, because safetensors refuses tensors that share memory.
             yield stored_name(name, family), value.to("cpu", kind, copy=True).contiguous()
         elif layout.packs:
-            yield from layout.tensors(stored_name(module, family), quantized.tensors[module]).items()
+            parts = layout.tensors(stored_name(module, family), quantized.tensors[module])
+            yield from ((full, part.cpu()) for full, part in parts.items())
         else:
             dense = stored_form(model.get_submodule(module), quantized.dense_weight(module))
             yield stored_name(name, family), dense.to("cpu", dtype).contiguous()
