@@ -173,12 +173,12 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         InvalidLayerError: a layer or unit that the model lacks.
     """
     model_type = str(files.config.get("model_type", ""))
+    if is_wrapper(files.config):
+        _check_wrapper(config, files)
     _check_backend(config, family=model_type)
     _check_context(files)
     if find_mixture(model_type) is not None:
         check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
-    if is_wrapper(files.config):
-        _check_wrapper(config, files)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
     units = known_units(model_type)
