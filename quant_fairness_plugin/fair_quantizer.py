@@ -32,7 +32,7 @@ from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace
 from quant_fairness_plugin.steps import EXPORTED, exported_state
 from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions
 from quant_fairness_plugin.sweep.execution import Execution
@@ -59,11 +59,12 @@ class FairQuantizer:
         *,
         progress: Progress | None = None,
         memory_budget: int | None = None,
+        work: Path | None = None,
     ) -> None:
         steps.check_config(config, loaded)
         self.loaded, self.texts, self.config = loaded, texts, config.fitted(loaded)
         self._progress = progress or (lambda step, done, total: None)
-        self._memory_budget = memory_budget
+        self._place = Workplace(folder=work, memory_budget=memory_budget)
         self._report: SweepReport | None = None
         self._bank: Path | None = None
         self._plan: ProtectionPlan | None = None
@@ -118,18 +119,24 @@ class FairQuantizer:
         texts: TextSet | None = None,
         checked: Checked | None = None,
         progress: Progress | None = None,
-        memory_budget: int | None = None,
+        place: Workplace | None = None,
+        stream: bool = False,
         dtype: ComputeDtype = "float32",
     ) -> Self:
         """Load a model by name from a complete source and configuration; see `from_pretrained`.
 
-        With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else. In
-        bfloat16 a sweep is faster where the processor computes in it, and ranks almost alike; measure in float32.
-        `checked` is what `preflight` returned for the same source and configuration, which is then not run again.
+        With a memory budget (bytes), or with `stream` where that costs no time, the model's blocks stay in their files:
+        everything but a comparison with controls and other tools works so. A folder to work in keeps what is done, and
+        an interrupted run goes on from there. In bfloat16 a sweep is faster where the processor computes in it, and
+        ranks almost alike; measure in float32. `checked` is what `preflight` returned for the same source and
+        configuration, which is then not run again.
         """
-        checked = checked or preflight(source, config, texts=texts)
-        loaded = steps.load_checked(checked, source, memory_budget=memory_budget, dtype=dtype)
-        return cls(loaded, checked.texts, config, progress=progress, memory_budget=memory_budget)
+        checked, place = checked or preflight(source, config, texts=texts), place or Workplace()
+        stream = stream and steps.streams_by_default(checked.files, config)
+        loaded = steps.load_checked(checked, source, stream=stream, memory_budget=place.memory_budget, dtype=dtype)
+        return cls(
+            loaded, checked.texts, config, progress=progress, memory_budget=place.memory_budget, work=place.folder
+        )
 
     def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> Self:
         """Return a copy with another protection; it remembers the sweep, and no plan."""
@@ -152,7 +159,8 @@ class FairQuantizer:
         Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
         """
         progress = partial(self._progress, f"measure {', '.join(state.name for state in states) or BASELINE}")
-        return steps.measure(self.loaded, self.texts, self.config, states, part=part, progress=progress)
+        kept = None if self._place.folder is None else self._place.folder / "measured"
+        return steps.measure(self.loaded, self.texts, self.config, states, part=part, kept=kept, progress=progress)
 
     def measure_folder(self, folder: Path | None = None, *, part: Part = "confirm") -> Measurement:
         """Measure a written checkpoint (None: the last export), read back from its files by our own dequantizer.
@@ -162,7 +170,7 @@ class FairQuantizer:
         """
         folder = folder or self._last_export()
         compared = steps.check_folder(folder, self.loaded)
-        measured = self.measure(exported_state(folder), part=part).measurements[EXPORTED]
+        measured = self.measure(exported_state(folder, self.loaded), part=part).measurements[EXPORTED]
         return steps.measured_folder(measured, folder, self.texts, part, compared=compared)
 
     def sweep(
@@ -186,7 +194,7 @@ class FairQuantizer:
         options.setdefault("top", self.config.top or 3)
         config = SweepConfig.make(modes, **options)
         if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
-            run = Execution(work=work, executor=executor, memory_budget=self._memory_budget)
+            run = Execution(work=work, executor=executor, memory_budget=self._place.memory_budget)
             progress = partial(self._progress, "sweep")
             self._report = steps.sweep(
                 self.loaded, self.texts, self.config, config, bank=bank, execution=run, progress=progress
@@ -227,7 +235,6 @@ class FairQuantizer:
 
         A plan for another number of layers, or for another grid than the configuration's, is refused (ConfigError).
         """
-        steps.check_whole(self.loaded, "quantized")
         if plan is not None:
             self._remember_plan(plan)
         if self._quantized is None:
@@ -274,7 +281,7 @@ class FairQuantizer:
         both: list[Measured] = []
 
         def measure(folder: Path) -> Measurement:
-            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
+            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder, self.loaded)))
             measured = both[0].measurements[EXPORTED]
             return steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
 
@@ -288,7 +295,8 @@ class FairQuantizer:
             self._plan, self._quantized, self._exported = plan, None, None
 
     def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
-        return steps.quantize(self.loaded, plan, self.texts, self.config, progress=partial(self._progress, "quantize"))
+        progress = partial(self._progress, "quantize")
+        return steps.quantize(self.loaded, plan, self.texts, self.config, workplace=self._place, progress=progress)
 
     def _exportable_plan(self) -> ProtectionPlan:
         """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""

@@ -26,6 +26,7 @@ from quant_fairness_plugin.artifacts import (
 )
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
+from quant_fairness_plugin.checkpoint.in_blocks import stream_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
@@ -38,23 +39,23 @@ from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
-from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
+from quant_fairness_plugin.measure.scoring import ModelState, block_state, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
-from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.resolve import ModelFiles
-from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
+from quant_fairness_plugin.model.streamed import StreamedModel, largest_in_blocks, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
+from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace, quantize_model
 from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
@@ -70,21 +71,37 @@ Progress = Callable[[int, int], None]
 
 
 def load_checked(
-    checked: Checked, source: ModelSource, *, memory_budget: int | None = None, dtype: ComputeDtype = "float32"
+    checked: Checked,
+    source: ModelSource,
+    *,
+    stream: bool = False,
+    memory_budget: int | None = None,
+    dtype: ComputeDtype = "float32",
 ) -> LoadedModel:
     """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
 
-    With a memory budget its blocks stay in their files.
+    With `stream`, or a memory budget in bytes, its blocks stay in their files.
     """
     compute, trust = getattr(torch, dtype), source.trust_remote_code
-    loaded = (
-        load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=probe_sentences(checked.texts))
-        if memory_budget is None
-        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust)
-    )
+    sentences = probe_sentences(checked.texts)
+    loaded: LoadedModel
+    if stream or memory_budget is not None:
+        streamed = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
+        loaded = replace(streamed, memory_budget=memory_budget)
+    else:
+        loaded = load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
+
+
+def streams_by_default(files: ModelFiles, config: FairConfig) -> bool:
+    """Return whether a model is read block by block without being told to: it can be, and no step needs it whole.
+
+    A sweep of a model that fits memory is faster with the whole of it, and other tools load it themselves.
+    """
+    readable = all(path.suffix == ".safetensors" for path in files.weights)
+    return readable and bool(files.weights) and config.protect_layers != "auto" and config.backend == NATIVE
 
 
 def probe_sentences(texts: TextSet) -> list[str]:
@@ -125,8 +142,8 @@ def check_whole(loaded: LoadedModel, step: str) -> None:
     """
     if isinstance(loaded, StreamedModel):
         raise ConfigError(
-            f"{loaded.files.name} was opened with a memory budget, so its blocks are in their files: it can be swept, "
-            f"and not {step}. Open it without one"
+            f"{loaded.files.name} was opened block by block, as with a memory budget: it can be swept, quantized and "
+            f"measured, and not {step}, which takes the whole model. Open it without a memory budget"
         )
 
 
@@ -137,11 +154,14 @@ def measure(
     states: Sequence[ModelState],
     *,
     part: Part,
+    kept: Path | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Measure states against the 16-bit model on one part of the texts; without a state, the 16-bit model itself."""
-    check_whole(loaded, "measured")
-    baseline = fixed_state(BASELINE, loaded.model)
+    """Measure states against the 16-bit model on one part of the texts; without a state, the 16-bit model itself.
+
+    What the 16-bit model's head is given stays in the folder `kept`, where its blocks are in files, for the next time.
+    """
+    baseline = block_state(BASELINE, loaded, kept=kept)
     return measure_states(
         baseline,
         states or (baseline,),
@@ -287,7 +307,6 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
 
 def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> None:
     """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
-    check_whole(loaded, "quantized")
     check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
 
 
@@ -300,7 +319,11 @@ def try_export(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
     """
     if config.format in HALF_PRECISION_KERNELS and loaded.storage_dtype != torch.float16:
         rows = probe_rows(loaded.model, loaded.tokenizer, loaded.family, probe_sentences(texts))
-        largest = largest_activation(loaded.model, rows)
+        largest = (
+            largest_in_blocks(loaded, rows)
+            if isinstance(loaded, StreamedModel)
+            else largest_activation(loaded.model, rows)
+        )
         if largest > LARGEST_FLOAT16:
             raise UnsupportedModelError(
                 f"{loaded.files.name}: activations reach {largest:.3g}, and readers of {config.format} compute in "
@@ -360,7 +383,13 @@ def evidence(
 
 
 def quantize(
-    loaded: LoadedModel, plan: ProtectionPlan, texts: TextSet, config: FairConfig, *, progress: Progress | None = None
+    loaded: LoadedModel,
+    plan: ProtectionPlan,
+    texts: TextSet,
+    config: FairConfig,
+    *,
+    workplace: Workplace | None = None,
+    progress: Progress | None = None,
 ) -> QuantizedModel:
     """Quantize every layer that a plan does not protect, on the calibration part where the method has a calibration.
 
@@ -371,6 +400,7 @@ def quantize(
         plan: what keeps 16 bit, or gets 8.
         texts: the whole text set; `minimax` also measures on its search part.
         config: method, grid, backend, and how much each language counts.
+        workplace: where to go on from after an interruption, and a memory budget; for our own core.
         progress: called with (layers done, layers).
 
     Raises:
@@ -386,12 +416,14 @@ def quantize(
             weighting=config.calibration,
         )
     if config.backend != NATIVE and calibration is not None:
+        check_whole(loaded, f"quantized by {config.backend}")
         return quantize_with(config.backend, loaded, plan, method=config.method, calibration=calibration)
     with_our_core = partial(
         quantize_model,
         loaded,
         plan,
         method=config.method,
+        workplace=workplace,
         progress=progress,
     )
     if calibration is None:
@@ -435,7 +467,7 @@ def compare(record: ExportRecord, measured: Measured) -> RunResult:
 
 def unprotected_state(bare: QuantizedModel) -> ModelState:
     """Return the state of a model that was quantized without protection, in memory."""
-    return ModelState(NONE, lambda: swapped(bare.loaded, bare.dense_weights()))
+    return quantized_state(NONE, bare)
 
 
 def check_folder(folder: Path, loaded: LoadedModel) -> bool:
@@ -449,8 +481,8 @@ def check_folder(folder: Path, loaded: LoadedModel) -> bool:
     name = f"{loaded.family.embeddings[0]}.weight"
     checkpoint = open_checkpoint(folder)
     if name in checkpoint.plain and recorded(folder) is not None:
-        stored, here = checkpoint.tensor(name), loaded.model.get_parameter(name)
-        if not torch.equal(here.detach().to("cpu", stored.dtype), stored):
+        stored, here = checkpoint.tensor(name), loaded.stored(name)
+        if not torch.equal(here.to(stored.dtype), stored):
             raise ConfigError(
                 f"{folder} was not made from {loaded.files.name}: their embeddings differ. Name the original"
             )
@@ -483,6 +515,11 @@ def measured_folder(
     return replace(measurement, held_out=held_out, condition=condition, original_compared=compared)
 
 
-def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:
-    """Return the state of a written checkpoint, read back from its files by our own dequantizer."""
+def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -> ModelState:
+    """Return the state of a written checkpoint, read back from its files by our own dequantizer.
+
+    Block by block where the 16-bit model `loaded` is, else as a whole.
+    """
+    if isinstance(loaded, StreamedModel):
+        return block_state(name, stream_checkpoint(folder, loaded.tokenizer))
     return fixed_state(name, load_quantized(folder, kernel="reference"))

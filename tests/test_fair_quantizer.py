@@ -25,6 +25,7 @@ from quant_fairness_plugin.model import resolve
 from quant_fairness_plugin.model import streamed as streamed_module
 from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.preflight import ModelSource
+from quant_fairness_plugin.quantize.stream import Workplace
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.texts.load import load_texts
 from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
@@ -197,7 +198,7 @@ def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: 
 
 def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, planted_file: str) -> None:
     config = make_config(group_size=32, texts=planted_file, draws=200)
-    streamed = FairQuantizer.from_source(ModelSource(str(planted_model)), config, memory_budget=10**9)
+    streamed = FairQuantizer.from_source(ModelSource(str(planted_model)), config, place=Workplace(memory_budget=10**9))
     assert streamed.sweep(top=1).layers == LAYERS
     plan = streamed.recommend()
     for step in (streamed.measure, lambda: streamed.quantize(plan), lambda: streamed.evidence(plan)):
@@ -251,7 +252,7 @@ def test_columns_are_paid_measured_and_not_in_the_model_to_compare_with(
 @pytest.fixture
 def streamed(planted_model: Path, planted_file: str) -> FairQuantizer:
     config = make_config(group_size=32, texts=planted_file, draws=200, max_overhead=0.4)
-    return FairQuantizer.from_source(ModelSource(str(planted_model)), config, memory_budget=10**9)
+    return FairQuantizer.from_source(ModelSource(str(planted_model)), config, place=Workplace(memory_budget=10**9))
 
 
 def test_a_copy_of_a_model_that_stays_in_its_files_can_be_swept(streamed: FairQuantizer) -> None:

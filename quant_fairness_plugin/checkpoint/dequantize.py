@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, dense_weight, tensor_layout
 from quant_fairness_plugin.checkpoint.folder import check_headers, packed_modules, read_quantization, weight_files
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
-from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
+from quant_fairness_plugin.model.reading import Place, places_of, read_tensor
 
 
 def read_dense_state(folder: Path) -> dict[str, Tensor]:
@@ -38,13 +37,17 @@ def read_dense_state(folder: Path) -> dict[str, Tensor]:
     return dict(iterate_dense(folder))
 
 
-def iterate_dense(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """As `read_dense_state`, one tensor at a time."""
+def iterate_dense(folder: Path, *, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """As `read_dense_state`, one tensor at a time; with `names`, no others are read."""
     checkpoint = open_checkpoint(folder)
     for name in checkpoint.plain:
+        if names is not None and name not in names:
+            continue
         tensor = checkpoint.tensor(name)
         yield name, tensor.float() if tensor.is_floating_point() else tensor
     for module in checkpoint.packed:
+        if names is not None and f"{module}.weight" not in names:
+            continue
         weight = checkpoint.dense(module)
         is_transposed = is_conv1d(checkpoint.bare.get_submodule(module))
         yield f"{module}.weight", weight.t().contiguous() if is_transposed else weight
@@ -63,13 +66,12 @@ class Checkpoint:
     """Quantized module → suffixes of its tensors."""
     input_scales: Mapping[str, Tensor]
     """Quantized module → what its inputs are divided by, with AutoAWQ."""
-    files: Mapping[str, Any]
-    """Tensor name → the open file that holds it."""
+    places: Mapping[str, Place]
+    """Tensor name → where it is. Nothing is mapped into memory, so that what was read can be given back."""
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
-        tensor: Tensor = self.files[name].get_tensor(name)
-        return tensor
+        return read_tensor(self.places[name])
 
     def parts(self, module: str) -> dict[str, Tensor]:
         """The tensors that stand for one quantized module's weight, by suffix."""
@@ -97,9 +99,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     quantization, _ = read_quantization(folder)
     layout = tensor_layout(quantization) if quantization else "compressed-tensors"
     bare = bare_model(folder)
-    files: dict[str, Any] = {}
-    for path in weight_files(folder):
-        files |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
+    places = {name: place for path in weight_files(folder) for name, place in places_of(path).items()}
     packed: dict[str, tuple[str, ...]] = {name: () for name in packed_modules(shapes, quantization)}
     extra = extra_tensors(shapes, packed, bare)
     plain = []
@@ -114,8 +114,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         layout=layout,
         plain=tuple(plain),
         packed=packed,
-        input_scales=_input_scales({name: files[name].get_tensor(name) for name in extra}, bare),
-        files=files,
+        input_scales=_input_scales({name: read_tensor(places[name]) for name in extra}, bare),
+        places=places,
     )
 
 
@@ -158,8 +158,8 @@ def model_from_state(
     return model
 
 
-def bare_model(folder: Path) -> PreTrainedModel:
-    """The unquantized architecture of an export, on the meta device.
+def bare_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The unquantized architecture of an export, on the meta device; its dtype is the config's where none is given.
 
     Raises:
         ArtifactError: a config that Transformers cannot build a model from.
@@ -167,7 +167,7 @@ def bare_model(folder: Path) -> PreTrainedModel:
     try:
         with quiet_transformers(), torch.device("meta"):
             build: Any = AutoModelForCausalLM.from_config
-            model: PreTrainedModel = build(_plain_config(folder))
+            model: PreTrainedModel = build(_plain_config(folder), **({} if dtype is None else {"dtype": dtype}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as err:
         reason = " ".join(str(err).split())[:200]
         raise ArtifactError(

@@ -12,7 +12,7 @@ import typer
 from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Part, load, save, save_run_record, to_json
 from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile, Place
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import damage_table, describe_original, describe_part, show
 from quant_fairness_plugin.config import FairConfig
@@ -27,6 +27,7 @@ from quant_fairness_plugin.preflight import preflight
 def measure(
     config: FairConfig,
     access: Access,
+    place: Place,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
     ] = None,
@@ -37,16 +38,20 @@ def measure(
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
+    budget = place.bytes_
     checked = preflight(source, config)
     if checkpoint is not None:
         check_original(checkpoint, checked.files)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.quantize.stream import Workplace
 
     started = time.monotonic()
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
+        quantizer = FairQuantizer.from_source(
+            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget), stream=True
+        )
         measured = (
             quantizer.measure(part=part).measurements[BASELINE]
             if checkpoint is None

@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
+from quant_fairness_plugin.artifacts.sizes import parse_size
 from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, ModelOption
-from quant_fairness_plugin.cli.sweep_options import MemoryBudget, PlansOptions
+from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, MemoryBudget, ModelOption
+from quant_fairness_plugin.cli.sweep_options import PlansOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import choice
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.preflight import preflight
-from quant_fairness_plugin.sweep.memory import parse_size
 
 
 @options(config=(*GRID, "protect_layers", *TEXTS), defaults={"protect_layers": "none"})

@@ -8,7 +8,15 @@ import typer
 
 from quant_fairness_plugin.artifacts import ExportRecord, ProtectionPlan, to_json
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import Access, Json, ModelArgument, OutputFolder, Overwrite, default_output
+from quant_fairness_plugin.cli.options import (
+    Access,
+    Json,
+    ModelArgument,
+    OutputFolder,
+    Overwrite,
+    Place,
+    default_output,
+)
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
 from quant_fairness_plugin.cli.tables import damage_table, describe_columns, describe_part, extent, layer_list, show
@@ -27,11 +35,12 @@ def quantize_model(
     config: FairConfig,
     plan: PlanFile = None,
     access: Access,
+    place: Place,
 ) -> None:
     """Quantize MODEL, keep the protected layers in 16 bit, verify what was written and measure it."""
     saved, config = planned(plan, config)
     out = output or default_output(model)
-    record = write_checkpoint(access.source(model), config, out, plan=saved, overwrite=overwrite)
+    record = write_checkpoint(access.source(model), config, out, plan=saved, overwrite=overwrite, place=place)
     report_checkpoint(record, out, as_json=as_json)
 
 
@@ -39,16 +48,27 @@ quantize = options()(quantize_model)
 
 
 def write_checkpoint(
-    source: ModelSource, config: FairConfig, out: Path, *, plan: ProtectionPlan | None = None, overwrite: bool
+    source: ModelSource,
+    config: FairConfig,
+    out: Path,
+    *,
+    plan: ProtectionPlan | None = None,
+    overwrite: bool,
+    place: Place | None = None,
 ) -> ExportRecord:
     """Check what can be checked without torch, then quantize, export, verify and measure."""
+    place = place or Place()
+    budget = place.bytes_
     checked = preflight(source, config, out=out, overwrite=overwrite)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.quantize.stream import Workplace
 
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
+        quantizer = FairQuantizer.from_source(
+            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget), stream=True
+        )
         return (quantizer if plan is None else quantizer.following(plan)).save_pretrained(out, overwrite=overwrite)
 
 

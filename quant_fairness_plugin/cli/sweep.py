@@ -59,13 +59,19 @@ def sweep(
 
     # Load torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.quantize.stream import Workplace
     from quant_fairness_plugin.sweep.make_executor import make_executor
 
     runner = None if execution.executor is None else make_executor(execution.executor, workers=execution.workers)
     started = time.monotonic()
     with progress() as shown:
         quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=shown, memory_budget=budget, dtype=execution.dtype
+            source,
+            config,
+            checked=checked,
+            progress=shown,
+            place=Workplace(memory_budget=budget),
+            dtype=execution.dtype,
         )
         report = quantizer.sweep(
             wanted.modes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quant_fairness_plugin.artifacts import Unit
+from quant_fairness_plugin.artifacts.sizes import parse_size
 from quant_fairness_plugin.cli.sweep_options import ExecutionOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
@@ -12,7 +13,7 @@ from quant_fairness_plugin.plans.plan_set import check_plans
 from quant_fairness_plugin.plans.units import check_around, name_units
 from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.config import SweepConfig
-from quant_fairness_plugin.sweep.memory import check_budget, parse_size
+from quant_fairness_plugin.sweep.memory import check_budget
 
 
 def check_sets(files: ModelFiles, config: FairConfig, wanted: SweepConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -40,6 +40,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "quiet_transformers",
+    "say_untied",
     "set_linear_weight",
 ]
 
@@ -86,6 +87,11 @@ class LoadedModel:
         """Rows (outputs) and columns (inputs) of a linear module, by its full name."""
         rows, cols = linear_weight(self.model.get_submodule(module)).shape
         return rows, cols
+
+    def stored(self, name: str) -> Tensor:
+        """Return a parameter or buffer as an export stores it: on the CPU, floats in the storage dtype; a copy."""
+        value: Tensor = self.model.state_dict()[name]
+        return value.to("cpu", self.storage_dtype if value.is_floating_point() else value.dtype, copy=True)
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """Return the linear modules of a layer by full name, in forward order.
@@ -139,7 +145,7 @@ def load_model(
     model = _load_weights(files, trust_remote_code)
     family = detect_family(model)
     check_layer_count(files, model, family)
-    _say_untied(files, model, family)
+    say_untied(files, model, family)
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     if storage is None:
         storage = fitting_dtype(model, probe_rows(model, tokenizer, family, sentences), stored, files)
@@ -279,7 +285,8 @@ def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel
     return model
 
 
-def _say_untied(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+def say_untied(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+    """Log where the file holds a head of its own although the config ties it to the embedding."""
     if getattr(model.config, "tie_word_embeddings", False) and not family.tied_head:
         _logger.warning(
             "%s: config.json says tie_word_embeddings, and the file holds a head of its own, other than the embedding: "

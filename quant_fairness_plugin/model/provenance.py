@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import Provenance, TextSet, package_versions
 from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
 
 
 def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[str, Any]) -> Provenance:
@@ -26,3 +29,16 @@ def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[
         arguments=arguments,
         seed=seed,
     )
+
+
+def model_identity(loaded: LoadedModel) -> dict[str, str]:
+    """Return the checksum that says which weights a model has, plain data.
+
+    A model in memory can have changed since it was wrapped, and its config is in no file; it is hashed as it stands.
+    """
+    from quant_fairness_plugin.model.storage import parameters_sha256
+
+    files = loaded.files
+    if files.weights:
+        return {"sha256": model_sha256(files)}
+    return {"sha256": parameters_sha256(loaded.model), "config": loaded.model.config.to_json_string()}

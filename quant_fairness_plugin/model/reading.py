@@ -20,10 +20,11 @@ from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.resolve import ModelFiles
 
-_DTYPES = {
+DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
+"""Types as safetensors names them."""
 _READ_BYTES = 1 << 30
 """Linux reads at most 2 GiB at once."""
 
@@ -53,7 +54,12 @@ def find_tensors(files: ModelFiles) -> dict[str, Place]:
     Raises:
         ArtifactError: pickled weights, a malformed file, or values of a type that no dense model has.
     """
-    return {name: place for path in files.weights for name, place in _of_file(path)}
+    return {name: place for path in files.weights for name, place in places_of(path).items()}
+
+
+def places_of(path: Path) -> dict[str, Place]:
+    """Return where every tensor of one file is. Raises as `find_tensors`."""
+    return dict(_of_file(path))
 
 
 def read_tensor(place: Place) -> Tensor:
@@ -100,11 +106,11 @@ def _of_file(path: Path) -> Iterator[tuple[str, Place]]:
     with _opened(path) as file:
         offset = 8 + int.from_bytes(file.read(8), "little")
     for name, (dtype, shape) in header.items():  # in the order of the data, without holes
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ArtifactError(
-                f"{path}: {name} holds values of type {dtype}; expected {', '.join(_DTYPES)}. Get the files again."
+                f"{path}: {name} holds values of type {dtype}; expected {', '.join(DTYPES)}. Get the files again."
             )
-        place = Place(path, offset, _DTYPES[dtype], shape)
+        place = Place(path, offset, DTYPES[dtype], shape)
         yield name, place
         offset += prod(shape) * place.dtype.itemsize
 

@@ -81,7 +81,7 @@ def resolve_model(
     weights = find_weights(folder, allow_pickle=allow_pickle)
     if weights[0].suffix == ".safetensors":
         _refuse_quantized_tensors(folder, read_shapes(weights))
-    return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit, runs_code=runs_code)
+    return ModelFiles(label, folder, config, weights, layer_count(folder, config), commit, runs_code=runs_code)
 
 
 def resolved(
@@ -292,7 +292,12 @@ def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
             )
 
 
-def _layer_count(folder: Path, config: dict[str, Any]) -> int:
+def layer_count(folder: Path, config: dict[str, Any]) -> int:
+    """Return how many layers a config says a model has.
+
+    Raises:
+        ArtifactError: it says none, or more than one number.
+    """
     given = {key: config[key] for key in LAYER_KEYS if key in config}
     counts = {value for value in given.values() if type(value) is int and value > 0}
     if len(counts) != 1 or any(value not in counts for value in given.values()):

@@ -19,8 +19,7 @@ from quant_fairness_plugin.artifacts import TextSet, digest, package_versions
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import Row, pad_rows
 from quant_fairness_plugin.model.load import LoadedModel, load_model
-from quant_fairness_plugin.model.resolve import model_sha256
-from quant_fairness_plugin.model.storage import parameters_sha256
+from quant_fairness_plugin.model.provenance import model_identity
 from quant_fairness_plugin.plans.tree import StateTree
 from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import Bank
@@ -95,7 +94,7 @@ def identity(job: Job) -> dict[str, Any]:
         "device": _device(model.device),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": job.threads,
-        "model": _model_identity(job.loaded),
+        "model": model_identity(job.loaded),
         "attention": str(model.config._attn_implementation),
         "storage_dtype": str(job.loaded.storage_dtype),
         "compute_dtype": str(model.dtype),
@@ -179,11 +178,3 @@ def _check_same(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
 
 def _device(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def _model_identity(loaded: LoadedModel) -> dict[str, str]:
-    files = loaded.files
-    if files.weights:
-        return {"sha256": model_sha256(files)}
-    # A model in memory can have changed since it was wrapped, and its config is in no file.
-    return {"sha256": parameters_sha256(loaded.model), "config": loaded.model.config.to_json_string()}

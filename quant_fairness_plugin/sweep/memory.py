@@ -5,12 +5,12 @@ Counted is what the sweep itself holds; the interpreter and its libraries (about
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quant_fairness_plugin.errors import ConfigError, ResourceError
+from quant_fairness_plugin.artifacts.sizes import shown
+from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.outline import Outline
 
 PIECE_TOKENS = 1024
@@ -21,13 +21,6 @@ _ROUNDING_COPIES = 4
 """What rounding a matrix takes at its peak, in float32 copies of it (measured: 3.5 with every clipping rule)."""
 _HEAD_COPIES = 3
 _STORED_BYTES, _FLOAT32_BYTES = 2, 4
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{ending}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for ending, base in (("B", 1000), ("iB", 1024))
-}
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,33 +100,6 @@ def check_budget(outline: Outline, budget: int, *, precisions: int) -> None:
         ResourceError: says how much is needed.
     """
     count_needs(outline.shapes, blocks=outline.family.blocks, precisions=precisions).left_for_states(budget)
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `1GB`, `1.5 GiB`, `800MB` or `123456`.
-
-    Raises:
-        ConfigError: not a size, or none of at least one byte.
-
-    >>> parse_size("1.5 GiB")
-    1610612736
-    """
-    match = _SIZE.fullmatch(text.strip())
-    names = {unit.upper(): factor for unit, factor in _UNITS.items()}
-    if match is None or match[2].upper() not in names or (size := int(float(match[1]) * names[match[2].upper()])) < 1:
-        raise ConfigError(
-            f"size {text!r} is none; write a number of bytes, or one with KB, MB, GB, TB (thousands) or KiB, MiB, GiB, "
-            "TiB, such as 1GB"
-        )
-    return size
-
-
-def shown(size: int) -> str:
-    """Return a size for people, rounded up, so that a budget of what is printed is enough."""
-    for unit in ("GB", "MB", "KB"):
-        if size >= _UNITS[unit]:
-            return f"{-(-size * 100 // _UNITS[unit]) / 100:.2f} {unit}"
-    return f"{size} bytes"
 
 
 BATCH_TOKENS = 512

@@ -7,6 +7,7 @@ yardstick is therefore measured for each checkpoint: the same dequantized model,
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,8 +21,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
 
-from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model
+from quant_fairness_plugin.checkpoint.dequantize import bare_model, check_loading_info, load_dense_model
 from quant_fairness_plugin.checkpoint.folder import read_config
+from quant_fairness_plugin.checkpoint.in_blocks import BlockLogits
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
@@ -29,6 +31,7 @@ from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
 
+_logger = logging.getLogger(__name__)
 PROMPT_LENGTHS = (1, 2, 17, 63)
 CONTINUED = 12
 """Tokens that a reader adds to a prompt."""
@@ -173,7 +176,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         ArtifactError: Transformers reports tensors that are missing or unexpected.
         UnsupportedModelError: it loads, and computes something else.
     """
-    expected = _logits(load_dense_model(folder))
+    expected = _dense_logits(folder)
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -196,6 +199,15 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             f"allowed {tolerance:g}). Do not use this checkpoint with it; --format fp16-twin loads everywhere."
         )
     return difference
+
+
+def _dense_logits(folder: Path) -> list[Tensor]:
+    """Logits of the dequantized model on the fixed rows, one block of it in memory at a time where that can be."""
+    try:
+        return list(BlockLogits(folder, _rows(bare_model(folder))))
+    except UnsupportedModelError as err:
+        _logger.info("%s is run as a whole: %s", folder, err)
+        return _logits(load_dense_model(folder))
 
 
 def _exact_kernel(folder: Path) -> dict[str, Any]:
@@ -226,7 +238,10 @@ def _widen(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> list[Tensor]:
     """Logits of fixed token rows, float32. The rows run through the vocabulary in steps that do not divide it."""
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = [torch.tensor([spread_ids(vocabulary, length)]) for length in _lengths(ROW_LENGTHS, model)]
     model.train(False)
-    return [model(input_ids=row).logits.float() for row in rows]
+    return [model(input_ids=torch.tensor([row])).logits.float() for row in _rows(model)]
+
+
+def _rows(model: PreTrainedModel) -> list[list[int]]:
+    vocabulary = model.config.get_text_config().vocab_size
+    return [spread_ids(vocabulary, length) for length in _lengths(ROW_LENGTHS, model)]
