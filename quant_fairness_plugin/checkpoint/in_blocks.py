@@ -51,7 +51,11 @@ class StreamedCheckpoint(StreamedModel):
 
 
 def stream_checkpoint(
-    folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, *, dtype: torch.dtype = torch.float32
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    with_columns: bool = True,
 ) -> StreamedCheckpoint:
     """Open any of our exports, or a folder of another tool, to be run block by block; see `load_dense_model`.
 
@@ -59,12 +63,13 @@ def stream_checkpoint(
         folder: the checkpoint.
         tokenizer: of the texts that it will be run on, where there are any; the folder's own is not read.
         dtype: what is computed in.
+        with_columns: add the channels that a side file keeps in 16 bit, of which other readers do not know.
 
     Raises:
         ArtifactError: tensors that are missing, unexpected or of another shape.
         UnsupportedModelError: another quantization method or layout, or a model that cannot be run block by block.
     """
-    checkpoint, columns = open_checkpoint(folder), read_columns(folder)
+    checkpoint, columns = open_checkpoint(folder), read_columns(folder) if with_columns else {}
     model = bare_model(folder, dtype=dtype)
     places = {name: checkpoint.places[name] for name in checkpoint.plain}
     for module in checkpoint.packed:
@@ -92,7 +97,7 @@ class BlockLogits:
 
     @torch.no_grad()
     def __init__(self, folder: Path, rows: Sequence[Sequence[int]], *, dtype: torch.dtype = torch.float32) -> None:
-        """Run all rows up to the head.
+        """Run all rows up to the head, with what the weight files alone say.
 
         Args:
             folder: the checkpoint.
@@ -102,7 +107,7 @@ class BlockLogits:
         Raises:
             ArtifactError, UnsupportedModelError: as `stream_checkpoint`.
         """
-        loaded = stream_checkpoint(folder, dtype=dtype)
+        loaded = stream_checkpoint(folder, dtype=dtype, with_columns=False)
         ids = [torch.tensor([row]) for row in rows]
         starts = [rehearse(loaded, row) for row in ids]
         hidden = [start.hidden for start in starts]

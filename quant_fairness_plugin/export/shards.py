@@ -85,14 +85,12 @@ class _Shard:
             os.chmod(self.path, self.path.parent.stat().st_mode & 0o666)
             file.write(self._header())
             for itemsize in sorted(self._parts, reverse=True):
-                part = self._parts.pop(itemsize)
-                part.seek(0)
-                shutil.copyfileobj(part, file, 1 << 20)
-                part.close()
-                Path(part.name).unlink()
+                self._parts[itemsize].seek(0)
+                shutil.copyfileobj(self._parts[itemsize], file, 1 << 20)
+        self.close()
 
     def close(self) -> None:
-        """Close and remove what an error left behind."""
+        """Close and remove the files of its parts, of which an error can leave some."""
         for part in self._parts.values():
             part.close()
             Path(part.name).unlink(missing_ok=True)

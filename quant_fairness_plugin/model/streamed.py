@@ -187,10 +187,12 @@ def open_streamed(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     device: str = "cpu",
-    sentences: Sequence[str] = (),
+    sentences: Sequence[str] | None = None,
     storage: torch.dtype | None = None,
 ) -> StreamedModel:
     """Open a model to be run block by block. Arguments and errors are those of `load_model`.
+
+    The range of a float16 model's activations is looked at only where sentences are given: it reads every block once.
 
     Weights of a block are checked when it is read, all others now. Pickled weights are refused even with
     `allow_pickle`: they cannot be read one by one.
@@ -213,7 +215,7 @@ def open_streamed(
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     streamed = StreamedModel(files, model, tokenizer, parts.family, stored, parts.places, parts.tables, compute)
     streamed.settle(torch.device(device))
-    if storage is None and stored == torch.float16:
+    if storage is None and sentences is not None and stored == torch.float16:
         rows = probe_rows(model, tokenizer, parts.family, sentences)
         if dtype_for(largest_in_blocks(streamed, rows), files) != stored:
             return open_streamed(

@@ -414,14 +414,15 @@ def test_a_loader_that_fills_gaps_at_random_is_caught_by_its_own_report_and_by_i
 def test_the_reader_check_catches_one_wrong_scale(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_fairness_plugin.checkpoint import dequantize
 
-    real = dequantize.read_dense_state
+    real = dequantize.dense_weight
 
-    def one_group_off(folder: Path) -> Tensors:
-        state = real(folder)
-        state["model.layers.10.mlp.down_proj.weight"][3, :32] *= 1.5
-        return state
+    def one_group_off(module: str, *given: Any) -> torch.Tensor:
+        weight = real(module, *given)
+        if module == "model.layers.10.mlp.down_proj":
+            weight[3, :32] *= 1.5
+        return weight
 
-    monkeypatch.setattr(dequantize, "read_dense_state", one_group_off)
+    monkeypatch.setattr(dequantize, "dense_weight", one_group_off)
     with pytest.raises(UnsupportedModelError, match="computes other logits than the files say"):
         compare_with_transformers(exported())
 
