@@ -416,7 +416,7 @@ def test_the_reader_check_catches_one_wrong_scale(exported: Exported, monkeypatc
 
     real = dequantize.dense_weight
 
-    def one_group_off(module: str, *given: Any) -> torch.Tensor:
+    def one_group_off(module: str, *given: object) -> torch.Tensor:
         weight = real(module, *given)
         if module == "model.layers.10.mlp.down_proj":
             weight[3, :32] *= 1.5

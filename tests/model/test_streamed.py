@@ -339,9 +339,7 @@ def test_the_largest_activation_is_that_of_the_whole_model(tiny_model: Build) ->
         assert largest_in_blocks(open_streamed(folder), rows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_activations_beyond_float16_are_stored_in_bfloat16_as_of_a_whole_model(
-    tiny_model: Build, tmp_path: Path
-) -> None:
+def test_activations_beyond_float16_are_stored_in_bfloat16_as_in_memory(tiny_model: Build, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "large"))
     change(folder, **{NORM: torch.full((32,), 6e4).half()})
     assert load_model(str(folder), sentences=["a"]).storage_dtype == torch.bfloat16
