@@ -16,6 +16,7 @@ from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.context import check_context, longest_input
 from quant_fairness_plugin.model.layers import check_layers
+from quant_fairness_plugin.model.native import is_wrapper
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokenizer, stored_embedding_rows
 from quant_fairness_plugin.quantize.backends import check_backend
@@ -158,6 +159,8 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
     model_type = str(files.config.get("model_type", ""))
     _check_backend(config, family=model_type)
     _check_context(files)
+    if is_wrapper(files.config):
+        _check_wrapper(config, files)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
     check_units(config, units=known_units(model_type), layers=files.layers)
@@ -165,6 +168,21 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         raise ConfigError(
             f"top {config.top} is not a number of layers; the model has {files.layers}, use 1..{files.layers - 1}"
         )
+
+
+def _check_wrapper(config: FairConfig, files: ModelFiles) -> None:
+    """Refuse what cannot be done with a model whose text decoder is a part of it.
+
+    Raises:
+        ConfigError: a backend: other tools take the whole model.
+        UnsupportedModelError: a format that no reader was run on with such a model.
+    """
+    if config.backend != "native":
+        raise ConfigError(
+            f"backend {config.backend!r} takes a whole model, and the text decoder of {files.name} is a part of it; "
+            "accepted is native. Leave out --backend"
+        )
+    check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, wrapped=True)
 
 
 def _check_context(files: ModelFiles) -> None:

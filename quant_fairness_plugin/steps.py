@@ -479,9 +479,10 @@ def check_folder(folder: Path, loaded: LoadedModel) -> bool:
     if check_original(folder, loaded.files):
         return True
     name = f"{loaded.family.embeddings[0]}.weight"
+    on_disk = loaded.family.stored_name(name)
     checkpoint = open_checkpoint(folder)
-    if name in checkpoint.plain and recorded(folder) is not None:
-        stored, here = checkpoint.tensor(name), loaded.stored(name)
+    if on_disk in checkpoint.plain and recorded(folder) is not None:
+        stored, here = checkpoint.tensor(on_disk), loaded.stored(name)
         if not torch.equal(here.to(stored.dtype), stored):
             raise ConfigError(
                 f"{folder} was not made from {loaded.files.name}: their embeddings differ. Name the original"

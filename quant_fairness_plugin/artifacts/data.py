@@ -330,6 +330,9 @@ class ExportRecord:
     measurement: Measurement | None
     protected_columns: dict[str, int] = field(default_factory=dict)
     """Module → how many of its input channels are in `quant_fairness_columns.safetensors` too, in 16 bit."""
+    copied_tensors: dict[str, str] = field(default_factory=dict)
+    """Tensor in the files → checksum, of those that are the source's byte for byte, and were never computed with: parts
+    that are not text, and what no module of the model has."""
     files: dict[str, FileRecord] = field(default_factory=dict)
 
 

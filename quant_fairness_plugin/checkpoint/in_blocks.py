@@ -77,7 +77,7 @@ def stream_checkpoint(
         if module in columns:
             check_fit(folder, module, columns[module], (rows, cols))
         shape = (cols, rows) if is_conv1d(model.get_submodule(module)) else (rows, cols)
-        places[f"{module}.weight"] = _Packed(folder, 0, torch.float32, shape, module=module)
+        places[f"{checkpoint.stored_name(module)}.weight"] = _Packed(folder, 0, torch.float32, shape, module=module)
     config, _ = read_config(folder)
     # Values are taken as they are stored: float32 holds all of them.
     storage = torch.float32

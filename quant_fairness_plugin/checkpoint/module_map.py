@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,16 @@ NO_WIDTHS: Mapping[str, int] = MappingProxyType({})
 
 def stored_name(name: str, family: Family) -> str:
     """Return the name that checkpoints of a family use for a module or tensor of the loaded model."""
-    return family.architecture.stored_name(name)
+    return family.stored_name(name)
 
 
 def module_map(
-    model: nn.Module, family: Family, quantized: Iterable[str], *, bits: Mapping[str, int] = NO_WIDTHS
+    model: nn.Module,
+    family: Family,
+    quantized: Iterable[str],
+    *,
+    bits: Mapping[str, int] = NO_WIDTHS,
+    unread: Iterable[str] = (),
 ) -> ModuleMap:
     """Sort a model's linear modules into quantized and 16-bit ones. The model may live on the meta device.
 
@@ -32,19 +38,24 @@ def module_map(
         family: its map.
         quantized: full names of the quantized modules, in any order.
         bits: those of them that have other bits than the grid, with their bits.
+        unread: outermost names in files of tensors that no module of the model has.
     """
     from quant_fairness_plugin.model.linear import is_linear  # torch, which plan-time code does without
 
     done = set(quantized)
     linears = [name for name, module in model.named_modules() if is_linear(module)]
+    kept = [name for name in linears if name not in done]
+    renamed = {name: family.stored_name(name) for name in linears if family.owns(name)}
     layers = len(model.get_submodule(family.blocks))  # type: ignore[arg-type] # a ModuleList, says the family
     return ModuleMap(
         blocks=family.blocks,
         quantized=tuple(name for name in linears if name in done),
-        kept=tuple(name for name in linears if name not in done),
+        kept=tuple(kept),
         fused={name: parts for layer in range(layers) for name, parts in family.fused_modules(layer).items()},
         bits={name: bits[name] for name in linears if name in bits},
-        aliases=tuple({stored_name(family.head, family)} - {family.head}),
+        renamed={name: stored for name, stored in renamed.items() if name != stored},
+        parts=() if family.wrapper is None else family.wrapper.parts,
+        unread=tuple(unread),
     )
 
 
@@ -87,8 +98,62 @@ class ModuleMap:
     """Name of a module that servers merge → the modules that it is merged from."""
     bits: Mapping[str, int] = field(default_factory=dict)
     """Quantized module → bits, where they are not those of the grid (INT8 units)."""
-    aliases: tuple[str, ...] = ()
-    """Further names under which servers know kept modules, such as GPT-NeoX's `embed_out`."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Module → its name in files, where that is another one, such as GPT-NeoX's `embed_out`. Servers know that name."""
+    parts: tuple[str, ...] = ()
+    """Modules that are not text, such as a vision tower; no linear module in them is quantized."""
+    unread: tuple[str, ...] = ()
+    """Outermost names in files of tensors that no module of the model has."""
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """Further names under which servers know kept modules."""
+        return tuple(self.renamed[name] for name in self.kept if name in self.renamed)
+
+    @property
+    def kept_text(self) -> tuple[str, ...]:
+        """Kept modules of the text model."""
+        return tuple(name for name in self.kept if not any(name.startswith(f"{part}.") for part in self.parts))
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """Regular expressions for all that is not of the text model, wherever a server puts it.
+
+        Servers call a vision tower `visual.…` or `model.visual.…`, and merge modules in it.
+        """
+        parts = [rf"(.*\.)?{re.escape(part.rpartition('.')[2])}(\..*)?$" for part in self.parts]
+        return (*parts, *(rf"{re.escape(name)}(\..*)?$" for name in self.unread))
+
+    @property
+    def views(self) -> tuple[ModuleMap, ...]:
+        """The modules under every set of names that readers may know them by: in memory, and in files.
+
+        Where only the head has another name, `aliases` holds it.
+        """
+        return (self, self.on_disk) if self.parts else (self,)
+
+    @property
+    def on_disk(self) -> ModuleMap:
+        """The same modules under their names in files, which are those of servers."""
+
+        def stored(name: str) -> str:
+            return self.renamed.get(name, name)
+
+        first, *_ = (*self.quantized, *self.kept_in_blocks)
+        ending = first.removeprefix(self.blocks)
+        blocks = stored(first).removesuffix(ending)
+        fused = {
+            blocks + name.removeprefix(self.blocks): tuple(map(stored, parts)) for name, parts in self.fused.items()
+        }
+        return replace(
+            self,
+            blocks=blocks,
+            quantized=tuple(map(stored, self.quantized)),
+            kept=tuple(map(stored, self.kept)),
+            fused=fused,
+            bits={stored(name): bits for name, bits in self.bits.items()},
+            renamed={},
+        )
 
     @property
     def kept_in_blocks(self) -> tuple[str, ...]:

@@ -30,6 +30,8 @@ class Request:
     """The head's name in files and servers, where it is another one than in Transformers."""
     scaled_activation: str = ""
     """The activation of the MLP that Transformers divides by scales in an `awq` checkpoint."""
+    wrapped: bool = False
+    """Whether the text decoder is a part of the model, beside a vision tower or an audio encoder."""
 
     @property
     def int8(self) -> bool:

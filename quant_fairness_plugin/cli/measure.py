@@ -11,10 +11,18 @@ import typer
 
 from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Part, load, save, save_run_record, to_json
 from quant_fairness_plugin.checkpoint.original import check_original
+from quant_fairness_plugin.cli.damage import (
+    baseline_table,
+    damage_notes,
+    damage_table,
+    detailed_damage_table,
+    language_notes,
+)
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile, Place
+from quant_fairness_plugin.cli.options import TEXTS, Access, Details, Json, ModelOption, OutputFile, Place
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.tables import damage_table, describe_original, describe_part, show
+from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
+from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.errors import ConfigError
@@ -23,7 +31,7 @@ from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import preflight
 
 
-@options(config=TEXTS)
+@options(config=(*TEXTS, "gate"))
 def measure(
     config: FairConfig,
     access: Access,
@@ -35,6 +43,7 @@ def measure(
     part: Annotated[Part, Option("Sentences to measure on:", "Texts")] = "confirm",
     output: OutputFile = None,
     as_json: Json = False,
+    details: Details = False,
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
@@ -62,12 +71,17 @@ def measure(
         save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
     if as_json:
         typer.echo(to_json(measured), nl=False)
-        return
+        return None if checkpoint is None else check_gate(measured, config)
     sentences = f"{describe_part(measured)} of {measured.provenance.text_set}"
-    against = "" if checkpoint is None else f" {describe_original(measured, source.name)}"
-    show(damage_table(measured, title=f"{checkpoint or source.name}{against}: {sentences}"))
-    if measured.condition:
-        typer.echo(measured.condition)
+    if checkpoint is None:
+        show(baseline_table(measured, title=f"{source.name}, 16 bit: {sentences}"))
+        typer.echo("\n".join(language_notes(measured)))
+        return
+    show_verdict(measured, config)
+    table = detailed_damage_table if details else damage_table
+    show(table(measured, title=f"{checkpoint} {describe_original(measured, source.name)}: {sentences}"))
+    typer.echo("\n".join(damage_notes(measured)))
+    check_gate(measured, config)
 
 
 def _base_model(checkpoint: Path | None, model: str | None) -> str:

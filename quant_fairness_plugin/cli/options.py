@@ -41,6 +41,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Output")
 ]
+Details = Annotated[
+    bool, typer.Option("--details", help="Every interval and column, in a wide table.", rich_help_panel="Output")
+]
 OutputFile = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Also save the result as JSON.", rich_help_panel="Output"),

@@ -7,9 +7,11 @@ from pathlib import Path
 import typer
 
 from quant_fairness_plugin.artifacts import ExportRecord, ProtectionPlan, to_json
+from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
     Access,
+    Details,
     Json,
     ModelArgument,
     OutputFolder,
@@ -19,7 +21,8 @@ from quant_fairness_plugin.cli.options import (
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import damage_table, describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
@@ -32,6 +35,7 @@ def quantize_model(
     output: OutputFolder = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    details: Details = False,
     config: FairConfig,
     plan: PlanFile = None,
     access: Access,
@@ -41,7 +45,7 @@ def quantize_model(
     saved, config = planned(plan, config)
     out = output or default_output(model)
     record = write_checkpoint(access.source(model), config, out, plan=saved, overwrite=overwrite, place=place)
-    report_checkpoint(record, out, as_json=as_json)
+    report_checkpoint(record, out, config, as_json=as_json, details=details)
 
 
 quantize = options()(quantize_model)
@@ -72,18 +76,25 @@ def write_checkpoint(
         return (quantizer if plan is None else quantizer.following(plan)).save_pretrained(out, overwrite=overwrite)
 
 
-def report_checkpoint(record: ExportRecord, out: Path, *, as_json: bool) -> None:
-    """Print what was written: the record as JSON, or the table and a line; what it was calibrated on, on stderr."""
+def report_checkpoint(
+    record: ExportRecord, out: Path, config: FairConfig, *, as_json: bool, details: bool = False
+) -> None:
+    """Print what was written: the record as JSON, or verdict, table and a line; its calibration on stderr.
+
+    Raises:
+        QualityGateError: the stated gate is not passed.
+    """
     typer.echo("\n".join(coverage_lines(record.calibration)), err=True)
     if as_json:
         typer.echo(to_json(record), nl=False)
-        return
+        return check_gate(record.measurement, config)
     if record.measurement is not None:
+        show_verdict(record.measurement, config)
         title = f"{out}: damage against the 16-bit model, {describe_part(record.measurement)}"
-        show(damage_table(record.measurement, title=title))
+        show((detailed_damage_table if details else damage_table)(record.measurement, title=title))
+        typer.echo("\n".join(damage_notes(record.measurement)))
     layers = layer_list(record.plan.protected_layers) or "none"
     others = describe_overrides(record.plan)
     singled_out = f"protected layers {layers}{others and '; '}{others}{describe_columns(record.plan)}"
     typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {singled_out}, verified; {extent(record)}")
-    if record.measurement is not None and record.measurement.condition:
-        typer.echo(record.measurement.condition)
+    check_gate(record.measurement, config)

@@ -8,9 +8,11 @@ import typer
 
 from quant_fairness_plugin.artifacts import to_json
 from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
     Access,
+    Details,
     Json,
     ModelOption,
     OutputFolder,
@@ -20,7 +22,8 @@ from quant_fairness_plugin.cli.options import (
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import comparison_table, describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
@@ -34,6 +37,7 @@ def run(
     output: OutputFolder = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
+    details: Details = False,
     config: FairConfig,
     plan: PlanFile = None,
     access: Access,
@@ -58,17 +62,21 @@ def run(
     typer.echo("\n".join(coverage_lines(result.record.calibration)), err=True)
     if as_json:
         typer.echo(to_json(result.record), nl=False)
-        return
-    _show(result, quantizer.config, out)
+    else:
+        _show(result, quantizer.config, out, details=details)
+    check_gate(result.protected, quantizer.config)
 
 
-def _show(result: RunResult, config: FairConfig, out: Path) -> None:
+def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) -> None:
+    show_verdict(result.protected, config)
     layers, others = layer_list(result.plan.protected_layers) or "none", describe_overrides(result.plan)
     singled_out = f"layers {layers} in 16 bit{others and '; '}{others}{describe_columns(result.plan)}"
     title = (
         f"{config.method} {config.grid}, {describe_part(result.protected)}: without protection, and with {singled_out}"
     )
-    show(comparison_table(result.unprotected, result.protected, title=title))
+    table = detailed_comparison_table if details else comparison_table
+    show(table(result.unprotected, result.protected, title=title))
+    typer.echo("\n".join(damage_notes(result.protected)))
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)
     protection = f"{result.plan.overhead:.1%} extra bytes for protection"

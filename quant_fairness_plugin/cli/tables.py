@@ -55,44 +55,6 @@ def describe_original(measurement: Measurement, model: str) -> str:
     return f"against {model} ({known})"
 
 
-def damage_table(measurement: Measurement, *, title: str) -> Table:
-    """Return a table with one row a language: baseline BPB, ΔBPB, KL, excess, flips."""
-    table = Table("language", "16-bit BPB", "ΔBPB", "KL bits/byte", "excess ΔBPB", "flips", "status", title=title)
-    for row in measurement.languages:
-        table.add_row(
-            row.language,
-            f"{row.baseline_bpb:.3f}",
-            number(row.delta_bpb),
-            number(row.kl_bits_per_byte),
-            number(row.excess_bpb),
-            f"{row.flip_rate.estimate:.1%}",
-            row.status if not row.reason else f"{row.status}: {row.reason}",
-        )
-    return table
-
-
-def comparison_table(unprotected: Measurement, protected: Measurement, *, title: str) -> Table:
-    """Return a table by language: the 16-bit model, then quantized without and with protection."""
-    table = Table("language", "16-bit BPB", "ΔBPB, none", "ΔBPB, plan", "KL, none", "KL, plan", "status", title=title)
-    for before, after in zip(unprotected.languages, protected.languages, strict=True):
-        table.add_row(
-            before.language,
-            f"{before.baseline_bpb:.3f}",
-            number(before.delta_bpb),
-            number(after.delta_bpb),
-            number(before.kl_bits_per_byte),
-            number(after.kl_bits_per_byte),
-            before.status,
-        )
-    table.add_section()
-    for name, left, right in (
-        ("worst KL", unprotected.worst_kl, protected.worst_kl),
-        ("mean KL", unprotected.mean_kl, protected.mean_kl),
-    ):
-        table.add_row(name, "", "", "", number(left), number(right), "supported only")
-    return table
-
-
 def unit_list(units: Sequence[str]) -> str:
     """Return `0,9,11` or `3.down,5.qkv`, the forms that `--protect-layers` and `--protect-units` take."""
     return ",".join(unit.removeprefix("layers.") for unit in units)

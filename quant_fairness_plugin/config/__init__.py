@@ -24,6 +24,7 @@ from quant_fairness_plugin.artifacts import (
     Unit,
     Weighting,
 )
+from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.config.checks import (
     bits_of_rest,
     check_always_16_bit,
@@ -206,6 +207,14 @@ class FairConfig:
     """Our core (`native`), or a name of the entry points `quant_fairness.backends`."""
     format: Annotated[CheckpointFormat, Option("Checkpoint format:", "Output")] = "compressed-tensors"
     reader: Annotated[Reader, Option("Reader that must be able to load the checkpoint:", "Output")] = "transformers"
+    gate: Annotated[
+        str | None,
+        Option(
+            "Exit with status 6 unless the KL stays below a bound in every language, such as worst=0.05, or mean=0.05.",
+            "Output",
+            metavar="NAME=BOUND",
+        ),
+    ] = None
     draws: Annotated[int, Option("Bootstrap resamples behind every interval.", "More")] = 2000
     seed: Annotated[int, Option("Seed of every random draw.", "More")] = 0
     strict: Annotated[
@@ -232,6 +241,8 @@ class FairConfig:
         check_precisions(self.precisions, bits=self.bits, top=self.top)
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         check_always_16_bit(protect_biases=self.protect_biases, protect_final_ln=self.protect_final_ln)
+        if self.gate is not None:
+            Gate.parse(self.gate)
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
         check_calibration(self.calibration, method=self.method, tokens_per_language=self.tokens_per_language)
@@ -311,6 +322,7 @@ class FairOptions(TypedDict, total=False):
     backend: str
     format: CheckpointFormat
     reader: Reader
+    gate: str | None
     draws: int
     seed: int
     strict: bool

@@ -10,9 +10,11 @@ from typing import Any
 import jinja2
 
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, LanguageDamage, Number
+from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal
 from quant_fairness_plugin.export.source_card import NO_CARD, SourceCard
 from quant_fairness_plugin.recommend import describe_overrides
+from quant_fairness_plugin.statistics.verdict import judge
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
 
@@ -42,6 +44,8 @@ def render_card(record: ExportRecord, source: SourceCard = NO_CARD) -> str:
         name=record.provenance.model.rstrip("/") if _is_hub_id(record) else record.provenance.model.split("/")[-1],
         front_matter=_front_matter(record, source),
         source=source,
+        verdict=judge(measurement) if measurement else None,
+        bound=Gate().most,
         rows=[_row(damage) for damage in measurement.languages] if measurement else [],
         refusals={reader: _refusal(record, reader) for reader in READERS},
     )

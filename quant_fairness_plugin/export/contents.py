@@ -9,11 +9,12 @@ from torch import Tensor
 
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
+from quant_fairness_plugin.export.copies import Copies
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 
-def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the checkpoint by name, made one at a time.
 
     Tensors that the model shares (a tied head) come once, under the name that is registered first.
@@ -21,16 +22,18 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     Args:
         quantized: the model and its quantized modules; values that its method folded replace the model's.
         layout: how a quantized module is stored; one that packs nothing stores its dequantized values in 16 bit.
+        copies: what comes from the source as it is, last.
 
     Yields:
-        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype.
+        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype, but for copies.
     """
     loaded, dtype = quantized.loaded, quantized.loaded.storage_dtype
+    family = loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
     tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
     seen: set[int] = set()
     for name, tensor in loaded.model.state_dict(keep_vars=True).items():
-        if tied and id(tensor) in seen:
+        if not family.owns(name) or (tied and id(tensor) in seen):
             continue
         seen.add(id(tensor))
         module = weights.get(name)
@@ -38,12 +41,13 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
             # A copy, because safetensors refuses tensors that share memory.
             folded = quantized.folded.get(name)
             value = loaded.stored(name) if folded is None else folded.to("cpu", dtype, copy=True)
-            yield stored_name(name, loaded.family), value.contiguous()
+            yield stored_name(name, family), value.contiguous()
         elif layout.packs:
-            yield from layout.tensors(module, quantized.tensors[module]).items()
+            yield from layout.tensors(stored_name(module, family), quantized.tensors[module]).items()
         else:
             dense = quantized.dense_weight(module)
             dense = dense.t() if is_conv1d(loaded.model.get_submodule(module)) else dense
-            yield name, dense.to("cpu", dtype).contiguous()
+            yield stored_name(name, family), dense.to("cpu", dtype).contiguous()
     for name, length in layout.added_tensors(loaded.model).items():
         yield name, torch.ones(length, dtype=dtype)
+    yield from copies.read()

@@ -111,18 +111,23 @@ def small_model(model: PreTrainedModel) -> PreTrainedModel | None:
 
 
 def _small_configs(model: PreTrainedModel) -> Iterator[Any]:
-    """Yield configs of fewer layers, in which lists with an entry per layer are cut too."""
+    """Yield configs of fewer layers, in which lists with an entry per layer are cut too.
+
+    Of a model with several parts, the layers are those of its text decoder.
+    """
     whole = model.config.to_dict()
-    layers = next((whole[key] for key in LAYER_KEYS if isinstance(whole.get(key), int)), 0)
+    part = whole.get("text_config")
+    text = part if isinstance(part, dict) else whole
+    layers = next((text[key] for key in LAYER_KEYS if isinstance(text.get(key), int)), 0)
     for depth in DEPTHS:
         if depth < layers:
             cut = {
                 key: value[:depth] if isinstance(value, list) and len(value) == layers else value
-                for key, value in whole.items()
+                for key, value in text.items()
             }
-            shorter = cut | {key: depth for key in LAYER_KEYS if key in whole}
+            shorter = cut | {key: depth for key in LAYER_KEYS if key in text}
             try:
-                yield type(model.config).from_dict(shorter)
+                yield type(model.config).from_dict(shorter if text is whole else whole | {"text_config": shorter})
             except Exception:  # noqa: BLE001 - as above
                 continue
     yield deepcopy(model.config)

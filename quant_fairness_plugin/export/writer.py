@@ -34,6 +34,7 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceErr
 from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.companions import Companions, companions_of
 from quant_fairness_plugin.export.contents import checkpoint_tensors
+from quant_fairness_plugin.export.copies import Copies, copies_of
 from quant_fairness_plugin.export.shards import write_shards
 from quant_fairness_plugin.export.source_card import SourceCard, read_source_card
 from quant_fairness_plugin.export.staging import check_output, staged_folder
@@ -88,12 +89,13 @@ def export(
     layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
-    companions = companions_of(loaded)
+    companions, copies = companions_of(loaded), copies_of(loaded)
     card = read_source_card(loaded.files, companions)
     record = _new_record(quantized, texts, layout, reader=reader, seed=seed)
+    record = replace(record, copied_tensors=copies.checksums())
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
-        _write_model(quantized, folder, layout)
+        _write_model(quantized, folder, layout, copies)
         _copy_companions(loaded, companions, folder)
         record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
@@ -104,6 +106,8 @@ def export(
             evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
             record = _describe(replace(record, plan=evaluated, measurement=measured), card, folder)
             check_recorded_files(folder, record)
+    if copies.summary() and loaded.files.weights:
+        _logger.warning("%s: %s", out, copies.summary())
     _logger.info("%s: written and verified, %s", out, format)
     return record
 
@@ -168,23 +172,32 @@ def _check_space(quantized: QuantizedModel, folder: Path) -> None:
         )
 
 
-def _write_model(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
+def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies: Copies) -> None:
     """Weights, `config.json`, and the format's side files."""
     loaded = quantized.loaded
     columns = quantized.columns if layout.packs else {}
-    write_shards(checkpoint_tensors(quantized, layout), folder, indexed=bool(columns))
+    write_shards(checkpoint_tensors(quantized, layout, copies), folder, indexed=bool(columns))
     write_columns(columns, folder)
-    dtype = str(loaded.storage_dtype).removeprefix("torch.")
-    old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
     config = {key: value for key, value in loaded.files.config.items() if key not in QUANTIZATION_KEYS}
-    config |= old_key | {"dtype": dtype} | _tying(loaded)
+    config |= _dtypes(loaded) | _tying(loaded)
     if layout.packs:
         bits = own_widths(quantized.bits, quantized.grid)
-        modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
+        modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits, unread=copies.roots)
         config["quantization_config"] = layout.quantization_config(modules, quantized.grid)
         for name, content in layout.side_files(modules, quantized.grid).items():
             _write_json(folder / name, content)
     _write_json(folder / "config.json", config)
+
+
+def _dtypes(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what the config has to say of the storage dtype, in its part for text too where that says one."""
+    dtype, config = str(loaded.storage_dtype).removeprefix("torch."), loaded.files.config
+    changed: dict[str, Any] = {"dtype": dtype} | ({"torch_dtype": dtype} if "torch_dtype" in config else {})
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        said = {key: dtype for key in ("dtype", "torch_dtype") if text.get(key) is not None}
+        changed["text_config"] = text | said
+    return changed
 
 
 def _tying(loaded: LoadedModel) -> dict[str, bool]:
@@ -254,6 +267,6 @@ def _expected_values(quantized: QuantizedModel, *, twin: bool) -> dict[str, part
     def folded(name: str) -> Tensor:
         return quantized.folded[name].to("cpu", loaded.storage_dtype).float()
 
-    weights = {f"{name}.weight": partial(weight, name) for name in quantized.tensors}
+    weights = {f"{stored_name(name, loaded.family)}.weight": partial(weight, name) for name in quantized.tensors}
     rest = {stored_name(name, loaded.family): partial(folded, name) for name in quantized.folded}
     return rest | weights

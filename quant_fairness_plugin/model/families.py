@@ -20,6 +20,7 @@ from quant_fairness_plugin.model.architectures import (
     match_architecture,
 )
 from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts, names_experts
+from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +40,20 @@ class Family:
     """The record, with the head and the final norm that this model has."""
     tied_head: bool
     """Whether the head's weight is the input embedding's."""
+    wrapper: Wrapper | None = None
+    """Where the text decoder and the other parts are; None where the whole model is text."""
+
+    def stored_name(self, name: str) -> str:
+        """Return the name in files and servers of a module or tensor of the text model."""
+        return self.architecture.stored_name(name) if self.wrapper is None else self.wrapper.stored_name(name)
+
+    def loaded_name(self, name: str) -> str:
+        """Return the name in the loaded model of a module or tensor of the files. The inverse of `stored_name`."""
+        return self.architecture.loaded_name(name) if self.wrapper is None else self.wrapper.loaded_name(name)
+
+    def owns(self, name: str) -> bool:
+        """Return whether a module or tensor of the loaded model belongs to the text model."""
+        return self.wrapper is None or self.wrapper.owns(name)
 
     @property
     def generic(self) -> bool:
@@ -115,7 +130,8 @@ def detect_family(model: PreTrainedModel) -> Family:
         UnsupportedModelError: no output head, experts, adapters, blocks that differ or share weights, an encoder, or
             no list of blocks; says what is expected.
     """
-    path, blocks = _block_list(model)
+    wrapper = find_wrapper(model)
+    path, blocks = _block_list(model, wrapper)
     _refuse_adapters_and_experts(model, path, blocks)
     structures = [_structure(block) for block in blocks]
     if len(set(structures)) > 1:
@@ -125,19 +141,22 @@ def detect_family(model: PreTrainedModel) -> Family:
             f"decoder blocks. Supported are {', '.join(known_families())} and models of that shape."
         )
     record = match_architecture(lambda record: structures[0] if record.blocks == path else None, _kind(model))
-    return _generic(model, path, structures) if record is None else _known(model, record)
+    family = _generic(model, path, structures, wrapper) if record is None else _known(model, record)
+    return replace(family, wrapper=wrapper)
 
 
 def _kind(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", "") or type(model).__name__)
 
 
-def _block_list(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """Return full name and members of the only outermost `ModuleList` whose members hold linear modules."""
+def _block_list(model: nn.Module, wrapper: Wrapper | None) -> tuple[str, list[nn.Module]]:
+    """Return full name and members of the text model's only outermost `ModuleList` of modules with linear ones."""
     from torch import nn
 
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
+        if wrapper is not None and not wrapper.owns(name):
+            continue
         inside = any(name.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside and any(True for _ in _linears(module)):
             lists[name] = module
@@ -246,7 +265,7 @@ def _known(model: PreTrainedModel, record: Architecture) -> Family:
     return Family(record.family_name(_kind(model)), replace(record, head=head, final_norm=final_norm), tied)
 
 
-def _generic(model: PreTrainedModel, path: str, blocks: list[Block]) -> Family:
+def _generic(model: PreTrainedModel, path: str, blocks: list[Block], wrapper: Wrapper | None) -> Family:
     if len(blocks) < 2:
         raise UnsupportedModelError(
             f"{_kind(model)}: an unknown architecture with a single block; expected two or more equal blocks, or "
@@ -254,8 +273,9 @@ def _generic(model: PreTrainedModel, path: str, blocks: list[Block]) -> Family:
         )
     from torch import nn
 
-    outside = [(name, module) for name, module in model.named_modules() if not name.startswith(f"{path}.")]
-    norms = [name for name in _norms(model) if not name.startswith(f"{path}.")]
+    own = [(name, module) for name, module in model.named_modules() if wrapper is None or wrapper.owns(name)]
+    outside = [(name, module) for name, module in own if not name.startswith(f"{path}.")]
+    norms = [name for name in _norms(model) if name in dict(outside)]
     head, tied = _head(model)
     record = Architecture(
         families=(),

@@ -11,20 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
-from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved
+from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved, tensor_shapes
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
     round_parameters,
     sixteen_bit,
     storage_dtype,
 )
+from quant_fairness_plugin.model.unread import sort_names
 
 __all__ = [
     "LoadedModel",
@@ -149,7 +151,7 @@ def load_model(
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     if storage is None:
         storage = fitting_dtype(model, probe_rows(model, tokenizer, family, sentences), stored, files)
-    round_parameters(model, files, storage=storage, compute=compute)
+    round_parameters(model, files, family, storage=storage, compute=compute)
     model.requires_grad_(False)
     model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     return LoadedModel(files, model, tokenizer, family, storage)
@@ -211,7 +213,7 @@ def empty_model(
         raise ArtifactError(f"{files.folder / 'config.json'}: {_one_line(err)}. Restore the model's file.") from err
     try:
         with quiet_transformers(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = auto_class(files.config).from_config(
                 config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
             )
     except _LOAD_ERRORS as err:
@@ -263,10 +265,11 @@ def check_device(device: str) -> None:
 
 def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
     # Building the empty model first tells a bad config (5), an unsupported architecture (3) and bad weights (5) apart.
-    detect_family(empty_model(files, trust_remote_code=trust_remote_code))
+    bare = empty_model(files, trust_remote_code=trust_remote_code)
+    family = detect_family(bare)
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(files.config).from_pretrained(
                 files.folder,
                 dtype=torch.float32,  # exact for every 16-bit checkpoint
                 use_safetensors=files.weights[0].suffix == ".safetensors",
@@ -281,6 +284,8 @@ def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel
         ) from err
     model: PreTrainedModel
     model, info = loaded
+    if files.weights[0].suffix == ".safetensors" and not info["missing_keys"]:
+        info = info | {"unexpected_keys": set(sort_names(bare, family, tensor_shapes(files)).strays)}
     check_keys(files, info)
     return model
 

@@ -59,7 +59,7 @@ def find_tensors(files: ModelFiles) -> dict[str, Place]:
 
 def places_of(path: Path) -> dict[str, Place]:
     """Return where every tensor of one file is. Raises as `find_tensors`."""
-    return dict(_of_file(path))
+    return dict(places_of_file(path))
 
 
 def read_tensor(place: Place) -> Tensor:
@@ -99,7 +99,12 @@ def same_values(one: Place, other: Place) -> bool:
     return all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, Place]]:
+def places_of_file(path: Path) -> Iterator[tuple[str, Place]]:
+    """Yield where every tensor of a safetensors file is, by name, in the order of their bytes.
+
+    Raises:
+        ArtifactError: a pickle, a malformed file, or values of a type that no dense model has.
+    """
     if path.suffix != ".safetensors":
         raise ArtifactError(f"{path}: a pickle cannot be read tensor by tensor. Convert the model to safetensors.")
     header: Mapping[str, tuple[str, tuple[int, ...]]] = read_header(path)

@@ -21,7 +21,7 @@ from quant_fairness_plugin.model.architectures.refused import refusal_of
 from quant_fairness_plugin.model.gguf import gguf_folder
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
-from quant_fairness_plugin.model.native import CODE_KEYS, is_native
+from quant_fairness_plugin.model.native import CODE_KEYS, is_native, is_wrapper
 from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
 
 BUNDLED = ("demo", "demo-gpt2")
@@ -233,11 +233,12 @@ def _check_config(folder: Path, config: dict[str, Any]) -> None:
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ArtifactError(f"{path}: 'architectures' is {architectures!r}, expected a list of names. Restore it.")
-    causal = not architectures or any(name.endswith(_CAUSAL_ENDINGS) for name in architectures)
+    causal = not architectures or any(name.endswith(_CAUSAL_ENDINGS) for name in architectures) or is_wrapper(config)
     if config.get("is_encoder_decoder") or not causal:
         what = ", ".join(architectures) or config.get("model_type", "the model")
         raise UnsupportedModelError(
-            f"{path}: {what} is not a decoder-only language model; expected a causal one (…ForCausalLM). Use one."
+            f"{path}: {what} is not a decoder-only language model; expected a causal one (…ForCausalLM), or one that "
+            "wraps such a decoder (…ForConditionalGeneration with a text_config). Use one."
         )
     reason = refusal_of(str(config.get("model_type", "")), config)
     if reason is not None:
@@ -293,12 +294,14 @@ def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
 
 
 def layer_count(folder: Path, config: dict[str, Any]) -> int:
-    """Return how many layers a config says a model has.
+    """Return how many layers the text model has, by its own part of the config where there is one.
 
     Raises:
         ArtifactError: it says none, or more than one number.
     """
-    given = {key: config[key] for key in LAYER_KEYS if key in config}
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) and is_wrapper(config) else config
+    given = {key: text[key] for key in LAYER_KEYS if key in text}
     counts = {value for value in given.values() if type(value) is int and value > 0}
     if len(counts) != 1 or any(value not in counts for value in given.values()):
         raise ArtifactError(

@@ -103,8 +103,10 @@ class StreamedModel(LoadedModel):
             ArtifactError: a parameter cannot be read, or holds NaN or infinite values.
             UnsupportedModelError: a value is too large for the storage dtype.
         """
-        self.block(layer)
-        names = [name for name in self.places if name.startswith(f"{self.family.blocks}.{layer}.")]
+        prefix = f"{self.family.blocks}.{layer}."
+        names = [
+            f"{prefix}{name}" for name, _ in self.block(layer).named_parameters() if f"{prefix}{name}" in self.places
+        ]
         device = self.model.device
         stream = _stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(stream):  # without a stream, this does nothing
@@ -165,10 +167,13 @@ class StreamedModel(LoadedModel):
     def settle(self, device: torch.device) -> None:
         """Read everything outside the blocks but tables, and let the rest rest; called once, after it was made."""
         model, prefix = self.model, f"{self.family.blocks}."
-        for name in [name for name, _ in model.named_parameters()]:
+        own = [name for name, _ in model.named_parameters() if self.family.owns(name)]
+        others = [name for name, _ in model.named_parameters() if not self.family.owns(name)]
+        for name in own:
             if name not in self.tables and not name.startswith(prefix):
                 put(model, name, self._read(name).to(device=device, dtype=self.compute))
         blocks = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+        _rest(model, others, self.compute, hollow=device)  # parts that are not text are never run
         _rest(model, blocks, self.compute)
         _rest(model, [name for name in blocks if name.startswith(f"{prefix}0.")], self.compute, hollow=device)
         _rest(model, self.tables, self.compute, hollow=device)
@@ -266,9 +271,9 @@ def find_parts(
     Raises:
         ArtifactError, UnsupportedModelError: as `open_streamed`.
     """
-    places = match_tensors(model, files, stored)
-    family = detect_family(model)
-    place_buffers(model, files, places, device)
+    places = match_tensors(model, detect_family(model), files, stored)
+    family = detect_family(model)  # a head of its own is known by now
+    place_buffers(model, family, files, places, device)
     return Parts(family, places, _tables(model, files, places, storage, compute, device))
 
 

@@ -107,7 +107,7 @@ def _folded(folder: Path, loaded: LoadedModel, checkpoint: Checkpoint) -> Iterat
     """
     parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
     for stored in checkpoint.plain:
-        name = loaded.family.architecture.loaded_name(stored)
+        name = loaded.family.loaded_name(stored)
         if name not in parameters:
             continue
         value = checkpoint.tensor(stored)

@@ -94,7 +94,9 @@ def sweep_units(
     # An unsupported reference stays in, so that excess and disparity say why they are undefined.
     texts = texts.choose([name for name in statuses if name in supported or name == bootstrap.reference])
     results = _evaluate(subject, config, partial(score, texts=texts, progress=progress), supported)
-    judge = _Judge(results.scores, texts, loaded.model.config.vocab_size, bootstrap, subject.planned.quantized)
+    judge = _Judge(
+        results.scores, texts, loaded.model.config.get_text_config().vocab_size, bootstrap, subject.planned.quantized
+    )
     return _report(subject, config, judge, results, statuses)
 
 
@@ -164,7 +166,7 @@ def _support(loaded: LoadedModel, texts: TextSet, score: Scorer) -> dict[str, St
         QualityGateError: none of them.
     """
     baseline = score({}, texts)[BASELINE]
-    vocabulary = loaded.model.config.vocab_size
+    vocabulary = loaded.model.config.get_text_config().vocab_size
     few = Bootstrap(reference=None, draws=MINIMUM_DRAWS)
     rows = measure_damage(baseline, baseline, texts, vocabulary=vocabulary, bootstrap=few)
     if not supported_languages(rows):

@@ -43,6 +43,16 @@ def normalise_language(tag: str) -> str:
     return _shortest(parsed)
 
 
+def language_name(tag: str) -> str:
+    """Return the English name of a language; the tag itself where it has none.
+
+    >>> language_name("zh-Hant"), language_name("he")
+    ('Chinese (Traditional)', 'Hebrew')
+    """
+    name = langcodes.Language.get(tag).display_name()
+    return tag if name.startswith("Unknown") else name
+
+
 def choose_languages(
     held: Sequence[str], *, languages: Sequence[str] | None, reference: str | None, source: str
 ) -> tuple[str, ...]:

@@ -354,7 +354,7 @@ def test_two_widths_in_a_fusion_group_are_refused(format_name: str) -> None:
 
 
 def test_another_name_of_the_head_must_be_ignored_too() -> None:
-    modules = ModuleMap("b", quantized=("b.0.x",), kept=("lm_head",), fused={}, aliases=("embed_out",))
+    modules = ModuleMap("b", quantized=("b.0.x",), kept=("lm_head",), fused={}, renamed={"lm_head": "embed_out"})
     config = written("compressed-tensors", modules)
     assert config["ignore"] == ["lm_head", "embed_out"]
     check("compressed-tensors", modules, config)

@@ -175,3 +175,20 @@ def test_limits_that_do_not_go_together_are_refused(
     printed = capsys.readouterr()
     assert printed.out == ""
     assert message in printed.err
+
+
+@pytest.mark.parametrize(("gate", "status"), [("worst=1e-9", 6), ("worst=1000", 0)])
+def test_a_gate_decides_the_exit_status_and_the_checkpoint_stays(
+    planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], gate: str, status: int
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", str(planted_model), "--texts", planted_file, "--method", "rtn", "--protect-layers", "none"]
+    command = typer.main.get_command(app)
+    assert run_guarded(command, [*arguments, "-o", str(out), "--gate", gate], "quant-fairness") == status
+    printed = capsys.readouterr()
+    assert printed.out.startswith("DO NOT SHIP: " if status else "SHIP: ")
+    assert (f"gate {gate} is not passed. DO NOT SHIP" in printed.err) == bool(status)
+    assert (out / "quant_fairness.json").is_file()
+    again = ["measure", str(out), "--model", str(planted_model), "--texts", planted_file, "--gate", gate, "--json"]
+    assert run_guarded(command, again, "quant-fairness") == status
+    assert json.loads(capsys.readouterr().out)["kind"] == "measurement"

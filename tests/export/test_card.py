@@ -78,6 +78,7 @@ def test_the_table_has_one_row_for_each_language_with_intervals(record: ExportRe
     assert rows[0] == f"| en | 1.500 | 1.625 | {cell} | {cell} | {cell} | supported |"
     assert rows[1].endswith("| unsupported: no better than a byte unigram model |")
     assert "`confirm`" in card
+    assert "**SHIP WITH CARE: 1 of 1 languages lose more than 0.05 bits per byte; most en, 0.125 " in card
     assert "three words" in card
 
 

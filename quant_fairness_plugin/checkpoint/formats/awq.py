@@ -21,6 +21,7 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     Format,
     Quantization,
@@ -67,6 +68,7 @@ class AwqFormat(Format):
                 "--format compressed-tensors",
             ),
         ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )

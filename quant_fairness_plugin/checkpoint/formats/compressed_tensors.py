@@ -1,8 +1,10 @@
 """`compressed-tensors` pack-quantized: the most portable partially quantized format, and the default.
 
 `ignore` is the only list of this format. Loaders match it exactly (vLLM and Transformers; vLLM after expanding a merged
-name into its parts) or as a substring (SGLang), so every entry is the full name of one unmerged module. No key beyond
-the format's own is written: the package announces that it will refuse unknown ones.
+name into its parts) or as a substring (SGLang), so every entry is the full name of one unmerged module. Of a model that
+also sees or hears, each part that is not text has one regular expression, and names that differ in files and in memory
+are written both ways: Transformers looks for the one, servers for the other. No key beyond the format's own is written:
+the package announces that it will refuse unknown ones.
 
 Modules of 8 bits have a group of their own whose targets are their full names: readers let an exact name (vLLM: or the
 exact names of all parts of a merged module) win over the class name `Linear` of the other group.
@@ -96,6 +98,7 @@ class CompressedTensorsFormat(Format):
         groups: dict[str, dict[str, Any]] = {}
         for number, bits in enumerate(sorted(set(modules.bits.values())), start=1):
             names = [name for name in modules.quantized if modules.bits.get(name) == bits]
+            names += [modules.renamed[name] for name in names if name in modules.renamed]
             groups[f"group_{number}"] = _group(names, grid, bits)
         # Last, because compressed-tensors warns of every name that comes after a class which matched first.
         groups["group_0"] = _group(["Linear"], grid, grid.bits)
@@ -104,7 +107,7 @@ class CompressedTensorsFormat(Format):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [*modules.kept, *modules.aliases],
+            "ignore": [*modules.kept_text, *modules.aliases, *(f"re:{pattern}" for pattern in modules.patterns)],
         }
 
     def scheme_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
@@ -146,7 +149,8 @@ def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
         yield from _wrong_group(group, bits)
     for group in others:
         # Another target would match nothing, and no reader would say so.
-        for name in set(group.get("targets", ())) - {"Linear", *modules.quantized}:
+        known = {"Linear", *modules.quantized, *(modules.renamed.get(name, name) for name in modules.quantized)}
+        for name in set(group.get("targets", ())) - known:
             yield f"targets hold {name!r}, which is no quantized module; expected: full names of unmerged modules"
 
 
@@ -166,14 +170,15 @@ def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
 
 
 def _wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
-    """Every entry is the full name of one linear module: no pattern, prefix, merged name or trailing dot."""
+    """Every entry is the full name of one linear module, or the pattern of a part that is not text; nothing else."""
     malformed = list(wrong_names(quantization, "ignore"))
     yield from malformed
     if malformed:
         return
     listed = quantization["ignore"]
+    known = {*modules.kept, *modules.aliases, *modules.quantized, *(f"re:{pattern}" for pattern in modules.patterns)}
     for entry in listed:
-        if entry not in {*modules.kept, *modules.aliases, *modules.quantized}:
+        if entry not in known:
             yield f"ignore holds {entry!r}, which is no linear module; expected: full names of unmerged modules"
     for name in sorted(set(modules.aliases) - set(listed)):
         yield f"ignore lacks {name}, another name of a 16-bit module; expected: every name of the 16-bit modules"

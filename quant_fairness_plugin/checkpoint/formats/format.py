@@ -65,6 +65,16 @@ MERGED_NAMES: Rule = (
     ),
 )
 
+TEXT_ONLY: Rule = (
+    lambda r: r.wrapped,
+    Refusal(
+        "format '{r.format}' of a model that also sees or hears is refused: its readers find modules by lists that "
+        "each compares with names of its own, and none was run on such a checkpoint",
+        "is compressed-tensors",
+        f"--format compressed-tensors, or {TWIN}",
+    ),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredGrid:

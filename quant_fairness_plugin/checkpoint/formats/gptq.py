@@ -23,6 +23,7 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     WORD_BITS,
     Format,
@@ -67,6 +68,7 @@ class GptqFormat(Format):
                 "--sym, or --format compressed-tensors",
             ),
         ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )
@@ -162,6 +164,8 @@ class GptqVersion2(GptqFormat):
 def skip_rules(modules: ModuleMap) -> tuple[str, ...]:
     r"""Return the `dynamic` keys that exclude every 16-bit module of the blocks, under its plain and its merged name.
 
+    What no module of the model has is excluded too: a server may have a module for it.
+
     A block without quantized modules takes one rule, `-:^model\.layers\.1\..*`; a single module one with its full name.
     """
     layers = modules.kept_layers
@@ -170,7 +174,8 @@ def skip_rules(modules: ModuleMap) -> tuple[str, ...]:
         for name in (*modules.kept_in_blocks, *modules.kept_fused)
         if not any(name.startswith(f"{layer}.") for layer in layers)
     ]
-    return tuple([f"-:^{re.escape(layer)}\\..*" for layer in layers] + [f"-:^{re.escape(name)}$" for name in single])
+    whole = [f"-:^{re.escape(name)}\\..*" for name in (*layers, *modules.unread)]
+    return tuple(whole + [f"-:^{re.escape(name)}$" for name in single])
 
 
 def width_rules(modules: ModuleMap) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision
@@ -50,6 +51,7 @@ def check_exportable(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    wrapped: bool = False,
 ) -> None:
     """Refuse what no loader, or not the wanted one, would read correctly.
 
@@ -59,12 +61,13 @@ def check_exportable(
         grid: the integer grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
         overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`.
+        wrapped: whether the text decoder is a part of the model; a family map says so itself.
 
     Raises:
         ConfigError: an unknown format or reader.
         UnsupportedModelError: a combination that upstream reads wrongly or not at all; names the ways out.
     """
-    refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides)
+    refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides, wrapped=wrapped)
     if refusal is not None:
         raise UnsupportedModelError(str(refusal))
 
@@ -76,6 +79,7 @@ def find_refusal(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    wrapped: bool = False,
 ) -> Refusal | None:
     """Return why a combination cannot be written and read, or None where it can; as `check_exportable`.
 
@@ -85,6 +89,7 @@ def find_refusal(
         grid: the grid.
         reader: the reader.
         overrides: precisions of single layers and units.
+        wrapped: as for `check_exportable`.
 
     Raises:
         ConfigError: an unknown format or reader.
@@ -104,6 +109,7 @@ def find_refusal(
         conv1d=architecture is not None and architecture.conv1d,
         head_on_disk="" if architecture is None else architecture.head_on_disk or "",
         scaled_activation="" if scaled is None else scaled.activation,
+        wrapped=wrapped or (isinstance(family, Family) and family.wrapper is not None),
     )
     return first_refusal(rules, request)
 
@@ -112,7 +118,11 @@ def reader_problems(case: Case) -> dict[str, str]:
     """Return what each reader would get wrong, as one sentence; empty for a reader that gets all of it right."""
     if not case.modules.quantized:
         return dict.fromkeys(READERS, "")
-    return {name: next(iter(reader.problems(case)), "") for name, reader in READERS.items()}
+    cases = [replace(case, modules=view) for view in case.modules.views]
+    return {
+        name: next((problem for seen in cases for problem in reader.problems(seen)), "")
+        for name, reader in READERS.items()
+    }
 
 
 def metadata_problems(
@@ -132,7 +142,8 @@ def metadata_problems(
     owners = {name: reader.metadata for name, reader in READERS.items()} | {"others": OTHERS}
     for owner, rules in owners.items():
         for rule in rules.get(layout.method, ()):
-            yield f"{owner}: {rule.label}", tuple(rule.problems(modules, quantization))
+            broken = (problem for view in modules.views for problem in rule.problems(view, quantization))
+            yield f"{owner}: {rule.label}", tuple(broken)
 
 
 def check_metadata(layout: Format, modules: ModuleMap, quantization: Quantization) -> str:

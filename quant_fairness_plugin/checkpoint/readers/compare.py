@@ -19,9 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
+from transformers import GPTQConfig, PreTrainedModel
 
-from quant_fairness_plugin.checkpoint.dequantize import bare_model, check_loading_info, load_dense_model
+from quant_fairness_plugin.checkpoint.dequantize import (
+    bare_model,
+    check_loading_info,
+    load_dense_model,
+    overlooked_keys,
+)
 from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.checkpoint.in_blocks import BlockLogits
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
@@ -30,6 +35,7 @@ from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
+from quant_fairness_plugin.model.native import auto_class
 
 _logger = logging.getLogger(__name__)
 PROMPT_LENGTHS = (1, 2, 17, 63)
@@ -179,7 +185,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
     expected = _dense_logits(folder)
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(read_config(folder)[0]).from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
@@ -188,7 +194,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             **_exact_kernel(folder),
         )
         model, info = loaded
-        check_loading_info(folder, info)
+        check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
         actual = _logits(model)
     largest = max(float(row.abs().max()) for row in expected)
