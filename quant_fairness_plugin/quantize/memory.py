@@ -46,13 +46,16 @@ class QuantizeNeeds:
         return budget - self.least
 
 
-def count_quantize_needs(shapes: Mapping[str, tuple[int, ...]], *, blocks: str, tokens: int) -> QuantizeNeeds:
+def count_quantize_needs(
+    shapes: Mapping[str, tuple[int, ...]], *, blocks: str, tokens: int, hessians: bool = True
+) -> QuantizeNeeds:
     """Return what quantizing this model block by block needs.
 
     Args:
         shapes: parameter → shape.
         blocks: full name of the list of blocks.
         tokens: of the largest batch.
+        hessians: whether the method calibrates.
     """
     layers: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -65,6 +68,6 @@ def count_quantize_needs(shapes: Mapping[str, tuple[int, ...]], *, blocks: str, 
     outputs = max(sum(max(shape) for shape in members if len(shape) == 2) for members in layers.values())
     return QuantizeNeeds(
         block=values * (_FLOAT32 + _STORED),
-        solving=_FLOAT64 * (_HESSIAN_COPIES * widest**2 + _WEIGHT_COPIES * largest),
+        solving=_FLOAT64 * (_HESSIAN_COPIES * widest**2 * hessians + _WEIGHT_COPIES * largest),
         running=_FLOAT32 * tokens * outputs,
     )

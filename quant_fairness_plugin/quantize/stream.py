@@ -183,6 +183,7 @@ def quantize_model(
         )
     _check(solver, plan, selection, calibration)
     solver.check_model(loaded)
+    allowance = _rows_allowance(loaded, calibration, place, batch_tokens)
     with ExitStack() as stack:
         folder = _work_folder(loaded, plan, solver, calibration, place, batch_tokens)
         in_files = folder is not None or isinstance(loaded, StreamedModel)
@@ -191,7 +192,6 @@ def quantize_model(
         if calibration is None:
             _solve_from_weights(work)
         else:
-            allowance = _rows_allowance(work, calibration, place, batch_tokens)
             spill = folder or Path(stack.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
             rows = Rows(
                 loaded, calibration, spill, batch_tokens=batch_tokens, allowance=allowance,
@@ -342,13 +342,23 @@ def _work_folder(
     return folder
 
 
-def _rows_allowance(work: _Work, calibration: CalibrationSet, place: Workplace, batch_tokens: int) -> int | None:
-    """Return how many bytes of hidden states are held in memory; None for all."""
+def _rows_allowance(
+    loaded: LoadedModel, calibration: CalibrationSet | None, place: Workplace, batch_tokens: int
+) -> int | None:
+    """Return how many bytes of hidden states are held in memory; None for all.
+
+    Raises:
+        ResourceError: a budget that does not hold a block and what solving it takes.
+    """
     if place.memory_budget is None:
-        return ROWS_IN_MEMORY if isinstance(work.loaded, StreamedModel) else None
-    longest = max(len(row) for rows in calibration.rows.values() for row in rows)
-    shapes = {name: tuple(parameter.shape) for name, parameter in work.loaded.model.named_parameters()}
-    needs = count_quantize_needs(shapes, blocks=work.loaded.family.blocks, tokens=max(longest, batch_tokens))
+        return ROWS_IN_MEMORY if isinstance(loaded, StreamedModel) else None
+    rows = [] if calibration is None else [len(row) for rows in calibration.rows.values() for row in rows]
+    needs = count_quantize_needs(
+        {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()},
+        blocks=loaded.family.blocks,
+        tokens=max(*rows, batch_tokens) if rows else 0,
+        hessians=calibration is not None,
+    )
     return needs.left_for_states(place.memory_budget)
 
 
