@@ -125,14 +125,13 @@ class FairQuantizer:
     ) -> Self:
         """Load a model by name from a complete source and configuration; see `from_pretrained`.
 
-        With a memory budget (bytes), or with `stream` where that costs no time, the model's blocks stay in their files:
-        everything but a comparison with controls and other tools works so. A folder to work in keeps what is done, and
-        an interrupted run goes on from there. In bfloat16 a sweep is faster where the processor computes in it, and
-        ranks almost alike; measure in float32. `checked` is what `preflight` returned for the same source and
+        With a memory budget (bytes), or with `stream` where they can be read so, the model's blocks stay in their
+        files: everything but a comparison with controls and other tools works so. A folder to work in keeps what is
+        done, and an interrupted run goes on from there. In bfloat16 a sweep is faster where the processor computes in
+        it, and ranks almost alike; measure in float32. `checked` is what `preflight` returned for the same source and
         configuration, which is then not run again.
         """
         checked, place = checked or preflight(source, config, texts=texts), place or Workplace()
-        stream = stream and steps.streams_by_default(checked.files, config)
         loaded = steps.load_checked(checked, source, stream=stream, memory_budget=place.memory_budget, dtype=dtype)
         return cls(
             loaded, checked.texts, config, progress=progress, memory_budget=place.memory_budget, work=place.folder

@@ -5,6 +5,7 @@ Nothing is remembered here, and nothing is done in another order than it is call
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,7 +31,7 @@ from quant_fairness_plugin.checkpoint.in_blocks import stream_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
 from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, UnsupportedModelError
 from quant_fairness_plugin.evidence import Rivals, gather_evidence
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.trial import try_architecture
@@ -66,6 +67,7 @@ from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.texts.parts import overlap, true_part, used_before
 
 EXPORTED = "exported"
+_logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
@@ -80,28 +82,31 @@ def load_checked(
 ) -> LoadedModel:
     """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
 
-    With `stream`, or a memory budget in bytes, its blocks stay in their files.
+    With a memory budget in bytes its blocks stay in their files; with `stream` too, where they can be read so.
     """
     compute, trust = getattr(torch, dtype), source.trust_remote_code
     sentences = probe_sentences(checked.texts)
-    loaded: LoadedModel
-    if stream or memory_budget is not None:
-        streamed = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
-        loaded = replace(streamed, memory_budget=memory_budget)
-    else:
-        loaded = load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
+    streamed = None
+    if memory_budget is not None:
+        opened = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
+        streamed = replace(opened, memory_budget=memory_budget)
+    elif stream and checked.files.weights and checked.files.weights[0].suffix == ".safetensors":
+        try:
+            streamed = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
+        except QuantFairnessError as err:  # what is wrong with the model itself is said again below
+            _logger.info("%s is loaded as a whole: %s", checked.files.name, err)
+    loaded = streamed or load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
 
 
-def streams_by_default(files: ModelFiles, config: FairConfig) -> bool:
-    """Return whether a model is read block by block without being told to: it can be, and no step needs it whole.
+def needs_no_sweep(config: FairConfig) -> bool:
+    """Return whether a configuration's checkpoint is made without a sweep and without another tool.
 
-    A sweep of a model that fits memory is faster with the whole of it, and other tools load it themselves.
+    Only these take the whole model, or are faster with it where it fits memory.
     """
-    readable = all(path.suffix == ".safetensors" for path in files.weights)
-    return readable and bool(files.weights) and config.protect_layers != "auto" and config.backend == NATIVE
+    return config.protect_layers != "auto" and config.backend == NATIVE
 
 
 def probe_sentences(texts: TextSet) -> list[str]:
@@ -522,5 +527,10 @@ def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -
     Block by block where the 16-bit model `loaded` is, else as a whole.
     """
     if isinstance(loaded, StreamedModel):
-        return block_state(name, stream_checkpoint(folder, loaded.tokenizer))
+        try:
+            return block_state(name, stream_checkpoint(folder, loaded.tokenizer))
+        except UnsupportedModelError as err:
+            if loaded.memory_budget is not None:
+                raise
+            _logger.info("%s is loaded as a whole: %s", folder, err)
     return fixed_state(name, load_quantized(folder, kernel="reference"))

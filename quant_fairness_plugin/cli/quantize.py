@@ -68,11 +68,13 @@ def write_checkpoint(
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.steps import needs_no_sweep
 
     with progress() as shown:
         quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget), stream=True
-        )
+            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
+            stream=needs_no_sweep(config),
+        )  # fmt: skip
         return (quantizer if plan is None else quantizer.following(plan)).save_pretrained(out, overwrite=overwrite)
 
 

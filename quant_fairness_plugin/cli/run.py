@@ -53,11 +53,13 @@ def run(
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.steps import needs_no_sweep
 
     with progress() as shown:
         quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget), stream=True
-        )
+            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
+            stream=needs_no_sweep(config),
+        )  # fmt: skip
         result = (quantizer if saved is None else quantizer.following(saved)).run(out, overwrite=overwrite)
     typer.echo("\n".join(coverage_lines(result.record.calibration)), err=True)
     if as_json:
