@@ -24,6 +24,7 @@ from quant_fairness_plugin.artifacts import (
     ProtectionPlan,
     SweepReport,
     TextSet,
+    UnitScores,
 )
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
@@ -42,22 +43,25 @@ from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, block_state, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
+from quant_fairness_plugin.model.architectures.experts import find_mixture
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.streamed import StreamedModel, largest_in_blocks, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
-from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
+from quant_fairness_plugin.planning import limit_of
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
+from quant_fairness_plugin.quantize.coverage import expert_coverage
 from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace, quantize_model
-from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
@@ -90,7 +94,7 @@ def load_checked(
     if memory_budget is not None:
         opened = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
         streamed = replace(opened, memory_budget=memory_budget)
-    elif stream and checked.files.weights and checked.files.weights[0].suffix == ".safetensors":
+    elif stream and _can_stream(checked.files):
         try:
             streamed = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
         except QuantFairnessError as err:  # what is wrong with the model itself is said again below
@@ -99,6 +103,12 @@ def load_checked(
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
+
+
+def _can_stream(files: ModelFiles) -> bool:
+    """Return whether blocks can be read from the files; experts are read with the whole model."""
+    readable = bool(files.weights) and files.weights[0].suffix == ".safetensors"
+    return readable and find_mixture(str(files.config.get("model_type", ""))) is None
 
 
 def needs_no_sweep(config: FairConfig) -> bool:
@@ -136,7 +146,8 @@ def check_config(config: FairConfig, loaded: LoadedModel) -> None:
     Raises:
         InvalidLayerError: says which.
     """
-    check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+    family = loaded.family
+    check_units(config, units=lambda layer: tuple(unit.name for unit in family.units_of(layer)), layers=loaded.layers)
 
 
 def check_whole(loaded: LoadedModel, step: str) -> None:
@@ -221,11 +232,10 @@ def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | Non
     if config.protect_layers == "auto":
         if report is None:
             raise ConfigError('protect_layers "auto" needs a sweep; sweep first, or list the layers')
-        share = layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead)
         plan = recommend_plan(
             report,
-            Limit(max_overhead=share),
-            objective=config.objective,
+            limit_of(loaded, config),
+            objective=config.decides_by,
             top=config.top,
             strict=config.strict,
             overrides=config.overrides,
@@ -278,7 +288,7 @@ def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) ->
         )
 
 
-def check_report(report: SweepReport, loaded: LoadedModel, config: FairConfig) -> None:
+def check_report(report: SweepReport | UnitScores, loaded: LoadedModel, config: FairConfig) -> None:
     """Refuse a sweep that the plan cannot come from.
 
     Raises:
@@ -304,7 +314,7 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
         ConfigError: the model was opened with a memory budget, so that it cannot be quantized.
     """
     expected = config.overrides
-    if config.protect_layers == "auto" and "int8" in config.precisions:
+    if config.protect_layers == "auto" and config.precisions is not None and "int8" in config.precisions:
         expected = {"layers.0": "int8", **expected}
     check_exportable_plan(loaded, config, expected)
     return expected
@@ -312,6 +322,8 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
 
 def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> None:
     """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
+    if isinstance(loaded, StreamedModel) and not _can_stream(loaded.files):
+        check_whole(loaded, "quantized, as it holds experts")
     check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
 
 
@@ -433,7 +445,9 @@ def quantize(
     )
     if calibration is None:
         return with_our_core()
-    return quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    coverage = expert_coverage(loaded, calibration, texts)
+    quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    return quantized if coverage is None else replace(quantized, experts=coverage)
 
 
 def write(

@@ -27,9 +27,10 @@ RANKS = [
     {"evidence"},
     {"export"},
     {"serve"},
-    {"analysis", "forecast", "preflight"},
+    {"forecast", "planning", "preflight"},
     {"steps"},
     {"fair_quantizer", "seeds"},
+    {"analysis"},
     {"__init__"},
     {"cli"},
 ]

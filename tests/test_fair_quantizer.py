@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant_fairness_plugin import fair_quantizer, preflight, steps
-from quant_fairness_plugin.artifacts import ExportRecord, Interval, Ranking, load
+from quant_fairness_plugin import fair_quantizer, planning, preflight, steps
+from quant_fairness_plugin.artifacts import ExportRecord, Interval, ProtectionPlan, Ranking, load
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.config import make_config
-from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, QualityGateError, UnsupportedModelError
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.model import load as load_module
@@ -34,7 +35,7 @@ from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
 @pytest.fixture(scope="module")
 def quantizer(planted_model: Path, planted_file: str) -> FairQuantizer:
     return FairQuantizer.from_pretrained(
-        str(planted_model), group_size=32, texts=planted_file, max_overhead=0.4, draws=200
+        str(planted_model), group_size=32, texts=planted_file, max_overhead=0.4, draws=200, precisions=("fp16",)
     )
 
 
@@ -169,10 +170,60 @@ def test_auto_chooses_from_the_configured_precisions(planted_model: Path, plante
     quantizer = FairQuantizer.from_pretrained(
         str(planted_model), group_size=32, texts=planted_file, precisions=("fp16", "int8"), max_overhead=0.25, draws=200
     )
+    assert quantizer.sweep(precisions=("fp16", "int8")).precisions == ("fp16", "int8")
     plan = quantizer.recommend()
-    assert quantizer.sweep().precisions == ("fp16", "int8")
     # It leaves 0.0947 bits per byte, 16 bit 0.0945: the bytes saved buy 0.01 with another layer.
     assert plan.units[f"layers.{PLANTED_LAYER}"] == "int8"
+
+
+@pytest.fixture(scope="module")
+def scored(planted_model: Path, planted_file: str) -> FairQuantizer:
+    return FairQuantizer.from_pretrained(
+        str(planted_model), group_size=32, texts=planted_file, max_overhead=0.1, draws=200
+    )
+
+
+def test_auto_gives_the_planted_unit_eight_bits_by_scores(
+    scored: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *a, **k: pytest.fail("swept"))
+    result = scored.run(tmp_path / "out")
+    assert result.plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
+    assert result.plan.overhead <= 0.1
+    assert result.record.quantized_modules[f"model.layers.{PLANTED_LAYER}.mlp.down_proj"] == 8
+    assert isinstance(result.gain, Interval)
+    assert result.gain.low > 0  # the planted unit alone does nine tenths of the damage
+    assert result.verdict.startswith("protection lowered")
+    assert re.match(
+        r"INT8 for .*2\.down.*; the rest INT4 g32; predicted worst \S+ bits per byte", result.plan.reasons[0]
+    )
+    assert "measured worst" in result.plan.reasons[2]
+
+
+def test_plans_for_other_limits_come_from_the_same_scores(scored: FairQuantizer) -> None:
+    scores = scored.score()
+    assert scored.score() is scores
+    small, large = (plan_under(scored, max_overhead=share) for share in (0.05, 0.4))
+    assert small.extra_bytes < large.extra_bytes
+    floor = round(small.extra_bytes / small.overhead)
+    assert plan_under(scored, max_size=floor + small.extra_bytes).units == small.units
+    assert plan_under(scored, target_bits=4.5).overrides == {}  # 4 bits and a scale of 16 for every 32
+    with pytest.raises(QualityGateError, match="the smallest allocation takes"):
+        plan_under(scored, target_bits=4.4)
+    assert set(plan_under(scored, target_bits=16.0).overrides.values()) <= {"int8", "fp16"}
+    with pytest.raises(QualityGateError, match="the target is 1e-09: raise it"):
+        plan_under(scored, target="worst=0.000000001", precisions=("fp16", "int8"), protect_units=("0.qkv",))
+
+
+def plan_under(scored: FairQuantizer, **options: Any) -> ProtectionPlan:
+    other = FairQuantizer(scored.loaded, scored.texts, replace(scored.config, **options))
+    return other.recommend(scored.score())
+
+
+def test_what_the_reader_cannot_load_is_left_out_of_the_menu(scored: FairQuantizer) -> None:
+    assert planning.menu_of(scored.loaded, scored.config) == (("fp16", "int8"), False)
+    config = replace(scored.config, format="gptq")
+    assert planning.menu_of(scored.loaded, config) == (("fp16",), False)
 
 
 def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(

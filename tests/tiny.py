@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -14,14 +15,20 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "gpt2", "bloom")
+MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe")
+"""With four experts a layer, two for each token, of the width of the model."""
 VOCABULARY = 264
 END_OF_TEXT = "<|endoftext|>"
 
@@ -69,6 +76,24 @@ def tiny_config(family: str, *, layers: int, width: int) -> PretrainedConfig:
         case "bloom":
             return BloomConfig(**ids, hidden_size=width, n_layer=layers, n_head=4)
         case _:
+            return _mixture_config(family, grouped, width)
+
+
+def _mixture_config(family: str, grouped: dict[str, Any], width: int) -> PretrainedConfig:
+    routed = {"num_experts_per_tok": 2}
+    plain = {key: value for key, value in grouped.items() if key != "head_dim"} | routed
+    match family:
+        case "qwen3_moe":
+            return Qwen3MoeConfig(**grouped, **routed, moe_intermediate_size=width, num_experts=4)
+        case "mixtral":
+            sizes = grouped | routed | {"intermediate_size": width}
+            return MixtralConfig(**sizes, num_local_experts=4, sliding_window=None)
+        case "qwen2_moe":
+            sizes = {"moe_intermediate_size": width, "shared_expert_intermediate_size": 2 * width}
+            return Qwen2MoeConfig(**plain, **sizes, num_experts=4)
+        case "olmoe":
+            return OlmoeConfig(**plain, num_experts=4)
+        case _:
             raise ValueError(f"unknown family {family!r}")
 
 
@@ -78,7 +103,7 @@ def write_tiny_model(folder: Path, family: str, *, layers: int = 2, width: int =
     model = AutoModelForCausalLM.from_config(tiny_config(family, layers=layers, width=width))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 parameter.normal_(0.0, 0.15)
             else:
                 parameter.add_(0.05 * torch.randn_like(parameter))

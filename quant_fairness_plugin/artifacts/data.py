@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.errors import ConfigError
 
 NO_SURPRISES = ConfigDict(extra="forbid")
@@ -93,6 +94,8 @@ class Provenance:
     arguments: dict[str, Any]
     """The arguments as resolved, defaults included."""
     seed: int
+    source: str = ""
+    """What the 16-bit model was computed from, where its files do not hold it: FP8 or MXFP4 weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,6 +337,8 @@ class ExportRecord:
     """Tensor in the files → checksum, of those that are the source's byte for byte, and were never computed with: parts
     that are not text, and what no module of the model has."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+    experts: ExpertCoverage | None = None
+    """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,13 +17,15 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, dense_weight, tensor_layout
+from quant_fairness_plugin.checkpoint.experts import loaded_module, stored_module
 from quant_fairness_plugin.checkpoint.folder import check_headers, packed_modules, read_quantization, weight_files
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.experts import unfold_experts
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
-from quant_fairness_plugin.model.reading import Place, places_of, read_tensor
+from quant_fairness_plugin.model.reading import Place, places_of_file, read_tensor
 from quant_fairness_plugin.model.unread import LoadedNames, sort_names
 from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
 
@@ -77,7 +79,7 @@ class Checkpoint:
 
     def stored_name(self, module: str) -> str:
         """The name in files of a quantized module."""
-        return module if self.wrapper is None else self.wrapper.stored_name(module)
+        return stored_module(self.bare, module) if self.wrapper is None else self.wrapper.stored_name(module)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
@@ -110,15 +112,18 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     layout = tensor_layout(quantization) if quantization else "compressed-tensors"
     bare = bare_model(folder)
     wrapper = find_wrapper(bare)
-    places = {name: place for path in weight_files(folder) for name, place in places_of(path).items()}
-    stored = {name if wrapper is None else wrapper.loaded_name(name) for name in packed_modules(shapes, quantization)}
-    packed: dict[str, tuple[str, ...]] = dict.fromkeys(stored, ())
+    places = {name: place for path in weight_files(folder) for name, place in places_of_file(path)}
+
+    def loaded(name: str) -> str:
+        return loaded_module(bare, name) if wrapper is None else wrapper.loaded_name(name)
+
+    packed: dict[str, tuple[str, ...]] = {loaded(name): () for name in packed_modules(shapes, quantization)}
     unread = set(unread_tensors(shapes, bare))
     extra = extra_tensors(shapes.keys() - unread, packed, bare)
     plain = []
     for name in shapes:
-        module, _, suffix = name.rpartition(".")
-        module = module if wrapper is None else wrapper.loaded_name(module)
+        stored, _, suffix = name.rpartition(".")
+        module = loaded(stored)
         if module in packed and suffix != "bias":
             packed[module] += (suffix,)
         elif name not in extra and name not in unread:
@@ -174,7 +179,9 @@ def model_from_state(
 
 
 def bare_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The unquantized architecture of an export, on the meta device; its dtype is the config's where none is given.
+    """The unquantized architecture of an export, on the meta device, its experts unfolded.
+
+    Its dtype is the config's where none is given.
 
     Raises:
         ArtifactError: a config that Transformers cannot build a model from.
@@ -189,6 +196,7 @@ def bare_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedM
         raise ArtifactError(
             f"{folder / 'config.json'}: describes no model that can be built ({reason}). Restore the exported file."
         ) from err
+    unfold_experts(model)
     return model
 
 

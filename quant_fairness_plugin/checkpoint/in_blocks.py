@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from quant_fairness_plugin.checkpoint.columns import check_fit, read_columns
 from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, bare_model, open_checkpoint
+from quant_fairness_plugin.checkpoint.experts import mixture_of
 from quant_fairness_plugin.checkpoint.folder import read_config, weight_files
+from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.scoring import find_head
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.reading import Place
@@ -71,6 +73,8 @@ def stream_checkpoint(
     """
     checkpoint, columns = open_checkpoint(folder), read_columns(folder) if with_columns else {}
     model = bare_model(folder, dtype=dtype)
+    if mixture_of(model) is not None:
+        raise UnsupportedModelError(f"{folder}: experts are not read block by block; load it as a whole")
     places = {name: checkpoint.places[name] for name in checkpoint.plain}
     for module in checkpoint.packed:
         rows, cols = linear_weight(model.get_submodule(module)).shape

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from quant_fairness_plugin.artifacts import ExportRecord
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, tensor_layout
 from quant_fairness_plugin.checkpoint.dequantize import bare_model, extra_tensors
+from quant_fairness_plugin.checkpoint.experts import with_stacks
 from quant_fairness_plugin.checkpoint.folder import (
     check_headers,
     packed_modules,
@@ -243,6 +244,7 @@ def _state_names(model: nn.Module, family: Family, packed: Collection[str]) -> t
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     whole = {name: value for name, value in model.state_dict().items() if family.owns(name)}
     state = {name: value for name, value in whole.items() if name.removesuffix(".weight") not in packed}
+    state = with_stacks(model, state, packed)
     return state, {name for name in state if name in once or name not in every}
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.checkpoint.experts import expert_target, skipped_patterns
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.families import Family
 
@@ -56,6 +57,8 @@ def module_map(
         renamed={name: stored for name, stored in renamed.items() if name != stored},
         parts=() if family.wrapper is None else family.wrapper.parts,
         unread=tuple(unread),
+        routed=skipped_patterns(model, done),
+        experts=expert_target(model, done),
     )
 
 
@@ -104,6 +107,21 @@ class ModuleMap:
     """Modules that are not text, such as a vision tower; no linear module in them is quantized."""
     unread: tuple[str, ...] = ()
     """Outermost names in files of tensors that no module of the model has."""
+    routed: tuple[str, ...] = ()
+    """Of a mixture of experts: regular expressions, after `re:`, for its routers and the experts in 16 bit."""
+    experts: str | None = None
+    """The regular expression for all routed experts, where some are quantized."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What a list of all that stays in 16 bit holds: full names, and patterns in the place of experts' names."""
+        rules = [re.compile(pattern.removeprefix("re:")) for pattern in self.routed]
+
+        def single(names: Iterable[str]) -> tuple[str, ...]:
+            return tuple(name for name in names if not any(rule.match(name) for rule in rules))
+
+        patterns = (f"re:{pattern}" for pattern in self.patterns)
+        return (*single(self.kept_text), *single(self.aliases), *patterns, *self.routed)
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -117,11 +135,13 @@ class ModuleMap:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Regular expressions for all that is not of the text model, wherever a server puts it.
+        """Regular expressions for all that is not in the decoder blocks of a model with several parts.
 
-        Servers call a vision tower `visual.…` or `model.visual.…`, and merge modules in it.
+        Servers call a vision tower `visual.…` or `model.visual.…` and merge modules in it, and put the head into the
+        text decoder.
         """
-        parts = [rf"(.*\.)?{re.escape(part.rpartition('.')[2])}(\..*)?$" for part in self.parts]
+        outside = [name for name in self.kept_text if not name.startswith(f"{self.blocks}.")] if self.parts else []
+        parts = [rf"(.*\.)?{re.escape(part.rpartition('.')[2])}(\..*)?$" for part in (*self.parts, *outside)]
         return (*parts, *(rf"{re.escape(name)}(\..*)?$" for name in self.unread))
 
     @property

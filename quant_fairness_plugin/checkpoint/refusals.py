@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from quant_fairness_plugin.artifacts import Grid, Precision
+from quant_fairness_plugin.model.architectures.experts import EXPERTS
 
 TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
 STORED_BITS = 4
@@ -32,6 +33,17 @@ class Request:
     """The activation of the MLP that Transformers divides by scales in an `awq` checkpoint."""
     wrapped: bool = False
     """Whether the text decoder is a part of the model, beside a vision tower or an audio encoder."""
+
+    mixture: bool = False
+    """Whether the model holds a mixture of experts."""
+
+    @property
+    def int8_experts(self) -> bool:
+        """Whether routed experts get 8 bits: in a layer that does, or as its unit."""
+        return self.mixture and any(
+            kind == "int8" and (name.count(".") == 1 or name.endswith(f".{EXPERTS}"))
+            for name, kind in self.overrides.items()
+        )
 
     @property
     def int8(self) -> bool:

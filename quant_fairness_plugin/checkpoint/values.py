@@ -12,7 +12,7 @@ from torch import Tensor
 from quant_fairness_plugin.checkpoint.dense_modules import WORD_BITS
 from quant_fairness_plugin.checkpoint.folder import weight_files
 from quant_fairness_plugin.checkpoint.formats.format import Format
-from quant_fairness_plugin.model.reading import places_of, read_tensor
+from quant_fairness_plugin.model.reading import places_of_file, read_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ def read_values(folder: Path, form: Format, widths: Mapping[str, int]) -> Iterat
         widths: the bits of each quantized module.
     """
     for path in weight_files(folder):
-        for name, place in places_of(path).items():
+        for name, place in places_of_file(path):
             tensor = read_tensor(place)
             module, _, suffix = name.rpartition(".")
             finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -22,6 +22,7 @@ COMMANDS = {
     "measure": "quant-fairness measure demo-int4-fair",
     "quantize": "quant-fairness quantize demo --protect-layers 0,9,11 -o demo-int4",
     "compare": "quant-fairness compare --model demo --calibrations english,uniform",
+    "analyze": "quant-fairness analyze weights demo-gpt2 --json > weights.json",
     "verify": "quant-fairness verify demo-int4-fair",
     "repair": "quant-fairness repair DIR --dry-run",
     "generate": "quant-fairness generate demo-int4-fair --prompt 'In the beginning'",

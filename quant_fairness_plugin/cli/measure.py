@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from quant_fairness_plugin.cli.damage import (
     language_notes,
 )
 from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
 from quant_fairness_plugin.cli.options import TEXTS, Access, Details, Json, ModelOption, OutputFile, Place
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
@@ -31,16 +33,24 @@ from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import preflight
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HowToMeasure:
+    """On which sentences, and by which measurement."""
+
+    part: Annotated[Part, Option("Sentences to measure on:", "Texts")] = "confirm"
+    method: HowMeasured = "rigorous"
+
+
 @options(config=(*TEXTS, "gate"))
 def measure(
     config: FairConfig,
     access: Access,
     place: Place,
+    how: HowToMeasure,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
     ] = None,
     model: ModelOption = None,
-    part: Annotated[Part, Option("Sentences to measure on:", "Texts")] = "confirm",
     output: OutputFile = None,
     as_json: Json = False,
     details: Details = False,
@@ -48,6 +58,12 @@ def measure(
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
     budget = place.bytes_
+    if how.method == "legacy":
+        check_legacy(config, part=how.part != "confirm")
+        if checkpoint is not None:
+            check_original(checkpoint, source.resolve())
+        legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=as_json)
+        return
     checked = preflight(source, config)
     if checkpoint is not None:
         check_original(checkpoint, checked.files)
@@ -62,9 +78,9 @@ def measure(
             source, config, checked=checked, progress=shown, place=Workplace(place.work, budget), stream=True
         )
         measured = (
-            quantizer.measure(part=part).measurements[BASELINE]
+            quantizer.measure(part=how.part).measurements[BASELINE]
             if checkpoint is None
-            else quantizer.measure_folder(checkpoint, part=part)
+            else quantizer.measure_folder(checkpoint, part=how.part)
         )
     if output is not None:
         save(measured, output)

@@ -9,10 +9,10 @@ from typing import Annotated, cast, get_args
 import typer
 
 from quant_fairness_plugin.artifacts import Weighting
-from quant_fairness_plugin.artifacts.sizes import parse_size
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.preflight import ModelSource
 
 TEXTS = ("languages", "reference", "texts", "seed")

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts.sizes import parse_size
 from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.declare import options
@@ -18,6 +17,7 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import choice
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.preflight import preflight
 
 

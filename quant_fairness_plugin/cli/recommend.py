@@ -11,9 +11,10 @@ import typer
 from quant_fairness_plugin.artifacts import ProtectionPlan, SweepReport, load, save, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.evidence import verified
+from quant_fairness_plugin.cli.legacy import check_legacy, legacy_recommend
 from quant_fairness_plugin.cli.options import TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.recommend_options import Limits, Printed
+from quant_fairness_plugin.cli.recommend_options import SEED_TOP, Limits, Printed
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
@@ -40,6 +41,11 @@ def recommend(
     """
     if printed.as_ is not None and as_json:
         raise ConfigError("--as and --json exclude each other; give one, and --output to save the plan as well")
+    if limits.method == "legacy":
+        budget = [name for name in limits.given if name != "--top"]
+        check_legacy(config, report=report, printed=printed != Printed(), **dict.fromkeys(budget, True))
+        legacy_recommend(access.source(model), config, limits.top or SEED_TOP, output=output, as_json=as_json)
+        return
     config = limits.within(config)
     swept = _sweep(access.source(model), config) if report is None else load(SweepReport, report)
     if printed.frontier:

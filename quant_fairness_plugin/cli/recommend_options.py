@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from quant_fairness_plugin.cli.legacy import HowMeasured
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.errors import ConfigError
@@ -40,7 +41,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How much may be protected: a number of layers, a budget or a target; at most one of them."""
+    """How much may be protected (a number of layers, a budget or a target; at most one), and by which measurement."""
 
     top: Annotated[
         int | None,
@@ -66,6 +67,7 @@ class Limits:
             metavar="LIST",
         ),
     ] = None
+    method: HowMeasured = "rigorous"
 
     def __post_init__(self) -> None:
         given = self.given

@@ -22,12 +22,11 @@ from quant_fairness_plugin.cli.options import (
 )
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
-from quant_fairness_plugin.recommend import describe_overrides
 
 
 @options()
@@ -43,7 +42,7 @@ def run(
     access: Access,
     place: Place,
 ) -> None:
-    """Measure, sweep, recommend, quantize, export, verify, and print each language's damage before and after."""
+    """Measure, score, plan, quantize, export, verify, and print each language's damage before and after."""
     saved, config = planned(plan, config)
     source = access.source(model)
     out = output or default_output(source.name)
@@ -71,11 +70,8 @@ def run(
 
 def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) -> None:
     show_verdict(result.protected, config)
-    layers, others = layer_list(result.plan.protected_layers) or "none", describe_overrides(result.plan)
-    singled_out = f"layers {layers} in 16 bit{others and '; '}{others}{describe_columns(result.plan)}"
-    title = (
-        f"{config.method} {config.grid}, {describe_part(result.protected)}: without protection, and with {singled_out}"
-    )
+    more, part = singled_out(result.plan), describe_part(result.protected)
+    title = f"{config.method} {config.grid}, {part}: without protection, and with {more}"
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
     typer.echo("\n".join(damage_notes(result.protected)))

@@ -18,6 +18,7 @@ from quant_fairness_plugin.artifacts import (
     to_json,
 )
 from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
 from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.sweep_checks import check_execution, check_sets
@@ -48,6 +49,11 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Measure every layer's or unit's part in the damage, language by language, and rank them."""
+    if plans.method == "legacy":
+        given = {"what to sweep": plans != PlansOptions(method="legacy"), "sets": sets != SearchOptions()}
+        check_legacy(config, **given, execution=execution != ExecutionOptions())
+        legacy_sweep(access.source(model), config, output=output, as_json=as_json)
+        return
     wanted = plans.to_sweep(config, search=sets.to_search(config.objective), top=sets.top)
     check_precisions(wanted.precisions, wanted.modes, precision_of_bits(config.bits))
     # A plan cannot have both several precisions and a number of layers; a sweep's `top` is about stability alone.

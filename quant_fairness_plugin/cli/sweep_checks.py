@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from quant_fairness_plugin.artifacts import Unit
-from quant_fairness_plugin.artifacts.sizes import parse_size
 from quant_fairness_plugin.cli.sweep_options import ExecutionOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.plans.plan_set import check_plans
 from quant_fairness_plugin.plans.units import check_around, name_units
 from quant_fairness_plugin.sweep.bank_rules import check_bank

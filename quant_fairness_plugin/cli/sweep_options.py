@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from quant_fairness_plugin.artifacts import Granularity, Mode, Precision, SearchMethod
+from quant_fairness_plugin.cli.legacy import HowMeasured
 from quant_fairness_plugin.cli.options import MemoryBudget
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
@@ -97,6 +98,7 @@ class PlansOptions:
             metavar="LIST",
         ),
     ] = ()
+    method: HowMeasured = "rigorous"
 
     def to_sweep(self, config: FairConfig, *, search: Search | None = None, top: int = 3) -> SweepConfig:
         """Return the plans of the sweep, with the configuration's precisions where none were typed.
@@ -107,7 +109,7 @@ class PlansOptions:
         return SweepConfig(
             modes=self.mode,
             granularity=self.granularity,
-            precisions=self.precisions or config.precisions,
+            precisions=self.precisions or config.precisions or ("fp16",),
             combine=self.combine,
             search=search,
             max_plans=self.max_plans,

@@ -30,6 +30,7 @@ from quant_fairness_plugin.config.checks import (
     check_always_16_bit,
     check_calibration,
     check_columns,
+    check_limits,
     check_overrides,
     check_precisions,
     check_rest,
@@ -40,11 +41,15 @@ from quant_fairness_plugin.config.parsers import (
     parse_group_size,
     parse_int8_layers,
     parse_languages,
+    parse_limits,
+    parse_max_size,
     parse_names,
     parse_precisions,
     parse_protection,
     parse_reference,
     parse_share,
+    parse_target,
+    read_target,
 )
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import OBJECTIVES, find_objective
@@ -91,24 +96,36 @@ class FairConfig:
     protect_layers: Annotated[
         Literal["auto", "none"] | tuple[int, ...],
         Option(
-            "Layers that stay in 16 bit: indices from 0, such as 0,9,11; 'auto' sweeps and selects them; or 'none'.",
+            "Layers that stay in 16 bit: indices from 0, such as 0,9,11; 'auto' chooses a precision for every unit; or "
+            "'none'.",
             "What to protect",
             parse=parse_protection,
             metavar="LAYERS",
             names=("auto", "none"),
         ),
     ] = "auto"
-    """`auto`: as many layers as the sweep supports within `max_overhead`; `none`; or layer indices counted from 0."""
+    """`auto`: what scores (or a sweep) support within the limits; `none`; or layer indices counted from 0."""
     precisions: Annotated[
-        tuple[Precision, ...],
+        tuple[Precision, ...] | None,
         Option(
-            "What 'auto' may give a layer instead of --bits: fp16, or fp16,int8 for both (8 bit costs half as much).",
+            "What 'auto' may give a unit instead of --bits. Default: fp16,int8, as far as format and reader allow; "
+            "fp16 alone sweeps whole layers.",
             "What to protect",
             parse=parse_precisions,
             metavar="LIST",
             names=("fp16", "fp16,int8"),
         ),
-    ] = ("fp16",)
+    ] = None
+    """None: the menu, cut to what format and reader allow, by scores of units. `fp16` alone, a `top`, and objectives
+    that do not add up over units take the research scripts' way: whole layers are swept and ranked."""
+    exhaustive: Annotated[
+        bool,
+        Option(
+            "'auto' evaluates every unit at every precision instead of scoring them by gradients; takes hours.",
+            "What to protect",
+            flag="--exhaustive/--no-exhaustive",
+        ),
+    ] = False
     protect_units: Annotated[
         tuple[str, ...],
         Option(
@@ -163,6 +180,41 @@ class FairConfig:
             "Budget of 'auto': extra bytes on disk over the all-quantized checkpoint; 0.2 = 20 %.", "What to protect"
         ),
     ] = 0.2
+    max_size: Annotated[
+        int | None,
+        Option(
+            "Budget of 'auto' instead: the tensors of the whole checkpoint, such as 120MB.",
+            "What to protect",
+            parse=parse_max_size,
+            metavar="SIZE",
+        ),
+    ] = None
+    target_bits: Annotated[
+        float | None,
+        Option(
+            "Budget of 'auto' instead: mean bits of a weight in the layers, scales included, such as 4.5.",
+            "What to protect",
+        ),
+    ] = None
+    target: Annotated[
+        str | None,
+        Option(
+            "The fewest bytes instead: largest damage to accept, KL in bits per byte, such as worst=0.1.",
+            "What to protect",
+            parse=parse_target,
+            metavar="NAME=NUMBER",
+        ),
+    ] = None
+    limits: Annotated[
+        dict[str, float] | None,
+        Option(
+            "Largest KL (bits per byte) of single languages beside that, such as he=0.05,zh=0.1.",
+            "What to protect",
+            flag="--limit",
+            parse=parse_limits,
+            metavar="LIST",
+        ),
+    ] = None
     objective: Annotated[
         str,
         Option("Damage that protection lowers, over languages:", "What to protect", metavar="NAME", names=OBJECTIVES),
@@ -239,6 +291,7 @@ class FairConfig:
             )
         check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
         check_precisions(self.precisions, bits=self.bits, top=self.top)
+        check_limits(self.max_size, self.target_bits, self.target, self.limits, top=self.top)
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         check_always_16_bit(protect_biases=self.protect_biases, protect_final_ln=self.protect_final_ln)
         if self.gate is not None:
@@ -260,6 +313,24 @@ class FairConfig:
     def fitted(self, model: Modules) -> FairConfig:
         """Return the same configuration with the group size that `auto` comes to on a model."""
         return self if self.group_size != "auto" else replace(self, group_size=fitting_group_size(model))
+
+    @property
+    def decides_by(self) -> str:
+        """Return the objective of the plan: that of `target`, else `objective`."""
+        return self.objective if self.target is None else read_target(self.target)[0] or self.objective
+
+    @property
+    def scores_units(self) -> bool:
+        """Return whether `auto` scores units by gradients; else it sweeps."""
+        swept = self.exhaustive or self.top is not None or self.precisions == ("fp16",)
+        return self.protect_layers == "auto" and not swept and find_objective(self.decides_by).adds_up
+
+    @property
+    def menu(self) -> tuple[Precision, ...]:
+        """Return what `auto` may give instead of the grid's precision, before format and reader are asked."""
+        if self.precisions is not None:
+            return self.precisions
+        return ("fp16", "int8") if self.bits < 8 and (self.exhaustive or self.scores_units) else ("fp16",)
 
     @property
     def bootstrap(self) -> Bootstrap:
@@ -305,7 +376,8 @@ class FairOptions(TypedDict, total=False):
     symmetric: bool | None
     clip: Clip
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
-    precisions: tuple[Precision, ...] | list[Precision]
+    precisions: tuple[Precision, ...] | list[Precision] | None
+    exhaustive: bool
     protect_units: tuple[str, ...] | list[str]
     int8_layers: tuple[int, ...] | list[int]
     protect_columns: float
@@ -313,6 +385,10 @@ class FairOptions(TypedDict, total=False):
     protect_final_ln: bool
     top: int | None
     max_overhead: float
+    max_size: int | None
+    target_bits: float | None
+    target: str | None
+    limits: dict[str, float] | None
     objective: str
     languages: tuple[str, ...] | list[str] | None
     reference: str | None

@@ -7,29 +7,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from quant_fairness_plugin.checkpoint.experts import kept_experts, owner_of, stacked_tensors
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
-from quant_fairness_plugin.export.copies import Copies
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 
-def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the checkpoint by name, made one at a time.
+def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of the checkpoint that is not copied, by name, made one at a time.
 
     Tensors that the model shares (a tied head) come once, under the name that is registered first.
 
     Args:
         quantized: the model and its quantized modules; values that its method folded replace the model's.
         layout: how a quantized module is stored; one that packs nothing stores its dequantized values in 16 bit.
-        copies: what comes from the source as it is, last.
 
     Yields:
-        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype, but for copies.
+        Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype.
     """
     loaded, dtype = quantized.loaded, quantized.loaded.storage_dtype
     family = loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
+    kept = kept_experts(loaded.model, quantized.tensors) if layout.packs else {}
     tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
     seen: set[int] = set()
     for name, tensor in loaded.model.state_dict(keep_vars=True).items():
@@ -37,6 +37,8 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies
             continue
         seen.add(id(tensor))
         module = weights.get(name)
+        if owner_of(name, kept) is not None:
+            continue  # stacked, below
         if module is None:
             # A copy, because safetensors refuses tensors that share memory.
             folded = quantized.folded.get(name)
@@ -48,6 +50,8 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format, copies: Copies
             dense = quantized.dense_weight(module)
             dense = dense.t() if is_conv1d(loaded.model.get_submodule(module)) else dense
             yield stored_name(name, family), dense.to("cpu", dtype).contiguous()
+    for owner, experts in kept.items():
+        for part, stack in stacked_tensors(owner, experts).items():
+            yield stored_name(part, family), stack().to("cpu", dtype)
     for name, length in layout.added_tensors(loaded.model).items():
         yield name, torch.ones(length, dtype=dtype)
-    yield from copies.read()

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from quant_fairness_plugin.checkpoint.copied import tensor_sha256
+from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.reading import find_tensors, read_tensor
+from quant_fairness_plugin.model.reading import read_tensor
 from quant_fairness_plugin.model.unread import roots, sort_names
 
 

@@ -140,9 +140,9 @@ def _job(
 
 
 def _source(loaded: LoadedModel, folder: Path) -> Path:
-    """The model's own folder; a copy in safetensors of one that is in memory only, or in pickles."""
+    """The model's own folder; a copy in safetensors of one that is in memory only, in pickles, or not in 16 bit."""
     files = loaded.files
-    if files.weights and all(path.suffix == ".safetensors" for path in files.weights):
+    if files.source is None and files.weights and all(path.suffix == ".safetensors" for path in files.weights):
         return files.folder
     state = {name: tensor.to(loaded.storage_dtype) for name, tensor in loaded.model.state_dict().items()}
     loaded.model.save_pretrained(folder, state_dict=state)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quant_fairness_plugin.artifacts import ExportRecord
-from quant_fairness_plugin.artifacts.sizes import shown
 from quant_fairness_plugin.checkpoint.folder import (
     RECORD,
     check_headers,
@@ -29,6 +28,7 @@ from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
 from quant_fairness_plugin.checkpoint.readers.running import find_python
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.sizes import shown
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.checkpoint.inspection import Inspection

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,11 @@ from quant_fairness_plugin.model.activations import ROW_TOKENS
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.source_format import QUANTIZATION_KEYS
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""Empty in a source; an export writes its own."""
 _logger = logging.getLogger(__name__)
 
 
@@ -143,6 +143,7 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
         sixteen_bit_bytes=2 * loaded.parameters,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
+        experts=quantized.experts,
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
     )
 
@@ -176,7 +177,8 @@ def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies
     """Weights, `config.json`, and the format's side files."""
     loaded = quantized.loaded
     columns = quantized.columns if layout.packs else {}
-    write_shards(checkpoint_tensors(quantized, layout, copies), folder, indexed=bool(columns))
+    tensors = chain(checkpoint_tensors(quantized, layout), copies.read())
+    write_shards(tensors, folder, indexed=bool(columns))
     write_columns(columns, folder)
     config = {key: value for key, value in loaded.files.config.items() if key not in QUANTIZATION_KEYS}
     config |= _dtypes(loaded) | _tying(loaded)

@@ -28,6 +28,7 @@ def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[
         text_sha256=texts.sha256,
         arguments=arguments,
         seed=seed,
+        source="" if files.source is None else files.source.summary,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant_fairness_plugin.model.activations import dtype_for, probe_rows
+from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.in_blocks import largest_activation_by_blocks
 from quant_fairness_plugin.model.load import (
@@ -30,7 +31,7 @@ from quant_fairness_plugin.model.load import (
     load_tokenizer,
     say_untied,
 )
-from quant_fairness_plugin.model.reading import Place, find_tensors, read_parts, read_rows, read_tensor, same_values
+from quant_fairness_plugin.model.reading import Place, read_parts, read_rows, read_tensor, same_values
 from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
 from quant_fairness_plugin.model.storage import rounded, storage_dtype

@@ -35,9 +35,12 @@ class LoadedNames:
 
         Of tensors that are merged or split while loading, it is the first of those that they become.
         """
-        name, _ = rename_source_key(stored, self._renamings, self._converters, self._prefix, dict(self.wanted))
-        prefix = f"{self._prefix}."
-        return next((some for some in (name, prefix + name, name.removeprefix(prefix)) if some in self.wanted), name)
+        prefix, names = f"{self._prefix}.", []
+        # Unfolded experts have the names of files: only renamed, not merged.
+        for converters in (self._converters, []):
+            name, _ = rename_source_key(stored, self._renamings, converters, self._prefix, dict(self.wanted))
+            names += [name, prefix + name, name.removeprefix(prefix)]
+        return next((some for some in names if some in self.wanted), names[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,13 +59,14 @@ def count_bytes(loaded: Modules, grid: Grid, precisions: Sequence[Precision] = (
     grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
     costs: dict[str, Callable[[Sequence[Shape]], int]] = {"fp16": dense_bytes}
     costs |= {kind: partial(quantized_bytes, grid=of_kind) for kind, of_kind in grids.items()}
-    shapes = {
-        unit.name: [
-            [loaded.matrix(f"{loaded.family.blocks}.{layer}.{module}") for module in unit.modules]
-            for layer in range(loaded.layers)
-        ]
-        for unit in loaded.family.units
+    # A layer without a unit of this name has no bytes in its row.
+    shapes: dict[str, list[list[Shape]]] = {
+        name: [[] for _ in range(loaded.layers)] for name in loaded.family.unit_names
     }
+    for layer in range(loaded.layers):
+        for unit in loaded.family.units_of(layer):
+            names = [f"{loaded.family.blocks}.{layer}.{module}" for module in unit.modules]
+            shapes[unit.name][layer] = [loaded.matrix(name) for name in names]
     table: LayerBytes = {}
     for kind, cost in costs.items():
         groups = {f"{kind}.{name}": tuple(map(cost, layers)) for name, layers in shapes.items()}
@@ -193,6 +194,12 @@ def layers_budget(loaded: Modules, grid: Grid, share: float, max_overhead: float
             "protect fewer columns, or raise the budget"
         )
     return max_overhead - cost
+
+
+def bytes_at_bits(loaded: Modules, grid: Grid, bits: float) -> int:
+    """Return the bytes of a checkpoint whose layers take so many bits a weight on average, scales included."""
+    table, other = count_bytes(loaded, grid)
+    return other + int(sum(table["fp16"]) * bits / 16)
 
 
 def _columns_cost(selected: Selection, loaded: Modules, share: float) -> int:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quant_fairness_plugin.artifacts.sizes import shown
 from quant_fairness_plugin.errors import ResourceError
+from quant_fairness_plugin.model.sizes import shown
 
 _FLOAT64, _FLOAT32, _STORED = 8, 4, 2
 _HESSIAN_COPIES = 8

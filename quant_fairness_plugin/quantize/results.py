@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ArtifactError, ResourceError
-from quant_fairness_plugin.model.reading import Place, places_of, read_tensor
+from quant_fairness_plugin.model.reading import Place, places_of_file, read_tensor
 from quant_fairness_plugin.quantize.columns import KeptColumns
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 from quant_fairness_plugin.quantize.solving import Solved
@@ -153,7 +153,7 @@ class StoredResults(Results):
         try:
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()[_FACTS])
-            places = places_of(path)
+            places = dict(places_of_file(path))
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, ArtifactError) as err:
             _logger.warning("%s: not a whole layer (%s); it is solved again", path, err)
             return

@@ -119,7 +119,8 @@ def select_modules(
 
 def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[Unit, Precision]) -> dict[str, Grid]:
     """Return the grids of a layer's fusion groups; those in 16 bit by the plan are left out."""
-    kinds = {group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in loaded.family.units}
+    groups = loaded.family.units_of(layer.layer)
+    kinds = {group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in groups}
     return {
         name: grid if kind is None else replace(grid, bits=bits_of_precision(kind))
         for name, kind in kinds.items()
@@ -128,14 +129,15 @@ def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[U
 
 
 def _parse_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> dict[Unit, Precision]:
-    names = tuple(unit.name for unit in loaded.family.units)
     result: dict[Unit, Precision] = {}
     for name, precision in overrides.items():
         unit = Unit.parse(name) if Unit.is_name(name) else None
+        layer = unit.layer if unit is not None and unit.layer < loaded.layers else 0
+        names = tuple(group.name for group in loaded.family.units_of(layer))
         if unit is None or unit.layer >= loaded.layers or unit.group not in (None, *names):
             raise ConfigError(
-                f"the model has no {name!r}; layers are 0..{loaded.layers - 1}, their units {', '.join(names)}. Write "
-                f"layers.0 or layers.0.{names[-1]}"
+                f"the model has no {name!r}; layers are 0..{loaded.layers - 1}, the units of layer {layer} "
+                f"{', '.join(names)}. Write layers.{layer} or layers.{layer}.{names[-1]}"
             )
         result[unit] = precision
     return result
@@ -146,8 +148,8 @@ def _select_units(
 ) -> tuple[list[tuple[tuple[str, ...], Grid]], dict[str, str]]:
     """Return the fusion groups of a layer that have a grid and fit it, and what does not fit."""
     fitting: list[tuple[tuple[str, ...], Grid]] = []
-    in_16_bit: dict[str, str] = {}
-    for unit in loaded.family.units:
+    in_16_bit = loaded.family.kept(layer)
+    for unit in loaded.family.units_of(layer):
         if unit.name not in grids:
             continue
         names = tuple(f"{loaded.family.blocks}.{layer}.{name}" for name in unit.modules)

@@ -74,10 +74,19 @@ class RtnBank:
             self._made[key] = made
         return self._made[key]
 
+    def quantizes(self, unit: str, precision: Precision) -> bool:
+        """Return whether the grid fits a fusion group, judged by shapes alone: nothing is rounded."""
+        grid = replace(self._grid, bits=bits_of_precision(precision))
+        return all(misfit(grid, *self._matrix(name).shape) is None for name in self._units.parameters[unit])
+
+    def _matrix(self, name: str) -> Tensor:
+        value = self._loaded.model.get_parameter(name).detach()
+        return value.t() if name in self._transposed else value
+
     def _round(self, name: str, grid: Grid) -> Tensor | None:
         value = self._loaded.model.get_parameter(name).detach()
         transposed = name in self._transposed
-        matrix = value.t() if transposed else value if value.dim() == 2 else value[None]
+        matrix = self._matrix(name) if value.dim() == 2 else value[None]
         if value.dim() != 2:
             grid = replace(grid, group_size=-1)
         elif name not in self._packed:
@@ -160,7 +169,7 @@ class CheckpointBank:
         carried: dict[str, dict[str, Callable[[], Tensor]]] = {}
         for layer in range(self._units.layers):
             names = {name for unit in self._units.stages[layer + 1] for name in self._units.parameters[unit]}
-            first = next((u for g in self._units.groups if self.quantizes(u := str(Unit(layer, g)))), None)
+            first = next((u for g in self._units.groups_of(layer) if self.quantizes(u := str(Unit(layer, g)))), None)
             if first is not None:
                 carried[first] = {name: read for name, read in self._folded.items() if name in names}
         return carried
@@ -209,9 +218,11 @@ def fitting_units(bank: Bank, units: UnitMap, precision: Precision) -> tuple[str
                 "(AWQ), so that only whole layers can be exchanged; use granularity 'layer'"
             )
         return tuple(name for name in units.group_names() if bank.quantizes(name))
-    # All blocks are equal, so that what fits in the first one fits in all.
-    fitting = {group for group in units.groups if bank.weights(str(Unit(0, group)), precision)}
-    return tuple(name for name in units.group_names() if Unit.parse(name).group in fitting)
+    return tuple(name for name in units.group_names() if _quantizes(bank, name, precision))
+
+
+def _quantizes(bank: Bank, unit: str, precision: Precision) -> bool:
+    return bank.quantizes(unit, precision) if isinstance(bank, RtnBank) else bool(bank.weights(unit, precision))
 
 
 def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
@@ -222,5 +233,5 @@ def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
     """
     if isinstance(bank, CheckpointBank):
         return  # a checkpoint without a quantized module is no bank
-    if not any(bank.weights(str(Unit(0, group)), precision) for group in units.groups):
+    if not any(_quantizes(bank, name, precision) for name in units.group_names()):
         raise ConfigError(f"{bank.description} fits no module of the model; use another group size, or -1")

@@ -89,7 +89,7 @@ def sweep_units(
     """
     subject = _prepare(loaded, config, grid or Grid(), bank_recipe, execution)
     here, score = _scorers(subject, execution)
-    statuses = _support(loaded, texts, here)
+    statuses = support_of(loaded, texts, here)
     supported = tuple(name for name, status in statuses.items() if status == "supported")
     # An unsupported reference stays in, so that excess and disparity say why they are undefined.
     texts = texts.choose([name for name in statuses if name in supported or name == bootstrap.reference])
@@ -159,7 +159,7 @@ def _scorers(subject: _Subject, execution: Execution) -> tuple[Scorer, Scorer]:
     return whole, whole
 
 
-def _support(loaded: LoadedModel, texts: TextSet, score: Scorer) -> dict[str, Status]:
+def support_of(loaded: LoadedModel, texts: TextSet, score: Scorer) -> dict[str, Status]:
     """Return which languages the 16-bit model knows at all.
 
     Raises:

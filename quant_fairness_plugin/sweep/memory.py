@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quant_fairness_plugin.artifacts.sizes import shown
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.outline import Outline
+from quant_fairness_plugin.model.sizes import shown
 
 PIECE_TOKENS = 1024
 """Tokens that a block is given at once on a CPU, all stacked states together; a single state can have more."""

@@ -22,6 +22,7 @@ from quant_fairness_plugin.checkpoint.inspection import check_tensor_list, check
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.export.contents import checkpoint_tensors
+from quant_fairness_plugin.export.copies import Copies
 from quant_fairness_plugin.export.shards import INDEX, write_shards
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
@@ -196,7 +197,9 @@ def test_folded_values_that_did_not_arrive_are_noticed(
     small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norm = small.loaded.model.state_dict()["model.norm.weight"]
-    monkeypatch.setattr(writer, "checkpoint_tensors", lambda q, layout: checkpoint_tensors(small, layout))
+    monkeypatch.setattr(
+        writer, "checkpoint_tensors", lambda q, layout, copies: checkpoint_tensors(small, layout, copies)
+    )
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight: what was written is not what was quantized"):
         write(replace(small, folded={"model.norm.weight": norm + 1}), tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"1 tensors were not written, first model\.nowhere"):
@@ -407,8 +410,8 @@ def test_what_was_written_is_compared_with_what_was_quantized(
 ) -> None:
     layout = checkpoint_format("compressed-tensors")
 
-    def one_nibble_off(quantized: QuantizedModel, _: object) -> Any:
-        for name, tensor in checkpoint_tensors(quantized, layout):
+    def one_nibble_off(quantized: QuantizedModel, _: object, copies: Copies) -> Any:
+        for name, tensor in checkpoint_tensors(quantized, layout, copies):
             yield (
                 name,
                 tensor ^ (tensor == tensor.flatten()[5]).int() if name.endswith("up_proj.weight_packed") else tensor,
@@ -479,10 +482,12 @@ def test_an_untied_copy_of_a_shared_tensor_is_stored_twice(small: QuantizedModel
     head = model.lm_head.weight
     try:
         model.lm_head.weight = model.model.embed_tokens.weight
-        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"))]
+        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())]
         assert "lm_head.weight" in names
         model.config.tie_word_embeddings = True
-        assert "lm_head.weight" not in [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"))]
+        assert "lm_head.weight" not in [
+            name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())
+        ]
     finally:
         model.lm_head.weight = head
         model.config.tie_word_embeddings = False

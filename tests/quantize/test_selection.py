@@ -91,7 +91,9 @@ def test_a_units_own_precision_beats_its_layers(load: Load) -> None:
 
 @pytest.mark.parametrize("name", ["layers.2", "layers.x", "layers.0.fc_in", "layers.0.mlp.down_proj", "layer"])
 def test_an_override_that_names_no_unit_is_an_error(load: Load, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"the model has no '{name}'; layers are 0..1, their units qkv, o"):
+    with pytest.raises(
+        ConfigError, match=f"the model has no '{name}'; layers are 0..1, the units of layer [01] qkv, o"
+    ):
         select_modules(load(), Grid(group_size=32), overrides={name: "fp16"})
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from quant_fairness_plugin.artifacts.sizes import parse_size, shown
 from quant_fairness_plugin.errors import ConfigError, ResourceError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
+from quant_fairness_plugin.model.sizes import parse_size, shown
 from quant_fairness_plugin.model.stacks import batches_in_memory
 from quant_fairness_plugin.sweep.memory import check_budget, count_needs
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
+    MIXTURES,
     SINGLE_UNITS,
     TEXT_ONLY,
     WIDTHS,
@@ -59,6 +60,7 @@ class AwqFormat(Format):
     zeros = "qzeros"
     order = "g_idx"  # which some tools write, and readers overlook
     rules = (
+        *MIXTURES,
         *WIDTHS,
         (
             lambda r: r.int8,

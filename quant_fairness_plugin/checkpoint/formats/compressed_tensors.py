@@ -100,6 +100,9 @@ class CompressedTensorsFormat(Format):
             names = [name for name in modules.quantized if modules.bits.get(name) == bits]
             names += [modules.renamed[name] for name in names if name in modules.renamed]
             groups[f"group_{number}"] = _group(names, grid, bits)
+        if modules.experts is not None and groups:
+            # Transformers gives experts the first group whose pattern names them, else the first without a pattern.
+            groups = {"experts": _group([modules.experts], grid, grid.bits)} | groups
         # Last, because compressed-tensors warns of every name that comes after a class which matched first.
         groups["group_0"] = _group(["Linear"], grid, grid.bits)
         return {
@@ -107,7 +110,7 @@ class CompressedTensorsFormat(Format):
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [*modules.kept_text, *modules.aliases, *(f"re:{pattern}" for pattern in modules.patterns)],
+            "ignore": list(modules.left_out),
         }
 
     def scheme_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
@@ -115,6 +118,8 @@ class CompressedTensorsFormat(Format):
         expected = {"quant_method": self.method, "format": "pack-quantized", "quantization_status": "compressed"}
         yield from wrong_fields(quantization, expected)
         yield from _wrong_groups(modules, quantization.get("config_groups"))
+        if modules.experts is not None:
+            yield from _wrong_experts(quantization.get("config_groups"))
         yield from _wrong_ignore(modules, quantization)
 
 
@@ -141,7 +146,7 @@ def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         yield f"config_groups is {groups!r}; expected: a table of groups"
         return
-    *others, last = groups.values()
+    *others, last = (group for group in groups.values() if group.get("targets") != [modules.experts])
     yield from wrong_fields(last, {"targets": ["Linear"]})
     if len(others) > 1 or any("Linear" in group.get("targets", []) for group in others):
         yield f"config_groups holds {1 + len(others)} groups; expected: one for names, and after it one for Linear"
@@ -152,6 +157,16 @@ def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
         known = {"Linear", *modules.quantized, *(modules.renamed.get(name, name) for name in modules.quantized)}
         for name in set(group.get("targets", ())) - known:
             yield f"targets hold {name!r}, which is no quantized module; expected: full names of unmerged modules"
+
+
+def _wrong_experts(groups: object) -> Iterator[str]:
+    """All experts of a checkpoint have one group: the first with a pattern that names them, else without a pattern."""
+    tables = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    patterns = [[target.startswith("re:") for target in group.get("targets", ())] for group in tables]
+    named = [g for g in tables if any(t.startswith("re:") and "experts" in t for t in g.get("targets", ()))]
+    plain = [group for group, found in zip(tables, patterns, strict=True) if not all(found)]
+    for group in [*named, *plain][:1]:
+        yield from _wrong_group(group, STORED_BITS)
 
 
 def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
@@ -176,9 +191,10 @@ def _wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[st
     if malformed:
         return
     listed = quantization["ignore"]
-    known = {*modules.kept, *modules.aliases, *modules.quantized, *(f"re:{pattern}" for pattern in modules.patterns)}
+    known = {*modules.kept, *modules.aliases, *modules.quantized, *modules.routed}
+    known |= {f"re:{pattern}" for pattern in modules.patterns}
     for entry in listed:
         if entry not in known:
             yield f"ignore holds {entry!r}, which is no linear module; expected: full names of unmerged modules"
-    for name in sorted(set(modules.aliases) - set(listed)):
+    for name in sorted(set(modules.left_out).difference(modules.kept, listed)):
         yield f"ignore lacks {name}, another name of a 16-bit module; expected: every name of the 16-bit modules"

@@ -56,6 +56,34 @@ SINGLE_UNITS: Rule = (
         f"--protect-layers, or {TWIN}",
     ),
 )
+MIXTURES: tuple[Rule, ...] = (
+    (
+        # Transformers fills gptq experts at random without an error, and converts only linear modules of awq.
+        lambda r: r.mixture and r.format != "compressed-tensors",
+        Refusal(
+            "format '{r.format}' holds no experts of {r.family} that Transformers reads",
+            "is compressed-tensors",
+            f"--format compressed-tensors, or {TWIN}",
+        ),
+    ),
+    (
+        lambda r: r.mixture and not r.grid.symmetric,
+        Refusal(
+            "experts of {r.family} on an asymmetric grid are not read: Transformers has no place for their zero points",
+            "is a symmetric grid",
+            f"--sym, or {TWIN}",
+        ),
+    ),
+    (
+        lambda r: r.int8_experts,
+        Refusal(
+            "experts of {r.family} in INT8 are not read beside those in INT4: readers unpack all experts of a "
+            "checkpoint alike",
+            "are INT4 and 16 bit for experts, and INT8 for all other units",
+            "--protect-units with units such as 3.experts, or single units in INT8",
+        ),
+    ),
+)
 MERGED_NAMES: Rule = (
     lambda r: r.family == "generic",
     Refusal(
@@ -116,7 +144,7 @@ class Format(ABC):
     """What is taken off a zero point before it is stored."""
     order: ClassVar[str] = ""
     """Suffix of the group of every input channel; in order, unless act-order permuted them."""
-    rules: ClassVar[tuple[Rule, ...]] = (*WIDTHS, SINGLE_UNITS)
+    rules: ClassVar[tuple[Rule, ...]] = (*WIDTHS, SINGLE_UNITS, *MIXTURES)
     """When a combination is refused because this format cannot hold it."""
 
     @property

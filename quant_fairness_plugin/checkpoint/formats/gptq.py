@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
+    MIXTURES,
     SINGLE_UNITS,
     TEXT_ONLY,
     WIDTHS,
@@ -59,6 +60,7 @@ class GptqFormat(Format):
     zero_offset = 1
     order = "g_idx"
     rules = (
+        *MIXTURES,
         *WIDTHS,
         (
             lambda r: not r.grid.symmetric,

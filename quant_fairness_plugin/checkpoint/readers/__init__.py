@@ -19,6 +19,7 @@ from quant_fairness_plugin.checkpoint.readers.vllm import VLLM
 from quant_fairness_plugin.checkpoint.refusals import Refusal, Request, first_refusal
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.architectures.experts import find_mixture
 from quant_fairness_plugin.model.families import Family
 
 READERS: dict[str, Reader] = {reader.name: reader for reader in (TRANSFORMERS, VLLM, GPTQMODEL, SGLANG)}
@@ -45,7 +46,7 @@ def find_reader(name: str) -> Reader:
 
 
 def check_exportable(
-    family: Family | None,
+    family: Family | str | None,
     *,
     format: str,
     grid: Grid,
@@ -56,7 +57,8 @@ def check_exportable(
     """Refuse what no loader, or not the wanted one, would read correctly.
 
     Args:
-        family: the model's family map, or None while the model is not known (then its rows are left out).
+        family: the model's family map or the family's name, or None while the model is not known (then its rows are
+            left out).
         format: one of `FORMATS`.
         grid: the integer grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
@@ -109,6 +111,7 @@ def find_refusal(
         conv1d=architecture is not None and architecture.conv1d,
         head_on_disk="" if architecture is None else architecture.head_on_disk or "",
         scaled_activation="" if scaled is None else scaled.activation,
+        mixture=find_mixture(name or "") is not None,
         wrapped=wrapped or (isinstance(family, Family) and family.wrapper is not None),
     )
     return first_refusal(rules, request)

@@ -36,6 +36,7 @@ from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.storage import announced_dtype
 
 _logger = logging.getLogger(__name__)
 PROMPT_LENGTHS = (1, 2, 17, 63)
@@ -213,7 +214,18 @@ def _dense_logits(folder: Path) -> list[Tensor]:
         return list(BlockLogits(folder, _rows(bare_model(folder))))
     except UnsupportedModelError as err:
         _logger.info("%s is run as a whole: %s", folder, err)
-        return _logits(load_dense_model(folder))
+        dense = load_dense_model(folder)
+        _round_experts(dense, folder)
+        return _logits(dense)
+
+
+def _round_experts(model: PreTrainedModel, folder: Path) -> None:
+    """Round experts to the storage dtype: Transformers unpacks quantized ones while loading, and stacks them in it."""
+    stored = announced_dtype(read_config(folder)[0])
+    for module in model.modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # the interface of stacked experts
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(stored).float()
 
 
 def _exact_kernel(folder: Path) -> dict[str, Any]:

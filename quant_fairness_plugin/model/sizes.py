@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write and read them. No torch."""
+"""Sizes in bytes, as people write and read them. No torch."""
 
 from __future__ import annotations
 
