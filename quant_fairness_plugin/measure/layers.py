@@ -71,7 +71,7 @@ class HeadInputs:
         """Run all batches that are not kept.
 
         Args:
-            progress: called for every batch that has passed the last block, or is kept.
+            progress: called once per batch, as often as layers times batches that are done or kept come to one.
         """
         missing = [number for number in range(len(self._batches)) if self._given.stage(number) is None]
         for _ in range(len(self._batches) - len(missing)):
@@ -87,7 +87,7 @@ class HeadInputs:
             calls.append(start.calls)
             with hidden.next_stage(number, 0, 1) as following:
                 following.put(0, start.hidden)
-        layers = range(loaded.layers)
+        layers, reported = range(loaded.layers), 0
         with block_feed(loaded, layers, prefetch=True) as resident:
             for layer in layers:
                 with resident(layer):
@@ -95,12 +95,14 @@ class HeadInputs:
                         output = calls[number][layer].run(loaded.block(layer), hidden.read(number, 0))
                         with hidden.next_stage(number, layer + 1, 1) as following:
                             following.put(0, output)
+                for _ in range(len(batches) * (layer + 1) // len(layers) - reported):
+                    progress()
+                    reported += 1
         for number, batch in enumerate(batches):
             found = head_input(loaded, batch.ids, batch.mask, hidden.read(number, 0))
             with self._given.next_stage(missing[number], 0, 1) as following:
                 following.put(0, found.flatten(0, 1)[batch.positions.to(device)])
             hidden.drop(number)
-            progress()
 
     def _stacks(
         self, folder: Path, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, durable: bool
