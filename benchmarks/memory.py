@@ -104,7 +104,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
         "seed": SEED,
         "versions": package_versions(),
         "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
