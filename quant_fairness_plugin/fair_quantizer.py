@@ -246,7 +246,7 @@ class FairQuantizer:
         return self._plan
 
     def _measure_units(self) -> SweepReport | UnitScores:
-        if self.config.scores_units and self._memory_budget is None:
+        if self.config.scores_units and self._place.memory_budget is None:
             return self.score()
         if self.config.exhaustive:
             return self.sweep(granularity="unit", precisions=self.config.menu)

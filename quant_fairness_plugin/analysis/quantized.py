@@ -30,7 +30,7 @@ def quantized_state(loaded: LoadedModel, grid: Grid, checkpoint: Path | None) ->
     """
     if checkpoint is not None:
         check_folder(checkpoint, loaded)
-        return exported_state(checkpoint)
+        return exported_state(checkpoint, loaded)
     return rounded_state(loaded, grid)
 
 

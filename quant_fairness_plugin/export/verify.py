@@ -246,7 +246,7 @@ def _exceeding(folder: Path, memory_budget: int | None) -> CheckResult | None:
     return CheckResult(
         "reader", "not run",
         f"Transformers holds the whole model, {shown(needed)} in float32, more than the memory budget of "
-        f"{shown(memory_budget)}; quant-fairness verify {folder.name} runs it without one",
+        f"{shown(memory_budget)}; quant-fairness verify runs it without one",
     )  # fmt: skip
 
 

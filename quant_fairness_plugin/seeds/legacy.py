@@ -104,7 +104,7 @@ def measure_legacy(
         ConfigError: a text of fewer than two tokens.
     """
     before = perplexities(loaded.model, loaded.tokenizer, texts)
-    state = _simulated(loaded.model) if checkpoint is None else exported_state(checkpoint).applied()
+    state = _simulated(loaded.model) if checkpoint is None else exported_state(checkpoint, loaded).applied()
     with state as model:
         after = perplexities(model, loaded.tokenizer, texts)
     rows = tuple(_language(name, before[name], after[name]) for name in texts)
