@@ -1,7 +1,7 @@
 """Which causal architectures of the installed Transformers are quantized here, and what becomes of the others.
 
-    make coverage                                            # all of them, some minutes; writes docs/architectures.md
-    python benchmarks/architectures.py --only phi3 lfm2           # prints these rows
+    make coverage                                         # all of them, half an hour; rows and docs/architectures.md
+    python benchmarks/architectures.py --only phi3 lfm2   # these rows anew, beside the stored ones
 
 Of every architecture a tiny model with random weights is made, written as a checkpoint, and taken through the code that
 a user's model goes through: opened, swept with every unit protected once, quantized with GPTQ and layer 1 in 16 bit,
@@ -13,13 +13,15 @@ quality a trained model of the architecture keeps, it does not.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import platform
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "architectures.md"
+ROWS = ROOT / "benchmarks" / "results" / "cpu" / "architectures.jsonl"
+SEED = 0
 VOCABULARY, GROUP, MOST_VALUES = 264, 32, 30_000_000
 FORMATS = ("compressed-tensors", "gptq", "awq", "fp16-twin")
 READ_HERE = ("compressed-tensors", "fp16-twin")
@@ -55,7 +59,26 @@ _ROUTED = {
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+_TEXT = _IDS | _PLAIN
+_GEMMA3_EYE = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+_QWEN_EYE = {
+    "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [],
+}  # fmt: skip
+_QWEN_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 _OWN: Mapping[str, Mapping[str, Any]] = {
+    "gemma3": {
+        "text_config": _TEXT | {"sliding_window": 16}, "vision_config": _GEMMA3_EYE, "mm_tokens_per_image": 4,
+        "image_token_index": 263, "boi_token_index": 262, "eoi_token_index": 261,
+    },
+    "qwen3_5": {
+        "text_config": _TEXT | _LINEAR | {"rope_parameters": _QWEN_ROTARY | {"partial_rotary_factor": 1.0}},
+        "vision_config": _QWEN_EYE, "image_token_id": 263, "video_token_id": 262, "vision_start_token_id": 261,
+        "vision_end_token_id": 260,
+    },
     "falcon": {"num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "glm": {"partial_rotary_factor": 0.5},
@@ -110,17 +133,41 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="*", help="these model types; prints their rows and writes nothing")
+    parser.add_argument("--only", nargs="*", help="these model types; the other rows stay as they are stored")
     options = parser.parse_args()
-    rows = []
+    rows = stored_rows() if options.only else {}
     for model_type in options.only or model_types():
         row = cover(model_type)
         sys.stderr.write(f"{row_text(row)}\n")
-        rows.append(row)
-    if options.only is None:
-        from quant_fairness_plugin.artifacts import write_atomically
+        rows[model_type] = asdict(row) | conditions()
+    store(rows)
 
-        write_atomically(PAGE, page(rows).encode())
+
+def conditions() -> dict[str, Any]:
+    """What a row was made with."""
+    from quant_fairness_plugin.artifacts import package_versions
+
+    return {
+        "versions": package_versions(),
+        "machine": f"{platform.machine()}, {platform.system()}, CPU",
+        "seed": SEED,
+        "command": "make coverage",
+    }
+
+
+def stored_rows() -> dict[str, dict[str, Any]]:
+    """The rows that there are, by architecture."""
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    return {row["model_type"]: row for row in rows}
+
+
+def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the rows, and the page that shows them."""
+    from quant_fairness_plugin.artifacts import write_atomically
+
+    lines = [json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows)]
+    write_atomically(ROWS, "".join(lines).encode())
+    write_atomically(PAGE, page(rows).encode())
 
 
 def model_types() -> list[str]:
@@ -164,7 +211,7 @@ def _refusal(model_type: str) -> str:
 
 
 def _one_line(err: BaseException, folder: Path) -> str:
-    return " ".join(str(err).split()).replace(f"{folder}/", "").replace(str(folder), "it")[:220]
+    return " ".join(str(err).split()).replace(f"{folder}/", "").replace(str(folder), "it")[:220].strip()
 
 
 def tiny_config(model_type: str) -> Iterator[PretrainedConfig]:
@@ -183,9 +230,9 @@ def tiny_config(model_type: str) -> Iterator[PretrainedConfig]:
     own = _OWN.get(model_type, {})
     latent = {key: value for key, value in _LATENT.items() if key in known}
     deeper = {key: 6 for key in ("num_hidden_layers",) if key in sizes}  # a pattern of six kinds of layers
-    for fields in (sizes | dict(own), sizes | latent | dict(own), sizes | deeper | dict(own)):
+    for given in (sizes | dict(own), sizes | latent | dict(own), sizes | deeper | dict(own)):
         try:
-            yield AutoConfig.for_model(model_type, **fields)
+            yield AutoConfig.for_model(model_type, **given)
         except Exception:  # noqa: BLE001 - configs check themselves in ways of their own
             continue
     try:
@@ -210,7 +257,7 @@ def write_tiny(model_type: str, folder: Path) -> str:
             if values > MOST_VALUES:
                 problem = f"not tried: the smallest config of it that is made here holds {values:,} values"
                 continue
-            torch.manual_seed(0)
+            torch.manual_seed(SEED)
             model = AutoModelForCausalLM.from_config(config).float().eval()
             randomize(model)
             ids = torch.arange(2, 12)[None]
@@ -376,11 +423,10 @@ def row_text(row: Row) -> str:
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
-def page(rows: Sequence[Row]) -> str:
-    """The whole of docs/architectures.md."""
-    import torch
-    import transformers
-
+def page(stored: Mapping[str, Mapping[str, Any]]) -> str:
+    """The whole of docs/architectures.md, from the stored rows."""
+    rows = [Row(**{field.name: row[field.name] for field in fields(Row)}) for _, row in sorted(stored.items())]
+    versions = next(iter(stored.values()))["versions"]
     members = [row for row in rows if row.member]
     stopped = [row for row in rows if row.units and not row.member]
     refused = [row for row in rows if not row.units]
@@ -391,8 +437,8 @@ def page(rows: Sequence[Row]) -> str:
             "",
             "<!-- Written by `make coverage` (benchmarks/architectures.py); do not edit. -->",
             "",
-            f"Every causal architecture of Transformers {transformers.__version__} "
-            f"(torch {torch.__version__.split('+')[0]}): {len(members)} of {len(rows)} come all the way, "
+            f"Every causal architecture of Transformers {versions['transformers']} "
+            f"(torch {versions['torch'].split('+')[0]}): {len(members)} of {len(rows)} come all the way, "
             f"{len(stopped)} stop on it, {len(refused)} are refused before anything is quantized.",
             "A row is a tiny model with random weights: opened, swept with every unit protected once, quantized with "
             f"GPTQ (INT4, groups of {GROUP}) and layer 1 in 16 bit, written in each format. *Read back*: Transformers "

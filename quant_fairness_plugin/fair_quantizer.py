@@ -39,8 +39,8 @@ from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.plans.plan_set import BASELINE
-from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
+from quant_fairness_plugin.preflight import Checked, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace
 from quant_fairness_plugin.steps import EXPORTED, exported_state
 from quant_fairness_plugin.sweep.bank import Bank
@@ -50,6 +50,8 @@ from quant_fairness_plugin.sweep.executors import Executor
 
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
+Reporter = Callable[[Path, Measurement, Measurement], None]
+"""Called with a checkpoint folder, the damage without protection, and the checkpoint's."""
 
 
 class FairQuantizer:
@@ -72,7 +74,7 @@ class FairQuantizer:
         work: Path | None = None,
     ) -> None:
         steps.check_config(config, loaded)
-        self.loaded, self.texts, self.config = loaded, texts, config.fitted(loaded)
+        self.loaded, self.texts, self.config = loaded, texts, steps.fit_config(config, loaded)
         self._progress = progress or (lambda step, done, total: None)
         self._place = Workplace(folder=work, memory_budget=memory_budget)
         self._report: SweepReport | None = None
@@ -133,18 +135,16 @@ class FairQuantizer:
         progress: Progress | None = None,
         place: Workplace | None = None,
         stream: bool = False,
-        dtype: ComputeDtype = "float32",
     ) -> Self:
         """Load a model by name from a complete source and configuration; see `from_pretrained`.
 
-        With a memory budget (bytes), or with `stream` where they can be read so, the model's blocks stay in their
-        files: everything but a comparison with controls and other tools works so. A folder to work in keeps what is
-        done, and an interrupted run goes on from there. In bfloat16 a sweep is faster where the processor computes in
-        it, and ranks almost alike; measure in float32. `checked` is what `preflight` returned for the same source and
-        configuration, which is then not run again.
+        With a memory budget (bytes), or on a CPU with `stream` where they can be read so, the model's blocks stay in
+        their files: everything but a comparison with controls and other tools works so. A folder to work in keeps what
+        is done, and an interrupted run goes on from there. `checked` is what `preflight` returned for the same source
+        and configuration, which is then not run again.
         """
         checked, place = checked or preflight(source, config, texts=texts), place or Workplace()
-        loaded = steps.load_checked(checked, source, stream=stream, memory_budget=place.memory_budget, dtype=dtype)
+        loaded = steps.load_checked(checked, source, config, stream=stream, memory_budget=place.memory_budget)
         return cls(
             loaded, checked.texts, config, progress=progress, memory_budget=place.memory_budget, work=place.folder
         )
@@ -221,6 +221,7 @@ class FairQuantizer:
         """
         steps.check_whole(self.loaded, "scored by gradients")
         if self._scores is None:
+            planning.check_scorable(self.loaded)
             progress = partial(self._progress, "score")
             self._scores = planning.score(self.loaded, self.texts, self.config, self._scoring_bank(), progress=progress)
         return self._scores
@@ -321,8 +322,20 @@ class FairQuantizer:
         """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
         return push_folder(folder or self._last_export(), repo_id, **options)
 
-    def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
-        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind."""
+    @property
+    def last_sweep(self) -> SweepReport | None:
+        """The sweep that is remembered; None before the first one."""
+        return self._report
+
+    def run(self, out: str | Path, *, overwrite: bool = False, report: Reporter | None = None) -> RunResult:
+        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind.
+
+        Args:
+            out: the folder to make.
+            overwrite: replace an earlier export of that name.
+            report: called with the folder before it gets its name, the damage without protection and that of the
+                folder; a file that it writes there becomes a part of the checkpoint's record.
+        """
         plan = self._exportable_plan()
         protects = plan.protected_layers or plan.overrides or plan.protect_columns
         bare = self._unprotected() if protects else self.quantize()
@@ -331,7 +344,10 @@ class FairQuantizer:
         def measure(folder: Path) -> Measurement:
             both.append(self.measure(steps.unprotected_state(bare), exported_state(folder, self.loaded)))
             measured = both[0].measurements[EXPORTED]
-            return steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
+            protected = steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
+            if report is not None:
+                report(folder, both[0].measurements[NONE], protected)
+            return protected
 
         record = self._export(Path(out), overwrite=overwrite, measure=measure)
         return steps.compare(record, both[0])
@@ -355,7 +371,7 @@ class FairQuantizer:
             self._tried = True
         plan = self.recommend()
         if plan.overrides != checked:
-            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
+            steps.check_exportable_plan(self.loaded, self.config, plan.overrides, protected=plan.protected_layers)
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:

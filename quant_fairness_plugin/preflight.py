@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from quant_fairness_plugin.artifacts import TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
@@ -29,7 +29,6 @@ from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
 _logger = logging.getLogger(__name__)
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +173,12 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         InvalidLayerError: a layer or unit that the model lacks.
     """
     model_type = str(files.config.get("model_type", ""))
+    if is_wrapper(files.config):
+        _check_wrapper(config, files)
     _check_backend(config, family=model_type)
     _check_context(files)
     if find_mixture(model_type) is not None:
         check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
-    if is_wrapper(files.config):
-        _check_wrapper(config, files)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
     units = known_units(model_type)

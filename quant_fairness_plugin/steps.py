@@ -6,7 +6,7 @@ Nothing is remembered here, and nothing is done in another order than it is call
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.in_blocks import stream_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
-from quant_fairness_plugin.checkpoint.readers import check_exportable
+from quant_fairness_plugin.checkpoint.readers import check_exportable, takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, UnsupportedModelError
 from quant_fairness_plugin.evidence import Rivals, gather_evidence
@@ -44,22 +44,25 @@ from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, block_state, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
 from quant_fairness_plugin.model.architectures.experts import find_mixture
+from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.model.storage import storage_dtype
 from quant_fairness_plugin.model.streamed import StreamedModel, largest_in_blocks, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.planning import limit_of
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
-from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
+from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
 from quant_fairness_plugin.quantize.coverage import expert_coverage
 from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
+from quant_fairness_plugin.quantize.selection import group_sizes
 from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
@@ -79,27 +82,40 @@ Progress = Callable[[int, int], None]
 def load_checked(
     checked: Checked,
     source: ModelSource,
+    config: FairConfig,
     *,
     stream: bool = False,
     memory_budget: int | None = None,
-    dtype: ComputeDtype = "float32",
 ) -> LoadedModel:
     """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
 
-    With a memory budget in bytes its blocks stay in their files; with `stream` too, where they can be read so.
+    With a memory budget in bytes its blocks stay in their files; on a CPU with `stream` too, where they can be read so.
+
+    Raises:
+        ConfigError: a device that this machine does not have; before anything is read.
     """
-    compute, trust = getattr(torch, dtype), source.trust_remote_code
-    sentences = probe_sentences(checked.texts)
-    streamed = None
+    device = find_device(config.device)
+    stored = str(storage_dtype(checked.files)).removeprefix("torch.")
+    compute = getattr(torch, find_dtype(config.dtype, device, stored=stored))
+    sentences, trust = probe_sentences(checked.texts), source.trust_remote_code
+    whole = partial(
+        load_model, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences
+    )
+    in_blocks = partial(
+        open_streamed, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences
+    )
+    loaded: LoadedModel
     if memory_budget is not None:
-        opened = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
-        streamed = replace(opened, memory_budget=memory_budget)
-    elif stream and _can_stream(checked.files):
+        loaded = replace(in_blocks(), memory_budget=memory_budget)
+    elif stream and str(device).startswith("cpu") and _can_stream(checked.files):
         try:
-            streamed = open_streamed(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
-        except QuantFairnessError as err:  # what is wrong with the model itself is said again below
+            loaded = in_blocks()
+        except QuantFairnessError as err:
             _logger.info("%s is loaded as a whole: %s", checked.files.name, err)
-    loaded = streamed or load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=sentences)
+            loaded = whole()  # what is wrong with the model itself is said again
+    else:
+        loaded = whole()
+    _logger.info("%s: computed in %s on %s", checked.files.name, compute, describe_device(loaded.model.device))
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
@@ -132,22 +148,43 @@ def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
 def open_in_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: FairConfig, texts: TextSet | None
 ) -> tuple[LoadedModel, TextSet]:
-    """Copy a model that is in memory, check the configuration against it, and return it with the texts."""
+    """Copy a model that is in memory, check the configuration against it, and return it with the texts.
+
+    The copy is computed in float32, where the model is, or on the device that the configuration names.
+
+    Raises:
+        ConfigError: another dtype, a device that is not there, or a configuration that does not fit the model.
+    """
+    if config.dtype == "bfloat16":
+        raise ConfigError(
+            "dtype bfloat16 is accepted together with a model's name or folder; a model in memory is computed in "
+            "float32. Leave dtype out, or save the model and name its folder"
+        )
+    device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
+    if device is not None:
+        loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     check_model(config, loaded.files)
     check_tokens(loaded, sentences)
     return loaded, sentences
 
 
 def check_config(config: FairConfig, loaded: LoadedModel) -> None:
-    """Refuse a configuration that names layers or units that the model lacks.
+    """Refuse layers or units that the model lacks; warn of a group size that its units do not fit.
 
     Raises:
         InvalidLayerError: says which.
+        ConfigError: a stated group size that does not fit every unit, and the configuration is strict.
     """
     family = loaded.family
     check_units(config, units=lambda layer: tuple(unit.name for unit in family.units_of(layer)), layers=loaded.layers)
+    config.check_group_size(loaded)
+
+
+def fit_config(config: FairConfig, loaded: LoadedModel) -> FairConfig:
+    """Return the configuration with the largest group size that units of the model, format and reader take."""
+    return config.fitted(loaded, uniform=takes_one_group_size(config.format, config.reader))
 
 
 def check_whole(loaded: LoadedModel, step: str) -> None:
@@ -186,7 +223,7 @@ def measure(
         part=true_part(texts, part),
         # Nothing is selected for the 16-bit model itself, so that all sentences are new to it.
         condition=used_before(texts, part) if states else "",
-        provenance=lambda given: provenance(loaded.files, texts, seed=config.seed, arguments=given),
+        provenance=lambda given: provenance(loaded, texts, seed=config.seed, arguments=given),
         bootstrap=config.bootstrap,
         progress=progress,
     )
@@ -276,11 +313,17 @@ def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel) -> Protect
 
 
 def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> None:
-    """Refuse a plan of another model or grid.
+    """Refuse a plan of another model or grid, or with several group sizes for a format or reader that takes one.
 
     Raises:
         ConfigError: a plan for another number of layers, or for another grid than the configuration's.
+        UnsupportedModelError: group sizes that the format or the reader does not take; names the ways out.
     """
+    if plan.layers == loaded.layers and takes_one_group_size(config.format, config.reader):
+        sizes = group_sizes(loaded, plan.grid, protected=plan.protected_layers).values()
+        if len(set(sizes)) > 1:
+            form, reader = config.format, config.reader
+            check_exportable(loaded.family, format=form, grid=plan.grid, reader=reader, group_sizes=sizes)
     if (plan.layers, plan.grid) != (loaded.layers, config.grid):
         raise ConfigError(
             f"the plan is for {plan.layers} layers of {plan.model} and {plan.grid}; here are {loaded.layers} "
@@ -320,11 +363,20 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
     return expected
 
 
-def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> None:
-    """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
+def check_exportable_plan(
+    loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision], *, protected: Collection[int] = ()
+) -> None:
+    """Check precisions and group sizes against format and reader. Raises as `check_exportable_before_sweep`."""
     if isinstance(loaded, StreamedModel) and not _can_stream(loaded.files):
         check_whole(loaded, "quantized, as it holds experts")
-    check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
+    check_exportable(
+        loaded.family,
+        format=config.format,
+        grid=config.grid,
+        reader=config.reader,
+        overrides=overrides,
+        group_sizes=group_sizes(loaded, config.grid, protected=protected).values(),
+    )
 
 
 def try_export(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
@@ -423,6 +475,11 @@ def quantize(
     Raises:
         QuantFairnessError: as `quantize_model` and `quantize_with`.
     """
+    if loaded.model.dtype == torch.bfloat16 != loaded.storage_dtype:
+        raise ConfigError(
+            f"dtype bfloat16 rounds the {str(loaded.storage_dtype).removeprefix('torch.')} weights of "
+            f"{loaded.files.name}, so that others would be quantized; float32 is accepted. Use --dtype float32"
+        )
     calibration = None
     if find_method(config.method).needs_calibration:
         calibration = build_calibration(
@@ -538,13 +595,20 @@ def measured_folder(
 def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -> ModelState:
     """Return the state of a written checkpoint, read back from its files by our own dequantizer.
 
-    Block by block where the 16-bit model `loaded` is, else as a whole.
+    It is computed where and in what the 16-bit model is, so that a difference is not one of devices or dtypes; block
+    by block where the 16-bit model is, else as a whole.
     """
+    device = loaded.model.device
     if isinstance(loaded, StreamedModel):
         try:
-            return block_state(name, stream_checkpoint(folder, loaded.tokenizer))
+            streamed = stream_checkpoint(folder, loaded.tokenizer, dtype=loaded.compute, device=str(device))
+            return block_state(name, streamed)
         except UnsupportedModelError as err:
             if loaded.memory_budget is not None:
                 raise
             _logger.info("%s is loaded as a whole: %s", folder, err)
-    return fixed_state(name, load_quantized(folder, kernel="reference"))
+    model = load_quantized(folder, kernel="reference")
+    for parameter in model.parameters():  # and no buffer: positions stay exact in bfloat16
+        parameter.data = parameter.data.to(loaded.model.dtype)
+    model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    return fixed_state(name, model)

@@ -211,13 +211,26 @@ def test_plans_for_other_limits_come_from_the_same_scores(scored: FairQuantizer)
     with pytest.raises(QualityGateError, match="the smallest allocation takes"):
         plan_under(scored, target_bits=4.4)
     assert set(plan_under(scored, target_bits=16.0).overrides.values()) <= {"int8", "fp16"}
-    with pytest.raises(QualityGateError, match="the target is 1e-09: raise it"):
-        plan_under(scored, target="worst=0.000000001", precisions=("fp16", "int8"), protect_units=("0.qkv",))
+    with pytest.raises(QualityGateError, match="target 1e-09 takes 16 bit for every unit"):
+        plan_under(scored, target="worst=0.000000001")
 
 
 def plan_under(scored: FairQuantizer, **options: Any) -> ProtectionPlan:
     other = FairQuantizer(scored.loaded, scored.texts, replace(scored.config, **options))
     return other.recommend(scored.score())
+
+
+def test_exhaustive_sweeps_every_unit_at_every_precision(
+    scored: FairQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored.score()
+    monkeypatch.setattr("quant_fairness_plugin.planning.score", lambda *a, **k: pytest.fail("scored"))
+    config = replace(scored.config, exhaustive=True)
+    other = FairQuantizer(scored.loaded, scored.texts, config)
+    plan = other.recommend()
+    report = other.sweep(granularity="unit", precisions=("fp16", "int8"))
+    assert set(report.units) == set(scored.score().units)
+    assert plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
 
 
 def test_what_the_reader_cannot_load_is_left_out_of_the_menu(scored: FairQuantizer) -> None:
@@ -237,14 +250,65 @@ def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
 
 
 def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: Path, planted_file: str) -> None:
-    config = make_config(group_size=32, texts=planted_file, draws=200)
-    quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config, dtype="bfloat16")
+    config = make_config(group_size=32, texts=planted_file, draws=200, dtype="bfloat16", device="cpu")
+    quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config)
     report = quantizer.sweep(top=1)
+    assert (report.provenance.device, report.provenance.dtype) == ("cpu", "bfloat16")
+    with pytest.raises(ConfigError, match="bfloat16 rounds the float16 weights of .* Use --dtype float32"):
+        quantizer.protecting("none").quantize()
     assert quantizer.loaded.model.dtype == torch.bfloat16
     assert report.provenance.arguments["dtype"] == "bfloat16"
     ranking = report.rankings["protect-one worst"]
     assert isinstance(ranking, Ranking)
     assert ranking.layers[0] == PLANTED_LAYER  # saves 1.5 bits per byte, the next layer 0.07
+
+
+def test_a_device_that_is_not_here_is_refused_before_the_weights_are_read(
+    planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=r"device cuda:97 is not here; torch finds .*cpu\. Use one of these"):
+        FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, device="cuda:97")
+
+
+def test_the_model_goes_to_the_device_of_the_configuration(
+    planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def record(*args: Any, **options: Any) -> None:
+        given.update(options)
+        raise ConfigError("stop here")
+
+    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", record)
+    monkeypatch.setattr("quant_fairness_plugin.steps.find_device", lambda name: f"{name}:0")
+    with pytest.raises(ConfigError, match="stop here"):
+        FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, device="cuda")
+    assert (given["device"], given["dtype"]) == ("cuda:0", torch.float32)  # its weights are stored in float16
+
+
+def test_a_model_in_memory_is_computed_in_float32(planted_model: Path, planted_file: str) -> None:
+    pair = in_memory(planted_model)
+    with pytest.raises(ConfigError, match="dtype bfloat16 is accepted together with a model's name"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, dtype="bfloat16")
+    with pytest.raises(ConfigError, match="device cuda:97 is not here"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cuda:97")
+    loaded = FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cpu").loaded
+    assert (loaded.model.device.type, loaded.model.dtype) == ("cpu", torch.float32)
+
+
+def test_group_sizes_of_a_model_and_of_a_plan(tiny_model: Callable[..., Path], planted_file: str) -> None:
+    """Of width 96 `down` has 192 input channels, so groups of 64, and all else groups of 32."""
+    folder = str(tiny_model(width=96))
+    given: dict[str, Any] = {"texts": planted_file, "protect_layers": "none"}
+    with pytest.raises(ConfigError, match="group size 64 does not divide .* 6 of 8 units.* would take 32"):
+        FairQuantizer.from_pretrained(folder, group_size=64, strict=True, **given)
+    plan = FairQuantizer.from_pretrained(folder, **given).recommend()
+    assert plan.grid.group_size == 64
+    uniform = FairQuantizer.from_pretrained(folder, method="awq", symmetric=True, format="awq", **given)
+    assert uniform.config.grid.group_size == 32
+    with pytest.raises(UnsupportedModelError, match="holds one group size.*--group-size 32 for a plan of one size"):
+        uniform.following(plan)
 
 
 def test_a_model_that_stays_in_its_files_goes_the_whole_line_to_the_same_checkpoint(
@@ -399,8 +463,8 @@ def test_a_folder_is_measured_after_an_export_and_not_before(quantizer: FairQuan
         other.protecting("none").measure_folder()
 
 
-@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 2), ((PLANTED_LAYER,), 2)])
-def test_a_run_resolves_the_model_once_and_checks_once_before_and_once_while_writing(
+@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 3), ((PLANTED_LAYER,), 2)])
+def test_a_run_resolves_the_model_once_and_checks_what_is_known_of_its_plan(
     planted_model: Path,
     planted_file: str,
     tmp_path: Path,

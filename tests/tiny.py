@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe")
 """With four experts a layer, two for each token, of the width of the model."""
 VOCABULARY = 264
 END_OF_TEXT = "<|endoftext|>"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -97,10 +100,19 @@ def _mixture_config(family: str, grouped: dict[str, Any], width: int) -> Pretrai
             raise ValueError(f"unknown family {family!r}")
 
 
-def write_tiny_model(folder: Path, family: str, *, layers: int = 2, width: int = 32, dtype: str = "float16") -> None:
+def write_tiny_model(
+    folder: Path,
+    family: str,
+    *,
+    layers: int = 2,
+    width: int = 32,
+    dtype: str = "float16",
+    changes: Mapping[str, Any] = NOTHING,
+) -> None:
     """Write a random model whose weights are large enough that its predictions differ from uniform."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, layers=layers, width=width))
+    config = tiny_config(family, layers=layers, width=width)
+    model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict() | dict(changes)))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

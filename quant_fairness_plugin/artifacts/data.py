@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -69,7 +70,8 @@ class Bootstrap:
 class Grid:
     """An integer grid: which values a quantized weight can take.
 
-    `group_size` input channels share a scale: 32, 64, 128, or -1 for one scale per output channel.
+    `group_size` input channels share a scale: 32, 64, 128, or -1 for one scale per output channel. Of a whole model it
+    is the largest: a fusion group whose input channels it does not divide takes the largest of 64 and 32 that does.
     """
 
     bits: int = 4
@@ -78,8 +80,12 @@ class Grid:
     clip: Clip = "absmax"
 
     def __str__(self) -> str:
-        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'} {self.clip}"
+        return f"int{self.bits} {self.groups} {'sym' if self.symmetric else 'asym'} {self.clip}"
+
+    @property
+    def groups(self) -> str:
+        """The group size as people read it: `g128`, or `channel`."""
+        return "channel" if self.group_size == -1 else f"g{self.group_size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +100,10 @@ class Provenance:
     arguments: dict[str, Any]
     """The arguments as resolved, defaults included."""
     seed: int
+    device: str = ""
+    """Where the model was computed; empty in results that do not say."""
+    dtype: str = ""
+    """What it was computed in, `float32` or `bfloat16`; empty in results that do not say."""
     source: str = ""
     """What the 16-bit model was computed from, where its files do not hold it: FP8 or MXFP4 weights."""
 
@@ -331,6 +341,8 @@ class ExportRecord:
     """What all parameters would take in 16 bit."""
     calibration: dict[str, Any]
     measurement: Measurement | None
+    group_sizes: dict[str, int] = field(default_factory=dict)
+    """Quantized module → its group size, where it is not that of the plan's grid."""
     protected_columns: dict[str, int] = field(default_factory=dict)
     """Module → how many of its input channels are in `quant_fairness_columns.safetensors` too, in 16 bit."""
     copied_tensors: dict[str, str] = field(default_factory=dict)
@@ -339,6 +351,22 @@ class ExportRecord:
     files: dict[str, FileRecord] = field(default_factory=dict)
     experts: ExpertCoverage | None = None
     """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Group size of every quantized module."""
+        return {name: self.group_sizes.get(name, self.plan.grid.group_size) for name in self.quantized_modules}
+
+    @property
+    def grids(self) -> str:
+        """The grid with the group size of most modules, and how many modules have another: for people to read."""
+        counts = Counter(self.sizes.values()).most_common()
+        usual = counts[0][0] if counts else self.plan.grid.group_size
+        others = [
+            f"{count} of {len(self.quantized_modules)} modules {replace(self.plan.grid, group_size=size).groups}"
+            for size, count in counts[1:]
+        ]
+        return " · ".join([str(replace(self.plan.grid, group_size=usual)), *others])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,6 +57,7 @@ def stream_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
     with_columns: bool = True,
 ) -> StreamedCheckpoint:
     """Open any of our exports, or a folder of another tool, to be run block by block; see `load_dense_model`.
@@ -65,6 +66,7 @@ def stream_checkpoint(
         folder: the checkpoint.
         tokenizer: of the texts that it will be run on, where there are any; the folder's own is not read.
         dtype: what is computed in.
+        device: where it is computed.
         with_columns: add the channels that a side file keeps in 16 bit, of which other readers do not know.
 
     Raises:
@@ -86,13 +88,13 @@ def stream_checkpoint(
     # Values are taken as they are stored: float32 holds all of them.
     storage = torch.float32
     files = ModelFiles(folder.name, folder, config, weight_files(folder), layer_count(folder, config), None)
-    parts = find_parts(model, files, places, storage=storage, compute=dtype)
+    parts = find_parts(model, files, places, storage=storage, compute=dtype, device=device)
     streamed = StreamedCheckpoint(
         files=files, model=model, tokenizer=cast(PreTrainedTokenizerBase, tokenizer), family=parts.family,
         storage_dtype=storage, places=parts.places, tables=parts.tables, compute=dtype, checkpoint=checkpoint,
         columns=columns,
     )  # fmt: skip
-    streamed.settle(torch.device("cpu"))
+    streamed.settle(torch.device(device))
     return streamed
 
 

@@ -8,7 +8,7 @@ functions compare a folder that was written here with its record. Shapes are tho
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,13 @@ from quant_fairness_plugin.checkpoint.folder import (
 from quant_fairness_plugin.checkpoint.formats import FORMATS, checkpoint_format, format_of_layout
 from quant_fairness_plugin.checkpoint.formats.format import Format, StoredGrid, TensorKind
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap, module_map, own_widths, stored_name
-from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
+from quant_fairness_plugin.checkpoint.readers.case import (
+    Case,
+    TensorFacts,
+    scheme_by_rule,
+    scheme_by_target,
+    scheme_of_target,
+)
 from quant_fairness_plugin.checkpoint.values import read_values
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.families import Family, detect_family
@@ -39,6 +45,8 @@ from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.unread import roots, sort_names
 from quant_fairness_plugin.quantize.grid_rules import group_count
 
+STORED_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
+"""Group sizes that tools write."""
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 STORAGE = {"float16": "F16", "bfloat16": "BF16"}
 """dtype as `config.json` names it → as safetensors writes it."""
@@ -121,18 +129,39 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         layout=layout,
         model=model,
         family=family,
-        modules=module_map(
-            model,
-            family,
-            packed,
-            bits={name: module.bits for name, module in packed.items()},
-            unread=roots(kinds.own, kinds.unread),
-        ),
+        modules=_module_map(model, family, quantization, packed, roots(kinds.own, kinds.unread)),
         packed=packed,
         tensors=len(shapes),
         dtype=_one_dtype({name: kind for name, (kind, _) in shapes.items() if name not in extra}),
         facts=_facts(folder, form, family, packed, missing=form.added_tensors(model).keys() - shapes.keys()),
     )
+
+
+def _module_map(
+    model: PreTrainedModel,
+    family: Family,
+    quantization: Mapping[str, Any],
+    packed: Mapping[str, StoredGrid],
+    unread: Collection[str],
+) -> ModuleMap:
+    """Return which modules are quantized, with their bits, and their group sizes where these can be told."""
+    bits = {name: module.bits for name, module in packed.items()}
+    modules = module_map(model, family, packed, bits=bits, unread=unread)
+    sizes = {name: _group_size(name, module, quantization, modules) for name, module in packed.items()}
+    known = {name: size for name, size in sizes.items() if size is not None}
+    return replace(modules, sizes=known)
+
+
+def _group_size(name: str, module: StoredGrid, quantization: Mapping[str, Any], modules: ModuleMap) -> int | None:
+    """Return the group size that metadata gives a module where it fits, else the smallest that does; None: none does.
+
+    Scales alone leave a choice: 64 input channels in one group are one group of 64, of 128, or all of a row.
+    """
+    _, by_rule = scheme_by_rule(quantization, modules, name)
+    _, by_target = scheme_of_target(scheme_by_target(quantization), name)
+    stated = [size for size in (by_rule, by_target, quantization.get("group_size")) if type(size) is int]
+    sizes = [size for size in (*stated, *STORED_SIZES) if size == -1 or size > 0]
+    return next((size for size in sizes if module.fits(size)), None)
 
 
 def modules_by_tensors(model: PreTrainedModel, family: Family, shapes: TensorShapes, record: ExportRecord) -> ModuleMap:
@@ -153,7 +182,8 @@ def modules_by_tensors(model: PreTrainedModel, family: Family, shapes: TensorSha
         )
     kinds = sort_names(model, family, shapes)
     bits = own_widths(record.quantized_modules, record.plan.grid)
-    return module_map(model, family, packed, bits=bits, unread=roots(kinds.own, kinds.unread))
+    unread = roots(kinds.own, kinds.unread)
+    return module_map(model, family, packed, bits=bits, sizes=record.sizes, unread=unread)
 
 
 def check_tensor_list(
@@ -268,7 +298,7 @@ def _check_names(missing: set[str], unexpected: set[str], advice: str) -> None:
 def _expected_tensors(
     model: PreTrainedModel, family: Family, modules: ModuleMap, record: ExportRecord
 ) -> dict[str, TensorKind]:
-    form, grid = checkpoint_format(record.format), record.plan.grid
+    form, grid, sizes = checkpoint_format(record.format), record.plan.grid, record.sizes
     state, needed = _state_names(model, family, modules.quantized)
     expected: dict[str, TensorKind] = {
         stored_name(name, family): (OTHER_KINDS.get(tensor.dtype), tuple(tensor.shape))
@@ -277,7 +307,8 @@ def _expected_tensors(
     }
     for module in modules.quantized:
         rows, cols = linear_weight(model.get_submodule(module)).shape
-        stored = StoredGrid(rows, cols, record.quantized_modules[module], group_count(grid, cols))
+        groups = group_count(replace(grid, group_size=sizes[module]), cols)
+        stored = StoredGrid(rows, cols, record.quantized_modules[module], groups)
         kinds = form.expected(stored, symmetric=grid.symmetric)
         expected |= {f"{stored_name(module, family)}.{suffix}": kind for suffix, kind in kinds.items()}
     return expected | {name: (None, (length,)) for name, length in form.added_tensors(model).items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -30,6 +31,7 @@ def module_map(
     quantized: Iterable[str],
     *,
     bits: Mapping[str, int] = NO_WIDTHS,
+    sizes: Mapping[str, int] = NO_WIDTHS,
     unread: Iterable[str] = (),
 ) -> ModuleMap:
     """Sort a model's linear modules into quantized and 16-bit ones. The model may live on the meta device.
@@ -39,6 +41,7 @@ def module_map(
         family: its map.
         quantized: full names of the quantized modules, in any order.
         bits: those of them that have other bits than the grid, with their bits.
+        sizes: group sizes of the quantized modules, where they are known.
         unread: outermost names in files of tensors that no module of the model has.
     """
     from quant_fairness_plugin.model.linear import is_linear  # torch, which plan-time code does without
@@ -54,6 +57,7 @@ def module_map(
         kept=tuple(kept),
         fused={name: parts for layer in range(layers) for name, parts in family.fused_modules(layer).items()},
         bits={name: bits[name] for name in linears if name in bits},
+        sizes={name: sizes[name] for name in linears if name in sizes},
         renamed={name: stored for name, stored in renamed.items() if name != stored},
         parts=() if family.wrapper is None else family.wrapper.parts,
         unread=tuple(unread),
@@ -101,6 +105,8 @@ class ModuleMap:
     """Name of a module that servers merge → the modules that it is merged from."""
     bits: Mapping[str, int] = field(default_factory=dict)
     """Quantized module → bits, where they are not those of the grid (INT8 units)."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Quantized module → input channels that share a scale (-1: all); empty where that is not known."""
     renamed: Mapping[str, str] = field(default_factory=dict)
     """Module → its name in files, where that is another one, such as GPT-NeoX's `embed_out`. Servers know that name."""
     parts: tuple[str, ...] = ()
@@ -172,8 +178,14 @@ class ModuleMap:
             kept=tuple(map(stored, self.kept)),
             fused=fused,
             bits={stored(name): bits for name, bits in self.bits.items()},
+            sizes={stored(name): size for name, size in self.sizes.items()},
             renamed={},
         )
+
+    def usual_size(self, default: int) -> int:
+        """Return the group size of most modules of the grid's own bits; the default where there are none."""
+        sizes = Counter(size for name, size in self.sizes.items() if name not in self.bits)
+        return max(sizes, key=lambda size: (sizes[size], size), default=default)
 
     @property
     def kept_in_blocks(self) -> tuple[str, ...]:
@@ -182,9 +194,13 @@ class ModuleMap:
 
     @property
     def split_groups(self) -> tuple[str, ...]:
-        """Merged modules whose parts differ in precision (16 bit, 8 bit or the grid's): no server can load these."""
+        """Merged modules whose parts differ in bits (16, 8 or the grid's) or group size: no server can load these."""
         widths = dict.fromkeys(self.kept, 16) | dict(self.bits)
-        return tuple(name for name, parts in self.fused.items() if len({widths.get(part, 0) for part in parts}) > 1)
+
+        def schemes(parts: tuple[str, ...]) -> set[tuple[int, int]]:
+            return {(widths.get(part, 0), self.sizes.get(part, 0)) for part in parts}
+
+        return tuple(name for name, parts in self.fused.items() if len(schemes(parts)) > 1)
 
     @property
     def kept_fused(self) -> tuple[str, ...]:

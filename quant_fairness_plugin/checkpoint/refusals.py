@@ -31,6 +31,8 @@ class Request:
     """The head's name in files and servers, where it is another one than in Transformers."""
     scaled_activation: str = ""
     """The activation of the MLP that Transformers divides by scales in an `awq` checkpoint."""
+    group_sizes: frozenset[int] = frozenset()
+    """Group sizes of the quantized modules; empty before the model is known."""
     wrapped: bool = False
     """Whether the text decoder is a part of the model, beside a vision tower or an audio encoder."""
 
@@ -54,6 +56,16 @@ class Request:
     def simulated(self) -> tuple[str, ...]:
         """Precisions of single layers or units that no checkpoint holds."""
         return tuple(sorted({kind for kind in self.overrides.values() if kind not in ("fp16", "int8", "int4")}))
+
+    @property
+    def several_sizes(self) -> bool:
+        """Whether modules have different group sizes."""
+        return len(self.group_sizes) > 1
+
+    @property
+    def smallest_size(self) -> int:
+        """The group size that fits every module that one fits."""
+        return min(self.group_sizes)
 
     @property
     def single_units(self) -> tuple[str, ...]:

@@ -15,11 +15,12 @@ from quant_fairness_plugin.analysis.kinds import ANALYSES, find_analysis
 from quant_fairness_plugin.analysis.request import AnalysisOptions, Request, check_options
 from quant_fairness_plugin.artifacts import Interval, Undefined, write_atomically
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, OutputFile
+from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.devices import describe_device
 from quant_fairness_plugin.preflight import preflight
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ MOST_ROWS = 60
 """Of a table on the terminal; --json has larger ones."""
 
 
-@options(config=(*GRID, *TEXTS), file=False)
+@options(config=(*GRID, *TEXTS, *COMPUTE), file=False)
 def analyze(
     config: FairConfig,
     extra: AnalysisOptions,
@@ -51,12 +52,17 @@ def analyze(
     source = access.source(model)
     checked = preflight(source, config)
 
+    computed: dict[str, str] = {}
+
     @cache
     def load() -> LoadedModel:
         # Loads torch.
         from quant_fairness_plugin.steps import load_checked
 
-        return load_checked(checked, source)
+        loaded = load_checked(checked, source, config)
+        computed["device"] = describe_device(loaded.model.device)
+        computed["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+        return loaded
 
     with progress() as shown:
         request = Request(
@@ -68,7 +74,7 @@ def analyze(
             progress=lambda done, total: shown(kind, done, total),
         )
         result = analysis.run(request)
-    provenance = request.provenance(reads_texts=analysis.reads_texts)
+    provenance = request.provenance(reads_texts=analysis.reads_texts) | computed
     document = {"schema_version": 1, "kind": "analysis", "analysis": kind, "provenance": provenance}
     text = json.dumps(document | {"result": asdict(result)}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     if output is not None:
@@ -112,8 +118,14 @@ def lines(result: object) -> Iterator[str | Table]:
 def _table(title: str, rows: tuple[Any, ...]) -> Table:
     columns = [field.name for field in fields(rows[0]) if not _per_sentence(getattr(rows[0], field.name))]
     table = Table(*(name.replace("_", " ") for name in columns), title=title)
+    reasons: dict[str, None] = {}
     for row in rows:
-        table.add_row(*(_cell(getattr(row, name)) for name in columns))
+        values = [getattr(row, name) for name in columns]
+        reasons |= {value.undefined: None for value in values if isinstance(value, Undefined)}
+        table.add_row(*("undefined" if isinstance(value, Undefined) else _cell(value) for value in values))
+    if reasons:
+        more = f" (and {len(reasons) - 1} other reasons, in --json)" if len(reasons) > 1 else ""
+        table.caption = f"undefined: {next(iter(reasons))}{more}"
     return table
 
 

@@ -94,11 +94,22 @@ def legacy_recommend(source: ModelSource, config: FairConfig, top: int, *, outpu
 def _load(source: ModelSource, config: FairConfig) -> tuple[LoadedModel, dict[str, str]]:
     files = source.resolve()
     # Loads torch.
+    import torch
+
+    from quant_fairness_plugin.model.devices import find_device
     from quant_fairness_plugin.model.load import load_model
     from quant_fairness_plugin.seeds.legacy import legacy_texts
 
     texts = legacy_texts(config)
-    return load_model(files, trust_remote_code=source.trust_remote_code, sentences=tuple(texts.values())), texts
+    # As the scripts did: on the CPU in float32, unless another device or dtype is named.
+    loaded = load_model(
+        files,
+        dtype=torch.bfloat16 if config.dtype == "bfloat16" else None,
+        device="cpu" if config.device == "auto" else find_device(config.device),
+        trust_remote_code=source.trust_remote_code,
+        sentences=tuple(texts.values()),
+    )
+    return loaded, texts
 
 
 def _written(document: Mapping[str, Any], output: Path | None, *, as_json: bool) -> bool:

@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": "quant-fairness compare --model demo --calibrations english,uniform",
     "analyze": "quant-fairness analyze weights demo-gpt2 --json > weights.json",
     "verify": "quant-fairness verify demo-int4-fair",
+    "report": "quant-fairness report demo-int4-fair sweep.json -o report.html",
     "repair": "quant-fairness repair DIR --dry-run",
     "generate": "quant-fairness generate demo-int4-fair --prompt 'In the beginning'",
     "doctor": "quant-fairness doctor",

@@ -21,7 +21,16 @@ from quant_fairness_plugin.cli.damage import (
 )
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
-from quant_fairness_plugin.cli.options import TEXTS, Access, Details, Json, ModelOption, OutputFile, Place
+from quant_fairness_plugin.cli.options import (
+    COMPUTE,
+    TEXTS,
+    Access,
+    Details,
+    Json,
+    ModelOption,
+    OutputFile,
+    Place,
+)
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
@@ -41,7 +50,7 @@ class HowToMeasure:
     method: HowMeasured = "rigorous"
 
 
-@options(config=(*TEXTS, "gate"))
+@options(config=(*TEXTS, *COMPUTE, "gate"))
 def measure(
     config: FairConfig,
     access: Access,
@@ -84,7 +93,7 @@ def measure(
         )
     if output is not None:
         save(measured, output)
-        save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
+        save_run_record(output, seconds=time.monotonic() - started, device=measured.provenance.device, argv=sys.argv)
     if as_json:
         typer.echo(to_json(measured), nl=False)
         return None if checkpoint is None else check_gate(measured, config)

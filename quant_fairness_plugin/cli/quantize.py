@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from quant_fairness_plugin.artifacts import ExportRecord, ProtectionPlan, to_json
+from quant_fairness_plugin.artifacts import ExportRecord, Measurement, ProtectionPlan, to_json
 from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
@@ -20,6 +20,7 @@ from quant_fairness_plugin.cli.options import (
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
 from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
@@ -74,7 +75,15 @@ def write_checkpoint(
             source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
             stream=needs_no_sweep(config),
         )  # fmt: skip
-        return (quantizer if plan is None else quantizer.following(plan)).save_pretrained(out, overwrite=overwrite)
+        quantizer = quantizer if plan is None else quantizer.following(plan)
+
+        def measure(folder: Path) -> Measurement:
+            measured = quantizer.measure_folder(folder)
+            others = [] if quantizer.last_sweep is None else [quantizer.last_sweep]
+            report_checkpoint_folder(folder, measured, config, others)
+            return measured
+
+        return quantizer.save_pretrained(out, overwrite=overwrite, measure=measure)
 
 
 def report_checkpoint(
@@ -97,5 +106,5 @@ def report_checkpoint(
         show((detailed_damage_table if details else damage_table)(record.measurement, title=title))
         typer.echo("\n".join(damage_notes(record.measurement)))
     more = singled_out(record.plan)
-    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {more}, verified; {extent(record)}")
+    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}, verified; {extent(record)}")
     check_gate(record.measurement, config)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from quant_fairness_plugin.artifacts import to_json
+from quant_fairness_plugin.artifacts import Measurement, to_json
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table
 from quant_fairness_plugin.cli.declare import options
@@ -21,6 +21,7 @@ from quant_fairness_plugin.cli.options import (
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
 from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
@@ -59,7 +60,13 @@ def run(
             source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
             stream=needs_no_sweep(config),
         )  # fmt: skip
-        result = (quantizer if saved is None else quantizer.following(saved)).run(out, overwrite=overwrite)
+        quantizer = quantizer if saved is None else quantizer.following(saved)
+
+        def report(folder: Path, unprotected: Measurement, protected: Measurement) -> None:
+            others = [other for other in (unprotected, quantizer.last_sweep) if other is not None]
+            report_checkpoint_folder(folder, protected, quantizer.config, others)
+
+        result = quantizer.run(out, overwrite=overwrite, report=report)
     typer.echo("\n".join(coverage_lines(result.record.calibration)), err=True)
     if as_json:
         typer.echo(to_json(result.record), nl=False)
@@ -71,7 +78,7 @@ def run(
 def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) -> None:
     show_verdict(result.protected, config)
     more, part = singled_out(result.plan), describe_part(result.protected)
-    title = f"{config.method} {config.grid}, {part}: without protection, and with {more}"
+    title = f"{config.method} {result.record.grids}, {part}: without protection, and with {more}"
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
     typer.echo("\n".join(damage_notes(result.protected)))

@@ -19,8 +19,9 @@ from quant_fairness_plugin.artifacts import (
 )
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
-from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import write_report
 from quant_fairness_plugin.cli.sweep_checks import check_execution, check_sets
 from quant_fairness_plugin.cli.sweep_options import ExecutionOptions, PlansOptions, SearchOptions
 from quant_fairness_plugin.cli.tables import (
@@ -37,7 +38,7 @@ from quant_fairness_plugin.plans.plan_set import check_precisions
 from quant_fairness_plugin.preflight import preflight
 
 
-@options(config=(*GRID, "objective", *TEXTS))
+@options(config=(*GRID, "objective", *TEXTS, *COMPUTE))
 def sweep(
     config: FairConfig,
     plans: PlansOptions,
@@ -68,16 +69,13 @@ def sweep(
     from quant_fairness_plugin.quantize.stream import Workplace
     from quant_fairness_plugin.sweep.make_executor import make_executor
 
-    runner = None if execution.executor is None else make_executor(execution.executor, workers=execution.workers)
+    runner = None
+    if execution.executor is not None:
+        runner = make_executor(execution.executor, workers=execution.workers, spread=":" not in config.device)
     started = time.monotonic()
     with progress() as shown:
         quantizer = FairQuantizer.from_source(
-            source,
-            config,
-            checked=checked,
-            progress=shown,
-            place=Workplace(memory_budget=budget),
-            dtype=execution.dtype,
+            source, config, checked=checked, progress=shown, place=Workplace(memory_budget=budget)
         )
         report = quantizer.sweep(
             wanted.modes,
@@ -94,7 +92,8 @@ def sweep(
         )
     if output is not None:
         save(report, output)
-        save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
+        write_report(output.with_suffix(".html"), [report], config)
+        save_run_record(output, seconds=time.monotonic() - started, device=report.provenance.device, argv=sys.argv)
     counts = combination_lines(report, config.objective)
     if as_json:
         typer.echo("\n".join(counts), err=True)

@@ -142,7 +142,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionOptions:
-    """Where and in what a sweep computes. Nothing of it changes what is ranked, apart from `bank` and `dtype`."""
+    """How a sweep is run. Nothing of it changes what is ranked, apart from `bank`."""
 
     bank: Annotated[
         Path | None,
@@ -153,10 +153,6 @@ class ExecutionOptions:
             metavar="DIR",
         ),
     ] = None
-    dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        Option("What the sweep computes in; bfloat16 is faster where the processor has it:", "More"),
-    ] = "float32"
     work: Annotated[
         Path | None,
         Option("Keep finished trials in this folder: an interrupted sweep goes on there.", "More", metavar="DIR"),

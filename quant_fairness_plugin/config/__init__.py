@@ -6,6 +6,7 @@ The command line takes options, help and defaults from the fields here; there is
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,9 +54,12 @@ from quant_fairness_plugin.config.parsers import (
 )
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import OBJECTIVES, find_objective
+from quant_fairness_plugin.model.devices import Dtype, check_device_name
 from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import METHODS, find_method
-from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size
+from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +79,8 @@ class FairConfig:
     group_size: Annotated[
         int | Literal["auto"],
         Option(
-            "Input channels that share a scale; 'auto': the largest of 128, 64, 32 that leaves the fewest weights in "
-            "16 bit; -1: all of a row.",
+            "Input channels that share a scale, at most: each unit takes the largest of 128, 64, 32 up to it that "
+            "divides its input channels ('auto': up to 128); -1: all of a row.",
             "How to quantize",
             parse=parse_group_size,
             metavar="auto|32|64|128|-1",
@@ -259,6 +263,23 @@ class FairConfig:
     """Our core (`native`), or a name of the entry points `quant_fairness.backends`."""
     format: Annotated[CheckpointFormat, Option("Checkpoint format:", "Output")] = "compressed-tensors"
     reader: Annotated[Reader, Option("Reader that must be able to load the checkpoint:", "Output")] = "transformers"
+    device: Annotated[
+        str,
+        Option(
+            "Where to compute: cpu, cuda, cuda:1, mps, xpu, or auto: the first accelerator that is there, else cpu.",
+            "More",
+            metavar="NAME",
+            names=("auto", "cpu", "cuda", "mps", "xpu"),
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Option(
+            "What to compute in; auto is bfloat16 for weights stored in it, on an accelerator and where this CPU "
+            "multiplies faster in it, else float32:",
+            "More",
+        ),
+    ] = "auto"
     gate: Annotated[
         str | None,
         Option(
@@ -272,7 +293,8 @@ class FairConfig:
     strict: Annotated[
         bool,
         Option(
-            "An unstable ranking or a failed gate is an error (exit status 6), not a warning.",
+            "An unstable ranking or a failed gate is an error (exit status 6), and so is a --group-size that does not "
+            "fit every unit (exit status 2), not a warning.",
             "More",
             flag="--strict/--no-strict",
         ),
@@ -281,6 +303,7 @@ class FairConfig:
     def __post_init__(self) -> None:
         find_method(self.method)
         find_objective(self.objective)
+        check_device_name(self.device)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
         if self.group_size != "auto":
@@ -310,9 +333,42 @@ class FairConfig:
         group_size = AUTO_GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
         return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=self.clip)
 
-    def fitted(self, model: Modules) -> FairConfig:
-        """Return the same configuration with the group size that `auto` comes to on a model."""
-        return self if self.group_size != "auto" else replace(self, group_size=fitting_group_size(model))
+    def fitted(self, model: Modules, *, uniform: bool = False) -> FairConfig:
+        """Return the same configuration with the largest group size that the units of a model take.
+
+        Where none fits any of them, `auto` is one scale for a whole row.
+
+        Args:
+            model: the model, or its outline.
+            uniform: all units take one size, because the format or its reader knows one.
+        """
+        if self.group_size == -1:
+            return self
+        largest = fitting_group_size(model, self.grid.group_size, uniform=uniform)
+        if largest is None:
+            return replace(self, group_size=-1) if self.group_size == "auto" else self
+        return replace(self, group_size=largest)
+
+    def check_group_size(self, model: Modules) -> None:
+        """Warn of units that a stated group size does not fit, and of the sizes that they take.
+
+        Raises:
+            ConfigError: there are some, and the configuration is strict.
+        """
+        if self.group_size in ("auto", -1):
+            return
+        sizes = group_sizes(model, self.grid)
+        others = {unit: size for unit, size in sizes.items() if size != self.group_size}
+        if not others:
+            return
+        message = (
+            f"group size {self.group_size} does not divide the input channels of {len(others)} of {len(sizes)} units, "
+            f"first {next(iter(others))}"
+        )
+        names = " or ".join(map(str, sorted(set(others.values()), reverse=True)))
+        if self.strict:
+            raise ConfigError(f"{message}; they would take {names}. Use --group-size auto, or leave --strict out")
+        _logger.warning("%s: they take %s", message, names)
 
     @property
     def decides_by(self) -> str:
@@ -398,6 +454,8 @@ class FairOptions(TypedDict, total=False):
     backend: str
     format: CheckpointFormat
     reader: Reader
+    device: str
+    dtype: Dtype
     gate: str | None
     draws: int
     seed: int

@@ -102,7 +102,7 @@ def gather_evidence(
         "random_plans": rivals.random_plans,
     }  # fmt: skip
     return Evidence(
-        provenance=provenance(loaded.files, texts, seed=bootstrap.seed, arguments=arguments),
+        provenance=provenance(loaded, texts, seed=bootstrap.seed, arguments=arguments),
         plan=plan,
         objective=objective,
         grid=plan.grid,

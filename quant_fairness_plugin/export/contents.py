@@ -31,11 +31,11 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     weights = {f"{name}.weight": name for name in quantized.tensors}
     kept = kept_experts(loaded.model, quantized.tensors) if layout.packs else {}
     tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
-    seen: set[int] = set()
-    for name, tensor in loaded.model.state_dict(keep_vars=True).items():
-        if not family.owns(name) or (tied and id(tensor) in seen):
+    once = {name for name, _ in loaded.model.named_parameters()}
+    every = {name for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
+    for name in loaded.model.state_dict():
+        if not family.owns(name) or (tied and name in every - once):
             continue
-        seen.add(id(tensor))
         module = weights.get(name)
         if owner_of(name, kept) is not None:
             continue  # stacked, below
@@ -45,7 +45,8 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
             value = loaded.stored(name) if folded is None else folded.to("cpu", dtype, copy=True)
             yield stored_name(name, family), value.contiguous()
         elif layout.packs:
-            yield from layout.tensors(stored_name(module, family), quantized.tensors[module]).items()
+            parts = layout.tensors(stored_name(module, family), quantized.tensors[module])
+            yield from ((full, part.cpu()) for full, part in parts.items())
         else:
             dense = quantized.dense_weight(module)
             dense = dense.t() if is_conv1d(loaded.model.get_submodule(module)) else dense

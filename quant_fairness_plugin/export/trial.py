@@ -23,7 +23,7 @@ from quant_fairness_plugin.model.experts import with_unfolded_experts
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
-from quant_fairness_plugin.model.small import small_model
+from quant_fairness_plugin.model.small import DEPTHS, small_model
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.recommend import explicit_plan
@@ -62,7 +62,8 @@ def try_architecture(
     """
     if is_known(model):
         return
-    small = small_model(model)
+    kinds = detect_family(model).kinds
+    small = small_model(model, least=max(DEPTHS[0], 1 + max((kinds.index(kind) for kind in set(kinds)), default=0)))
     if small is None:
         return
     kind = str(getattr(model.config, "model_type", "") or type(model).__name__)

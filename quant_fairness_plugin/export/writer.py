@@ -85,7 +85,10 @@ def export(
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
-    check_exportable(loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides)
+    sizes = {tensor.grid.group_size for tensor in quantized.tensors.values()}
+    check_exportable(
+        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides, group_sizes=sizes
+    )
     layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
@@ -130,7 +133,7 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
     }
     if loaded.files.memory_sha256 is not None:
         arguments[IN_MEMORY] = True
-    made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
+    made = provenance(loaded, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     return ExportRecord(
         provenance=replace(made, versions=made.versions | dict(quantized.versions)),
         method=quantized.method,
@@ -138,6 +141,11 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
         plan=plan,
         family=loaded.family.name,
         quantized_modules=quantized.bits,
+        group_sizes={
+            name: grid.group_size
+            for name, grid in quantized.module_grids.items()
+            if grid.group_size != plan.grid.group_size
+        },
         kept_modules=quantized.kept,
         linear_modules=sum(len(loaded.linears(layer)) for layer in range(loaded.layers)),
         sixteen_bit_bytes=2 * loaded.parameters,
@@ -184,9 +192,13 @@ def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies
     config |= _dtypes(loaded) | _tying(loaded)
     if layout.packs:
         bits = own_widths(quantized.bits, quantized.grid)
-        modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits, unread=copies.roots)
-        config["quantization_config"] = layout.quantization_config(modules, quantized.grid)
-        for name, content in layout.side_files(modules, quantized.grid).items():
+        sizes = {name: grid.group_size for name, grid in quantized.module_grids.items()}
+        modules = module_map(
+            loaded.model, loaded.family, quantized.tensors, bits=bits, sizes=sizes, unread=copies.roots
+        )
+        grid = replace(quantized.grid, group_size=modules.usual_size(quantized.grid.group_size))
+        config["quantization_config"] = layout.quantization_config(modules, grid)
+        for name, content in layout.side_files(modules, grid).items():
             _write_json(folder / name, content)
     _write_json(folder / "config.json", config)
 

@@ -114,7 +114,7 @@ def block_work(outline: Outline) -> int:
     """A block on a piece of the stack (its input, and the outputs of all its linear modules), or rounding a matrix."""
     names = widest_layer(outline)
     outputs = sum(outline.matrix(name)[0] for name in names)
-    running = STACK_TOKENS["cpu"] * (2 * outline.width + outputs)
+    running = STACK_TOKENS.cpu * (2 * outline.width + outputs)
     largest = max(math.prod(outline.matrix(name)) for name in names)
     return FLOAT * max(running, ROUNDING_COPIES * largest)
 
@@ -124,4 +124,4 @@ def head_work(outline: Outline, leaves: int, scored: int) -> int:
     from quant_fairness_plugin.measure.streamed import PIECE_ELEMENTS
 
     inputs = FLOAT * outline.width * scored * (leaves + leaves + leaves + 1)
-    return inputs + RUNNING_SUMS * scored * (leaves + 1) + FLOAT * LOGIT_COPIES * PIECE_ELEMENTS["cpu"]
+    return inputs + RUNNING_SUMS * scored * (leaves + 1) + FLOAT * LOGIT_COPIES * PIECE_ELEMENTS.cpu

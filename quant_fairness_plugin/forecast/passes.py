@@ -12,7 +12,7 @@ from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.plans.plan_set import BASELINE, Plan, PlanSet, plan_name
 from quant_fairness_plugin.plans.tree import State, StateTree, build_tree
 from quant_fairness_plugin.plans.units import UnitMap, name_units
-from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.quantize.grid_rules import misfit, unit_grid
 
 Plans = Mapping[str, Mapping[str, Precision]]
 
@@ -91,11 +91,16 @@ def fitting_groups(outline: Outline, grid: Grid) -> tuple[str, ...]:
         str(Unit(layer, unit.name))
         for layer in range(outline.layers)
         for unit in outline.family.units_of(layer)
-        if all(misfit(grid, *outline.matrix(f"{prefix}.{layer}.{module}")) is None for module in unit.modules)
+        if _fits(grid, [outline.matrix(f"{prefix}.{layer}.{module}") for module in unit.modules])
     )
     if not fitting:
         raise ConfigError(f"rtn {grid} fits no module of the model; use another group size, or -1")
     return fitting
+
+
+def _fits(grid: Grid, shapes: Sequence[tuple[int, int]]) -> bool:
+    grid = unit_grid(grid, (cols for _, cols in shapes))
+    return all(misfit(grid, *shape) is None for shape in shapes)
 
 
 def kept_groups(outline: Outline, fitting: Sequence[str]) -> tuple[str, ...]:

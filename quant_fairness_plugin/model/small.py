@@ -36,13 +36,18 @@ _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", 
 _PLAIN_ROTARY = frozenset({"default", "linear"})
 
 
-def small_model(model: PreTrainedModel) -> PreTrainedModel | None:
+def small_model(model: PreTrainedModel, *, least: int = DEPTHS[0]) -> PreTrainedModel | None:
     """Return a model of the same class with few layers and random weights; None where none can be built.
 
     Its weights are float16 values in float32. The global random numbers stay as they were.
+
+    Args:
+        model: whose class and config it is; the meta device will do.
+        least: how many layers it must have, to hold every kind of layer.
     """
     whole = model.config.to_dict()
-    configs = [shortened(whole, depth) for depth in DEPTHS if depth < count_layers(whole)]
+    depths = sorted({max(least, depth) for depth in DEPTHS})
+    configs = [shortened(whole, depth) for depth in depths if depth < count_layers(whole)]
     for config in (*configs, None):
         small = build_model(model, config, MAX_VALUES)
         if small is not None:

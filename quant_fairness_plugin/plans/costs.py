@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, Unit, bits_of_precision, precision_of_bits
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.quantize.grid_rules import column_bytes, group_count, has_columns, misfit
+from quant_fairness_plugin.quantize.grid_rules import column_bytes, group_count, has_columns, misfit, unit_grid
 from quant_fairness_plugin.quantize.selection import Modules, Selection, select_modules
 
 SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
@@ -34,8 +34,10 @@ def dense_bytes(shapes: Iterable[Shape]) -> int:
 def quantized_bytes(shapes: Sequence[Shape], grid: Grid) -> int:
     """Return the bytes of a fusion group's packed weights with their scales, and zero points where the grid has them.
 
-    A group that the grid does not fit in one of its weights stays in 16 bit as a whole, as it does in the checkpoint.
+    The group takes the largest group size, up to the grid's, that fits all its weights; where none does it stays in
+    16 bit as a whole, as it does in the checkpoint.
     """
+    grid = unit_grid(grid, (cols for _, cols in shapes))
     if any(misfit(grid, *shape) is not None for shape in shapes):
         return dense_bytes(shapes)
     return sum(_packed_bytes(rows, cols, grid) for rows, cols in shapes)

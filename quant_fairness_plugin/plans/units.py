@@ -13,6 +13,7 @@ from quant_fairness_plugin.artifacts import Grid, Precision, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.architectures.experts import names_experts
 from quant_fairness_plugin.model.families import Family
+from quant_fairness_plugin.quantize.grid_rules import unit_grid
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.model.load import LoadedModel
@@ -193,8 +194,9 @@ def check_table(parameter: str, shape: Sequence[int], grid: Grid, *, what: str) 
     Raises:
         ConfigError: they do not.
     """
-    if len(shape) == 2 and grid.group_size != -1 and shape[1] % grid.group_size:
+    size = unit_grid(grid, shape[1:]).group_size
+    if len(shape) == 2 and size != -1 and shape[1] % size:
         raise ConfigError(
-            f"{what}: {parameter} has rows of {shape[1]} values, which groups of {grid.group_size} do not divide; use "
-            "a group size that does, or -1"
+            f"{what}: {parameter} has rows of {shape[1]} values, which groups of {size} do not divide; use a group "
+            "size that does, or -1"
         )

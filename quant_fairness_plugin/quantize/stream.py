@@ -85,9 +85,14 @@ class QuantizedModel:
     """Of a mixture of experts: how calibration reached them, where that was counted."""
 
     @property
+    def module_grids(self) -> dict[str, Grid]:
+        """Full module name → its grid, without reading the integers where the grids are known."""
+        return {name: self.grids.get(name) or self.tensors[name].grid for name in self.tensors}
+
+    @property
     def bits(self) -> dict[str, int]:
-        """Full module name → its bits, without reading the integers where the grids are known."""
-        return {name: (self.grids.get(name) or self.tensors[name].grid).bits for name in self.tensors}
+        """Full module name → its bits."""
+        return {name: grid.bits for name, grid in self.module_grids.items()}
 
     @property
     def grid(self) -> Grid:

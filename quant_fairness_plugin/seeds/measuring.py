@@ -113,6 +113,6 @@ def _measure_simulated(
         texts.part("confirm"),
         part=true_part(texts, "confirm"),
         condition=overlap(texts),
-        provenance=lambda given: provenance(loaded.files, texts, seed=0, arguments=given),
+        provenance=lambda given: provenance(loaded, texts, seed=0, arguments=given),
         bootstrap=Bootstrap(reference),
     ).measurements[SIMULATED]

@@ -18,7 +18,7 @@ from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.plans.tree import Variant
 from quant_fairness_plugin.plans.units import UnitMap, check_table
 from quant_fairness_plugin.quantize.grid import quantize_rtn
-from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.quantize.grid_rules import misfit, unit_grid
 
 
 class Bank(Protocol):
@@ -40,7 +40,8 @@ def variant_weights(bank: Bank, variant: Variant) -> dict[str, Tensor]:
 class RtnBank:
     """Rounds a unit to nearest when its weights are first needed, and keeps the result.
 
-    A fusion group that the grid does not fit in one of its matrices stays in 16 bit as a whole, as in a checkpoint.
+    A unit takes the largest group size, up to the grid's, that fits all its matrices; a fusion group that none fits
+    stays in 16 bit as a whole, as in a checkpoint.
     What no checkpoint format quantizes is simulation only: vectors (biases, norms) get one scale for all their values,
     and tables (embeddings, positions, head) are rounded in groups along their rows, whatever their number of rows.
     """
@@ -64,7 +65,7 @@ class RtnBank:
         """Parameter → rounded value as the model stores it."""
         key = (unit, precision)
         if key not in self._made:
-            grid = replace(self._grid, bits=bits_of_precision(precision))
+            grid = self._grid_of(unit, precision)
             rounded = {name: self._round(name, grid) for name in self._units.parameters[unit]}
             made = {name: value for name, value in rounded.items() if value is not None}
             # Servers merge a fusion group into one matrix, which has one precision.
@@ -76,8 +77,13 @@ class RtnBank:
 
     def quantizes(self, unit: str, precision: Precision) -> bool:
         """Return whether the grid fits a fusion group, judged by shapes alone: nothing is rounded."""
+        grid, names = self._grid_of(unit, precision), self._units.parameters[unit]
+        return all(misfit(grid, *self._matrix(name).shape) is None for name in names)
+
+    def _grid_of(self, unit: str, precision: Precision) -> Grid:
         grid = replace(self._grid, bits=bits_of_precision(precision))
-        return all(misfit(grid, *self._matrix(name).shape) is None for name in self._units.parameters[unit])
+        shapes = [self._matrix(name).shape for name in self._units.parameters[unit]]
+        return unit_grid(grid, [shape[1] for shape in shapes if len(shape) == 2])  # a vector has one scale
 
     def _matrix(self, name: str) -> Tensor:
         value = self._loaded.model.get_parameter(name).detach()

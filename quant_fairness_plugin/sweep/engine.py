@@ -262,7 +262,7 @@ def _report(
     layer_bytes, other_bytes = count_bytes(loaded, subject.grid, config.precisions)
     arguments = _arguments(subject, config, bootstrap)
     return SweepReport(
-        provenance=provenance(loaded.files, judge.texts, seed=bootstrap.seed, arguments=arguments),
+        provenance=provenance(loaded, judge.texts, seed=bootstrap.seed, arguments=arguments),
         layers=loaded.layers,
         granularity=config.granularity,
         precisions=config.precisions,

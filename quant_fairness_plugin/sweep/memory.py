@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from quant_fairness_plugin.errors import ResourceError
+from quant_fairness_plugin.model.devices import ByDevice
 from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.model.sizes import shown
 
@@ -110,6 +111,6 @@ CONTEXT = 2048
 """Longest window of a sentence, where the model allows it."""
 
 
-STACK_TOKENS = {"cpu": 1024, "cuda": 1 << 15}
+STACK_TOKENS = ByDevice(cpu=1024, accelerator=1 << 15)
 """Most tokens that a block is given at once, all stacked states together. On a CPU, so few that the widest activations
 still fit its cache."""

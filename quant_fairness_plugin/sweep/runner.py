@@ -110,7 +110,7 @@ class TreeRunner:
                 hidden = self._head_inputs(piece, inputs, positions, read)
                 nll, of_states = score_hidden(reference, hidden, targets, head, state_head=state_head)
                 baseline[:, 0] = nll.cpu()
-                scores |= dict(zip(piece, of_states.cpu(), strict=True))
+                scores |= dict(zip(piece, of_states.cpu().double(), strict=True))
         # A state that is the 16-bit model itself has no KL; rounding would give it one of about 1e-7.
         scores[first] = baseline
         return {name: sum_rows(batch, scores[leaf], name, texts) for name, leaf in self.tree.leaves.items()}
@@ -141,7 +141,7 @@ class TreeRunner:
 
 
 def _stacks(nodes: Sequence[int], inputs: Inputs) -> Iterator[Sequence[int]]:
-    return _pieces(nodes, STACK_TOKENS[inputs.ids.device.type] // inputs.ids.numel())
+    return _pieces(nodes, STACK_TOKENS.on(inputs.ids.device.type) // inputs.ids.numel())
 
 
 def _pieces(nodes: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -63,7 +63,7 @@ def score_units(
     layer_bytes, other_bytes = count_bytes(loaded, grid, kinds)
     arguments = {"grid": str(grid), "bank": bank.description, "sentences": len(some), "draws": draws, "menu": [*menu]}
     return UnitScores(
-        provenance=provenance(loaded.files, texts, seed=seed, arguments=arguments),
+        provenance=provenance(loaded, texts, seed=seed, arguments=arguments),
         layers=loaded.layers,
         grid=grid,
         precisions=kinds,

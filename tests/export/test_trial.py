@@ -23,6 +23,7 @@ from quant_fairness_plugin.model.small import small_model
 from quant_fairness_plugin.steps import format_problems
 from tests.export.build import TEXTS
 from tests.tiny import byte_tokenizer
+from tests.traced import traced_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
@@ -73,6 +74,18 @@ def test_a_small_model_goes_the_whole_way(model_type: str) -> None:
     assert set(found.kinds) == set(expected.kinds)
     assert replace(found, kinds=()) == replace(expected, kinds=())
     assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in model.parameters())
+
+
+def test_the_small_model_of_a_hybrid_has_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers of linear attention alone would fail in a reader that asks the attention's cache for its length."""
+    depths: list[int] = []
+    made = small_model
+    monkeypatch.setattr(
+        "quant_fairness_plugin.export.trial.small_model",
+        lambda model, *, least: depths.append(least) or made(model, least=least),
+    )
+    attempt(traced_model("qwen3_5_text", layers=8))
+    assert depths == [4]
 
 
 @pytest.mark.parametrize("model_type", UNREAD)

@@ -70,10 +70,19 @@ class AwqFormat(Format):
                 "--format compressed-tensors",
             ),
         ),
+        (
+            lambda r: r.several_sizes,
+            Refusal(
+                "format 'awq' holds one group size, and the plan's modules have several",
+                "is a plan whose units have one size",
+                "--group-size {r.smallest_size} for a plan of one size, or --format compressed-tensors",
+            ),
+        ),
         TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )
+    uniform = True
 
     def shapes(self, grid: StoredGrid) -> dict[str, TensorKind]:
         """Return every tensor that stands for a module of these sizes."""

@@ -6,13 +6,15 @@ also sees or hears, each part that is not text has one regular expression, and n
 are written both ways: Transformers looks for the one, servers for the other. No key beyond the format's own is written:
 the package announces that it will refuse unknown ones.
 
-Modules of 8 bits have a group of their own whose targets are their full names: readers let an exact name (vLLM: or the
-exact names of all parts of a merged module) win over the class name `Linear` of the other group.
+Modules of other bits or another group size have groups of their own whose targets are their full names: readers let an
+exact name (vLLM: or the exact names of all parts of a merged module) win over the class name `Linear`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import Grid
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from quant_fairness_plugin.quantize.grid import QuantizedTensor
 
 WIDE_BITS = 8
-"""The other width, of the modules that the first group names."""
+"""The other width, of modules that a group names."""
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -96,15 +98,24 @@ class CompressedTensorsFormat(Format):
     def quantization_config(self, modules: ModuleMap, grid: Grid) -> dict[str, Any]:
         """Return the `quantization_config` entry of `config.json`."""
         groups: dict[str, dict[str, Any]] = {}
-        for number, bits in enumerate(sorted(set(modules.bits.values())), start=1):
-            names = [name for name in modules.quantized if modules.bits.get(name) == bits]
+        grids = {
+            name: replace(
+                grid, bits=modules.bits.get(name, grid.bits), group_size=modules.sizes.get(name, grid.group_size)
+            )
+            for name in modules.quantized
+        }
+        others = sorted(set(grids.values()) - {grid}, key=lambda other: (other.bits, other.group_size))
+        for number, other in enumerate(others, start=1):
+            names = [name for name, own in grids.items() if own == other]
             names += [modules.renamed[name] for name in names if name in modules.renamed]
-            groups[f"group_{number}"] = _group(names, grid, bits)
+            groups[f"group_{number}"] = _group(names, other)
         if modules.experts is not None and groups:
             # Transformers gives experts the first group whose pattern names them, else the first without a pattern.
-            groups = {"experts": _group([modules.experts], grid, grid.bits)} | groups
+            pattern = re.compile(modules.experts.removeprefix("re:"))
+            own = next((own for name, own in grids.items() if pattern.match(name)), grid)
+            groups = {"experts": _group([modules.experts], own)} | groups
         # Last, because compressed-tensors warns of every name that comes after a class which matched first.
-        groups["group_0"] = _group(["Linear"], grid, grid.bits)
+        groups["group_0"] = _group(["Linear"], grid)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -123,14 +134,14 @@ class CompressedTensorsFormat(Format):
         yield from _wrong_ignore(modules, quantization)
 
 
-def _group(targets: list[str], grid: Grid, bits: int) -> dict[str, Any]:
+def _group(targets: list[str], grid: Grid) -> dict[str, Any]:
     return {
         "targets": targets,
         "format": "pack-quantized",
         "input_activations": None,
         "output_activations": None,
         "weights": {
-            "num_bits": bits,
+            "num_bits": grid.bits,
             "type": "int",
             "symmetric": grid.symmetric,
             "strategy": "channel" if grid.group_size == -1 else "group",
@@ -142,21 +153,32 @@ def _group(targets: list[str], grid: Grid, bits: int) -> dict[str, Any]:
 
 
 def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
-    """One group of int4 weights for all linear modules, and before it one of int8 for named ones."""
+    """One group of int4 weights for all linear modules, and before it groups for named ones, each of another scheme."""
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         yield f"config_groups is {groups!r}; expected: a table of groups"
         return
     *others, last = (group for group in groups.values() if group.get("targets") != [modules.experts])
     yield from wrong_fields(last, {"targets": ["Linear"]})
-    if len(others) > 1 or any("Linear" in group.get("targets", []) for group in others):
-        yield f"config_groups holds {1 + len(others)} groups; expected: one for names, and after it one for Linear"
-    for group, bits in ((last, STORED_BITS), *((group, WIDE_BITS) for group in others)):
-        yield from _wrong_group(group, bits)
+    schemes = [_scheme(group) for group in (*others, last)]
+    if len(set(schemes)) < len(schemes) or any("Linear" in group.get("targets", []) for group in others):
+        yield (
+            f"config_groups holds {1 + len(others)} groups; expected: one for the names of each other scheme, and "
+            "after them one for Linear"
+        )
+    yield from _wrong_group(last, STORED_BITS)
+    for group in others:
+        yield from _wrong_group(group, WIDE_BITS if _scheme(group)[0] == WIDE_BITS else STORED_BITS)
     for group in others:
         # Another target would match nothing, and no reader would say so.
         known = {"Linear", *modules.quantized, *(modules.renamed.get(name, name) for name in modules.quantized)}
         for name in set(group.get("targets", ())) - known:
             yield f"targets hold {name!r}, which is no quantized module; expected: full names of unmerged modules"
+
+
+def _scheme(group: Mapping[str, Any]) -> tuple[object, object]:
+    """Return bits and group size; None where all of a row shares a scale."""
+    weights = group.get("weights") or {}
+    return weights.get("num_bits"), weights.get("group_size")
 
 
 def _wrong_experts(groups: object) -> Iterator[str]:

@@ -138,6 +138,8 @@ class Format(ABC):
     """Suffixes that a module may lack."""
     widths: ClassVar[tuple[int, ...]] = (4, 8)
     """Bits of an integer that the format can hold."""
+    uniform: ClassVar[bool] = False
+    """Whether all quantized modules have one group size."""
     zeros: ClassVar[str] = ""
     """Suffix of the packed zero points."""
     zero_offset: ClassVar[int] = 0

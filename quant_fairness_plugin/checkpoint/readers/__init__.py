@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -45,6 +45,16 @@ def find_reader(name: str) -> Reader:
     return READERS[name]
 
 
+def takes_one_group_size(format: str, reader: str | None) -> bool:
+    """Return whether a format, or a reader of it (None: any), takes one group size for all quantized modules.
+
+    Raises:
+        ConfigError: an unknown format or reader.
+    """
+    layout = checkpoint_format(format)
+    return layout.uniform or (reader is not None and layout.name in find_reader(reader).uniform)
+
+
 def check_exportable(
     family: Family | str | None,
     *,
@@ -52,6 +62,7 @@ def check_exportable(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    group_sizes: Collection[int] = (),
     wrapped: bool = False,
 ) -> None:
     """Refuse what no loader, or not the wanted one, would read correctly.
@@ -63,13 +74,22 @@ def check_exportable(
         grid: the integer grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
         overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`.
+        group_sizes: those of the quantized modules; none while the model is not known.
         wrapped: whether the text decoder is a part of the model; a family map says so itself.
 
     Raises:
         ConfigError: an unknown format or reader.
         UnsupportedModelError: a combination that upstream reads wrongly or not at all; names the ways out.
     """
-    refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides, wrapped=wrapped)
+    refusal = find_refusal(
+        family,
+        format=format,
+        grid=grid,
+        reader=reader,
+        overrides=overrides,
+        group_sizes=group_sizes,
+        wrapped=wrapped,
+    )
     if refusal is not None:
         raise UnsupportedModelError(str(refusal))
 
@@ -81,6 +101,7 @@ def find_refusal(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    group_sizes: Collection[int] = (),
     wrapped: bool = False,
 ) -> Refusal | None:
     """Return why a combination cannot be written and read, or None where it can; as `check_exportable`.
@@ -91,6 +112,7 @@ def find_refusal(
         grid: the grid.
         reader: the reader.
         overrides: precisions of single layers and units.
+        group_sizes: those of the quantized modules.
         wrapped: as for `check_exportable`.
 
     Raises:
@@ -111,6 +133,7 @@ def find_refusal(
         conv1d=architecture is not None and architecture.conv1d,
         head_on_disk="" if architecture is None else architecture.head_on_disk or "",
         scaled_activation="" if scaled is None else scaled.activation,
+        group_sizes=frozenset(group_sizes),
         mixture=find_mixture(name or "") is not None,
         wrapped=wrapped or (isinstance(family, Family) and family.wrapper is not None),
     )

@@ -11,14 +11,15 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     Case,
     ListRule,
     MetadataRule,
+    Scheme,
+    SchemeRule,
     WholeGroups,
-    WidthRule,
-    bits_by_target,
-    bits_of_target,
     contains,
     ignored,
     metadata_in_config,
     names_in,
+    scheme_by_target,
+    scheme_of_target,
     server_problems,
     skipped_by_rule,
     zero_points_announced,
@@ -31,13 +32,13 @@ def _not_in_block_list(quantization: Quantization, name: str) -> bool:
     return not any(entry in name for entry in names_in(quantization, "modules_in_block_to_quantize"))
 
 
-def _bits(quantization: Quantization, modules: ModuleMap, name: str) -> object:
+def _scheme(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme:
     """A merged module takes a group if each of its parts is named in some group, and then that of the first."""
-    widths = bits_by_target(quantization)
+    schemes = scheme_by_target(quantization)
     parts = modules.fused.get(name, (name,))
-    if name in widths:
-        return widths[name]
-    return widths[parts[0]] if set(parts) <= widths.keys() else bits_of_target(widths, name)
+    if name in schemes:
+        return schemes[name]
+    return schemes[parts[0]] if set(parts) <= schemes.keys() else scheme_of_target(schemes, name)
 
 
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
@@ -50,7 +51,7 @@ METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
         WholeGroups("vLLM"),
         ListRule("modules_to_not_convert", "as part of a name", contains("modules_to_not_convert")),
     ),
-    "compressed-tensors": (WholeGroups("vLLM"), WidthRule("config_groups", _bits, merged=True)),
+    "compressed-tensors": (WholeGroups("vLLM"), SchemeRule("config_groups", _scheme, merged=True)),
 }
 
 
@@ -73,7 +74,7 @@ def problems(case: Case) -> Iterator[str]:
         skips_part=lambda name: _skips_part(case, name),
     )
     for rule in METADATA.get(case.method, ()):
-        if isinstance(rule, WidthRule):
+        if isinstance(rule, SchemeRule):
             yield from rule.problems(case.modules, case.quantization)
 
 
