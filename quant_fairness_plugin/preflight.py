@@ -176,6 +176,8 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         InvalidLayerError: a layer or unit that the model lacks.
     """
     model_type = str(files.config.get("model_type", ""))
+    if is_wrapper(files.config):
+        _check_wrapper(config, files)
     _check_backend(config, family=model_type)
     _check_context(files)
     if config.tokens_per_expert is not None and find_mixture(model_type) is None:
@@ -185,8 +187,6 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         )
     if find_mixture(model_type) is not None:
         check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
-    if is_wrapper(files.config):
-        _check_wrapper(config, files)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
     units = known_units(model_type)

@@ -10,6 +10,8 @@ import altair as alt
 
 LABELS = 150
 """The most pixels of a name on the vertical axis."""
+_COLUMN = 32
+"""Pixels of the narrowest column of a map, in which a figure can still be read; a wider map scrolls."""
 _NARROW = 500
 """Pixels of the widest picture that is laid out for a telephone."""
 CLASSES = 7
@@ -130,6 +132,7 @@ def tiles(cells: Sequence[Tile], *, columns: Sequence[str], width: int) -> Any:
     rows = list(dict.fromkeys(cell.row for cell in cells))
     shades = [str(shade) for shade in range(CLASSES)]
     values = [{"row": cell.row, "column": cell.column, "shade": str(cell.shade), "text": cell.text} for cell in cells]
+    width = max(width, 70 + _COLUMN * len(columns))
     step = (width - 70) / max(1, len(columns))
     axis = alt.Axis(orient="top", ticks=False, labelAngle=0 if step > 60 else -45, labelLimit=110)
     base = alt.Chart(alt.Data(values=values)).encode(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ Level = Literal["tldr", "practitioner", "researcher"]
 """The shortest reading mode that shows a part; the longer ones show it, too."""
 WIDE, NARROW = 1000, 340
 """Pixels of a chart on a screen, and on a telephone."""
+_TELEPHONE = 360
+_WIDTH = re.compile(r' width="([\d.]+)"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,13 @@ class Picture:
             text: what it shows, for those who cannot see it.
         """
         return cls(wide=draw(chart(WIDE), text), narrow=draw(chart(NARROW), text))
+
+    @property
+    def scrolls(self) -> bool:
+        """Whether the narrow one is wider than a telephone, so that the keyboard must reach it to move it."""
+        width = _WIDTH.search(self.narrow)
+        assert width is not None  # every SVG that is drawn has one
+        return float(width[1]) > _TELEPHONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

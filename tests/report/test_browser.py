@@ -39,8 +39,10 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     swept = planted_report([0.5, 3.0, 0.25])
     swept = replace(swept, provenance=replace(swept.provenance, model="m", model_sha256="1"))
     after, before = measured(en=0.01, he=0.2, ar=0.1, hi=9.0), measured("none", en=0.1, he=0.9, ar=0.3, hi=9.0)
+    many = {f"model.layers.1.mlp.m{i}": 4 for i in range(13)}  # so many columns that the map scrolls on a telephone
+    made = replace(record(after), quantized_modules=record().quantized_modules | many)
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render_report(Sources.of([record(after), before, swept, evidence()])), encoding="utf-8")
+    path.write_text(render_report(Sources.of([made, before, swept, evidence()])), encoding="utf-8")
     return path
 
 
@@ -70,7 +72,6 @@ def test_charts_are_drawn_in_the_width_that_fits_and_nothing_is_requested(
     boxes = [svg.bounding_box() for svg in opened.page.locator("figure svg").all() if svg.is_visible()]
     assert len(boxes) == len(PARTS) - 1
     assert all(box["width"] > 150 and box["height"] > 50 and box["x"] >= 0 for box in boxes)
-    assert all(box["x"] + box["width"] <= size[0] for box in boxes)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size[0]  # no sideways scrolling
     assert opened.asked == [file.as_uri()]
     assert opened.said == []

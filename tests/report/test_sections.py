@@ -64,6 +64,23 @@ def test_experts_of_a_layer_share_a_cell() -> None:
     assert precision_section(made.plan, made).table.rows == (("0", "4/8"),)
 
 
+def test_modules_that_end_alike_keep_their_whole_names() -> None:
+    modules = {f"transformer.h.0.{name}": 4 for name in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")}
+    made = replace(record(), quantized_modules=modules, kept_modules={}, plan=plan_with(of=1))
+    section = precision_section(made.plan, made)
+    assert section.table.columns == ("layer", "c_attn", "attn.c_proj", "mlp.c_proj")
+    assert section.picture is not None
+    assert not section.picture.scrolls
+
+
+def test_a_map_of_many_languages_scrolls_rather_than_lose_its_figures() -> None:
+    modules = {f"model.layers.0.m{i}": 4 for i in range(13)}
+    made = replace(record(), quantized_modules=modules, kept_modules={}, plan=plan_with(of=1))
+    picture = precision_section(made.plan, made).picture
+    assert picture is not None
+    assert picture.scrolls
+
+
 def test_a_module_that_a_layer_does_not_have_is_not_said_to_be_in_16_bit() -> None:
     modules = {"model.layers.0.a": 4, "model.layers.0.b": 4, "model.layers.1.a": 4}
     made = replace(record(), quantized_modules=modules, kept_modules={}, plan=plan_with(of=2))

@@ -65,13 +65,12 @@ def _effects(row: SweepRow, none: dict[str, LanguageDamage], languages: list[str
 def _chart(effects: dict[str, list[float]], languages: list[str], width: int) -> object:
     most = max(max(values) for values in effects.values())
     columns = [Language.of(name).label for name in languages]
-    text = (width - 70) / len(columns) >= 30
     cells = [
         charts.Tile(
             row=Unit.parse(unit).short,
             column=column,
             shade=shade(value, most, charts.CLASSES),
-            text=_thousandths(value) if text else "",
+            text=_thousandths(value),
         )
         for unit, values in effects.items()
         for column, value in zip(columns, values, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from quant_fairness_plugin.artifacts import ExportRecord, Grid, ProtectionPlan, Unit, bits_of_precision
 from quant_fairness_plugin.report import charts
@@ -25,10 +26,11 @@ def precision_section(plan: ProtectionPlan, record: ExportRecord | None) -> Sect
     """Return the map of layers and modules; of a plan without a checkpoint, layers and what it names apart."""
     bits = _of_plan(plan) if record is None else _of_record(record)
     columns = list(dict.fromkeys(place for _, place in bits))
+    names = _names(columns)
     layers = sorted({layer for layer, _ in bits})
     counts = Counter(width for widths in bits.values() for width in widths)
     cells = [
-        charts.Tile(row=str(layer), column=_short(place), shade=_shade(widths), text=_written(widths))
+        charts.Tile(row=str(layer), column=names[place], shade=_shade(widths), text=_written(widths))
         for layer in layers
         for place in columns
         if (widths := bits.get((layer, place)))
@@ -39,13 +41,13 @@ def precision_section(plan: ProtectionPlan, record: ExportRecord | None) -> Sect
         level="practitioner",
         lead=f"{plan_words(plan).capitalize()}. {_grid(plan.grid)} Embeddings, head and norms stay in 16 bit.",
         picture=Picture.of(
-            lambda width: charts.tiles(cells, columns=[_short(place) for place in columns], width=width),
+            lambda width: charts.tiles(cells, columns=list(names.values()), width=width),
             f"Map of {len(layers)} layers and their modules with the bits of each: {_counted(counts)}.",
         ),
         keys=tuple(Key(symbol=f"shade-{_SHADES.get(width, 1)}", text=f"{width} bit") for width in sorted(counts)),
         table=Table(
             caption="Bits of the weights, by layer and module.",
-            columns=("layer", *map(_short, columns)),
+            columns=("layer", *names.values()),
             rows=tuple(
                 (str(layer), *(_written(bits.get((layer, place), set())) or "none" for place in columns))
                 for layer in layers
@@ -77,9 +79,11 @@ def _of_record(record: ExportRecord) -> Bits:
     return bits
 
 
-def _short(place: str) -> str:
-    """Return a module's own name: `down_proj` of `mlp.down_proj`."""
-    return place if place.endswith(".*") else place.rsplit(".", 1)[-1]
+def _names(places: Sequence[str]) -> dict[str, str]:
+    """Return a name for each module: its last part, as `down_proj`, or the whole where two end alike."""
+    short = {place: place if place.endswith(".*") else place.rsplit(".", 1)[-1] for place in places}
+    ends = Counter(short.values())
+    return {place: name if ends[name] == 1 else place for place, name in short.items()}
 
 
 def _shade(widths: set[int]) -> int:
