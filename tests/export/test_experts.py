@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths
 from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.export.verify import verify
@@ -151,3 +153,14 @@ def test_readers_are_refused_where_they_were_not_right(name: str) -> None:
 def test_int8_beside_experts_is_written() -> None:
     overrides: dict[str, Precision] = {"layers.3.qkv": "int8", "layers.4.experts": "fp16"}
     assert find_refusal("qwen3_moe", format="compressed-tensors", grid=Grid(), overrides=overrides) is None
+
+
+def test_experts_that_would_be_unpacked_with_other_bits_are_found(tiny_model: Model) -> None:
+    quantized = quantize_tiny(tiny_model("qwen3_moe"), protected=(), overrides={"layers.1.o": "int8"})
+    loaded, layout = quantized.loaded, checkpoint_format("compressed-tensors")
+    bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
+    modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
+    config = layout.quantization_config(modules, quantized.grid)
+    assert list(layout.scheme_problems(modules, config)) == []
+    del config["config_groups"]["experts"]  # Transformers then takes the group of the INT8 modules, which comes first
+    assert list(layout.scheme_problems(modules, config)) == ["num_bits is 8; expected: 4"]

@@ -149,7 +149,7 @@ def test_single_experts_are_refused_with_the_reason(load: Load) -> None:
     units = tuple(unit.name for unit in load("qwen3_moe").family.units)
     config = FairConfig(protect_layers="none", protect_units=("1.experts.3",))
     with pytest.raises(InvalidLayerError, match=r"1\.experts\.3 is not a unit of the model \(the routed experts of a"):
-        check_units(config, units=lambda layer: units, layers=2)
+        check_units(config, units=lambda _: units, layers=2)
 
 
 def test_a_folder_and_its_outline_agree(tiny_model: Callable[..., Path]) -> None:
