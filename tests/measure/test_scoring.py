@@ -24,6 +24,7 @@ from quant_fairness_plugin.artifacts import StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure import rows, streamed
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score_states
+from quant_fairness_plugin.model.devices import ByDevice
 from tests.measure.samples import make_texts
 from tests.tiny import byte_tokenizer, tiny_config
 
@@ -158,8 +159,8 @@ def test_divergence_of_nearly_equal_states_is_never_negative(llama: Loaded) -> N
 
 def test_comparing_in_small_pieces_changes_nothing(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score(llama)
-    monkeypatch.setattr(streamed, "PIECE_ELEMENTS", {"cpu": 7 * 31})
-    monkeypatch.setattr(streamed, "SLICE_COLUMNS", {"cpu": 31})
+    monkeypatch.setattr(streamed, "PIECE_ELEMENTS", ByDevice(cpu=7 * 31, accelerator=0))
+    monkeypatch.setattr(streamed, "SLICE_COLUMNS", ByDevice(cpu=31, accelerator=0))
     pieces = score(llama)
     for language in TEXTS.languages:
         found, expected = pieces[1].languages[language], whole[1].languages[language]
