@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo real test lint types tests test-readers test-kernels clean
+.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -14,6 +14,8 @@ help:
 	@echo "make test          set up, then lint, types and tests"
 	@echo "make test-readers  load our checkpoints in the real readers (vLLM, gptqmodel), each in its own environment"
 	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
+	@echo "make test-browser  open the HTML report in a real Chromium"
+	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make clean         remove environments and outputs"
 
 setup: $(STAMP)
@@ -77,6 +79,16 @@ test-readers: setup .venv-vllm/.installed .venv-gptqmodel/.installed
 # What a GPU would run, without one: the interpreter on CPU tensors, and machine code for sm_80 and sm_90.
 test-kernels: setup
 	$(BIN)/python -m pytest tests/kernels -m "kernels or not kernels"
+
+# Debian's Chromium where it is installed (apt-get install chromium), else the one that playwright downloads.
+test-browser: setup
+	$(BIN)/python $(PIP) --constraint constraints.txt playwright axe-playwright-python
+	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
+	$(BIN)/python -m pytest tests/report -m browser
+
+# Every architecture that the installed Transformers has, in small: half an hour on two cores.
+coverage: setup
+	$(BIN)/python benchmarks/architectures.py
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-gptqmodel out build dist *.egg-info

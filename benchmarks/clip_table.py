@@ -1,6 +1,7 @@
 """Damage of each language under GPTQ for every clipping rule, without protection, and what fitting the scales costs.
 
     python benchmarks/clip_table.py measure          # about a quarter of an hour on one core; writes the rows
+    python benchmarks/clip_table.py compare demo     # the default rule against absmax on a model, or on its folder
     python benchmarks/clip_table.py render           # rewrites docs/clipping.md
 
 Everything is measured in memory on the `confirm` part of the bundled sentences. All rules share calibration, widths and
@@ -14,7 +15,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,9 @@ SEED = 0
 TIMED = 2048
 """Rows and columns of the weight whose scales are timed."""
 TIMED_LANGUAGES = 10
+COMPARED = ("absmax", "mse")
+DEFAULTS = ("demo", "demo-gpt2", "SmolLM2-135M")
+"""Models on which the default rule must lower the KL of the worst language."""
 
 
 def measure() -> None:
@@ -48,6 +52,68 @@ def measure() -> None:
     rows = [common | row for row in time_rules()]
     for bits in WIDTHS:
         rows += [common | row for row in measure_width(bits)]
+    write(rows + [row for row in read_rows() if row["kind"] == "default"])
+
+
+def compare(name: str, folder: str, languages: str | None) -> None:
+    """Measure the rules of `COMPARED` on a model, each with GPTQ INT4 as `run` makes it, in place of its old rows."""
+    import torch
+
+    torch.set_num_threads(1)
+    command = f"python benchmarks/clip_table.py compare {name}" + (f" --langs {languages}" if languages else "")
+    common = {
+        "seed": SEED,
+        "versions": package_versions(),
+        "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread",
+        "command": command,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    new = [common | row for row in measure_default(name, folder, languages)]
+    write([row for row in read_rows() if row["kind"] != "default" or row["model"] != name] + new)
+
+
+def measure_default(name: str, folder: str, languages: str | None) -> Iterator[dict[str, Any]]:
+    """One row per rule, with the gain of the second over the first on the same sentences."""
+    from quant_fairness_plugin import FairQuantizer
+
+    listed = None if languages is None else tuple(languages.split(","))
+    reader = "vllm" if name == "demo-gpt2" else "transformers"
+    base = FairQuantizer.from_pretrained(folder, seed=SEED, protect_layers="none", languages=listed, reader=reader)
+    states, seconds = quantized_states(base, COMPARED)
+    measured = base.measure(*states)
+    for clip in COMPARED:
+        result = measured.measurements[clip]
+        yield {
+            "kind": "default", "model": name, "grid": str(replace(base.config.grid, clip=clip)), "clip": clip,
+            "part": "confirm", "languages": list(base.texts.languages), "quantize_cpu_seconds": seconds[clip],
+            "worst_kl": asdict(result.worst_kl), "mean_kl": asdict(result.mean_kl),
+            "gain_over_absmax": None if clip == "absmax" else asdict(measured.gain("absmax", clip)),
+            "model_sha256": result.provenance.model_sha256, "text_sha256": result.provenance.text_sha256,
+        }  # fmt: skip
+
+
+def quantized_states(base: Any, clips: Sequence[str]) -> tuple[list[Any], dict[str, float]]:
+    """The model under GPTQ with each rule, as states to measure, and the CPU seconds of each."""
+    from quant_fairness_plugin.artifacts import ProtectionPlan
+    from quant_fairness_plugin.measure.scoring import ModelState
+    from quant_fairness_plugin.model.exchange import swapped
+    from quant_fairness_plugin.quantize.calibration import build_calibration
+    from quant_fairness_plugin.quantize.stream import quantize_model
+
+    calibration = build_calibration(base.loaded.tokenizer, base.texts.part("calibrate"))
+    states, seconds = [], {}
+    for clip in clips:
+        plan = ProtectionPlan.unprotected(MODEL, base.loaded.layers, replace(base.config.grid, clip=clip))
+        start = time.process_time()
+        quantized = quantize_model(base.loaded, plan, method="gptq", calibration=calibration)
+        seconds[clip] = time.process_time() - start
+        weights = quantized.dense_weights()
+        states.append(ModelState(clip, lambda weights=weights: swapped(base.loaded, weights)))
+        sys.stderr.write(f"{clip}: {seconds[clip]:.1f} s\n")
+    return states, seconds
+
+
+def write(rows: list[dict[str, Any]]) -> None:
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
@@ -134,7 +200,7 @@ def render() -> None:
     parts = [PREFACE]
     for bits in WIDTHS:
         parts += [f"## GPTQ INT{bits}, groups of 128, model `{MODEL}`\n", table(rows, bits), verdict(rows, bits)]
-    parts += ["## Time\n", times(rows)]
+    parts += ["## Whether `mse` can be the default\n", defaults(rows), "## Time\n", times(rows)]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -157,6 +223,24 @@ def table(rows: list[dict[str, Any]], bits: int) -> str:
     errors = [f"{1000 * mine[clip, 'all supported']['output_loss']:.2f}" for clip in CLIPS]
     lines.append("| GPTQ's own loss (thousandths of the output energy) | " + " | ".join(errors) + " |")
     return "\n".join([*lines, ""])
+
+
+def defaults(rows: list[dict[str, Any]]) -> str:
+    """The two rules on every model that was measured, and whether the second is better on all of them."""
+    mine = [row for row in rows if row["kind"] == "default"]
+    lines = ["| model | grid | worst KL | mean KL | gain over absmax |", "|---|---|---|---|---|"]
+    for row in mine:
+        gain = "" if row["gain_over_absmax"] is None else figure(row["gain_over_absmax"])
+        lines.append(
+            f"| {row['model']} | {row['grid']} | {figure(row['worst_kl'])} | {figure(row['mean_kl'])} | {gain} |"
+        )
+    gains = {row["model"]: row["gain_over_absmax"]["low"] for row in mine if row["gain_over_absmax"]}
+    lacking = [model for model in DEFAULTS if model not in gains]
+    failing = [model for model, low in gains.items() if low <= 0]
+    said = f"It does not measurably lower the worst language's KL on {', '.join(failing)}" if failing else ""
+    said += f"{'; ' if said else ''}not measured here: {', '.join(lacking)}" if lacking else ""
+    rule = "`mse` is the default where it lowers the worst language's KL on every model of the list: "
+    return "\n".join([*lines, "", f"{rule}{', '.join(DEFAULTS)}. {said or 'It does'}.", ""])
 
 
 def verdict(rows: list[dict[str, Any]], bits: int) -> str:
@@ -225,8 +309,14 @@ say nothing about.
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("measure", "render"))
-    if parser.parse_args().what == "measure":
+    parser.add_argument("what", choices=("measure", "compare", "render"))
+    parser.add_argument("model", nargs="?", default=MODEL, choices=DEFAULTS)
+    parser.add_argument("--folder", help="where the model lies, unless it is bundled")
+    parser.add_argument("--langs")
+    given = parser.parse_args()
+    if given.what == "measure":
         measure()
+    elif given.what == "compare":
+        compare(given.model, given.folder or given.model, given.langs)
     else:
         render()

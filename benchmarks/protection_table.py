@@ -65,7 +65,7 @@ def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
             if bits == 4:
                 out = Path(folder) / plan
                 quantizer.save_pretrained(out, measure=None)
-                states.append(exported_state(out, name=plan))
+                states.append(exported_state(out, quantizer.loaded, name=plan))
             else:
                 weights = quantizer.quantize().dense_weights()
                 states.append(ModelState(plan, lambda weights=weights: swapped(base.loaded, weights)))

@@ -19,8 +19,17 @@ from typing import Literal, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from quant_fairness_plugin import steps
-from quant_fairness_plugin.artifacts import ExportRecord, Measurement, Mode, Part, ProtectionPlan, SweepReport, TextSet
+from quant_fairness_plugin import planning, steps
+from quant_fairness_plugin.artifacts import (
+    ExportRecord,
+    Measurement,
+    Mode,
+    Part,
+    ProtectionPlan,
+    SweepReport,
+    TextSet,
+    UnitScores,
+)
 from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
 from quant_fairness_plugin.config import FairConfig, FairOptions
 from quant_fairness_plugin.errors import ConfigError
@@ -30,16 +39,19 @@ from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.plans.plan_set import BASELINE
-from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, configure, preflight
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
+from quant_fairness_plugin.preflight import Checked, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.steps import EXPORTED, exported_state
+from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor
 
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
+Reporter = Callable[[Path, Measurement, Measurement], None]
+"""Called with a checkpoint folder, the damage without protection, and the checkpoint's."""
 
 
 class FairQuantizer:
@@ -61,11 +73,13 @@ class FairQuantizer:
         memory_budget: int | None = None,
     ) -> None:
         steps.check_config(config, loaded)
-        self.loaded, self.texts, self.config = loaded, texts, config.fitted(loaded)
+        self.loaded, self.texts, self.config = loaded, texts, steps.fit_config(config, loaded)
         self._progress = progress or (lambda step, done, total: None)
         self._memory_budget = memory_budget
         self._report: SweepReport | None = None
         self._bank: Path | None = None
+        self._scores: UnitScores | None = None
+        self._bare: QuantizedModel | None = None
         self._plan: ProtectionPlan | None = None
         self._quantized: QuantizedModel | None = None
         self._exported: Path | None = None
@@ -119,16 +133,14 @@ class FairQuantizer:
         checked: Checked | None = None,
         progress: Progress | None = None,
         memory_budget: int | None = None,
-        dtype: ComputeDtype = "float32",
     ) -> Self:
         """Load a model by name from a complete source and configuration; see `from_pretrained`.
 
-        With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else. In
-        bfloat16 a sweep is faster where the processor computes in it, and ranks almost alike; measure in float32.
+        With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else.
         `checked` is what `preflight` returned for the same source and configuration, which is then not run again.
         """
         checked = checked or preflight(source, config, texts=texts)
-        loaded = steps.load_checked(checked, source, memory_budget=memory_budget, dtype=dtype)
+        loaded = steps.load_checked(checked, source, config, memory_budget=memory_budget)
         return cls(loaded, checked.texts, config, progress=progress, memory_budget=memory_budget)
 
     def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> Self:
@@ -162,7 +174,7 @@ class FairQuantizer:
         """
         folder = folder or self._last_export()
         compared = steps.check_folder(folder, self.loaded)
-        measured = self.measure(exported_state(folder), part=part).measurements[EXPORTED]
+        measured = self.measure(exported_state(folder, self.loaded), part=part).measurements[EXPORTED]
         return steps.measured_folder(measured, folder, self.texts, part, compared=compared)
 
     def sweep(
@@ -195,23 +207,61 @@ class FairQuantizer:
             self._remember_plan(None)
         return self._report
 
-    def recommend(self, report: SweepReport | None = None) -> ProtectionPlan:
-        """Return what keeps 16 bit: the configuration's layers, or what a sweep recommends for its `top` or budget.
+    def score(self) -> UnitScores:
+        """Score every unit at every precision that it can get, language by language, by one pass of gradients.
+
+        Scored are the errors of the method itself, where it has any of its own; see `planning.quantizes_first`.
+        """
+        steps.check_whole(self.loaded, "scored by gradients")
+        if self._scores is None:
+            planning.check_scorable(self.loaded)
+            progress = partial(self._progress, "score")
+            self._scores = planning.score(self.loaded, self.texts, self.config, self._scoring_bank(), progress=progress)
+        return self._scores
+
+    def recommend(self, report: SweepReport | UnitScores | None = None) -> ProtectionPlan:
+        """Return what gets which precision: the configuration's layers, or what scores or a sweep recommend.
 
         Args:
-            report: the sweep; None is the last one, whatever it singled out. Without one the layers are swept.
+            report: scores, or a sweep; None is the last sweep, whatever it singled out. Without one the units are
+                scored, or swept where the configuration or a memory budget asks for it.
 
         Raises:
             ConfigError: a report of another model or grid, or beside layers that the configuration names.
+            QualityGateError: no plan keeps the configuration's target or limits.
         """
         if report is not None:
             steps.check_report(report, self.loaded, self.config)
         if report is not None or self._plan is None:
             if self.config.protect_layers == "auto":
-                report = report or self._report or self.sweep(precisions=self.config.precisions)
-            self._remember_plan(steps.recommend(self.loaded, self.config, report))
+                report = report or self._report or self._measure_units()
+            self._remember_plan(self._plan_by(report))
         assert self._plan is not None
         return self._plan
+
+    def _measure_units(self) -> SweepReport | UnitScores:
+        if self.config.scores_units and self._memory_budget is None:
+            return self.score()
+        if self.config.exhaustive:
+            return self.sweep(granularity="unit", precisions=self.config.menu)
+        return self.sweep(precisions=self.config.precisions or ("fp16",))
+
+    def _plan_by(self, report: SweepReport | UnitScores | None) -> ProtectionPlan:
+        if not isinstance(report, UnitScores):
+            return steps.recommend(self.loaded, self.config, report)
+        # Scores from a file are planned by as they are: to evaluate plans, the weights would have to be made again.
+        bank, progress = self._scoring_bank() if report is self._scores else None, partial(self._progress, "compare")
+        return planning.plan_by_scores(self.loaded, self.texts, self.config, report, bank, progress=progress)
+
+    def _scoring_bank(self) -> Bank:
+        bare = self._unprotected() if planning.quantizes_first(self.config) else None
+        return planning.scoring_bank(self.loaded, self.config, bare)
+
+    def _unprotected(self) -> QuantizedModel:
+        """Return the model quantized without protection, made once."""
+        if self._bare is None or (self._bare.method, self._bare.grid) != (self.config.method, self.config.grid):
+            self._bare = self._quantize(steps.plan_of_layers(self.loaded, self.config, ()))
+        return self._bare
 
     def evidence(self, plan: ProtectionPlan | None = None, *, work: Path | None = None) -> Evidence:
         """Compare a plan (None: the recommended one) with random and other plans of equal bytes, on the confirm part.
@@ -266,17 +316,32 @@ class FairQuantizer:
         """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
         return push_folder(folder or self._last_export(), repo_id, **options)
 
-    def run(self, out: str | Path, *, overwrite: bool = False) -> RunResult:
-        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind."""
+    @property
+    def last_sweep(self) -> SweepReport | None:
+        """The sweep that is remembered; None before the first one."""
+        return self._report
+
+    def run(self, out: str | Path, *, overwrite: bool = False, report: Reporter | None = None) -> RunResult:
+        """Take all steps, and quantize once more without protection to compare; a failed run leaves nothing behind.
+
+        Args:
+            out: the folder to make.
+            overwrite: replace an earlier export of that name.
+            report: called with the folder before it gets its name, the damage without protection and that of the
+                folder; a file that it writes there becomes a part of the checkpoint's record.
+        """
         plan = self._exportable_plan()
         protects = plan.protected_layers or plan.overrides or plan.protect_columns
-        bare = self._quantize(steps.plan_of_layers(self.loaded, self.config, ())) if protects else self.quantize()
+        bare = self._unprotected() if protects else self.quantize()
         both: list[Measured] = []
 
         def measure(folder: Path) -> Measurement:
-            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder)))
+            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder, self.loaded)))
             measured = both[0].measurements[EXPORTED]
-            return steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
+            protected = steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
+            if report is not None:
+                report(folder, both[0].measurements[NONE], protected)
+            return protected
 
         record = self._export(Path(out), overwrite=overwrite, measure=measure)
         return steps.compare(record, both[0])
@@ -293,13 +358,13 @@ class FairQuantizer:
     def _exportable_plan(self) -> ProtectionPlan:
         """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""
         checked = None if self._plan else steps.check_exportable_before_sweep(self.loaded, self.config)
-        plan = self.recommend()
-        if plan.overrides != checked:
-            steps.check_exportable_plan(self.loaded, self.config, plan.overrides)
         if not self._tried:
             steps.try_export(self.loaded, self.texts, self.config)
             companions_of(self.loaded).say_what_is_left_out(self.loaded.files.folder)
             self._tried = True
+        plan = self.recommend()
+        if plan.overrides != checked:
+            steps.check_exportable_plan(self.loaded, self.config, plan.overrides, protected=plan.protected_layers)
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:

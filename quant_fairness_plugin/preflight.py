@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from quant_fairness_plugin.artifacts import TextSet, Unit
-from quant_fairness_plugin.checkpoint.readers import check_exportable
+from quant_fairness_plugin.artifacts import Precision, TextSet, Unit
+from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
-from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.export.companions import find_companions
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
 from quant_fairness_plugin.model.context import check_context, longest_input
 from quant_fairness_plugin.model.layers import check_layers
+from quant_fairness_plugin.model.native import is_wrapper
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokenizer, stored_embedding_rows
 from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
+from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
 from quant_fairness_plugin.quantize.methods import check_method
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
 _logger = logging.getLogger(__name__)
-ComputeDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +126,28 @@ def preflight(
     check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
     check_model(config, files)
+    kind = str(files.config.get("model_type", ""))
+    if out is not None and find_mixture(kind) is not None:
+        layers = config.protect_layers if isinstance(config.protect_layers, tuple) else ()
+        kept: dict[str, Precision] = {str(Unit(layer)): "fp16" for layer in layers}
+        overrides = config.overrides | kept
+        check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
     if out is not None:
+        _check_family_exportable(files, config)
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
     _check_tokens(files, sentences)
     return Checked(files, sentences)
+
+
+def _check_family_exportable(files: ModelFiles, config: FairConfig) -> None:
+    """Refuse before the weights are read what the type in config.json already says of format and reader."""
+    model_type = str(files.config.get("model_type", ""))
+    refusal = find_refusal(
+        model_type, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides
+    )
+    if find_architecture(model_type) is not None and refusal is not None:
+        raise UnsupportedModelError(str(refusal))
 
 
 def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:
@@ -156,15 +176,40 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         InvalidLayerError: a layer or unit that the model lacks.
     """
     model_type = str(files.config.get("model_type", ""))
+    if is_wrapper(files.config):
+        _check_wrapper(config, files)
     _check_backend(config, family=model_type)
     _check_context(files)
+    if config.tokens_per_expert is not None and find_mixture(model_type) is None:
+        raise ConfigError(
+            f"tokens_per_expert {config.tokens_per_expert} has no effect on {files.name}, which is no mixture of "
+            "experts; leave it out"
+        )
+    if find_mixture(model_type) is not None:
+        check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
-    check_units(config, units=known_units(model_type), layers=files.layers)
+    units = known_units(model_type)
+    check_units(config, units=None if units is None else lambda layer: units, layers=files.layers)
     if config.top is not None and not 1 <= config.top < files.layers:
         raise ConfigError(
             f"top {config.top} is not a number of layers; the model has {files.layers}, use 1..{files.layers - 1}"
         )
+
+
+def _check_wrapper(config: FairConfig, files: ModelFiles) -> None:
+    """Refuse what cannot be done with a model whose text decoder is a part of it.
+
+    Raises:
+        ConfigError: a backend: other tools take the whole model.
+        UnsupportedModelError: a format that no reader was run on with such a model.
+    """
+    if config.backend != "native":
+        raise ConfigError(
+            f"backend {config.backend!r} takes a whole model, and the text decoder of {files.name} is a part of it; "
+            "accepted is native. Leave out --backend"
+        )
+    check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, wrapped=True)
 
 
 def _check_context(files: ModelFiles) -> None:
@@ -202,12 +247,12 @@ def known_units(model_type: str) -> tuple[str, ...] | None:
     return None if architecture is None else tuple(unit.name for unit in architecture.units)
 
 
-def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: int) -> None:
+def check_units(config: FairConfig, *, units: Callable[[int], tuple[str, ...]] | None, layers: int) -> None:
     """Check that the layers and units with a precision of their own are the model's.
 
     Args:
         config: the configuration.
-        units: names of a layer's units, or None where they are not known yet.
+        units: names of the units of a layer, or None where they are not known yet.
         layers: how many layers the model has.
 
     Raises:
@@ -220,8 +265,10 @@ def check_units(config: FairConfig, *, units: tuple[str, ...] | None, layers: in
                 f"{unit.short}: layer {unit.layer} does not exist: the model has {layers} layers, "
                 f"accepted are 0..{layers - 1}. Layers are counted from 0; correct the list."
             )
-        if unit.group is not None and units is not None and unit.group not in units:
+        names = () if units is None else units(unit.layer)
+        if unit.group is not None and units is not None and unit.group not in names:
+            reason = f" ({SINGLE_EXPERTS})" if unit.group.startswith(f"{EXPERTS}.") else ""
             raise InvalidLayerError(
-                f"{unit.short} is not a unit of the model; its layers have {', '.join(units)}. Write for example "
-                f"{unit.whole.part(units[-1]).short}."
+                f"{unit.short} is not a unit of the model{reason}; its layer {unit.layer} has {', '.join(names)}. "
+                f"Write for example {unit.whole.part(names[-1]).short}."
             )

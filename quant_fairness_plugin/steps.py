@@ -5,7 +5,8 @@ Nothing is remembered here, and nothing is done in another order than it is call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ from quant_fairness_plugin.artifacts import (
     ProtectionPlan,
     SweepReport,
     TextSet,
+    UnitScores,
 )
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
-from quant_fairness_plugin.checkpoint.readers import check_exportable
+from quant_fairness_plugin.checkpoint.readers import check_exportable, takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.evidence import Rivals, gather_evidence
@@ -40,22 +42,27 @@ from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
+from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.model.storage import storage_dtype
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
-from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, layers_budget, with_columns
+from quant_fairness_plugin.planning import limit_of
+from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
-from quant_fairness_plugin.preflight import Checked, ComputeDtype, ModelSource, check_model, check_units, open_texts
+from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
-from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
+from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
+from quant_fairness_plugin.quantize.selection import group_sizes
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
-from quant_fairness_plugin.recommend import Limit, explicit_plan, recommend_plan
+from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
@@ -65,23 +72,36 @@ from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.texts.parts import overlap, true_part, used_before
 
 EXPORTED = "exported"
+_logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
 
 def load_checked(
-    checked: Checked, source: ModelSource, *, memory_budget: int | None = None, dtype: ComputeDtype = "float32"
+    checked: Checked, source: ModelSource, config: FairConfig, *, memory_budget: int | None = None
 ) -> LoadedModel:
     """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
 
     With a memory budget its blocks stay in their files.
+
+    Raises:
+        ConfigError: a device that this machine does not have; before anything is read.
     """
-    compute, trust = getattr(torch, dtype), source.trust_remote_code
+    device = find_device(config.device)
+    stored = str(storage_dtype(checked.files)).removeprefix("torch.")
+    compute, trust = getattr(torch, find_dtype(config.dtype, device, stored=stored)), source.trust_remote_code
     loaded = (
-        load_model(checked.files, dtype=compute, trust_remote_code=trust, sentences=probe_sentences(checked.texts))
+        load_model(
+            checked.files,
+            dtype=compute,
+            trust_remote_code=trust,
+            device=device,
+            sentences=probe_sentences(checked.texts),
+        )
         if memory_budget is None
-        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust)
+        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust, device=device)
     )
+    _logger.info("%s: computed in %s on %s", checked.files.name, compute, describe_device(loaded.model.device))
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
@@ -100,21 +120,43 @@ def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
 def open_in_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: FairConfig, texts: TextSet | None
 ) -> tuple[LoadedModel, TextSet]:
-    """Copy a model that is in memory, check the configuration against it, and return it with the texts."""
+    """Copy a model that is in memory, check the configuration against it, and return it with the texts.
+
+    The copy is computed in float32, where the model is, or on the device that the configuration names.
+
+    Raises:
+        ConfigError: another dtype, a device that is not there, or a configuration that does not fit the model.
+    """
+    if config.dtype == "bfloat16":
+        raise ConfigError(
+            "dtype bfloat16 is accepted together with a model's name or folder; a model in memory is computed in "
+            "float32. Leave dtype out, or save the model and name its folder"
+        )
+    device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
+    if device is not None:
+        loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     check_model(config, loaded.files)
     check_tokens(loaded, sentences)
     return loaded, sentences
 
 
 def check_config(config: FairConfig, loaded: LoadedModel) -> None:
-    """Refuse a configuration that names layers or units that the model lacks.
+    """Refuse layers or units that the model lacks; warn of a group size that its units do not fit.
 
     Raises:
         InvalidLayerError: says which.
+        ConfigError: a stated group size that does not fit every unit, and the configuration is strict.
     """
-    check_units(config, units=tuple(unit.name for unit in loaded.family.units), layers=loaded.layers)
+    family = loaded.family
+    check_units(config, units=lambda layer: tuple(unit.name for unit in family.units_of(layer)), layers=loaded.layers)
+    config.check_group_size(loaded)
+
+
+def fit_config(config: FairConfig, loaded: LoadedModel) -> FairConfig:
+    """Return the configuration with the largest group size that units of the model, format and reader take."""
+    return config.fitted(loaded, uniform=takes_one_group_size(config.format, config.reader))
 
 
 def check_whole(loaded: LoadedModel, step: str) -> None:
@@ -150,7 +192,7 @@ def measure(
         part=true_part(texts, part),
         # Nothing is selected for the 16-bit model itself, so that all sentences are new to it.
         condition=used_before(texts, part) if states else "",
-        provenance=lambda given: provenance(loaded.files, texts, seed=config.seed, arguments=given),
+        provenance=lambda given: provenance(loaded, texts, seed=config.seed, arguments=given),
         bootstrap=config.bootstrap,
         progress=progress,
     )
@@ -196,11 +238,10 @@ def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | Non
     if config.protect_layers == "auto":
         if report is None:
             raise ConfigError('protect_layers "auto" needs a sweep; sweep first, or list the layers')
-        share = layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead)
         plan = recommend_plan(
             report,
-            Limit(max_overhead=share),
-            objective=config.objective,
+            limit_of(loaded, config),
+            objective=config.decides_by,
             top=config.top,
             strict=config.strict,
             overrides=config.overrides,
@@ -241,11 +282,17 @@ def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel) -> Protect
 
 
 def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> None:
-    """Refuse a plan of another model or grid.
+    """Refuse a plan of another model or grid, or with several group sizes for a format or reader that takes one.
 
     Raises:
         ConfigError: a plan for another number of layers, or for another grid than the configuration's.
+        UnsupportedModelError: group sizes that the format or the reader does not take; names the ways out.
     """
+    if plan.layers == loaded.layers and takes_one_group_size(config.format, config.reader):
+        sizes = group_sizes(loaded, plan.grid, protected=plan.protected_layers).values()
+        if len(set(sizes)) > 1:
+            form, reader = config.format, config.reader
+            check_exportable(loaded.family, format=form, grid=plan.grid, reader=reader, group_sizes=sizes)
     if (plan.layers, plan.grid) != (loaded.layers, config.grid):
         raise ConfigError(
             f"the plan is for {plan.layers} layers of {plan.model} and {plan.grid}; here are {loaded.layers} "
@@ -253,7 +300,7 @@ def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) ->
         )
 
 
-def check_report(report: SweepReport, loaded: LoadedModel, config: FairConfig) -> None:
+def check_report(report: SweepReport | UnitScores, loaded: LoadedModel, config: FairConfig) -> None:
     """Refuse a sweep that the plan cannot come from.
 
     Raises:
@@ -279,16 +326,25 @@ def check_exportable_before_sweep(loaded: LoadedModel, config: FairConfig) -> di
         ConfigError: the model was opened with a memory budget, so that it cannot be quantized.
     """
     expected = config.overrides
-    if config.protect_layers == "auto" and "int8" in config.precisions:
+    if config.protect_layers == "auto" and config.precisions is not None and "int8" in config.precisions:
         expected = {"layers.0": "int8", **expected}
     check_exportable_plan(loaded, config, expected)
     return expected
 
 
-def check_exportable_plan(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> None:
-    """Check the precisions of a plan against format and reader. Raises as `check_exportable_before_sweep`."""
+def check_exportable_plan(
+    loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision], *, protected: Collection[int] = ()
+) -> None:
+    """Check precisions and group sizes against format and reader. Raises as `check_exportable_before_sweep`."""
     check_whole(loaded, "quantized")
-    check_exportable(loaded.family, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
+    check_exportable(
+        loaded.family,
+        format=config.format,
+        grid=config.grid,
+        reader=config.reader,
+        overrides=overrides,
+        group_sizes=group_sizes(loaded, config.grid, protected=protected).values(),
+    )
 
 
 def try_export(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
@@ -376,15 +432,12 @@ def quantize(
     Raises:
         QuantFairnessError: as `quantize_model` and `quantize_with`.
     """
-    calibration = None
-    if find_method(config.method).needs_calibration:
-        calibration = build_calibration(
-            loaded.tokenizer,
-            texts.part("calibrate"),
-            tokens_per_language=config.tokens_per_language,
-            row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
-            weighting=config.calibration,
+    if loaded.model.dtype == torch.bfloat16 != loaded.storage_dtype:
+        raise ConfigError(
+            f"dtype bfloat16 rounds the {str(loaded.storage_dtype).removeprefix('torch.')} weights of "
+            f"{loaded.files.name}, so that others would be quantized; float32 is accepted. Use --dtype float32"
         )
+    calibration = _calibration(loaded, texts, config) if find_method(config.method).needs_calibration else None
     if config.backend != NATIVE and calibration is not None:
         return quantize_with(config.backend, loaded, plan, method=config.method, calibration=calibration)
     with_our_core = partial(
@@ -396,7 +449,24 @@ def quantize(
     )
     if calibration is None:
         return with_our_core()
-    return quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    coverage = expert_coverage(loaded, calibration, texts)
+    quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    return quantized if coverage is None else replace(quantized, experts=coverage)
+
+
+def _calibration(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> CalibrationSet:
+    """Return the calibration rows of a configuration, with those that its experts still need."""
+    build = partial(
+        build_calibration,
+        loaded.tokenizer,
+        texts.part("calibrate"),
+        row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
+    )
+    calibration = build(tokens_per_language=config.tokens_per_language, weighting=config.calibration)
+    if config.tokens_per_expert is None:
+        return calibration
+    whole = build(languages=tuple(calibration.rows), weighting="proportional")
+    return reach_experts(loaded, calibration, whole, enough=config.tokens_per_expert)
 
 
 def write(
@@ -447,9 +517,10 @@ def check_folder(folder: Path, loaded: LoadedModel) -> bool:
     if check_original(folder, loaded.files):
         return True
     name = f"{loaded.family.embeddings[0]}.weight"
+    on_disk = loaded.family.stored_name(name)
     checkpoint = open_checkpoint(folder)
-    if name in checkpoint.plain and recorded(folder) is not None:
-        stored, here = checkpoint.tensor(name), loaded.model.get_parameter(name)
+    if on_disk in checkpoint.plain and recorded(folder) is not None:
+        stored, here = checkpoint.tensor(on_disk), loaded.model.get_parameter(name)
         if not torch.equal(here.detach().to("cpu", stored.dtype), stored):
             raise ConfigError(
                 f"{folder} was not made from {loaded.files.name}: their embeddings differ. Name the original"
@@ -483,6 +554,13 @@ def measured_folder(
     return replace(measurement, held_out=held_out, condition=condition, original_compared=compared)
 
 
-def exported_state(folder: Path, *, name: str = EXPORTED) -> ModelState:
-    """Return the state of a written checkpoint, read back from its files by our own dequantizer."""
-    return fixed_state(name, load_quantized(folder, kernel="reference"))
+def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -> ModelState:
+    """Return the state of a written checkpoint, read back from its files by our own dequantizer.
+
+    It is computed where and in what the 16-bit model is, so that a difference is not one of devices or dtypes.
+    """
+    model = load_quantized(folder, kernel="reference")
+    for parameter in model.parameters():  # and no buffer: positions stay exact in bfloat16
+        parameter.data = parameter.data.to(loaded.model.dtype)
+    model.to(loaded.model.device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    return fixed_state(name, model)

@@ -27,9 +27,10 @@ RANKS = [
     {"evidence"},
     {"export"},
     {"serve"},
-    {"analysis", "forecast", "preflight"},
+    {"forecast", "planning", "preflight", "report"},
     {"steps"},
     {"fair_quantizer", "seeds"},
+    {"analysis"},
     {"__init__"},
     {"cli"},
 ]
@@ -148,7 +149,7 @@ def test_what_must_be_quick_does_not_import_torch(statement: str, loads_torch: b
     assert out.strip() == str(loads_torch)
 
 
-@pytest.mark.parametrize("package", ["plans", "statistics", "checkpoint.formats"])
+@pytest.mark.parametrize("package", ["plans", "statistics", "checkpoint.formats", "report", "report.sections"])
 def test_packages_that_do_without_torch(package: str) -> None:
     folder = ROOT / PACKAGE / Path(*package.split("."))
     names = [f"{PACKAGE}.{package}.{path.stem}".removesuffix(".__init__") for path in sorted(folder.glob("*.py"))]

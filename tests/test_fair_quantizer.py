@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant_fairness_plugin import fair_quantizer, preflight, steps
-from quant_fairness_plugin.artifacts import ExportRecord, Interval, Ranking, load
+from quant_fairness_plugin import fair_quantizer, planning, preflight, steps
+from quant_fairness_plugin.artifacts import ExportRecord, Interval, ProtectionPlan, Ranking, load
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.config import make_config
-from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, QualityGateError, UnsupportedModelError
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.model import load as load_module
@@ -33,7 +34,7 @@ from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
 @pytest.fixture(scope="module")
 def quantizer(planted_model: Path, planted_file: str) -> FairQuantizer:
     return FairQuantizer.from_pretrained(
-        str(planted_model), group_size=32, texts=planted_file, max_overhead=0.4, draws=200
+        str(planted_model), group_size=32, texts=planted_file, max_overhead=0.4, draws=200, precisions=("fp16",)
     )
 
 
@@ -168,10 +169,73 @@ def test_auto_chooses_from_the_configured_precisions(planted_model: Path, plante
     quantizer = FairQuantizer.from_pretrained(
         str(planted_model), group_size=32, texts=planted_file, precisions=("fp16", "int8"), max_overhead=0.25, draws=200
     )
+    assert quantizer.sweep(precisions=("fp16", "int8")).precisions == ("fp16", "int8")
     plan = quantizer.recommend()
-    assert quantizer.sweep().precisions == ("fp16", "int8")
     # It leaves 0.0947 bits per byte, 16 bit 0.0945: the bytes saved buy 0.01 with another layer.
     assert plan.units[f"layers.{PLANTED_LAYER}"] == "int8"
+
+
+@pytest.fixture(scope="module")
+def scored(planted_model: Path, planted_file: str) -> FairQuantizer:
+    return FairQuantizer.from_pretrained(
+        str(planted_model), group_size=32, texts=planted_file, max_overhead=0.1, draws=200
+    )
+
+
+def test_auto_gives_the_planted_unit_eight_bits_by_scores(
+    scored: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *a, **k: pytest.fail("swept"))
+    result = scored.run(tmp_path / "out")
+    assert result.plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
+    assert result.plan.overhead <= 0.1
+    assert result.record.quantized_modules[f"model.layers.{PLANTED_LAYER}.mlp.down_proj"] == 8
+    assert isinstance(result.gain, Interval)
+    assert result.gain.low > 0  # the planted unit alone does nine tenths of the damage
+    assert result.verdict.startswith("protection lowered")
+    assert re.match(
+        r"INT8 for .*2\.down.*; the rest INT4 g32; predicted worst \S+ bits per byte", result.plan.reasons[0]
+    )
+    assert "measured worst" in result.plan.reasons[2]
+
+
+def test_plans_for_other_limits_come_from_the_same_scores(scored: FairQuantizer) -> None:
+    scores = scored.score()
+    assert scored.score() is scores
+    small, large = (plan_under(scored, max_overhead=share) for share in (0.05, 0.4))
+    assert small.extra_bytes < large.extra_bytes
+    floor = round(small.extra_bytes / small.overhead)
+    assert plan_under(scored, max_size=floor + small.extra_bytes).units == small.units
+    assert plan_under(scored, target_bits=4.5).overrides == {}  # 4 bits and a scale of 16 for every 32
+    with pytest.raises(QualityGateError, match="the smallest allocation takes"):
+        plan_under(scored, target_bits=4.4)
+    assert set(plan_under(scored, target_bits=16.0).overrides.values()) <= {"int8", "fp16"}
+    reached = plan_under(scored, target="worst=0.001")
+    assert 0 < reached.extra_bytes < large.extra_bytes
+
+
+def plan_under(scored: FairQuantizer, **options: Any) -> ProtectionPlan:
+    other = FairQuantizer(scored.loaded, scored.texts, replace(scored.config, **options))
+    return other.recommend(scored.score())
+
+
+def test_exhaustive_sweeps_every_unit_at_every_precision(
+    scored: FairQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored.score()
+    monkeypatch.setattr("quant_fairness_plugin.planning.score", lambda *a, **k: pytest.fail("scored"))
+    config = replace(scored.config, exhaustive=True)
+    other = FairQuantizer(scored.loaded, scored.texts, config)
+    plan = other.recommend()
+    report = other.sweep(granularity="unit", precisions=("fp16", "int8"))
+    assert set(report.units) == set(scored.score().units)
+    assert plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
+
+
+def test_what_the_reader_cannot_load_is_left_out_of_the_menu(scored: FairQuantizer) -> None:
+    assert planning.menu_of(scored.loaded, scored.config) == (("fp16", "int8"), False)
+    config = replace(scored.config, format="gptq")
+    assert planning.menu_of(scored.loaded, config) == (("fp16",), False)
 
 
 def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
@@ -185,14 +249,65 @@ def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
 
 
 def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: Path, planted_file: str) -> None:
-    config = make_config(group_size=32, texts=planted_file, draws=200)
-    quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config, dtype="bfloat16")
+    config = make_config(group_size=32, texts=planted_file, draws=200, dtype="bfloat16", device="cpu")
+    quantizer = FairQuantizer.from_source(ModelSource(str(planted_model)), config)
     report = quantizer.sweep(top=1)
+    assert (report.provenance.device, report.provenance.dtype) == ("cpu", "bfloat16")
+    with pytest.raises(ConfigError, match="bfloat16 rounds the float16 weights of .* Use --dtype float32"):
+        quantizer.protecting("none").quantize()
     assert quantizer.loaded.model.dtype == torch.bfloat16
     assert report.provenance.arguments["dtype"] == "bfloat16"
     ranking = report.rankings["protect-one worst"]
     assert isinstance(ranking, Ranking)
     assert ranking.layers[0] == PLANTED_LAYER  # saves 1.5 bits per byte, the next layer 0.07
+
+
+def test_a_device_that_is_not_here_is_refused_before_the_weights_are_read(
+    planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    with pytest.raises(ConfigError, match=r"device cuda:97 is not here; torch finds .*cpu\. Use one of these"):
+        FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, device="cuda:97")
+
+
+def test_the_model_goes_to_the_device_of_the_configuration(
+    planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def record(*args: Any, **options: Any) -> None:
+        given.update(options)
+        raise ConfigError("stop here")
+
+    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", record)
+    monkeypatch.setattr("quant_fairness_plugin.steps.find_device", lambda name: f"{name}:0")
+    with pytest.raises(ConfigError, match="stop here"):
+        FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, device="cuda")
+    assert (given["device"], given["dtype"]) == ("cuda:0", torch.float32)  # its weights are stored in float16
+
+
+def test_a_model_in_memory_is_computed_in_float32(planted_model: Path, planted_file: str) -> None:
+    pair = in_memory(planted_model)
+    with pytest.raises(ConfigError, match="dtype bfloat16 is accepted together with a model's name"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, dtype="bfloat16")
+    with pytest.raises(ConfigError, match="device cuda:97 is not here"):
+        FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cuda:97")
+    loaded = FairQuantizer.from_pretrained(**pair, texts=planted_file, device="cpu").loaded
+    assert (loaded.model.device.type, loaded.model.dtype) == ("cpu", torch.float32)
+
+
+def test_group_sizes_of_a_model_and_of_a_plan(tiny_model: Callable[..., Path], planted_file: str) -> None:
+    """Of width 96 `down` has 192 input channels, so groups of 64, and all else groups of 32."""
+    folder = str(tiny_model(width=96))
+    given: dict[str, Any] = {"texts": planted_file, "protect_layers": "none"}
+    with pytest.raises(ConfigError, match="group size 64 does not divide .* 6 of 8 units.* would take 32"):
+        FairQuantizer.from_pretrained(folder, group_size=64, strict=True, **given)
+    plan = FairQuantizer.from_pretrained(folder, **given).recommend()
+    assert plan.grid.group_size == 64
+    uniform = FairQuantizer.from_pretrained(folder, method="awq", symmetric=True, format="awq", **given)
+    assert uniform.config.grid.group_size == 32
+    with pytest.raises(UnsupportedModelError, match="holds one group size.*--group-size 32 for a plan of one size"):
+        uniform.following(plan)
 
 
 def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, planted_file: str) -> None:
@@ -338,8 +453,8 @@ def test_a_folder_is_measured_after_an_export_and_not_before(quantizer: FairQuan
         other.protecting("none").measure_folder()
 
 
-@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 2), ((PLANTED_LAYER,), 2)])
-def test_a_run_resolves_the_model_once_and_checks_once_before_and_once_while_writing(
+@pytest.mark.parametrize(("protect_layers", "checks"), [("auto", 3), ((PLANTED_LAYER,), 2)])
+def test_a_run_resolves_the_model_once_and_checks_what_is_known_of_its_plan(
     planted_model: Path,
     planted_file: str,
     tmp_path: Path,

@@ -24,7 +24,7 @@ from tests.tiny import byte_tokenizer, tiny_config
     [
         ({"int8_layers": [2]}, r"2: layer 2 does not exist: the model has 2 layers, accepted are 0\.\.1"),
         ({"protect_units": ["5.down"]}, r"5\.down: layer 5 does not exist"),
-        ({"protect_units": ["1.fc_in"]}, r"1\.fc_in is not a unit of the model; its layers have qkv, o, gate_up, down"),
+        ({"protect_units": ["1.fc_in"]}, r"1\.fc_in is not a unit of the model; its layer 1 has qkv, o, gate_up, down"),
     ],
 )
 def test_a_unit_that_the_model_lacks_fails_early(
@@ -40,6 +40,13 @@ def test_a_format_that_cannot_hold_the_layers_is_refused_before_the_model_is_loo
     config = make_config(format="awq", int8_layers=[0], protect_layers="none")
     with pytest.raises(UnsupportedModelError, match="4-bit integers only"):
         preflight(ModelSource("no-such-model"), config, out=tmp_path / "out")
+
+
+def test_a_layer_of_a_hybrid_has_units_of_its_own() -> None:
+    layers = (("conv.in_proj", "o"), ("qkv", "o"))
+    check_units(make_config(protect_units=["0.conv.in_proj", "1.qkv"]), units=layers.__getitem__, layers=2)
+    with pytest.raises(InvalidLayerError, match=r"0\.qkv is not a unit .* its layer 0 has conv\.in_proj, o\."):
+        check_units(make_config(protect_units=["0.qkv"]), units=layers.__getitem__, layers=2)
 
 
 def test_units_of_an_unknown_architecture_are_left_for_later() -> None:

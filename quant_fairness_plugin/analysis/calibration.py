@@ -162,7 +162,7 @@ def _provenance(
         "matrix": calibrations.matrix,
         "draws": bootstrap.draws,
     }
-    return provenance(loaded.files, texts, seed=bootstrap.seed, arguments=arguments)
+    return provenance(loaded, texts, seed=bootstrap.seed, arguments=arguments)
 
 
 def to_json(comparison: CalibrationComparison) -> str:

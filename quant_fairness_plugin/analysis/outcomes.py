@@ -72,7 +72,7 @@ class Judge:
         states = [fixed_state(BASELINE, self.loaded.model), quantized_state(STATE, quantized)]
         scores = score_states(states, self.loaded.tokenizer, self.texts)
         before, after = scores[BASELINE], scores[STATE]
-        vocabulary = self.loaded.model.config.vocab_size
+        vocabulary = self.loaded.model.config.get_text_config().vocab_size
         damage = measure_damage(before, after, self.texts, vocabulary=vocabulary, bootstrap=self.bootstrap)
         summary = summarise(before, after, damage, bootstrap=self.bootstrap)
         assert quantized.calibration is not None

@@ -46,6 +46,7 @@ from quant_fairness_plugin.artifacts.evidence import (
     Outcome,
     Standing,
 )
+from quant_fairness_plugin.artifacts.experts import ExpertCoverage, ExpertUse
 from quant_fairness_plugin.artifacts.files import (
     digest,
     from_json,
@@ -56,6 +57,7 @@ from quant_fairness_plugin.artifacts.files import (
     to_json,
     write_atomically,
 )
+from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import (
     Combinations,
     Necessity,
@@ -77,6 +79,8 @@ __all__ = [
     "Comparison",
     "Evidence",
     "EvidenceRow",
+    "ExpertCoverage",
+    "ExpertUse",
     "ExportRecord",
     "FileRecord",
     "Frontier",
@@ -112,6 +116,7 @@ __all__ = [
     "TextSet",
     "Undefined",
     "Unit",
+    "UnitScores",
     "Weighting",
     "bits_of_precision",
     "digest",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.errors import ConfigError
 
 NO_SURPRISES = ConfigDict(extra="forbid")
@@ -68,7 +70,8 @@ class Bootstrap:
 class Grid:
     """An integer grid: which values a quantized weight can take.
 
-    `group_size` input channels share a scale: 32, 64, 128, or -1 for one scale per output channel.
+    `group_size` input channels share a scale: 32, 64, 128, or -1 for one scale per output channel. Of a whole model it
+    is the largest: a fusion group whose input channels it does not divide takes the largest of 64 and 32 that does.
     """
 
     bits: int = 4
@@ -77,8 +80,12 @@ class Grid:
     clip: Clip = "absmax"
 
     def __str__(self) -> str:
-        group = "channel" if self.group_size == -1 else f"g{self.group_size}"
-        return f"int{self.bits} {group} {'sym' if self.symmetric else 'asym'} {self.clip}"
+        return f"int{self.bits} {self.groups} {'sym' if self.symmetric else 'asym'} {self.clip}"
+
+    @property
+    def groups(self) -> str:
+        """The group size as people read it: `g128`, or `channel`."""
+        return "channel" if self.group_size == -1 else f"g{self.group_size}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +100,12 @@ class Provenance:
     arguments: dict[str, Any]
     """The arguments as resolved, defaults included."""
     seed: int
+    device: str = ""
+    """Where the model was computed; empty in results that do not say."""
+    dtype: str = ""
+    """What it was computed in, `float32` or `bfloat16`; empty in results that do not say."""
+    source: str = ""
+    """What the 16-bit model was computed from, where its files do not hold it: FP8 or MXFP4 weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +311,11 @@ class ProtectionPlan:
             if name not in whole and (name.count(".") > 1 or precision != self.quantized_precision)
         }
 
+    @property
+    def singled_out(self) -> dict[str, Precision]:
+        """Layers and units that get something else than the grid's own bits, whole layers in 16 bit included."""
+        return {name: kind for name, kind in self.units.items() if kind != self.quantized_precision}
+
     def overrides_in(self, layer: int) -> dict[str, Precision]:
         """Fusion groups of a layer with a precision of their own, by name within the layer."""
         prefix = f"layers.{layer}."
@@ -328,9 +346,32 @@ class ExportRecord:
     """What all parameters would take in 16 bit."""
     calibration: dict[str, Any]
     measurement: Measurement | None
+    group_sizes: dict[str, int] = field(default_factory=dict)
+    """Quantized module → its group size, where it is not that of the plan's grid."""
     protected_columns: dict[str, int] = field(default_factory=dict)
     """Module → how many of its input channels are in `quant_fairness_columns.safetensors` too, in 16 bit."""
+    copied_tensors: dict[str, str] = field(default_factory=dict)
+    """Tensor in the files → checksum, of those that are the source's byte for byte, and were never computed with: parts
+    that are not text, and what no module of the model has."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+    experts: ExpertCoverage | None = None
+    """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Group size of every quantized module."""
+        return {name: self.group_sizes.get(name, self.plan.grid.group_size) for name in self.quantized_modules}
+
+    @property
+    def grids(self) -> str:
+        """The grid with the group size of most modules, and how many modules have another: for people to read."""
+        counts = Counter(self.sizes.values()).most_common()
+        usual = counts[0][0] if counts else self.plan.grid.group_size
+        others = [
+            f"{count} of {len(self.quantized_modules)} modules {replace(self.plan.grid, group_size=size).groups}"
+            for size, count in counts[1:]
+        ]
+        return " · ".join([str(replace(self.plan.grid, group_size=usual)), *others])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

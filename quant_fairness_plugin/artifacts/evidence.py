@@ -157,7 +157,7 @@ class RunResult:
 
     @property
     def _gain_in_words(self) -> str:
-        if not self.plan.protected_layers:
+        if not (self.plan.protected_layers or self.plan.overrides or self.plan.protect_columns):
             return "nothing was protected"
         if isinstance(self.gain, Undefined):
             return f"what protection bought is undefined: {self.gain.undefined}"

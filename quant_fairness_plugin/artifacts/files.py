@@ -19,10 +19,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan
 from quant_fairness_plugin.artifacts.evidence import Evidence
+from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.errors import ArtifactError
 
-A = TypeVar("A", Measurement, SweepReport, ProtectionPlan, ExportRecord, Evidence)
+A = TypeVar("A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage)
 
 
 def _adapter(kind: type[A]) -> TypeAdapter[A]:

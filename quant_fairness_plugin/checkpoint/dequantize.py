@@ -15,14 +15,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, dense_weight, tensor_layout
+from quant_fairness_plugin.checkpoint.experts import loaded_module, stored_module
 from quant_fairness_plugin.checkpoint.folder import check_headers, packed_modules, read_quantization, weight_files
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.experts import unfold_experts
+from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
+from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.unread import LoadedNames, sort_names
+from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
 
 
 def read_dense_state(folder: Path) -> dict[str, Tensor]:
@@ -47,7 +53,7 @@ def iterate_dense(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for module in checkpoint.packed:
         weight = checkpoint.dense(module)
         is_transposed = is_conv1d(checkpoint.bare.get_submodule(module))
-        yield f"{module}.weight", weight.t().contiguous() if is_transposed else weight
+        yield f"{checkpoint.stored_name(module)}.weight", weight.t().contiguous() if is_transposed else weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +66,17 @@ class Checkpoint:
     plain: tuple[str, ...]
     """Tensors that are stored as the model holds them, biases included."""
     packed: Mapping[str, tuple[str, ...]]
-    """Quantized module → suffixes of its tensors."""
+    """Quantized module → suffixes of its tensors. Modules have the names of the model, tensors those of the files."""
     input_scales: Mapping[str, Tensor]
     """Quantized module → what its inputs are divided by, with AutoAWQ."""
     files: Mapping[str, Any]
     """Tensor name → the open file that holds it."""
+    wrapper: Wrapper | None = None
+    """Where the text decoder is in a model of several parts."""
+
+    def stored_name(self, module: str) -> str:
+        """The name in files of a quantized module."""
+        return stored_module(self.bare, module) if self.wrapper is None else self.wrapper.stored_name(module)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
@@ -73,7 +85,7 @@ class Checkpoint:
 
     def parts(self, module: str) -> dict[str, Tensor]:
         """The tensors that stand for one quantized module's weight, by suffix."""
-        return {suffix: self.tensor(f"{module}.{suffix}") for suffix in self.packed[module]}
+        return {suffix: self.tensor(f"{self.stored_name(module)}.{suffix}") for suffix in self.packed[module]}
 
     def dense(self, module: str) -> Tensor:
         """One quantized module's weight `[rows, cols]` in float32.
@@ -97,17 +109,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     quantization, _ = read_quantization(folder)
     layout = tensor_layout(quantization) if quantization else "compressed-tensors"
     bare = bare_model(folder)
+    wrapper = find_wrapper(bare)
     files: dict[str, Any] = {}
     for path in weight_files(folder):
         files |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
-    packed: dict[str, tuple[str, ...]] = {name: () for name in packed_modules(shapes, quantization)}
-    extra = extra_tensors(shapes, packed, bare)
+
+    def loaded(name: str) -> str:
+        return loaded_module(bare, name) if wrapper is None else wrapper.loaded_name(name)
+
+    packed: dict[str, tuple[str, ...]] = {loaded(name): () for name in packed_modules(shapes, quantization)}
+    unread = set(unread_tensors(shapes, bare))
+    extra = extra_tensors(shapes.keys() - unread, packed, bare)
     plain = []
     for name in shapes:
-        module, _, suffix = name.rpartition(".")
+        stored, _, suffix = name.rpartition(".")
+        module = loaded(stored)
         if module in packed and suffix != "bias":
             packed[module] += (suffix,)
-        elif name not in extra:
+        elif name not in extra and name not in unread:
             plain.append(name)
     return Checkpoint(
         bare=bare,
@@ -116,6 +135,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         packed=packed,
         input_scales=_input_scales({name: files[name].get_tensor(name) for name in extra}, bare),
         files=files,
+        wrapper=wrapper,
     )
 
 
@@ -159,31 +179,37 @@ def model_from_state(
 
 
 def bare_model(folder: Path) -> PreTrainedModel:
-    """The unquantized architecture of an export, on the meta device.
+    """The unquantized architecture of an export, on the meta device, its experts unfolded.
 
     Raises:
         ArtifactError: a config that Transformers cannot build a model from.
     """
     try:
         with quiet_transformers(), torch.device("meta"):
-            build: Any = AutoModelForCausalLM.from_config
-            model: PreTrainedModel = build(_plain_config(folder))
+            config = _plain_config(folder)
+            model: PreTrainedModel = auto_class(config.to_dict()).from_config(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as err:
         reason = " ".join(str(err).split())[:200]
         raise ArtifactError(
             f"{folder / 'config.json'}: describes no model that can be built ({reason}). Restore the exported file."
         ) from err
+    unfold_experts(model)
     return model
 
 
-def check_loading_info(folder: Path, info: Mapping[str, Any]) -> None:
+def check_loading_info(folder: Path, info: Mapping[str, Any], overlooked: Collection[str] = ()) -> None:
     """Refuse a load in which Transformers would have filled gaps with random numbers.
+
+    Args:
+        folder: what was loaded.
+        info: what Transformers reports.
+        overlooked: names of tensors that may be there, though no module has them.
 
     Raises:
         ArtifactError: tensors that are missing, unexpected or of another shape.
     """
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in info.get(problem) or ())
+        keys = sorted({str(key) for key in info.get(problem) or ()}.difference(overlooked))
         if keys:
             raise ArtifactError(
                 f"{folder}: {problem.replace('_', ' ')}: {', '.join(keys[:5])} ({len(keys)} in all); the files do not "
@@ -196,6 +222,23 @@ def _plain_config(folder: Path) -> PretrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def unread_tensors(names: Iterable[str], bare: PreTrainedModel) -> list[str]:
+    """Tensors that no module of the model has, and that a genuine checkpoint of it may hold: they are only copied.
+
+    Args:
+        names: of all tensors of the checkpoint.
+        bare: the unquantized architecture.
+    """
+    return sort_names(bare, detect_family(bare), names).unread
+
+
+def overlooked_keys(folder: Path) -> set[str]:
+    """What Transformers may rightly call unexpected in a folder: tensors that are only copied, by all their names."""
+    bare = bare_model(folder)
+    unread, names = unread_tensors(check_headers(folder), bare), LoadedNames(bare)
+    return {*unread, *(names.find(name) for name in unread)}
 
 
 def extra_tensors(names: Iterable[str], packed: Collection[str], bare: PreTrainedModel) -> tuple[str, ...]:

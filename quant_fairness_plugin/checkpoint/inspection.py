@@ -8,7 +8,7 @@ functions compare a folder that was written here with its record. Shapes are tho
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from quant_fairness_plugin.artifacts import ExportRecord
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, tensor_layout
 from quant_fairness_plugin.checkpoint.dequantize import bare_model, extra_tensors
+from quant_fairness_plugin.checkpoint.experts import with_stacks
 from quant_fairness_plugin.checkpoint.folder import (
     check_headers,
     packed_modules,
@@ -29,14 +30,23 @@ from quant_fairness_plugin.checkpoint.folder import (
 from quant_fairness_plugin.checkpoint.formats import FORMATS, checkpoint_format, format_of_layout
 from quant_fairness_plugin.checkpoint.formats.format import Format, StoredGrid, TensorKind
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap, module_map, own_widths, stored_name
-from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
+from quant_fairness_plugin.checkpoint.readers.case import (
+    Case,
+    TensorFacts,
+    scheme_by_rule,
+    scheme_by_target,
+    scheme_of_target,
+)
 from quant_fairness_plugin.checkpoint.values import read_values
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.linear import linear_weight
+from quant_fairness_plugin.model.unread import roots, sort_names
 from quant_fairness_plugin.quantize.grid_rules import group_count
 
+STORED_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
+"""Group sizes that tools write."""
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 STORAGE = {"float16": "F16", "bfloat16": "BF16"}
 """dtype as `config.json` names it → as safetensors writes it."""
@@ -105,9 +115,10 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     form = checkpoint_format("fp16-twin") if layout is None else format_of_layout(layout)
     model = bare_model(folder)
     family = detect_family(model)
-    names = packed_modules(shapes, quantization)
-    extra = extra_tensors(shapes, names, model)
-    packed = {name: _stored_grid(name, model, shapes, form) for name in sorted(names)}
+    names = {family.loaded_name(name) for name in packed_modules(shapes, quantization)}
+    kinds = sort_names(model, family, shapes)
+    extra = (*extra_tensors(shapes.keys() - set(kinds.copied), names, model), *kinds.copied)
+    packed = {name: _stored_grid(name, model, family, shapes, form) for name in sorted(names)}
     _check_complete(model, family, packed, shapes.keys() - set(extra))
     return Inspection(
         folder=folder,
@@ -118,15 +129,42 @@ def inspect_checkpoint(folder: Path) -> Inspection:
         layout=layout,
         model=model,
         family=family,
-        modules=module_map(model, family, packed, bits={name: module.bits for name, module in packed.items()}),
+        modules=_module_map(model, family, quantization, packed, roots(kinds.own, kinds.unread)),
         packed=packed,
         tensors=len(shapes),
         dtype=_one_dtype({name: kind for name, (kind, _) in shapes.items() if name not in extra}),
-        facts=_facts(folder, form, packed, missing=form.added_tensors(model).keys() - shapes.keys()),
+        facts=_facts(folder, form, family, packed, missing=form.added_tensors(model).keys() - shapes.keys()),
     )
 
 
-def modules_by_tensors(model: nn.Module, family: Family, shapes: TensorShapes, record: ExportRecord) -> ModuleMap:
+def _module_map(
+    model: PreTrainedModel,
+    family: Family,
+    quantization: Mapping[str, Any],
+    packed: Mapping[str, StoredGrid],
+    unread: Collection[str],
+) -> ModuleMap:
+    """Return which modules are quantized, with their bits, and their group sizes where these can be told."""
+    bits = {name: module.bits for name, module in packed.items()}
+    modules = module_map(model, family, packed, bits=bits, unread=unread)
+    sizes = {name: _group_size(name, module, quantization, modules) for name, module in packed.items()}
+    known = {name: size for name, size in sizes.items() if size is not None}
+    return replace(modules, sizes=known)
+
+
+def _group_size(name: str, module: StoredGrid, quantization: Mapping[str, Any], modules: ModuleMap) -> int | None:
+    """Return the group size that metadata gives a module where it fits, else the smallest that does; None: none does.
+
+    Scales alone leave a choice: 64 input channels in one group are one group of 64, of 128, or all of a row.
+    """
+    _, by_rule = scheme_by_rule(quantization, modules, name)
+    _, by_target = scheme_of_target(scheme_by_target(quantization), name)
+    stated = [size for size in (by_rule, by_target, quantization.get("group_size")) if type(size) is int]
+    sizes = [size for size in (*stated, *STORED_SIZES) if size == -1 or size > 0]
+    return next((size for size in sizes if module.fits(size)), None)
+
+
+def modules_by_tensors(model: PreTrainedModel, family: Family, shapes: TensorShapes, record: ExportRecord) -> ModuleMap:
     """Return which modules the files hold quantized, after checking that these are the recorded ones.
 
     Raises:
@@ -134,14 +172,18 @@ def modules_by_tensors(model: nn.Module, family: Family, shapes: TensorShapes, r
     """
     form = checkpoint_format(record.format)
     marker = f".{form.suffixes[0]}" if form.packs else None
-    packed = {name.removesuffix(marker) for name in shapes if name.endswith(marker)} if marker else set()
+    stored = {name.removesuffix(marker) for name in shapes if name.endswith(marker)} if marker else set()
+    packed = {family.loaded_name(name) for name in stored}
     recorded = set(record.quantized_modules) if form.packs else set()
     for name in sorted(packed ^ recorded):
         raise ArtifactError(
             f"{name} is {'quantized' if name in packed else '16 bit'} in the weight files and not in the record; they "
             "must agree. Export again."
         )
-    return module_map(model, family, packed, bits=own_widths(record.quantized_modules, record.plan.grid))
+    kinds = sort_names(model, family, shapes)
+    bits = own_widths(record.quantized_modules, record.plan.grid)
+    unread = roots(kinds.own, kinds.unread)
+    return module_map(model, family, packed, bits=bits, sizes=record.sizes, unread=unread)
 
 
 def check_tensor_list(
@@ -161,6 +203,9 @@ def check_tensor_list(
         ArtifactError: a tensor that is missing or unexpected, or has another dtype or shape; names it.
     """
     expected = _expected_tensors(model, family, modules, record)
+    copied = {name: shapes[name] for name in record.copied_tensors if name in shapes}
+    _check_names(record.copied_tensors.keys() - copied.keys(), set(), "Export again.")
+    shapes = {name: kind for name, kind in shapes.items() if name not in copied}
     _check_names(expected.keys() - shapes.keys(), shapes.keys() - expected.keys(), "Export again.")
     storage = STORAGE.get(dtype)
     if storage is None:
@@ -168,7 +213,7 @@ def check_tensor_list(
     for name, (kind, shape) in expected.items():
         if shapes[name] != (kind or storage, shape):
             raise ArtifactError(f"{name} is {shapes[name]}, expected {(kind or storage, shape)}. Export again.")
-    return f"{len(expected)} tensors, {dtype}"
+    return f"{len(expected)} tensors, {dtype}" + (f", and {len(copied)} of the source" if copied else "")
 
 
 def check_values(folder: Path, record: ExportRecord) -> str:
@@ -178,7 +223,11 @@ def check_values(folder: Path, record: ExportRecord) -> str:
         ArtifactError: a value that no loader would report; names the tensor.
     """
     grid, form = record.plan.grid, checkpoint_format(record.format)
-    for values in read_values(folder, form, record.quantized_modules):
+    family = detect_family(bare_model(folder))
+    widths = {family.stored_name(name): bits for name, bits in record.quantized_modules.items()}
+    for values in read_values(folder, form, widths):
+        if values.name in record.copied_tensors:
+            continue
         if not values.finite:
             raise ArtifactError(f"{values.where} holds NaN or infinite values. Export again.")
         if grid.symmetric and not values.symmetric:
@@ -191,7 +240,7 @@ def check_values(folder: Path, record: ExportRecord) -> str:
     return "all finite"
 
 
-def _stored_grid(name: str, model: PreTrainedModel, shapes: TensorShapes, form: Format) -> StoredGrid:
+def _stored_grid(name: str, model: PreTrainedModel, family: Family, shapes: TensorShapes, form: Format) -> StoredGrid:
     """Check the tensors of one quantized module against the architecture."""
     try:
         rows, cols = linear_weight(model.get_submodule(name)).shape
@@ -200,7 +249,7 @@ def _stored_grid(name: str, model: PreTrainedModel, shapes: TensorShapes, form: 
             f"{name} is quantized in the weight files, and the architecture has no such linear module; accepted are "
             "its own. Get the config.json that belongs to these files."
         ) from err
-    prefix = f"{name}."
+    prefix = f"{family.stored_name(name)}."
     present = {key.removeprefix(prefix): shape for key, (_, shape) in shapes.items() if key.startswith(prefix)}
     try:
         grid = form.grid(present, rows, cols)
@@ -219,20 +268,22 @@ def _stored_grid(name: str, model: PreTrainedModel, shapes: TensorShapes, form: 
     return grid
 
 
-def _state_names(model: nn.Module, packed: Collection[str]) -> tuple[dict[str, Tensor], set[str]]:
-    """The 16-bit tensors of a model, and the names of those that files must hold: a tied parameter comes once."""
+def _state_names(model: nn.Module, family: Family, packed: Collection[str]) -> tuple[dict[str, Tensor], set[str]]:
+    """The 16-bit tensors of a text model, and the names of those that files must hold: a tied parameter comes once."""
     once = {name for name, _ in model.named_parameters()}
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    state = {name: value for name, value in model.state_dict().items() if name.removesuffix(".weight") not in packed}
+    whole = {name: value for name, value in model.state_dict().items() if family.owns(name)}
+    state = {name: value for name, value in whole.items() if name.removesuffix(".weight") not in packed}
+    state = with_stacks(model, state, packed)
     return state, {name for name in state if name in once or name not in every}
 
 
 def _check_complete(model: PreTrainedModel, family: Family, packed: Collection[str], present: set[str]) -> None:
     """Every tensor of the architecture is there, and nothing else is."""
-    state, needed = _state_names(model, packed)
+    state, needed = _state_names(model, family, packed)
     present = {stored_name(name, family) if name in state else name for name in present}  # tools name heads both ways
     suffixes = {suffix for entry in FORMATS.values() for suffix in (*entry.suffixes, *entry.optional)}
-    known = {f"{name}.{suffix}" for name in packed for suffix in suffixes}
+    known = {f"{stored_name(name, family)}.{suffix}" for name in packed for suffix in suffixes}
     known |= {stored_name(name, family) for name in state}
     missing = {stored_name(name, family) for name in needed} - present
     _check_names(missing, present - known, f"The files must hold exactly the model's. {_AGAIN}")
@@ -247,8 +298,8 @@ def _check_names(missing: set[str], unexpected: set[str], advice: str) -> None:
 def _expected_tensors(
     model: PreTrainedModel, family: Family, modules: ModuleMap, record: ExportRecord
 ) -> dict[str, TensorKind]:
-    form, grid = checkpoint_format(record.format), record.plan.grid
-    state, needed = _state_names(model, modules.quantized)
+    form, grid, sizes = checkpoint_format(record.format), record.plan.grid, record.sizes
+    state, needed = _state_names(model, family, modules.quantized)
     expected: dict[str, TensorKind] = {
         stored_name(name, family): (OTHER_KINDS.get(tensor.dtype), tuple(tensor.shape))
         for name, tensor in state.items()
@@ -256,9 +307,10 @@ def _expected_tensors(
     }
     for module in modules.quantized:
         rows, cols = linear_weight(model.get_submodule(module)).shape
-        stored = StoredGrid(rows, cols, record.quantized_modules[module], group_count(grid, cols))
+        groups = group_count(replace(grid, group_size=sizes[module]), cols)
+        stored = StoredGrid(rows, cols, record.quantized_modules[module], groups)
         kinds = form.expected(stored, symmetric=grid.symmetric)
-        expected |= {f"{module}.{suffix}": kind for suffix, kind in kinds.items()}
+        expected |= {f"{stored_name(module, family)}.{suffix}": kind for suffix, kind in kinds.items()}
     return expected | {name: (None, (length,)) for name, length in form.added_tensors(model).items()}
 
 
@@ -274,17 +326,20 @@ def _one_dtype(kinds: Mapping[str, str]) -> str:
     return FLOATS[next(iter(examples))] if examples else "float16"
 
 
-def _facts(folder: Path, form: Format, packed: Mapping[str, StoredGrid], *, missing: set[str]) -> TensorFacts:
+def _facts(
+    folder: Path, form: Format, family: Family, packed: Mapping[str, StoredGrid], *, missing: set[str]
+) -> TensorFacts:
     """What the values say of the whole checkpoint."""
     symmetric = ordered = True
     wrapped = False
-    for values in read_values(folder, form, {name: grid.bits for name, grid in packed.items()}):
+    grids = {stored_name(name, family): grid for name, grid in packed.items()}
+    for values in read_values(folder, form, {name: grid.bits for name, grid in grids.items()}):
         if not values.finite:
             raise ArtifactError(f"{values.where} holds NaN or infinite values. {_AGAIN}")
         symmetric &= values.symmetric
         wrapped |= values.wrapped
         if values.groups is not None:
-            ordered &= _in_order(values.name, values.groups, packed[values.name.rpartition(".")[0]])
+            ordered &= _in_order(values.name, values.groups, grids[values.name.rpartition(".")[0]])
     return TensorFacts(
         symmetric=symmetric, ordered=ordered, wrapped_zeros=wrapped, missing_scales=tuple(sorted(missing))
     )

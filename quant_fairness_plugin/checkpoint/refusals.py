@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from quant_fairness_plugin.artifacts import Grid, Precision
+from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
 
 TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
 STORED_BITS = 4
@@ -30,6 +31,36 @@ class Request:
     """The head's name in files and servers, where it is another one than in Transformers."""
     scaled_activation: str = ""
     """The activation of the MLP that Transformers divides by scales in an `awq` checkpoint."""
+    group_sizes: frozenset[int] = frozenset()
+    """Group sizes of the quantized modules; empty before the model is known."""
+    wrapped: bool = False
+    """Whether the text decoder is a part of the model, beside a vision tower or an audio encoder."""
+
+    mixture: bool = False
+    """Whether the model holds a mixture of experts."""
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """What files call the matrices of an expert; empty where there are none."""
+        mixture = find_mixture(self.family or "")
+        return () if mixture is None else mixture.names
+
+    @property
+    def kept_experts(self) -> bool:
+        """Whether the experts of a layer keep 16 bit, as far as that is known."""
+        kept = any(
+            kind == "fp16" and (name.count(".") == 1 or name.endswith(f".{EXPERTS}"))
+            for name, kind in self.overrides.items()
+        )
+        return self.mixture and kept
+
+    @property
+    def int8_experts(self) -> bool:
+        """Whether routed experts get 8 bits: in a layer that does, or as its unit."""
+        return self.mixture and any(
+            kind == "int8" and (name.count(".") == 1 or name.endswith(f".{EXPERTS}"))
+            for name, kind in self.overrides.items()
+        )
 
     @property
     def int8(self) -> bool:
@@ -40,6 +71,16 @@ class Request:
     def simulated(self) -> tuple[str, ...]:
         """Precisions of single layers or units that no checkpoint holds."""
         return tuple(sorted({kind for kind in self.overrides.values() if kind not in ("fp16", "int8", "int4")}))
+
+    @property
+    def several_sizes(self) -> bool:
+        """Whether modules have different group sizes."""
+        return len(self.group_sizes) > 1
+
+    @property
+    def smallest_size(self) -> int:
+        """The group size that fits every module that one fits."""
+        return min(self.group_sizes)
 
     @property
     def single_units(self) -> tuple[str, ...]:

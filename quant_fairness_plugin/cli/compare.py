@@ -10,6 +10,7 @@ from rich.table import Table
 from quant_fairness_plugin.artifacts import Bootstrap, Weighting, write_atomically
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
+    COMPUTE,
     GRID,
     TEXTS,
     Access,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 EFFECTS = ("calibration", "calibration_protected", "protection", "protection_calibrated", "both", "interaction")
 
 
-@options(config=("method", *GRID, "protect_layers", "top", "max_overhead", *TEXTS))
+@options(config=("method", *GRID, "protect_layers", "top", "max_overhead", *TEXTS, *COMPUTE))
 def compare(
     config: FairConfig,
     access: Access,

@@ -16,7 +16,12 @@ from quant_fairness_plugin.artifacts import package_versions
 from quant_fairness_plugin.cli.options import Json
 from quant_fairness_plugin.errors import QuantFairnessError
 
-EXTRAS = {"datasets": "texts from Hugging Face datasets", "triton": "GPU kernels", "vllm": "serving (own environment)"}
+EXTRAS = {
+    "datasets": "texts from Hugging Face datasets",
+    "vl-convert-python": "report.html, extra report",
+    "triton": "GPU kernels",
+    "vllm": "serving (own environment)",
+}
 
 
 def doctor(as_json: Json = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,8 @@ from quant_fairness_plugin.cli.damage import (
     language_notes,
 )
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import TEXTS, Access, Details, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
+from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Details, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
@@ -31,21 +33,35 @@ from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import preflight
 
 
-@options(config=(*TEXTS, "gate"))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HowToMeasure:
+    """On which sentences, and by which measurement."""
+
+    part: Annotated[Part, Option("Sentences to measure on:", "Texts")] = "confirm"
+    method: HowMeasured = "rigorous"
+
+
+@options(config=(*TEXTS, *COMPUTE, "gate"))
 def measure(
     config: FairConfig,
     access: Access,
+    how: HowToMeasure,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
     ] = None,
     model: ModelOption = None,
-    part: Annotated[Part, Option("Sentences to measure on:", "Texts")] = "confirm",
     output: OutputFile = None,
     as_json: Json = False,
     details: Details = False,
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
+    if how.method == "legacy":
+        check_legacy(config, part=how.part != "confirm")
+        if checkpoint is not None:
+            check_original(checkpoint, source.resolve())
+        legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=as_json)
+        return
     checked = preflight(source, config)
     if checkpoint is not None:
         check_original(checkpoint, checked.files)
@@ -57,13 +73,13 @@ def measure(
     with progress() as shown:
         quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
         measured = (
-            quantizer.measure(part=part).measurements[BASELINE]
+            quantizer.measure(part=how.part).measurements[BASELINE]
             if checkpoint is None
-            else quantizer.measure_folder(checkpoint, part=part)
+            else quantizer.measure_folder(checkpoint, part=how.part)
         )
     if output is not None:
         save(measured, output)
-        save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
+        save_run_record(output, seconds=time.monotonic() - started, device=measured.provenance.device, argv=sys.argv)
     if as_json:
         typer.echo(to_json(measured), nl=False)
         return None if checkpoint is None else check_gate(measured, config)

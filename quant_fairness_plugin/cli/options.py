@@ -16,6 +16,8 @@ from quant_fairness_plugin.preflight import ModelSource
 
 TEXTS = ("languages", "reference", "texts", "seed")
 """Fields of `FairConfig` that every command with a model takes."""
+COMPUTE = ("device", "dtype")
+"""Fields of `FairConfig` that every command takes that computes with a model."""
 GRID = ("bits", "group_size", "symmetric")
 
 _MODEL = "demo, demo-gpt2, a Hub id, a folder, or a .safetensors file."

@@ -17,8 +17,8 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import choice
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.preflight import preflight
-from quant_fairness_plugin.sweep.memory import parse_size
 
 
 @options(config=(*GRID, "protect_layers", *TEXTS), defaults={"protect_layers": "none"})

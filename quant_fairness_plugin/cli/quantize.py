@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from quant_fairness_plugin.artifacts import ExportRecord, ProtectionPlan, to_json
+from quant_fairness_plugin.artifacts import ExportRecord, Measurement, ProtectionPlan, to_json
 from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
@@ -19,13 +19,13 @@ from quant_fairness_plugin.cli.options import (
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
-from quant_fairness_plugin.recommend import describe_overrides
 
 
 def quantize_model(
@@ -60,7 +60,15 @@ def write_checkpoint(
 
     with progress() as shown:
         quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
-        return (quantizer if plan is None else quantizer.following(plan)).save_pretrained(out, overwrite=overwrite)
+        quantizer = quantizer if plan is None else quantizer.following(plan)
+
+        def measure(folder: Path) -> Measurement:
+            measured = quantizer.measure_folder(folder)
+            others = [] if quantizer.last_sweep is None else [quantizer.last_sweep]
+            report_checkpoint_folder(folder, measured, config, others)
+            return measured
+
+        return quantizer.save_pretrained(out, overwrite=overwrite, measure=measure)
 
 
 def report_checkpoint(
@@ -72,6 +80,8 @@ def report_checkpoint(
         QualityGateError: the stated gate is not passed.
     """
     typer.echo("\n".join(coverage_lines(record.calibration)), err=True)
+    if record.experts is not None:
+        typer.echo("\n".join(record.experts.lines()), err=True)
     if as_json:
         typer.echo(to_json(record), nl=False)
         return check_gate(record.measurement, config)
@@ -80,8 +90,6 @@ def report_checkpoint(
         title = f"{out}: damage against the 16-bit model, {describe_part(record.measurement)}"
         show((detailed_damage_table if details else damage_table)(record.measurement, title=title))
         typer.echo("\n".join(damage_notes(record.measurement)))
-    layers = layer_list(record.plan.protected_layers) or "none"
-    others = describe_overrides(record.plan)
-    singled_out = f"protected layers {layers}{others and '; '}{others}{describe_columns(record.plan)}"
-    typer.echo(f"{out}: {record.method} {record.plan.grid}, {record.format}, {singled_out}, verified; {extent(record)}")
+    more = singled_out(record.plan)
+    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}, verified; {extent(record)}")
     check_gate(record.measurement, config)

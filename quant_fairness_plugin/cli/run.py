@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from quant_fairness_plugin.artifacts import to_json
+from quant_fairness_plugin.artifacts import Measurement, to_json
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table
 from quant_fairness_plugin.cli.declare import options
@@ -20,13 +20,13 @@ from quant_fairness_plugin.cli.options import (
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import describe_columns, describe_part, extent, layer_list, show
+from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
-from quant_fairness_plugin.recommend import describe_overrides
 
 
 @options()
@@ -41,7 +41,7 @@ def run(
     plan: PlanFile = None,
     access: Access,
 ) -> None:
-    """Measure, sweep, recommend, quantize, export, verify, and print each language's damage before and after."""
+    """Measure, score, plan, quantize, export, verify, and print each language's damage before and after."""
     saved, config = planned(plan, config)
     source = access.source(model)
     out = output or default_output(source.name)
@@ -52,7 +52,13 @@ def run(
 
     with progress() as shown:
         quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
-        result = (quantizer if saved is None else quantizer.following(saved)).run(out, overwrite=overwrite)
+        quantizer = quantizer if saved is None else quantizer.following(saved)
+
+        def report(folder: Path, unprotected: Measurement, protected: Measurement) -> None:
+            others = [other for other in (unprotected, quantizer.last_sweep) if other is not None]
+            report_checkpoint_folder(folder, protected, quantizer.config, others)
+
+        result = quantizer.run(out, overwrite=overwrite, report=report)
     typer.echo("\n".join(coverage_lines(result.record.calibration)), err=True)
     if as_json:
         typer.echo(to_json(result.record), nl=False)
@@ -63,11 +69,8 @@ def run(
 
 def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) -> None:
     show_verdict(result.protected, config)
-    layers, others = layer_list(result.plan.protected_layers) or "none", describe_overrides(result.plan)
-    singled_out = f"layers {layers} in 16 bit{others and '; '}{others}{describe_columns(result.plan)}"
-    title = (
-        f"{config.method} {config.grid}, {describe_part(result.protected)}: without protection, and with {singled_out}"
-    )
+    more, part = singled_out(result.plan), describe_part(result.protected)
+    title = f"{config.method} {result.record.grids}, {part}: without protection, and with {more}"
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
     typer.echo("\n".join(damage_notes(result.protected)))

@@ -18,8 +18,10 @@ from quant_fairness_plugin.artifacts import (
     to_json,
 )
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
+from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import write_report
 from quant_fairness_plugin.cli.sweep_checks import check_execution, check_sets
 from quant_fairness_plugin.cli.sweep_options import ExecutionOptions, PlansOptions, SearchOptions
 from quant_fairness_plugin.cli.tables import (
@@ -36,7 +38,7 @@ from quant_fairness_plugin.plans.plan_set import check_precisions
 from quant_fairness_plugin.preflight import preflight
 
 
-@options(config=(*GRID, "objective", *TEXTS))
+@options(config=(*GRID, "objective", *TEXTS, *COMPUTE))
 def sweep(
     config: FairConfig,
     plans: PlansOptions,
@@ -48,6 +50,11 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Measure every layer's or unit's part in the damage, language by language, and rank them."""
+    if plans.method == "legacy":
+        given = {"what to sweep": plans != PlansOptions(method="legacy"), "sets": sets != SearchOptions()}
+        check_legacy(config, **given, execution=execution != ExecutionOptions())
+        legacy_sweep(access.source(model), config, output=output, as_json=as_json)
+        return
     wanted = plans.to_sweep(config, search=sets.to_search(config.objective), top=sets.top)
     check_precisions(wanted.precisions, wanted.modes, precision_of_bits(config.bits))
     # A plan cannot have both several precisions and a number of layers; a sweep's `top` is about stability alone.
@@ -61,12 +68,12 @@ def sweep(
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.sweep.make_executor import make_executor
 
-    runner = None if execution.executor is None else make_executor(execution.executor, workers=execution.workers)
+    runner = None
+    if execution.executor is not None:
+        runner = make_executor(execution.executor, workers=execution.workers, spread=":" not in config.device)
     started = time.monotonic()
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=shown, memory_budget=budget, dtype=execution.dtype
-        )
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown, memory_budget=budget)
         report = quantizer.sweep(
             wanted.modes,
             granularity=wanted.granularity,
@@ -82,7 +89,8 @@ def sweep(
         )
     if output is not None:
         save(report, output)
-        save_run_record(output, seconds=time.monotonic() - started, device="cpu", argv=sys.argv)
+        write_report(output.with_suffix(".html"), [report], config)
+        save_run_record(output, seconds=time.monotonic() - started, device=report.provenance.device, argv=sys.argv)
     counts = combination_lines(report, config.objective)
     if as_json:
         typer.echo("\n".join(counts), err=True)

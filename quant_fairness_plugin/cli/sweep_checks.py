@@ -8,11 +8,12 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.plans.plan_set import check_plans
 from quant_fairness_plugin.plans.units import check_around, name_units
 from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.config import SweepConfig
-from quant_fairness_plugin.sweep.memory import check_budget, parse_size
+from quant_fairness_plugin.sweep.memory import check_budget
 
 
 def check_sets(files: ModelFiles, config: FairConfig, wanted: SweepConfig) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from quant_fairness_plugin.artifacts import Granularity, Mode, Precision, SearchMethod
+from quant_fairness_plugin.cli.legacy import HowMeasured
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names, parse_precisions
@@ -105,6 +106,7 @@ class PlansOptions:
             metavar="LIST",
         ),
     ] = ()
+    method: HowMeasured = "rigorous"
 
     def to_sweep(self, config: FairConfig, *, search: Search | None = None, top: int = 3) -> SweepConfig:
         """Return the plans of the sweep, with the configuration's precisions where none were typed.
@@ -115,7 +117,7 @@ class PlansOptions:
         return SweepConfig(
             modes=self.mode,
             granularity=self.granularity,
-            precisions=self.precisions or config.precisions,
+            precisions=self.precisions or config.precisions or ("fp16",),
             combine=self.combine,
             search=search,
             max_plans=self.max_plans,
@@ -148,7 +150,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionOptions:
-    """Where and in what a sweep computes. Nothing of it changes what is ranked, apart from `bank` and `dtype`."""
+    """How a sweep is run. Nothing of it changes what is ranked, apart from `bank`."""
 
     bank: Annotated[
         Path | None,
@@ -159,10 +161,6 @@ class ExecutionOptions:
             metavar="DIR",
         ),
     ] = None
-    dtype: Annotated[
-        Literal["float32", "bfloat16"],
-        Option("What the sweep computes in; bfloat16 is faster where the processor has it:", "More"),
-    ] = "float32"
     work: Annotated[
         Path | None,
         Option("Keep finished trials in this folder: an interrupted sweep goes on there.", "More", metavar="DIR"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
@@ -22,9 +23,13 @@ from quant_fairness_plugin.artifacts import (
     Synergy,
     SynergyMatrix,
     Unit,
+    bits_of_precision,
 )
+from quant_fairness_plugin.recommend import describe_overrides
 
 WIDTH_WITHOUT_TERMINAL = 180
+LISTED_UNITS = 8
+"""More of them are counted."""
 
 
 def show(table: Table) -> None:
@@ -68,6 +73,18 @@ def layer_list(layers: Sequence[int]) -> str:
 def describe_columns(plan: ProtectionPlan) -> str:
     """Return `; 1% of input channels in 16 bit`, to follow what else a plan protects; empty if it protects none."""
     return f"; {100 * plan.protect_columns:.3g}% of input channels in 16 bit" if plan.protect_columns else ""
+
+
+def singled_out(plan: ProtectionPlan) -> str:
+    """Return `layers 0,9 in 16 bit; 3.down in 8 bit`: what a plan gives more; many units are counted, not listed."""
+    layers = layer_list(plan.protected_layers)
+    parts = [f"layers {layers} in 16 bit"] if layers else []
+    kinds = Counter(plan.overrides.values())
+    if len(plan.overrides) <= LISTED_UNITS:
+        parts += filter(None, (describe_overrides(plan),))
+    else:
+        parts += [f"{count} units in {bits_of_precision(kind)} bit" for kind, count in kinds.items()]
+    return ("; ".join(parts) or "no protection") + describe_columns(plan)
 
 
 def plan_list(plan: ProtectionPlan) -> str:

@@ -6,6 +6,7 @@ The command line takes options, help and defaults from the fields here; there is
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,9 +31,11 @@ from quant_fairness_plugin.config.checks import (
     check_always_16_bit,
     check_calibration,
     check_columns,
+    check_limits,
     check_overrides,
     check_precisions,
     check_rest,
+    check_tokens_per_expert,
 )
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import (
@@ -40,17 +43,24 @@ from quant_fairness_plugin.config.parsers import (
     parse_group_size,
     parse_int8_layers,
     parse_languages,
+    parse_limits,
+    parse_max_size,
     parse_names,
     parse_precisions,
     parse_protection,
     parse_reference,
     parse_share,
+    parse_target,
+    read_target,
 )
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import OBJECTIVES, find_objective
+from quant_fairness_plugin.model.devices import Dtype, check_device_name
 from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import METHODS, find_method
-from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size
+from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,8 +80,8 @@ class FairConfig:
     group_size: Annotated[
         int | Literal["auto"],
         Option(
-            "Input channels that share a scale; 'auto': the largest of 128, 64, 32 that leaves the fewest weights in "
-            "16 bit; -1: all of a row.",
+            "Input channels that share a scale, at most: each unit takes the largest of 128, 64, 32 up to it that "
+            "divides its input channels ('auto': up to 128); -1: all of a row.",
             "How to quantize",
             parse=parse_group_size,
             metavar="auto|32|64|128|-1",
@@ -91,24 +101,36 @@ class FairConfig:
     protect_layers: Annotated[
         Literal["auto", "none"] | tuple[int, ...],
         Option(
-            "Layers that stay in 16 bit: indices from 0, such as 0,9,11; 'auto' sweeps and selects them; or 'none'.",
+            "Layers that stay in 16 bit: indices from 0, such as 0,9,11; 'auto' chooses a precision for every unit; or "
+            "'none'.",
             "What to protect",
             parse=parse_protection,
             metavar="LAYERS",
             names=("auto", "none"),
         ),
     ] = "auto"
-    """`auto`: as many layers as the sweep supports within `max_overhead`; `none`; or layer indices counted from 0."""
+    """`auto`: what scores (or a sweep) support within the limits; `none`; or layer indices counted from 0."""
     precisions: Annotated[
-        tuple[Precision, ...],
+        tuple[Precision, ...] | None,
         Option(
-            "What 'auto' may give a layer instead of --bits: fp16, or fp16,int8 for both (8 bit costs half as much).",
+            "What 'auto' may give a unit instead of --bits. Default: fp16,int8, as far as format and reader allow; "
+            "fp16 alone sweeps whole layers.",
             "What to protect",
             parse=parse_precisions,
             metavar="LIST",
             names=("fp16", "fp16,int8"),
         ),
-    ] = ("fp16",)
+    ] = None
+    """None: the menu, cut to what format and reader allow, by scores of units. `fp16` alone, a `top`, and objectives
+    that do not add up over units take the research scripts' way: whole layers are swept and ranked."""
+    exhaustive: Annotated[
+        bool,
+        Option(
+            "'auto' evaluates every unit at every precision instead of scoring them by gradients; takes hours.",
+            "What to protect",
+            flag="--exhaustive/--no-exhaustive",
+        ),
+    ] = False
     protect_units: Annotated[
         tuple[str, ...],
         Option(
@@ -163,6 +185,41 @@ class FairConfig:
             "Budget of 'auto': extra bytes on disk over the all-quantized checkpoint; 0.2 = 20 %.", "What to protect"
         ),
     ] = 0.2
+    max_size: Annotated[
+        int | None,
+        Option(
+            "Budget of 'auto' instead: the tensors of the whole checkpoint, such as 120MB.",
+            "What to protect",
+            parse=parse_max_size,
+            metavar="SIZE",
+        ),
+    ] = None
+    target_bits: Annotated[
+        float | None,
+        Option(
+            "Budget of 'auto' instead: mean bits of a weight in the layers, scales included, such as 4.5.",
+            "What to protect",
+        ),
+    ] = None
+    target: Annotated[
+        str | None,
+        Option(
+            "The fewest bytes instead: largest damage to accept, KL in bits per byte, such as worst=0.1.",
+            "What to protect",
+            parse=parse_target,
+            metavar="NAME=NUMBER",
+        ),
+    ] = None
+    limits: Annotated[
+        dict[str, float] | None,
+        Option(
+            "Largest KL (bits per byte) of single languages beside that, such as he=0.05,zh=0.1.",
+            "What to protect",
+            flag="--limit",
+            parse=parse_limits,
+            metavar="LIST",
+        ),
+    ] = None
     objective: Annotated[
         str,
         Option("Damage that protection lowers, over languages:", "What to protect", metavar="NAME", names=OBJECTIVES),
@@ -194,6 +251,14 @@ class FairConfig:
         int | None,
         Option("Calibration tokens of each language. Default: what the language with the fewest has.", "Texts"),
     ] = None
+    tokens_per_expert: Annotated[
+        int | None,
+        Option(
+            "Add calibration rows, of whichever language reaches them, until every expert of a mixture has so many "
+            "tokens, as far as the text goes.",
+            "Texts",
+        ),
+    ] = None
     calibration: Annotated[Weighting, Option("How much each language counts in calibration:", "Texts")] = "uniform"
     backend: Annotated[
         str,
@@ -207,6 +272,23 @@ class FairConfig:
     """Our core (`native`), or a name of the entry points `quant_fairness.backends`."""
     format: Annotated[CheckpointFormat, Option("Checkpoint format:", "Output")] = "compressed-tensors"
     reader: Annotated[Reader, Option("Reader that must be able to load the checkpoint:", "Output")] = "transformers"
+    device: Annotated[
+        str,
+        Option(
+            "Where to compute: cpu, cuda, cuda:1, mps, xpu, or auto: the first accelerator that is there, else cpu.",
+            "More",
+            metavar="NAME",
+            names=("auto", "cpu", "cuda", "mps", "xpu"),
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Option(
+            "What to compute in; auto is bfloat16 for weights stored in it, on an accelerator and where this CPU "
+            "multiplies faster in it, else float32:",
+            "More",
+        ),
+    ] = "auto"
     gate: Annotated[
         str | None,
         Option(
@@ -220,7 +302,8 @@ class FairConfig:
     strict: Annotated[
         bool,
         Option(
-            "An unstable ranking or a failed gate is an error (exit status 6), not a warning.",
+            "An unstable ranking or a failed gate is an error (exit status 6), and so is a --group-size that does not "
+            "fit every unit (exit status 2), not a warning.",
             "More",
             flag="--strict/--no-strict",
         ),
@@ -229,6 +312,7 @@ class FairConfig:
     def __post_init__(self) -> None:
         find_method(self.method)
         find_objective(self.objective)
+        check_device_name(self.device)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
         if self.group_size != "auto":
@@ -239,6 +323,7 @@ class FairConfig:
             )
         check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
         check_precisions(self.precisions, bits=self.bits, top=self.top)
+        check_limits(self.max_size, self.target_bits, self.target, self.limits, top=self.top)
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         check_always_16_bit(protect_biases=self.protect_biases, protect_final_ln=self.protect_final_ln)
         if self.gate is not None:
@@ -246,6 +331,7 @@ class FairConfig:
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
         check_calibration(self.calibration, method=self.method, tokens_per_language=self.tokens_per_language)
+        check_tokens_per_expert(self.tokens_per_expert, method=self.method)
 
     @property
     def grid(self) -> Grid:
@@ -257,9 +343,60 @@ class FairConfig:
         group_size = AUTO_GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
         return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=self.clip)
 
-    def fitted(self, model: Modules) -> FairConfig:
-        """Return the same configuration with the group size that `auto` comes to on a model."""
-        return self if self.group_size != "auto" else replace(self, group_size=fitting_group_size(model))
+    def fitted(self, model: Modules, *, uniform: bool = False) -> FairConfig:
+        """Return the same configuration with the largest group size that the units of a model take.
+
+        Where none fits any of them, `auto` is one scale for a whole row.
+
+        Args:
+            model: the model, or its outline.
+            uniform: all units take one size, because the format or its reader knows one.
+        """
+        if self.group_size == -1:
+            return self
+        largest = fitting_group_size(model, self.grid.group_size, uniform=uniform)
+        if largest is None:
+            return replace(self, group_size=-1) if self.group_size == "auto" else self
+        return replace(self, group_size=largest)
+
+    def check_group_size(self, model: Modules) -> None:
+        """Warn of units that a stated group size does not fit, and of the sizes that they take.
+
+        Raises:
+            ConfigError: there are some, and the configuration is strict.
+        """
+        if self.group_size in ("auto", -1):
+            return
+        sizes = group_sizes(model, self.grid)
+        others = {unit: size for unit, size in sizes.items() if size != self.group_size}
+        if not others:
+            return
+        message = (
+            f"group size {self.group_size} does not divide the input channels of {len(others)} of {len(sizes)} units, "
+            f"first {next(iter(others))}"
+        )
+        names = " or ".join(map(str, sorted(set(others.values()), reverse=True)))
+        if self.strict:
+            raise ConfigError(f"{message}; they would take {names}. Use --group-size auto, or leave --strict out")
+        _logger.warning("%s: they take %s", message, names)
+
+    @property
+    def decides_by(self) -> str:
+        """Return the objective of the plan: that of `target`, else `objective`."""
+        return self.objective if self.target is None else read_target(self.target)[0] or self.objective
+
+    @property
+    def scores_units(self) -> bool:
+        """Return whether `auto` scores units by gradients; else it sweeps."""
+        swept = self.exhaustive or self.top is not None or self.precisions == ("fp16",)
+        return self.protect_layers == "auto" and not swept and find_objective(self.decides_by).adds_up
+
+    @property
+    def menu(self) -> tuple[Precision, ...]:
+        """Return what `auto` may give instead of the grid's precision, before format and reader are asked."""
+        if self.precisions is not None:
+            return self.precisions
+        return ("fp16", "int8") if self.bits < 8 and (self.exhaustive or self.scores_units) else ("fp16",)
 
     @property
     def bootstrap(self) -> Bootstrap:
@@ -305,7 +442,8 @@ class FairOptions(TypedDict, total=False):
     symmetric: bool | None
     clip: Clip
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
-    precisions: tuple[Precision, ...] | list[Precision]
+    precisions: tuple[Precision, ...] | list[Precision] | None
+    exhaustive: bool
     protect_units: tuple[str, ...] | list[str]
     int8_layers: tuple[int, ...] | list[int]
     protect_columns: float
@@ -313,15 +451,22 @@ class FairOptions(TypedDict, total=False):
     protect_final_ln: bool
     top: int | None
     max_overhead: float
+    max_size: int | None
+    target_bits: float | None
+    target: str | None
+    limits: dict[str, float] | None
     objective: str
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
     texts: str | Path | TextSet
     tokens_per_language: int | None
+    tokens_per_expert: int | None
     calibration: Weighting
     backend: str
     format: CheckpointFormat
     reader: Reader
+    device: str
+    dtype: Dtype
     gate: str | None
     draws: int
     seed: int

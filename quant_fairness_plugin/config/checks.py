@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Literal
 
 from quant_fairness_plugin.artifacts import Precision, Unit, Weighting
+from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 
@@ -88,12 +90,44 @@ def check_overrides(
             )
 
 
-def check_precisions(precisions: tuple[Precision, ...], *, bits: int, top: int | None) -> None:
+def check_limits(
+    max_size: int | None,
+    target_bits: float | None,
+    target: str | None,
+    limits: dict[str, float] | None,
+    *,
+    top: int | None,
+) -> None:
+    """Refuse limits that exclude each other or that no plan keeps.
+
+    Raises:
+        ConfigError: several of `max_size`, `target_bits`, `target` and `top`, or one that is out of range.
+    """
+    given = {"max_size": max_size, "target_bits": target_bits, "target": target, "top": top}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise ConfigError(f"{' and '.join(named)} exclude each other; give one budget, a target, or a number of layers")
+    if limits is not None and top is not None:
+        raise ConfigError(f"limits of languages and top {top} exclude each other; leave one of them out")
+    if max_size is not None and max_size < 1:
+        raise ConfigError(f"max_size {max_size} is no size; give the bytes of the checkpoint, such as 120MB")
+    if target_bits is not None and not 2 <= target_bits <= 16:
+        raise ConfigError(f"target_bits {target_bits} is no width between 2 and 16; use a number such as 4.5")
+    if target is not None:
+        read_target(target)
+    for language, value in (limits or {}).items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"limit {language}={value}: give the largest KL to accept, in bits per byte, above 0")
+
+
+def check_precisions(precisions: tuple[Precision, ...] | None, *, bits: int, top: int | None) -> None:
     """Refuse precisions that `auto` cannot choose from.
 
     Raises:
         ConfigError: not `fp16`, or `fp16` and `int8`; `int8` on an 8-bit grid, or with a number of layers to protect.
     """
+    if precisions is None:
+        return
     given = ",".join(precisions)
     if sorted(precisions) not in (["fp16"], ["fp16", "int8"]):
         raise ConfigError(
@@ -139,6 +173,21 @@ def check_calibration(calibration: Weighting, *, method: str, tokens_per_languag
         raise ConfigError(
             f"calibration 'proportional' takes all tokens of every language, not {tokens_per_language} each; leave "
             "tokens_per_language out, or use calibration 'uniform'"
+        )
+
+
+def check_tokens_per_expert(tokens: int | None, *, method: str) -> None:
+    """Refuse a number of tokens that no expert can be given.
+
+    Raises:
+        ConfigError: below 1, or with a method that does not calibrate.
+    """
+    if tokens is None:
+        return
+    if tokens < 1 or not find_method(method).needs_calibration:
+        raise ConfigError(
+            f"tokens_per_expert {tokens} cannot be used with method {method!r}; use 1 or more, with method "
+            f"{method_names(lambda m: m.needs_calibration)}, or leave it out"
         )
 
 

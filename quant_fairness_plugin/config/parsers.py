@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from typing import Literal, cast, get_args
 
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
-from quant_fairness_plugin.measure.objectives import one_of
+from quant_fairness_plugin.measure.objectives import additive_objectives, one_of
+from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
 
 
@@ -119,6 +121,69 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     if not set(names) <= set(known):
         raise ConfigError(f"--precisions {text!r}: write some of {', '.join(known)} with commas between")
     return cast(tuple[Precision, ...], names)
+
+
+def parse_max_size(text: str) -> int:
+    """Return the bytes of a size such as `120MB`, `1.5 GiB` or `123456`.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    return parse_size(text)
+
+
+def parse_numbers(text: str, *, flag: str, example: str) -> dict[str, float]:
+    """Return the number of each name in a list such as `en=1,fi=2`. Whether there are such languages is checked later.
+
+    Raises:
+        ConfigError: not NAME=NUMBER with commas between, or a name twice.
+
+    >>> parse_numbers("en=1, fi=2", flag="--weights", example="en=1,fi=2")
+    {'en': 1.0, 'fi': 2.0}
+    """
+    numbers: dict[str, float] = {}
+    for item in text.split(","):
+        name, _, value = (part.strip() for part in item.partition("="))
+        try:
+            number = float(value)
+        except ValueError as err:
+            raise ConfigError(f"{flag} {text!r}: write LANGUAGE=NUMBER with commas between, such as {example}") from err
+        if not name or name in numbers:
+            raise ConfigError(f"{flag} {text!r}: name each language once, such as {example}")
+        numbers[name] = number
+    return numbers
+
+
+def parse_limits(text: str) -> dict[str, float]:
+    """Return the limit of each language. Raises as `parse_numbers`."""
+    return parse_numbers(text, flag="--limit", example="he=0.05,zh=0.1")
+
+
+def parse_target(text: str) -> str:
+    """Return a target as it was written, once it can be read. Raises as `read_target`."""
+    read_target(text)
+    return text
+
+
+def read_target(text: str) -> tuple[str | None, float]:
+    """Return the objective of a target, None where it names none, and the largest value to accept.
+
+    Raises:
+        ConfigError: neither NUMBER nor OBJECTIVE=NUMBER, or an objective that does not add up over units.
+
+    >>> read_target("worst=0.1")
+    ('worst', 0.1)
+    """
+    name, equals, value = (part.strip() for part in text.rpartition("="))
+    try:
+        number = float(value)
+    except ValueError as err:
+        raise ConfigError(f"--target {text!r}: write a KL in bits per byte, such as 0.1 or worst=0.1") from err
+    if equals and name not in additive_objectives():
+        raise ConfigError(f"--target {text!r}: a target is one of {one_of(additive_objectives())}; write worst=0.1")
+    if not (math.isfinite(number) and number > 0):
+        raise ConfigError(f"--target {text!r}: give the largest KL to accept, in bits per byte, above 0")
+    return name or None, number
 
 
 def choice(flag: str, names: Collection[str]) -> Callable[[str], str]:

@@ -102,7 +102,7 @@ def gather_evidence(
         "random_plans": rivals.random_plans,
     }  # fmt: skip
     return Evidence(
-        provenance=provenance(loaded.files, texts, seed=bootstrap.seed, arguments=arguments),
+        provenance=provenance(loaded, texts, seed=bootstrap.seed, arguments=arguments),
         plan=plan,
         objective=objective,
         grid=plan.grid,
@@ -227,7 +227,7 @@ def _statuses(
         measure_damage,
         scores[BASELINE],
         texts=texts,
-        vocabulary=loaded.model.config.vocab_size,
+        vocabulary=loaded.model.config.get_text_config().vocab_size,
         bootstrap=Bootstrap(reference=None, draws=MINIMUM_DRAWS),
     )
     languages = supported_languages(measure(scores[BASELINE]))

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping
 
 from quant_fairness_plugin.artifacts import Precision, TextSet, Undefined, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.evidence.weight_statistics import criticality, layer_statistics
 from quant_fairness_plugin.measure.objectives import OBJECTIVES
-from quant_fairness_plugin.measure.rows import Batch, pad_rows, tokenize_for
+from quant_fairness_plugin.measure.rows import tokenize_for
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.fisher import Changes, score_sentences, slopes_of, spread
 from quant_fairness_plugin.sweep.memory import CONTEXT
 
 SENTENCES = 16
@@ -60,12 +57,10 @@ def gradient_scores(
     precision: Precision,
     sentences: int = SENTENCES,
 ) -> dict[str, tuple[float, ...]]:
-    """Return `gradient` and `fisher`: the predicted rise of the loss (nats per byte) if this layer alone is quantized.
+    """Return `gradient` and `fisher`: what quantizing this layer alone is predicted to do (nats per byte).
 
-    First order: |Σ gradient · change| over all text of a language. Second order: ½ Σ gradient² · change², the diagonal
-    of the empirical Fisher information from single sentences. Each is that of the language with the highest.
-
-    Needs the memory of the model's linear weights once more, for gradients.
+    First order: the change of the loss, |Σ gradient · change| over all text of a language. Second order: the KL to the
+    16-bit model, added up over the layer's units as `sweep.fisher` scores them. Each is that of the worst language.
 
     Args:
         loaded: the model; unchanged afterwards, gradients included.
@@ -75,92 +70,33 @@ def gradient_scores(
         precision: at which precision.
         sentences: how many of each language.
     """
-    changes = _changes(loaded, units, bank, precision)
-    first: dict[str, dict[str, float]] = {layer: defaultdict(float) for layer in changes}
-    second: dict[str, dict[str, float]] = {layer: defaultdict(float) for layer in changes}
-    tokenized = tokenize_for(loaded.model, loaded.tokenizer, _spread(texts, sentences), context=CONTEXT)
-    bytes_ = {language: sum(text.bytes_ for text in encoded) for language, encoded in tokenized.encoded.items()}
-    with _requiring_gradients(loaded, [name for layer in changes.values() for name in layer]):
-        for row in tokenized.rows:
-            gradients = _gradients(loaded, pad_rows([row]), changes)
-            for layer, by_name in changes.items():
-                share = 1 / bytes_[row.language]
-                pairs = [(gradients[name], change) for name, change in by_name.items()]
-                first[layer][row.language] += share * sum(float((g * change).sum()) for g, change in pairs)
-                second[layer][row.language] += share * sum(second_order(g.square(), change) for g, change in pairs)
-    slopes = {layer: {tag: abs(value) for tag, value in totals.items()} for layer, totals in first.items()}
-    return {
-        "gradient": tuple(sensitivity_scores(slopes).values()),
-        "fisher": tuple(sensitivity_scores(second).values()),
-    }
+    some = spread(texts, sentences)
+    changes = Changes.of(loaded, units, {precision: bank}, units.group_names())
+    first = _slopes_of_the_loss(loaded, some, changes)
+    second, bytes_ = score_sentences(loaded, some, changes)
+    rows: dict[str, dict[str, dict[str, float]]] = {"gradient": {}, "fisher": {}}
+    for layer in map(Unit, range(units.layers)):
+        inside = [unit for unit in units.group_names() if Unit.parse(unit).whole == layer]
+        for name, nats in (
+            ("gradient", {tag: abs(sum(first.get((u, tag), 0.0) for u in inside)) for tag in bytes_}),
+            ("fisher", {tag: sum(sum(second[u][precision][tag]) for u in inside if u in second) for tag in bytes_}),
+        ):
+            rows[name][str(layer)] = {tag: value / sum(bytes_[tag]) for tag, value in nats.items()}
+    return {name: tuple(sensitivity_scores(by_layer).values()) for name, by_layer in rows.items()}
 
 
-def _changes(loaded: LoadedModel, units: UnitMap, bank: Bank, precision: Precision) -> dict[str, dict[str, Tensor]]:
-    """Layer → parameter → quantized minus 16 bit."""
-    return {
-        str(layer): {
-            name: value - loaded.model.get_parameter(name).detach()
-            for group in units.groups
-            for name, value in bank.weights(str(layer.part(group)), precision).items()
-        }
-        for layer in map(Unit, range(units.layers))
-    }
-
-
-def _gradients(loaded: LoadedModel, batch: Batch, changes: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Of the summed loss of one row, by parameter."""
-    names = [name for by_name in changes.values() for name in by_name]
-    device = loaded.model.device
-    logits = loaded.model(input_ids=batch.ids.to(device), attention_mask=batch.mask.to(device), use_cache=False).logits
-    scored = logits.flatten(0, 1)[batch.positions.to(device)].float()
-    loss = torch.nn.functional.cross_entropy(scored, batch.targets.to(device), reduction="sum")
-    gradients = torch.autograd.grad(loss, [loaded.model.get_parameter(name) for name in names])
-    return dict(zip(names, gradients, strict=True))
-
-
-def _spread(texts: TextSet, count: int) -> TextSet:
-    """So many of the sentences, evenly spread over the set."""
-    some = min(count, len(texts))
-    return texts.take([i * len(texts) // some for i in range(some)])
-
-
-@contextmanager
-def _requiring_gradients(loaded: LoadedModel, names: Sequence[str]) -> Iterator[None]:
-    """Let these parameters take gradients inside a `with` block."""
-    parameters = [loaded.model.get_parameter(name) for name in names]
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        with torch.enable_grad():
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            yield
-    finally:
-        for parameter, had in zip(parameters, before, strict=True):
-            parameter.requires_grad_(had)
-
-
-def first_order(gradient: Tensor, change: Tensor) -> float:
-    """Return |Σ gradient · change|: what quantizing a weight should do to the loss, to first order.
-
-    Args:
-        gradient: of the loss, `[rows, cols]`, summed over text.
-        change: quantized minus 16-bit weight, of the same shape.
-    """
-    return abs(float((gradient.double() * change.double()).sum()))
-
-
-def second_order(squared_gradient: Tensor, change: Tensor) -> float:
-    """Return ½ · Σ fisher · change²: the same to second order, with the diagonal of the empirical Fisher information.
-
-    Args:
-        squared_gradient: squares of the gradients of single sentences, averaged, `[rows, cols]`.
-        change: quantized minus 16-bit weight, of the same shape.
-    """
-    return 0.5 * float((squared_gradient.double() * change.double().square()).sum())
+def _slopes_of_the_loss(loaded: LoadedModel, texts: TextSet, changes: Changes) -> dict[tuple[str, str], float]:
+    """Unit and language → Σ gradient · change, in nats."""
+    tokenized = tokenize_for(loaded.model, loaded.tokenizer, texts, context=CONTEXT)
+    totals: dict[tuple[str, str], float] = defaultdict(float)
+    for row, (slopes,) in slopes_of(loaded, tokenized, changes, lambda _, batch: [batch.targets]):
+        for (unit, _), slope in slopes.items():
+            totals[unit, row.language] -= slope
+    return totals
 
 
 def sensitivity_scores(by_unit: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return one score per unit from figures per language (`first_order`, `second_order`): that of the worst language.
+    """Return one score per unit from figures per language: that of the worst language.
 
     Args:
         by_unit: unit → language → figure per byte or token of that language, so that languages can be compared.

@@ -71,7 +71,12 @@ def _front_matter(record: ExportRecord, source: SourceCard) -> dict[str, Any]:
 def _refusal(record: ExportRecord, reader: str) -> str | None:
     """Why a reader cannot load this checkpoint, or None where it can."""
     refusal = find_refusal(
-        record.family, format=record.format, grid=record.plan.grid, reader=reader, overrides=record.plan.overrides
+        record.family,
+        format=record.format,
+        grid=record.plan.grid,
+        reader=reader,
+        overrides=record.plan.singled_out,
+        group_sizes=record.sizes.values(),
     )
     return refusal.reason if refusal is not None else None
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quant_fairness_plugin.checkpoint.experts import kept_experts, owner_of, stacked_tensors
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.errors import ResourceError
@@ -23,7 +24,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the checkpoint by name, made one at a time.
+    """Yield every tensor of the checkpoint that is not copied, by name, made one at a time.
 
     Tensors that the model shares (a tied head) come once, under the name that is registered first.
 
@@ -34,25 +35,32 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     Yields:
         Full tensor name and a contiguous CPU tensor; floating-point tensors are in the storage dtype.
     """
-    model, dtype = quantized.loaded.model, quantized.loaded.storage_dtype
+    model, dtype, family = quantized.loaded.model, quantized.loaded.storage_dtype, quantized.loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
+    kept = kept_experts(model, quantized.tensors) if layout.packs else {}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    seen: set[int] = set()
+    once = {name for name, _ in model.named_parameters()}
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
-        if tied and tensor.data_ptr() in seen:
+        if not family.owns(name) or (tied and name in every - once):
             continue
-        seen.add(tensor.data_ptr())
         module = weights.get(name)
+        if owner_of(name, kept) is not None:
+            continue  # stacked, below
         if module is None:
             value = quantized.folded.get(name, tensor)
             kind = dtype if value.is_floating_point() else value.dtype
             # A copy, because safetensors refuses tensors that share memory.
-            yield stored_name(name, quantized.loaded.family), value.to("cpu", kind, copy=True).contiguous()
+            yield stored_name(name, family), value.to("cpu", kind, copy=True).contiguous()
         elif layout.packs:
-            yield from layout.tensors(module, quantized.tensors[module]).items()
+            parts = layout.tensors(stored_name(module, family), quantized.tensors[module])
+            yield from ((full, part.cpu()) for full, part in parts.items())
         else:
             dense = stored_form(model.get_submodule(module), quantized.dense_weight(module))
-            yield name, dense.to("cpu", dtype).contiguous()
+            yield stored_name(name, family), dense.to("cpu", dtype).contiguous()
+    for owner, experts in kept.items():
+        for part, stack in stacked_tensors(owner, experts).items():
+            yield stored_name(part, family), stack().to("cpu", dtype)
     for name, length in layout.added_tensors(model).items():
         yield name, torch.ones(length, dtype=dtype)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import ProtectionPlan
 from quant_fairness_plugin.checkpoint.dense_modules import tensor_layout
@@ -140,9 +140,9 @@ def _job(
 
 
 def _source(loaded: LoadedModel, folder: Path) -> Path:
-    """The model's own folder; a copy in safetensors of one that is in memory only, or in pickles."""
+    """The model's own folder; a copy in safetensors of one that is in memory only, in pickles, or not in 16 bit."""
     files = loaded.files
-    if files.weights and all(path.suffix == ".safetensors" for path in files.weights):
+    if files.source is None and files.weights and all(path.suffix == ".safetensors" for path in files.weights):
         return files.folder
     state = {name: tensor.to(loaded.storage_dtype) for name, tensor in loaded.model.state_dict().items()}
     loaded.model.save_pretrained(folder, state_dict=state)
@@ -207,7 +207,7 @@ def _compare_rest(files: Mapping[str, Tensor], loaded: LoadedModel, job: Job, to
         if not find_method(job.method).moves_scales or not name.startswith(f"{job.blocks}."):
             raise _wrong(tool, name, "was changed", "the model's 16-bit values in everything that is not quantized")
         changed[name] = value.to(getattr(torch, job.dtype)).to(own[name])
-    _check_all_there(own, seen, job, tool)
+    _check_all_there(loaded.model, seen, job, tool)
     return changed
 
 
@@ -216,12 +216,13 @@ def _harmless(name: str, tensor: Tensor) -> bool:
     return name.endswith(".scales") and bool((tensor == 1).all())
 
 
-def _check_all_there(own: Mapping[str, Tensor], seen: set[str], job: Job, tool: str) -> None:
+def _check_all_there(model: nn.Module, seen: set[str], job: Job, tool: str) -> None:
     """A tied tensor may be stored once, under any of its names; buffers need not be stored."""
+    owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     packed = {f"{name}.weight" for name in job.grids}
-    stored = {own[name].data_ptr() for name in seen}
-    for name in sorted(own.keys() - seen - packed):
-        if own[name].data_ptr() not in stored:
+    stored = {owners[name] for name in seen if name in owners}
+    for name in sorted(model.state_dict().keys() - seen - packed):
+        if owners.get(name) not in stored:
             raise _wrong(tool, name, "is missing", "all of the model's tensors")
 
 

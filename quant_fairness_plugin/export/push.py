@@ -65,7 +65,7 @@ def push_folder(
     record = load_record(folder)
     verify(folder)
     additions = [CommitOperationAdd(name, folder / name) for name in sorted([*record.files, RECORD])]
-    message = commit_message or f"{record.method} {record.plan.grid}, {record.format}, verified by quant-fairness"
+    message = commit_message or f"{record.method} {record.grids}, {record.format}, verified by quant-fairness"
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

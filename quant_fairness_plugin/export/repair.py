@@ -185,9 +185,6 @@ def _json(content: dict[str, Any]) -> str:
 ABSENT = "(absent)"
 
 
-_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)
-
-
 _STALE = frozenset({"model_file_base_name"})
 """Keys that are untrue once the weights have their standard name."""
 
@@ -248,17 +245,19 @@ def universal_quantization(found: Inspection) -> dict[str, Any]:
     """The `quantization_config` that every reader takes right; keys that no loader's choice depends on stay.
 
     Raises:
-        UnsupportedModelError: modules of different group sizes.
+        UnsupportedModelError: modules of several group sizes in a format that holds one.
     """
     from quant_fairness_plugin.checkpoint.module_map import module_map
 
     widths = {name: module.bits for name, module in found.packed.items()}
     bits = Counter(widths.values()).most_common(1)[0][0]
-    grid = Grid(bits=bits, group_size=_group_size(found), symmetric=found.facts.symmetric)
     others = {name: width for name, width in widths.items() if width != bits}
-    modules = module_map(found.model, found.family, found.packed, bits=others)
+    modules = module_map(found.model, found.family, found.packed, bits=others, sizes=_group_sizes(found))
     assert found.layout is not None  # says `_refuse`
     layout = format_of_layout(found.layout)
+    if layout.uniform and len(set(modules.sizes.values())) > 1:
+        _stop(found, f"has modules of several group sizes, and {layout.name} holds one", "one size")
+    grid = Grid(bits=bits, group_size=modules.usual_size(-1), symmetric=found.facts.symmetric)
     needed = layout.quantization_config(modules, grid)
     other_names = {
         "method": layout.method,
@@ -270,14 +269,18 @@ def universal_quantization(found: Inspection) -> dict[str, Any]:
     return {key: value for key, value in found.quantization.items() if key not in dropped} | needed
 
 
-def _group_size(found: Inspection) -> int:
-    """The announced size if it fits every module, else the only one that does."""
+def _group_sizes(found: Inspection) -> dict[str, int]:
+    """The announced size for every module if it fits all, else the only one that does, else that of each module."""
+    from quant_fairness_plugin.checkpoint.inspection import STORED_SIZES
+
     announced = found.quantization.get("group_size")
     candidates = [announced] if type(announced) is int and (announced > 0 or announced == -1) else []
-    for size in (*candidates, *_GROUP_SIZES):
+    for size in (*candidates, *STORED_SIZES):
         if all(module.fits(size) for module in found.packed.values()):
-            return int(size)
-    _stop(found, "its modules have different group sizes, and the lists that every reader knows have one", "one size")
+            return dict.fromkeys(found.packed, int(size))
+    for name in sorted(found.packed.keys() - found.modules.sizes.keys()):
+        _stop(found, f"has {name} in groups of no size that tools write", "groups of one size in a module")
+    return dict(found.modules.sizes)
 
 
 def _refuse(found: Inspection) -> None:

@@ -8,10 +8,7 @@ of two layers with random weights goes the whole way: quantized, written, verifi
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,25 +18,22 @@ from quant_fairness_plugin.checkpoint.refusals import TWIN
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.architectures import find_architecture
-from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
+from quant_fairness_plugin.model.architectures.experts import find_mixture
+from quant_fairness_plugin.model.experts import with_unfolded_experts
 from quant_fairness_plugin.model.families import detect_family
-from quant_fairness_plugin.model.load import LoadedModel, from_loaded, quiet_transformers
+from quant_fairness_plugin.model.load import LoadedModel, from_loaded
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
+from quant_fairness_plugin.model.small import DEPTHS, small_model
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.recommend import explicit_plan
 
-DEPTHS = (2, 4)
-"""Layers of the small model; four where two cannot be built (a pattern of several kinds)."""
-MAX_VALUES = 2_000_000_000
-"""Of a small model; one that is larger is not tried."""
-
 
 def is_known(model: PreTrainedModel) -> bool:
     """Return whether a family has a record of its own, and with it tests in every format."""
-    return (
-        find_architecture(str(getattr(model.config, "model_type", ""))) is not None and not detect_family(model).generic
-    )
+    kind = str(getattr(model.config, "model_type", ""))
+    recorded = find_architecture(kind) is not None or find_mixture(kind) is not None
+    return recorded and not detect_family(with_unfolded_experts(model)).generic
 
 
 def try_architecture(
@@ -68,7 +62,8 @@ def try_architecture(
     """
     if is_known(model):
         return
-    small = small_model(model)
+    kinds = detect_family(model).kinds
+    small = small_model(model, least=max(DEPTHS[0], 1 + max((kinds.index(kind) for kind in set(kinds)), default=0)))
     if small is None:
         return
     kind = str(getattr(model.config, "model_type", "") or type(model).__name__)
@@ -84,48 +79,6 @@ def try_architecture(
             f"{kind}: an architecture without a record, of which a small model does not survive the way through format "
             f"{format} ({said}); accepted are known families and what Transformers reads back right. Use {way_out}."
         ) from err
-
-
-def small_model(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Return a model of the same class with few layers and random weights; None where none can be built.
-
-    Its weights are float16 values in float32. The global random numbers stay as they were.
-    """
-    for config in _small_configs(model):
-        try:
-            with quiet_transformers(), torch.device("meta"):
-                outline = type(model)(deepcopy(config))
-            if sum(parameter.numel() for parameter in outline.parameters()) > MAX_VALUES:
-                return None
-            with quiet_transformers(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                small: PreTrainedModel = type(model)(config)
-        except Exception:  # noqa: BLE001 - configs check themselves in ways of their own; another depth may do
-            continue
-        for parameter in small.parameters():
-            parameter.data = parameter.data.half().float()
-        small.requires_grad_(False)
-        small.train(False)
-        return small
-    return None
-
-
-def _small_configs(model: PreTrainedModel) -> Iterator[Any]:
-    """Yield configs of fewer layers, in which lists with an entry per layer are cut too."""
-    whole = model.config.to_dict()
-    layers = next((whole[key] for key in LAYER_KEYS if isinstance(whole.get(key), int)), 0)
-    for depth in DEPTHS:
-        if depth < layers:
-            cut = {
-                key: value[:depth] if isinstance(value, list) and len(value) == layers else value
-                for key, value in whole.items()
-            }
-            shorter = cut | {key: depth for key in LAYER_KEYS if key in whole}
-            try:
-                yield type(model.config).from_dict(shorter)
-            except Exception:  # noqa: BLE001 - as above
-                continue
-    yield deepcopy(model.config)
 
 
 def _export_small(

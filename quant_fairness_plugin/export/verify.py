@@ -131,6 +131,7 @@ def _check_recorded(folder: Path) -> tuple[str, list[CheckResult], Case]:
     config, quantization = read_config(folder)
 
     from quant_fairness_plugin.checkpoint.columns import check_columns
+    from quant_fairness_plugin.checkpoint.copied import check_copies
     from quant_fairness_plugin.checkpoint.dequantize import bare_model
     from quant_fairness_plugin.checkpoint.inspection import check_tensor_list, check_values, modules_by_tensors
     from quant_fairness_plugin.model.families import detect_family
@@ -149,6 +150,8 @@ def _check_recorded(folder: Path) -> tuple[str, list[CheckResult], Case]:
         CheckResult("tensors", "passed", listed),
         CheckResult("values", "passed", check_values(folder, record)),
     ]
+    if record.copied_tensors:
+        checks.append(CheckResult("copies", "passed", check_copies(folder, record)))
     if columns := check_columns(folder, record, model, str(config.get("dtype"))):
         checks.append(CheckResult("columns", "passed", columns))
     case = Case(modules=modules, family=family, quantization=quantization or {}, facts=_checked_facts(record))

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceErr
 from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.companions import Companions, companions_of
 from quant_fairness_plugin.export.contents import checkpoint_tensors, write_shards
+from quant_fairness_plugin.export.copies import Copies, copies_of
 from quant_fairness_plugin.export.source_card import SourceCard, read_source_card
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import verify
@@ -40,11 +42,10 @@ from quant_fairness_plugin.model.activations import ROW_TOKENS
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.source_format import QUANTIZATION_KEYS
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
-QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-"""Empty in a source; an export writes its own."""
 _logger = logging.getLogger(__name__)
 
 
@@ -81,16 +82,20 @@ def export(
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
-    check_exportable(loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides)
+    sizes = {tensor.grid.group_size for tensor in quantized.tensors.values()}
+    check_exportable(
+        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out, group_sizes=sizes
+    )
     layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
-    companions = companions_of(loaded)
+    companions, copies = companions_of(loaded), copies_of(loaded)
     card = read_source_card(loaded.files, companions)
     record = _new_record(quantized, texts, layout, reader=reader, seed=seed)
+    record = replace(record, copied_tensors=copies.checksums())
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
-        _write_model(quantized, folder, layout)
+        _write_model(quantized, folder, layout, copies)
         _copy_companions(loaded, companions, folder)
         record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
@@ -100,6 +105,8 @@ def export(
             evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
             record = _describe(replace(record, plan=evaluated, measurement=measured), card, folder)
             check_recorded_files(folder, record)
+    if copies.summary() and loaded.files.weights:
+        _logger.warning("%s: %s", out, copies.summary())
     _logger.info("%s: written and verified, %s", out, format)
     return record
 
@@ -115,7 +122,7 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
     }
     if loaded.files.memory_sha256 is not None:
         arguments[IN_MEMORY] = True
-    made = provenance(loaded.files, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
+    made = provenance(loaded, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
     return ExportRecord(
         provenance=replace(made, versions=made.versions | dict(quantized.versions)),
         method=quantized.method,
@@ -123,11 +130,17 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
         plan=plan,
         family=loaded.family.name,
         quantized_modules={name: tensor.grid.bits for name, tensor in quantized.tensors.items()},
+        group_sizes={
+            name: tensor.grid.group_size
+            for name, tensor in quantized.tensors.items()
+            if tensor.grid.group_size != plan.grid.group_size
+        },
         kept_modules=quantized.kept,
         linear_modules=sum(len(loaded.linears(layer)) for layer in range(loaded.layers)),
         sixteen_bit_bytes=2 * loaded.parameters,
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
+        experts=quantized.experts,
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
     )
 
@@ -157,23 +170,37 @@ def _check_space(quantized: QuantizedModel, folder: Path) -> None:
         )
 
 
-def _write_model(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
+def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies: Copies) -> None:
     """Weights, `config.json`, and the format's side files."""
     loaded = quantized.loaded
     columns = quantized.columns if layout.packs else {}
-    write_shards(checkpoint_tensors(quantized, layout), folder, indexed=bool(columns))
+    tensors = chain(checkpoint_tensors(quantized, layout), copies.read())
+    write_shards(tensors, folder, indexed=bool(columns))
     write_columns(columns, folder)
-    dtype = str(loaded.storage_dtype).removeprefix("torch.")
-    old_key = {"torch_dtype": dtype} if "torch_dtype" in loaded.files.config else {}
     config = {key: value for key, value in loaded.files.config.items() if key not in QUANTIZATION_KEYS}
-    config |= old_key | {"dtype": dtype} | _tying(loaded)
+    config |= _dtypes(loaded) | _tying(loaded)
     if layout.packs:
         bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
-        modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
-        config["quantization_config"] = layout.quantization_config(modules, quantized.grid)
-        for name, content in layout.side_files(modules, quantized.grid).items():
+        sizes = {name: tensor.grid.group_size for name, tensor in quantized.tensors.items()}
+        modules = module_map(
+            loaded.model, loaded.family, quantized.tensors, bits=bits, sizes=sizes, unread=copies.roots
+        )
+        grid = replace(quantized.grid, group_size=modules.usual_size(quantized.grid.group_size))
+        config["quantization_config"] = layout.quantization_config(modules, grid)
+        for name, content in layout.side_files(modules, grid).items():
             _write_json(folder / name, content)
     _write_json(folder / "config.json", config)
+
+
+def _dtypes(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what the config has to say of the storage dtype, in its part for text too where that says one."""
+    dtype, config = str(loaded.storage_dtype).removeprefix("torch."), loaded.files.config
+    changed: dict[str, Any] = {"dtype": dtype} | ({"torch_dtype": dtype} if "torch_dtype" in config else {})
+    text = config.get("text_config")
+    if isinstance(text, dict):
+        said = {key: dtype for key in ("dtype", "torch_dtype") if text.get(key) is not None}
+        changed["text_config"] = text | said
+    return changed
 
 
 def _tying(loaded: LoadedModel) -> dict[str, bool]:
@@ -243,6 +270,6 @@ def _expected_values(quantized: QuantizedModel, *, twin: bool) -> dict[str, part
     def folded(name: str) -> Tensor:
         return quantized.folded[name].to("cpu", loaded.storage_dtype).float()
 
-    weights = {f"{name}.weight": partial(weight, name) for name in quantized.tensors}
+    weights = {f"{stored_name(name, loaded.family)}.weight": partial(weight, name) for name in quantized.tensors}
     rest = {stored_name(name, loaded.family): partial(folded, name) for name in quantized.folded}
     return rest | weights

@@ -18,7 +18,7 @@ from quant_fairness_plugin.artifacts import (
     precision_of_bits,
 )
 from quant_fairness_plugin.checkpoint.formats import FORMATS
-from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal
+from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal, takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.forecast.memory import Memory, in_memory, streamed
 from quant_fairness_plugin.forecast.passes import (
@@ -26,6 +26,7 @@ from quant_fairness_plugin.forecast.passes import (
     Text,
     count_text,
     fitting_groups,
+    kept_groups,
     possible_walks,
     swept_units,
     unit_map,
@@ -117,7 +118,8 @@ def forecast(
         ArtifactError: a tokenizer that does not load, or pickled weights.
     """
     outline = outline_model(files, trust_remote_code=trust_remote_code)
-    config = config.fitted(outline)
+    config.check_group_size(outline)
+    config = config.fitted(outline, uniform=takes_one_group_size(config.format, config.reader))
     groups, trees = fitting_groups(outline, config.grid), _walks(outline, config, sweep)
     protected = check_layers(config.protect_layers, files.layers) if isinstance(config.protect_layers, tuple) else ()
     text = _read_text(files, outline, texts.part("search"), trust_remote_code)
@@ -133,7 +135,7 @@ def forecast(
         layers=files.layers,
         parameters=outline.parameters,
         plans=sum(len(tree.leaves) - 1 for tree in trees[1]),
-        kept_groups=tuple(unit.name for unit in outline.family.units if unit.name not in groups),
+        kept_groups=kept_groups(outline, groups),
         text=text,
         least=least,
         most=most,

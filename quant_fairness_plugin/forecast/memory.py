@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quant_fairness_plugin.artifacts import Unit
 from quant_fairness_plugin.forecast.passes import Text
 from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.plans.tree import StateTree
@@ -51,7 +52,7 @@ def in_memory(
     leaves = max(len(tree.stages[-1]) for tree in trees)
     return Memory(
         weights=FLOAT * outline.parameters,
-        rounded=FLOAT * precisions * outline.layers * layer_weights(outline, groups),
+        rounded=FLOAT * precisions * fitting_weights(outline, groups),
         states=FLOAT * outline.width * rows * width * nodes,
         work=max(block_work(outline), head_work(outline, leaves, scored)),
     )
@@ -86,18 +87,35 @@ def stacked_nodes(tree: StateTree) -> int:
     return max(before + after for before, after in zip(counts, counts[1:], strict=False))
 
 
-def layer_weights(outline: Outline, groups: Sequence[str]) -> int:
-    """Weights of a layer that the grid quantizes."""
-    prefix = f"{outline.family.blocks}.0."
-    units = [unit for unit in outline.family.units if unit.name in groups]
-    return sum(math.prod(outline.matrix(prefix + module)) for unit in units for module in unit.modules)
+def fitting_weights(outline: Outline, groups: Sequence[str]) -> int:
+    """Weights that the grid quantizes, of all layers.
+
+    Args:
+        outline: the model's shapes.
+        groups: from `fitting_groups`.
+    """
+    fitting, family = frozenset(groups), outline.family
+    return sum(
+        math.prod(outline.matrix(f"{family.blocks}.{layer}.{module}"))
+        for layer in range(outline.layers)
+        for unit in family.units_of(layer)
+        if str(Unit(layer, unit.name)) in fitting
+        for module in unit.modules
+    )
+
+
+def widest_layer(outline: Outline) -> tuple[str, ...]:
+    """Return the full names of the linear modules of the layer whose matrices are largest together."""
+    layers = map(outline.family.full_names, range(outline.layers))
+    return max(layers, key=lambda names: sum(math.prod(outline.matrix(name)) for name in names))
 
 
 def block_work(outline: Outline) -> int:
     """A block on a piece of the stack (its input, and the outputs of all its linear modules), or rounding a matrix."""
-    outputs = sum(outline.matrix(name)[0] for name in outline.family.full_names(0))
-    running = STACK_TOKENS["cpu"] * (2 * outline.width + outputs)
-    largest = max(math.prod(outline.matrix(name)) for name in outline.family.full_names(0))
+    names = widest_layer(outline)
+    outputs = sum(outline.matrix(name)[0] for name in names)
+    running = STACK_TOKENS.cpu * (2 * outline.width + outputs)
+    largest = max(math.prod(outline.matrix(name)) for name in names)
     return FLOAT * max(running, ROUNDING_COPIES * largest)
 
 
@@ -106,4 +124,4 @@ def head_work(outline: Outline, leaves: int, scored: int) -> int:
     from quant_fairness_plugin.measure.streamed import PIECE_ELEMENTS
 
     inputs = FLOAT * outline.width * scored * (leaves + leaves + leaves + 1)
-    return inputs + RUNNING_SUMS * scored * (leaves + 1) + FLOAT * LOGIT_COPIES * PIECE_ELEMENTS["cpu"]
+    return inputs + RUNNING_SUMS * scored * (leaves + 1) + FLOAT * LOGIT_COPIES * PIECE_ELEMENTS.cpu

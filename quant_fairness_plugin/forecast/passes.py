@@ -12,7 +12,7 @@ from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.plans.plan_set import BASELINE, Plan, PlanSet, plan_name
 from quant_fairness_plugin.plans.tree import State, StateTree, build_tree
 from quant_fairness_plugin.plans.units import UnitMap, name_units
-from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.quantize.grid_rules import misfit, unit_grid
 
 Plans = Mapping[str, Mapping[str, Precision]]
 
@@ -81,20 +81,32 @@ def unit_map(outline: Outline) -> UnitMap:
 
 
 def fitting_groups(outline: Outline, grid: Grid) -> tuple[str, ...]:
-    """Return the fusion groups of a layer that a grid fits; the others stay in 16 bit.
+    """Return the fusion groups of all layers that a grid fits, as `layers.3.down`; the others stay in 16 bit.
 
     Raises:
         ConfigError: it fits none.
     """
-    prefix = f"{outline.family.blocks}.0."
+    prefix = outline.family.blocks
     fitting = tuple(
-        unit.name
-        for unit in outline.family.units
-        if all(misfit(grid, *outline.matrix(prefix + module)) is None for module in unit.modules)
+        str(Unit(layer, unit.name))
+        for layer in range(outline.layers)
+        for unit in outline.family.units_of(layer)
+        if _fits(grid, [outline.matrix(f"{prefix}.{layer}.{module}") for module in unit.modules])
     )
     if not fitting:
         raise ConfigError(f"rtn {grid} fits no module of the model; use another group size, or -1")
     return fitting
+
+
+def _fits(grid: Grid, shapes: Sequence[tuple[int, int]]) -> bool:
+    grid = unit_grid(grid, (cols for _, cols in shapes))
+    return all(misfit(grid, *shape) is None for shape in shapes)
+
+
+def kept_groups(outline: Outline, fitting: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of those fusion groups that the grid fits in no layer."""
+    names = {Unit.parse(unit).group for unit in fitting}
+    return tuple(name for name in outline.family.unit_names if name not in names)
 
 
 def possible_walks(
@@ -147,5 +159,4 @@ def _total(trees: Sequence[StateTree]) -> int:
 
 def swept_units(units: UnitMap, fitting: Sequence[str], granularity: Granularity) -> tuple[str, ...]:
     """Return the units that a sweep singles out: every layer, or every fusion group that the grid fits."""
-    layers = [Unit(layer) for layer in range(units.layers)]
-    return tuple(map(str, layers if granularity == "layer" else (layer.part(g) for layer in layers for g in fitting)))
+    return tuple(str(Unit(layer)) for layer in range(units.layers)) if granularity == "layer" else tuple(fitting)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.forecast import Forecast, Memory, Range, Verdict
-from quant_fairness_plugin.sweep.memory import shown
+from quant_fairness_plugin.model.sizes import shown
 
 _STEPS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
 

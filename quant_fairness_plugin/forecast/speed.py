@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.forecast.memory import widest_layer
 from quant_fairness_plugin.forecast.passes import Range
 from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.sweep.memory import STACK_TOKENS
@@ -86,10 +87,10 @@ def _matmuls(outline: Outline, generator: object) -> tuple[Range, Range]:
     """A token through the linear modules of a block, and the rate at which they multiplied and added."""
     from torch.nn.functional import linear
 
-    shapes = [outline.matrix(name) for name in outline.family.full_names(0)]
+    shapes = [outline.matrix(name) for name in widest_layer(outline)]
     per_token: dict[tuple[int, int], Range] = {}
     for rows, columns in set(shapes):
-        tokens = max(1, min(STACK_TOKENS["cpu"], PIECE // (rows * columns)))
+        tokens = max(1, min(STACK_TOKENS.cpu, PIECE // (rows * columns)))
         some = max(1, min(rows, PIECE // (tokens * columns)))
         hidden, weight = _random(generator, tokens, columns), _random(generator, some, columns)
         seconds = timed(lambda hidden=hidden, weight=weight: linear(hidden, weight))  # type: ignore[misc]
@@ -104,8 +105,8 @@ def _between(outline: Outline, generator: object, *, row_tokens: int, heads: int
     import torch
     from torch.nn import functional
 
-    width, inner = outline.width, max(outline.matrix(name)[1] for name in outline.family.full_names(0))
-    rows = max(1, min(STACK_TOKENS["cpu"], PIECE // (8 * (width + inner))) // row_tokens)
+    width, inner = outline.width, max(outline.matrix(name)[1] for name in widest_layer(outline))
+    rows = max(1, min(STACK_TOKENS.cpu, PIECE // (8 * (width + inner))) // row_tokens)
     tokens = rows * row_tokens
     hidden, wide = _random(generator, tokens, width), _random(generator, tokens, inner)
     lead = hidden.view(rows, row_tokens, heads, width // heads).transpose(1, 2)
@@ -143,10 +144,13 @@ def _rounding(outline: Outline, grid: Grid, generator: object) -> Range:
     import torch
 
     from quant_fairness_plugin.quantize.grid import quantize_rtn
+    from quant_fairness_plugin.quantize.grid_rules import unit_grid
 
-    columns = outline.matrix(outline.family.full_names(0)[0])[1]
+    columns = outline.width
     rows = max(1, min(columns, (1 << 20) // columns))
     weight = _random(generator, rows, columns)
-    fitting = grid if grid.group_size == -1 or columns % grid.group_size == 0 else Grid(bits=grid.bits, group_size=-1)
+    fitting = unit_grid(grid, (columns,))
+    if fitting.group_size != -1 and columns % fitting.group_size:
+        fitting = Grid(bits=grid.bits, group_size=-1)
     seconds = timed(lambda: quantize_rtn(weight, fitting, scale_dtype=torch.float16).dequantize())
     return seconds.times(1 / weight.numel())

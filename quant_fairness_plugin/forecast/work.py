@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quant_fairness_plugin.forecast.memory import layer_weights
+from quant_fairness_plugin.forecast.memory import fitting_weights
 from quant_fairness_plugin.forecast.passes import Range, Text
 from quant_fairness_plugin.forecast.speed import Speed
 from quant_fairness_plugin.model.outline import Outline
@@ -51,21 +51,25 @@ def count_work(
     # The 16-bit model is scored once more, as what the states are compared with.
     scored = text.scored * sum(len(tree.stages[-1]) + 1 for tree in trees)
     tokens = text.padded * sum(passes)
-    names = outline.family.full_names(0)
-    linear = 2 * sum(math.prod(outline.matrix(name)) for name in names)
+    names = [name for layer in range(outline.layers) for name in outline.family.full_names(layer)]
+    linear = 2 * sum(math.prod(outline.matrix(name)) for name in names) // outline.layers  # a block's, on average
     attention = 4 * _attention_width(outline) * text.attended * sum(passes)
     return Work(
         batch_passes=passes,
         block_passes=len(text.batches) * sum(passes),
         block_tokens=tokens,
         head_tokens=scored,
-        rounded_weights=precisions * outline.layers * layer_weights(outline, groups),
+        rounded_weights=precisions * fitting_weights(outline, groups),
         flops=tokens * linear + attention + scored * 2 * outline.vocabulary * outline.width,
     )
 
 
 def _attention_width(outline: Outline) -> int:
     """Channels of all heads: what the module after attention reads, where it is known which that is."""
-    prefix = f"{outline.family.blocks}.0."
-    after = [unit.modules[0] for unit in outline.family.units if unit.name == "o"]
-    return outline.matrix(prefix + after[0])[1] if after else outline.width
+    after = [
+        f"{outline.family.blocks}.{layer}.{unit.modules[0]}"
+        for layer in range(outline.layers)
+        for unit in outline.family.units_of(layer)
+        if unit.name == "o"
+    ]
+    return max(outline.matrix(name)[1] for name in after) if after else outline.width

@@ -87,7 +87,7 @@ def measure_states(
     others = [state for state in states if state.name != baseline.name]
     scores = score_states([baseline, *others], tokenizer, texts, progress=progress)
     with baseline.applied() as model:
-        vocabulary = int(model.config.vocab_size)
+        vocabulary = int(model.config.get_text_config().vocab_size)
     before = scores[baseline.name]
     arguments = {"part": part, "reference": bootstrap.reference, "draws": bootstrap.draws}
 

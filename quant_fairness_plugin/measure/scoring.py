@@ -27,6 +27,7 @@ from quant_fairness_plugin.measure.rows import (
     tokenize_for,
 )
 from quant_fairness_plugin.model.context import SMALLEST_CONTEXT
+from quant_fairness_plugin.model.devices import wide_dtype
 
 CHUNK_ELEMENTS = 1 << 22
 """Probabilities are compared in pieces of so many elements (16 MiB in float32)."""
@@ -140,7 +141,7 @@ def _score_reference(logits: Tensor, batch: Batch, reference: Tensor) -> Tensor:
     scores = torch.zeros(len(batch.targets), 3, dtype=torch.float64)
     for piece, log_probabilities, targets in _chunks(logits, batch):
         reference[piece] = log_probabilities
-        scores[piece, NLL] = -log_probabilities.gather(1, targets)[:, 0].double().cpu()
+        scores[piece, NLL] = -log_probabilities.gather(1, targets)[:, 0].cpu().double()
     return scores
 
 
@@ -150,7 +151,7 @@ def _score_against(logits: Tensor, batch: Batch, reference: Tensor) -> Tensor:
     for piece, log_probabilities, targets in _chunks(logits, batch):
         expected = reference[piece].to(logits.device)
         kl = torch.nn.functional.kl_div(log_probabilities, expected, reduction="none", log_target=True)
-        scores[piece, NLL] = -log_probabilities.gather(1, targets)[:, 0].double().cpu()
-        scores[piece, KL] = kl.sum(dim=-1, dtype=torch.float64).cpu()
-        scores[piece, FLIPS] = (log_probabilities.argmax(dim=-1) != expected.argmax(dim=-1)).double().cpu()
+        scores[piece, NLL] = -log_probabilities.gather(1, targets)[:, 0].cpu().double()
+        scores[piece, KL] = kl.sum(dim=-1, dtype=wide_dtype(kl.device)).cpu()
+        scores[piece, FLIPS] = (log_probabilities.argmax(dim=-1) != expected.argmax(dim=-1)).cpu().double()
     return scores

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+from quant_fairness_plugin.model.devices import ByDevice, wide_dtype
+
+PIECE_ELEMENTS = ByDevice(cpu=1 << 19, accelerator=1 << 26)
 """Logits that are held at once, all states together: 2 MiB in float32 on a CPU; on a GPU, launches cost more."""
-SLICE_COLUMNS = {"cpu": 1 << 11, "cuda": 1 << 14}
+SLICE_COLUMNS = ByDevice(cpu=1 << 11, accelerator=1 << 14)
 """Tokens of the vocabulary in a slice: the head's rows for them are used again for every piece."""
 
 
@@ -50,7 +52,7 @@ class _Running:
     @classmethod
     def empty(cls, tokens: int, states: int, device: torch.device) -> _Running:
         shape = (tokens, 1 + states)
-        sums = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)]
+        sums = [torch.zeros(shape, dtype=wide_dtype(device), device=device) for _ in range(3)]
         lowest = [torch.full(shape, -torch.inf, device=device) for _ in range(2)]
         best = torch.zeros(shape, dtype=torch.long, device=device)
         return cls(lowest[0], sums[0], best, lowest[1], sums[1], sums[2])
@@ -62,19 +64,19 @@ class _Running:
         better = value > self.best_value[tokens]
         self.best[tokens] = torch.where(better, index + start, self.best[tokens])
         self.best_value[tokens] = torch.where(better, value, self.best_value[tokens])
-        peak = torch.maximum(self.peak[tokens], value)
-        shrink = torch.exp((self.peak[tokens] - peak).double())
+        wide, peak = self.total.dtype, torch.maximum(self.peak[tokens], value)
+        shrink = torch.exp((self.peak[tokens] - peak).to(wide))
         self.peak[tokens] = peak
         difference = logits[:, :1] - logits[:, 1:]
         weights = logits.sub_(peak[:, :, None]).exp_()
-        # A sum of few thousand float32 is exact to 1e-7; what is added up over slices is float64.
-        self.total[tokens] = self.total[tokens] * shrink + weights.sum(dim=2).double()
-        cross = (difference @ weights[:, 0, :, None])[:, :, 0].double()
+        # A sum of few thousand float32 is exact to 1e-7; what is added up over slices is wide.
+        self.total[tokens] = self.total[tokens] * shrink + weights.sum(dim=2).to(wide)
+        cross = (difference @ weights[:, 0, :, None])[:, :, 0].to(wide)
         self.cross[tokens, 1:] = self.cross[tokens, 1:] * shrink[:, :1] + cross
 
     def _take_targets(self, tokens: slice, logits: Tensor, columns: Tensor) -> None:
         inside = ((columns >= 0) & (columns < logits.shape[2])).nonzero()[:, 0]
-        self.target[tokens.start + inside] = logits[inside, :, columns[inside]].double()
+        self.target[tokens.start + inside] = logits[inside, :, columns[inside]].to(self.target.dtype)
 
     @property
     def nll(self) -> Tensor:
@@ -84,14 +86,14 @@ class _Running:
     @property
     def log_normalizer(self) -> Tensor:
         """Log-sum-exp of all logits, `[tokens, 1 + states]`."""
-        return self.peak.double() + self.total.log()
+        return self.peak.to(self.total.dtype) + self.total.log()
 
 
 @torch.no_grad()
 def score_hidden(
     reference: Tensor, states: Tensor, targets: Tensor, head: Head, *, state_head: Head | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return per-token scores of the 16-bit model and of states, in float64.
+    """Return per-token scores of the 16-bit model and of states, in float64 (float32 on MPS, which has no other).
 
     KL(p16 ‖ p) = Σ p16 (l16 - l) - log Z16 + log Z, with the sum over the vocabulary taken slice by slice.
 
@@ -112,7 +114,7 @@ def score_hidden(
         running.add(some, _logits(hidden[some], part, head, state_head), targets[some], part.start)
     log_z, nll = running.log_normalizer, running.nll
     kl = running.cross[:, 1:] / running.total[:, :1] - log_z[:, :1] + log_z[:, 1:]
-    flips = (running.best[:, 1:] != running.best[:, :1]).double()
+    flips = (running.best[:, 1:] != running.best[:, :1]).to(kl.dtype)
     return nll[:, 0], torch.stack([nll[:, 1:], kl.clamp_min(0), flips], dim=2).transpose(0, 1)
 
 
@@ -126,7 +128,7 @@ def _logits(hidden: Tensor, part: slice, head: Head, state_head: Head | None) ->
 
 def _pieces(vocabulary: int, tokens: int, states: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
     """Slices of the vocabulary, and for each all pieces of the tokens."""
-    elements, columns = PIECE_ELEMENTS[device.type], SLICE_COLUMNS[device.type]
+    elements, columns = PIECE_ELEMENTS.on(device.type), SLICE_COLUMNS.on(device.type)
     columns = min(columns, vocabulary, max(1, elements // states))
     some = max(1, elements // (states * columns))
     for start in range(0, vocabulary, columns):

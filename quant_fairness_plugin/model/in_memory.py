@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
+from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded
 from quant_fairness_plugin.model.native import CODE_KEYS
 from quant_fairness_plugin.model.resolve import ModelFiles
@@ -67,7 +68,7 @@ def copy_model(
     # deepcopy takes these instead of copying the parameters first, and tied ones stay tied.
     copied = copy.deepcopy(model, dict(parameters))
     copied.train(False)
-    _restore_tables(copied, files)
+    _restore_tables(copied, wrapped.family, files)
     fitting = fitting_dtype(copied, probe_rows(copied, wrapped.tokenizer, wrapped.family, sentences), storage, files)
     if fitting != storage:
         storage = fitting
@@ -118,19 +119,19 @@ def _is_bfloat16(value: Tensor) -> bool:
     return torch.equal(value.to(torch.bfloat16).to(value.dtype), value)
 
 
-def _restore_tables(model: PreTrainedModel, files: ModelFiles) -> None:
+def _restore_tables(model: PreTrainedModel, family: Family, files: ModelFiles) -> None:
     """Compute again, in float32, what `model.half()` or `model.to(dtype)` rounded with the weights: rotary tables.
 
     Whoever loads the checkpoint computes them in float32.
     """
     stored = model.state_dict().keys()
-    tables = {name: value for name, value in model.named_buffers() if name not in stored}
+    tables = {name: value for name, value in model.named_buffers() if name not in stored and family.owns(name)}
     coarse = {name for name, value in tables.items() if value.is_floating_point() and value.dtype != torch.float32}
     if not coarse:
         return
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
-    place_buffers(skeleton, files, {}, "cpu")
+    place_buffers(skeleton, family, files, {}, "cpu")
     for name in coarse:
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._buffers[leaf] = skeleton.get_buffer(name).to(tables[name].device, torch.float32)

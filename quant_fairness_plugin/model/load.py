@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
+from quant_fairness_plugin.model.coded import find_tensors
+from quant_fairness_plugin.model.experts import unfold_experts, with_unfolded_experts
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
-from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved
+from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.quiet import quiet_transformers
+from quant_fairness_plugin.model.reading import read_tensor
+from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved, tensor_shapes
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
     round_parameters,
     sixteen_bit,
     storage_dtype,
 )
+from quant_fairness_plugin.model.unread import sort_names
 
 __all__ = [
     "LoadedModel",
@@ -143,7 +147,7 @@ def load_model(
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     if storage is None:
         storage = fitting_dtype(model, probe_rows(model, tokenizer, family, sentences), stored, files)
-    round_parameters(model, files, storage=storage, compute=compute)
+    round_parameters(model, files, family, storage=storage, compute=compute)
     model.requires_grad_(False)
     model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     return LoadedModel(files, model, tokenizer, family, storage)
@@ -151,6 +155,8 @@ def load_model(
 
 def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LoadedModel:
     """Wrap a model that is already in memory. The model itself is not changed, nor rounded to 16 bit.
+
+    Of a mixture of experts, the wrapped model is another object of the same tensors, with its experts unfolded.
 
     Raises:
         UnsupportedModelError: an architecture that is not supported, a quantized model, or one without weights.
@@ -162,6 +168,7 @@ def from_loaded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> L
         )
     if getattr(model, "hf_quantizer", None) is not None or getattr(model.config, "quantization_config", None):
         raise UnsupportedModelError("the model is already quantized; expected a 16- or 32-bit model. Load that one.")
+    model = with_unfolded_experts(model)
     family = detect_family(model)
     blocks = model.get_submodule(family.blocks)
     assert isinstance(blocks, nn.ModuleList)
@@ -189,6 +196,8 @@ def empty_model(
 ) -> PreTrainedModel:
     """Return the model's modules on the meta device: its structure without reading or allocating a weight.
 
+    Experts are unfolded.
+
     Args:
         files: the model.
         trust_remote_code: run the model code that the checkpoint brings along.
@@ -201,32 +210,21 @@ def empty_model(
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            if files.source is not None:  # or Transformers would quantize the model that is built
+                del config.quantization_config
     except _LOAD_ERRORS as err:
         raise ArtifactError(f"{files.folder / 'config.json'}: {_one_line(err)}. Restore the model's file.") from err
     try:
         with quiet_transformers(), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = auto_class(files.config).from_config(
                 config, trust_remote_code=trust_remote_code, **({} if dtype is None else {"dtype": dtype})
             )
     except _LOAD_ERRORS as err:
         raise UnsupportedModelError(
             f"{files.name}: cannot be built as a causal language model ({_one_line(err)}). Use a decoder-only model."
         ) from err
+    unfold_experts(model)
     return model
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence Transformers' progress bars and load report on stderr; restores both afterwards."""
-    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def compute_dtype(dtype: torch.dtype | None) -> torch.dtype:
@@ -257,17 +255,22 @@ def check_device(device: str) -> None:
 
 def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel:
     # Building the empty model first tells a bad config (5), an unsupported architecture (3) and bad weights (5) apart.
-    detect_family(empty_model(files, trust_remote_code=trust_remote_code))
+    bare = empty_model(files, trust_remote_code=trust_remote_code)
+    family = detect_family(bare)
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                files.folder,
+            # Transformers would compute with the weights of 8 or 4 bits in the folder: they are read here instead.
+            decoded = {} if files.source is None else {"config": bare.config, "state_dict": _decoded(files)}
+            build: Any = type(bare) if decoded else auto_class(files.config)
+            loaded: Any = build.from_pretrained(
+                None if decoded else files.folder,
                 dtype=torch.float32,  # exact for every 16-bit checkpoint
                 use_safetensors=files.weights[0].suffix == ".safetensors",
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported by name below, where Transformers only points at its log
+                **decoded,
             )
     except _LOAD_ERRORS as err:
         raise ArtifactError(
@@ -275,8 +278,16 @@ def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel
         ) from err
     model: PreTrainedModel
     model, info = loaded
+    if files.weights[0].suffix == ".safetensors" and not info["missing_keys"]:
+        info = info | {"unexpected_keys": set(sort_names(bare, family, tensor_shapes(files)).strays)}
     check_keys(files, info)
+    unfold_experts(model)
     return model
+
+
+def _decoded(files: ModelFiles) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint in 8 or 4 bits, as bfloat16 values."""
+    return {name: read_tensor(place) for name, place in find_tensors(files).items()}
 
 
 def _say_untied(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:

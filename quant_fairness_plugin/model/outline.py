@@ -161,7 +161,8 @@ def _is_tied(files: ModelFiles, record: Architecture, present: set[str]) -> bool
     if not files.config.get("tie_word_embeddings", record.tied_by_default):
         return False
     # Loads torch. Transformers, too, uses the head of the file where it is not the embedding.
-    from quant_fairness_plugin.model.reading import find_tensors, same_values
+    from quant_fairness_plugin.model.coded import find_tensors
+    from quant_fairness_plugin.model.reading import same_values
 
     places = find_tensors(files)
     whole = _whole_names({name: place.shape for name, place in places.items()}, record)

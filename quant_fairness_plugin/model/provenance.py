@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import Provenance, TextSet, package_versions
-from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256
+from quant_fairness_plugin.model.devices import describe_device
+from quant_fairness_plugin.model.resolve import model_sha256
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
 
 
-def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[str, Any]) -> Provenance:
+def provenance(loaded: LoadedModel, texts: TextSet, *, seed: int, arguments: dict[str, Any]) -> Provenance:
     """Return the provenance of a result on one model and one text set, versions included.
 
     Args:
-        files: the model, named and hashed.
+        loaded: the model, named and hashed, and where and in what it was computed.
         texts: the text set, named and hashed.
         seed: the seed that was used.
         arguments: the arguments as resolved; plain JSON values.
     """
+    files, model = loaded.files, loaded.model
     return Provenance(
         versions=package_versions(),
         model=files.name,
@@ -25,4 +30,7 @@ def provenance(files: ModelFiles, texts: TextSet, *, seed: int, arguments: dict[
         text_sha256=texts.sha256,
         arguments=arguments,
         seed=seed,
+        device=describe_device(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        source="" if files.source is None else files.source.summary,
     )

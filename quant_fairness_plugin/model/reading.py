@@ -12,16 +12,17 @@ from io import FileIO
 from itertools import pairwise
 from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.headers import read_header
-from quant_fairness_plugin.model.resolve import ModelFiles
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 _READ_BYTES = 1 << 30
@@ -29,6 +30,14 @@ _READ_BYTES = 1 << 30
 
 
 _COMPARED_VALUES = 1 << 22
+
+
+class Coding(Protocol):
+    """How the values of a tensor are computed from what the files hold."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Return part of the tensor, along its first dimension."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +48,15 @@ class Place:
     offset: int
     """Of its first byte in the file."""
     dtype: torch.dtype
+    """Of the values that are read."""
     shape: tuple[int, ...]
+    coding: Coding | None = None
+    """How it is read where the file does not hold the values themselves."""
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row; a vector has one value a row."""
         return prod(self.shape[1:]) * self.dtype.itemsize
-
-
-def find_tensors(files: ModelFiles) -> dict[str, Place]:
-    """Return where every tensor of a checkpoint is, from the headers of its files alone.
-
-    Raises:
-        ArtifactError: pickled weights, a malformed file, or values of a type that no dense model has.
-    """
-    return {name: place for path in files.weights for name, place in _of_file(path)}
 
 
 def read_tensor(place: Place) -> Tensor:
@@ -74,6 +77,9 @@ def read_parts(place: Place, parts: Iterable[tuple[int, int]]) -> Iterator[Tenso
     Raises:
         ArtifactError: the file cannot be read, or ends too early.
     """
+    if place.coding is not None:
+        yield from (place.coding.rows(start, stop) for start, stop in parts)
+        return
     with _opened(place.path) as file:
         for start, stop in parts:
             values = torch.empty((stop - start, *place.shape[1:]), dtype=place.dtype)
@@ -93,7 +99,12 @@ def same_values(one: Place, other: Place) -> bool:
     return all(torch.equal(a.float(), b.float()) for a, b in pairs)
 
 
-def _of_file(path: Path) -> Iterator[tuple[str, Place]]:
+def places_of_file(path: Path) -> Iterator[tuple[str, Place]]:
+    """Yield where every tensor of a safetensors file is, by name, in the order of their bytes.
+
+    Raises:
+        ArtifactError: a pickle, a malformed file, or values of a type that no dense model has.
+    """
     if path.suffix != ".safetensors":
         raise ArtifactError(f"{path}: a pickle cannot be read tensor by tensor. Convert the model to safetensors.")
     header: Mapping[str, tuple[str, tuple[int, ...]]] = read_header(path)

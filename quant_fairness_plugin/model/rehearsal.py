@@ -33,7 +33,7 @@ class BlockCall:
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The output of a block for `hidden`, `[rows, tokens, width]`."""
         output = block(hidden, *self.positional, **self.named)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result: Tensor = output[0] if isinstance(output, tuple | list) else output
         return result
 
 
@@ -147,4 +147,4 @@ def _returns_tuple(loaded: LoadedModel) -> bool:
         _run(loaded, torch.zeros(1, 1, dtype=torch.long), None)
     finally:
         handle.remove()
-    return isinstance(outputs[0], tuple)
+    return isinstance(outputs[0], tuple | list)

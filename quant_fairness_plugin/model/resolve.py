@@ -16,12 +16,13 @@ from typing import Any
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.architectures.architecture import LAYER_KEYS
-from quant_fairness_plugin.model.architectures.experts import MIXTURE_ADVICE, expert_counts
+from quant_fairness_plugin.model.architectures.experts import expert_counts, find_mixture, mixture_advice
 from quant_fairness_plugin.model.architectures.refused import refusal_of
 from quant_fairness_plugin.model.gguf import gguf_folder
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.hub import download, is_commit, is_repository_id
-from quant_fairness_plugin.model.native import CODE_KEYS, is_native
+from quant_fairness_plugin.model.native import CODE_KEYS, is_native, is_wrapper
+from quant_fairness_plugin.model.source_format import SourceFormat, quantization_of, read_as, source_format
 from quant_fairness_plugin.model.weights import check_inside, find_weights, read_json, read_shapes
 
 BUNDLED = ("demo", "demo-gpt2")
@@ -49,6 +50,11 @@ class ModelFiles:
     """The checksum of the parameters, where there are no files."""
     runs_code: bool = False
     """Whether the model or its tokenizer is loaded with code of its folder, which the user allowed to be run."""
+
+    @property
+    def source(self) -> SourceFormat | None:
+        """How the weights are stored where the 16-bit model has to be computed from them; None for plain ones."""
+        return source_format(self.config)
 
 
 def resolve_model(
@@ -80,7 +86,7 @@ def resolve_model(
         config = {key: value for key, value in config.items() if key not in CODE_KEYS}
     weights = find_weights(folder, allow_pickle=allow_pickle)
     if weights[0].suffix == ".safetensors":
-        _refuse_quantized_tensors(folder, read_shapes(weights))
+        _refuse_quantized_tensors(folder, read_as(read_shapes(weights), source_format(config)))
     return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit, runs_code=runs_code)
 
 
@@ -96,10 +102,12 @@ def resolved(
 def tensor_shapes(files: ModelFiles) -> TensorShapes:
     """Return name → (dtype as safetensors writes it, shape) of every tensor, from the headers of the files alone.
 
+    Weights of 8 or 4 bits are listed as the bfloat16 tensors that they are read as.
+
     Raises:
         ArtifactError: pickle weights, or files that are malformed or do not fit their index.
     """
-    return read_shapes(files.weights)
+    return read_as(read_shapes(files.weights), files.source)
 
 
 def model_sha256(files: ModelFiles) -> str:
@@ -224,26 +232,32 @@ def _no_config(folder: Path) -> ArtifactError | UnsupportedModelError:
 def _check_config(folder: Path, config: dict[str, Any]) -> None:
     """Refuse what the config already shows to be unsupported."""
     path = folder / "config.json"
-    quantized = config.get("quantization_config") or config.get("compression_config")
-    if quantized:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+    method, source = quantization_of(config), source_format(config)
+    if method and source is None:
         raise UnsupportedModelError(
-            f"{path}: the model is already quantized ({method}); expected a 16- or 32-bit model. Use the original."
+            f"{path}: the model is already quantized ({method}); expected a 16- or 32-bit model, or one that is "
+            "published in FP8 or MXFP4. Use the original."
         )
+    if source is not None:
+        _logger.warning("%s: the 16-bit model is %s", path, source.summary)
     architectures = config.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ArtifactError(f"{path}: 'architectures' is {architectures!r}, expected a list of names. Restore it.")
-    causal = not architectures or any(name.endswith(_CAUSAL_ENDINGS) for name in architectures)
+    causal = not architectures or any(name.endswith(_CAUSAL_ENDINGS) for name in architectures) or is_wrapper(config)
     if config.get("is_encoder_decoder") or not causal:
         what = ", ".join(architectures) or config.get("model_type", "the model")
         raise UnsupportedModelError(
-            f"{path}: {what} is not a decoder-only language model; expected a causal one (…ForCausalLM). Use one."
+            f"{path}: {what} is not a decoder-only language model; expected a causal one (…ForCausalLM), or one that "
+            "wraps such a decoder (…ForConditionalGeneration with a text_config). Use one."
         )
     reason = refusal_of(str(config.get("model_type", "")), config)
     if reason is not None:
         raise UnsupportedModelError(f"{path}: {reason}")
-    for key, count in expert_counts(config):
-        raise UnsupportedModelError(f"{path}: the model holds a mixture of experts ({key} {count}), {MIXTURE_ADVICE}")
+    model_type = str(config.get("model_type", ""))
+    for key, count in expert_counts(config) if find_mixture(model_type) is None else ():
+        raise UnsupportedModelError(
+            f"{path}: the model holds a mixture of experts ({key} {count}), {mixture_advice(model_type)}"
+        )
 
 
 def _check_custom_code(folder: Path, config: dict[str, Any], trust_remote_code: bool) -> bool:
@@ -293,7 +307,10 @@ def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
 
 
 def _layer_count(folder: Path, config: dict[str, Any]) -> int:
-    given = {key: config[key] for key in LAYER_KEYS if key in config}
+    """Return how many layers the text model has, by its own part of the config where there is one."""
+    text = config.get("text_config")
+    text = text if isinstance(text, dict) and is_wrapper(config) else config
+    given = {key: text[key] for key in LAYER_KEYS if key in text}
     counts = {value for value in given.values() if type(value) is int and value > 0}
     if len(counts) != 1 or any(value not in counts for value in given.values()):
         raise ArtifactError(

@@ -5,50 +5,53 @@ Finds which tensor of the files is which parameter, and gives buffers their real
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFFERS
+from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.load import check_keys
 from quant_fairness_plugin.model.reading import Place, read_tensor, same_values
 from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.model.unread import sort_names
 
 
-def match_tensors(model: PreTrainedModel, files: ModelFiles, stored: Mapping[str, Place]) -> dict[str, Place]:
-    """Return parameter or persistent buffer → where it is; a tied parameter has all its names.
+def match_tensors(
+    model: PreTrainedModel, family: Family, files: ModelFiles, stored: Mapping[str, Place]
+) -> dict[str, Place]:
+    """Return parameter or persistent buffer of the text model → where it is; a tied parameter has all its names.
 
     Names are changed as Transformers changes them while loading. Where a checkpoint holds two different tensors for
     parameters that the config ties, they are untied in the model.
 
     Args:
         model: on the meta device.
+        family: its map.
         files: for errors.
         stored: what the files hold.
 
     Raises:
         ArtifactError: tensors are missing, unexpected or of another shape.
     """
-    wanted = model.state_dict(keep_vars=True)
-    names = {_renamed(model, name, wanted): name for name in stored}
-    places = {name: stored[source] for name, source in names.items() if name in wanted}
+    wanted = {name: value for name, value in model.state_dict(keep_vars=True).items() if family.owns(name)}
+    kinds = sort_names(model, family, stored)
+    places = {loaded: stored[name] for name, loaded in kinds.own.items()}
     _join_tied(model, places)
-    ignored = [*OBSOLETE_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]
-    unexpected = {name for name in names if name not in wanted and not any(re.search(p, name) for p in ignored)}
     mismatched = [(name,) for name, place in places.items() if place.shape != tuple(wanted[name].shape)]
     missing = wanted.keys() - places.keys()
+    # Where something is missing, what is too much may be it under another name.
+    unexpected = {*kinds.strays, *(kinds.unread if missing else ())}
     check_keys(files, {"missing_keys": missing, "unexpected_keys": unexpected, "mismatched_keys": mismatched})
     return places
 
 
-def place_buffers(model: PreTrainedModel, files: ModelFiles, places: Mapping[str, Place], device: str) -> None:
-    """Give every buffer its value: what the files hold, else what the model computes.
+def place_buffers(
+    model: PreTrainedModel, family: Family, files: ModelFiles, places: Mapping[str, Place], device: str
+) -> None:
+    """Give every buffer of the text model its value: what the files hold, else what the model computes.
 
     A buffer that no code computes would be left with whatever the memory held. So they are computed twice, starting
     from other values: what is then not the same was left.
@@ -56,14 +59,14 @@ def place_buffers(model: PreTrainedModel, files: ModelFiles, places: Mapping[str
     Raises:
         UnsupportedModelError: a buffer that no code computes.
     """
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False) if family.owns(name)}
     for name in buffers & places.keys():
         value = read_tensor(places[name])
         _set_buffer(model, name, value.float() if value.is_floating_point() else value)
     computed = sorted(buffers - places.keys())
     first, second = ({name: value.clone() for name, value in _compute(model, computed, fill)} for fill in (0, 1))
     left = [name for name in computed if not torch.equal(first[name], second[name])]
-    left += [f"{name} (no buffer)" for name in _loose_tensors(model)]
+    left += [f"{name} (no buffer)" for name in _loose_tensors(model) if family.owns(name)]
     if left:
         raise UnsupportedModelError(
             f"{files.name}: nothing says what {', '.join(left[:5])} should hold; expected a model whose "
@@ -88,18 +91,6 @@ def _owners(model: nn.Module, name: str, parameter: nn.Parameter) -> list[nn.Mod
         return [owner]
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     return [owner, *(end for end in ends if end is not None and end is not owner and end.weight is parameter)]
-
-
-def _renamed(model: PreTrainedModel, name: str, wanted: Mapping[str, Tensor]) -> str:
-    """Return the name in the model of a tensor of the files."""
-    for transform in get_model_conversion_mapping(model):
-        if isinstance(transform, WeightRenaming):  # others merge or split tensors, which is not done here
-            name, _ = transform.rename_source_key(name)
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, prefix + name, name.removeprefix(prefix)):
-        if candidate in wanted:
-            return candidate
-    return name
 
 
 def _join_tied(model: PreTrainedModel, places: dict[str, Place]) -> None:

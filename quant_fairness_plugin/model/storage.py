@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
 
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -64,15 +65,21 @@ def sixteen_bit(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in _SIXTEEN_BIT else torch.float16
 
 
-def round_parameters(model: nn.Module, files: ModelFiles, *, storage: torch.dtype, compute: torch.dtype) -> None:
+def round_parameters(
+    model: nn.Module, files: ModelFiles, family: Family, *, storage: torch.dtype, compute: torch.dtype
+) -> None:
     """Round every parameter to the storage dtype, then convert it; buffers (rotary tables) keep full precision.
+
+    Those of parts that are not text are only converted: nothing computes with them, and an export copies the source's.
 
     Raises:
         ArtifactError: a parameter holds NaN or infinite values.
         UnsupportedModelError: a value is too large for the storage dtype.
     """
     for name, parameter in model.named_parameters():
-        parameter.data = rounded(parameter.detach(), name, files, storage=storage).to(compute)
+        value = parameter.detach()
+        value = rounded(value, name, files, storage=storage) if family.owns(name) else value
+        parameter.data = value.to(compute)
 
 
 def rounded(value: Tensor, name: str, files: ModelFiles, *, storage: torch.dtype) -> Tensor:

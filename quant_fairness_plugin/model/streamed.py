@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import (
     LoadedModel,
@@ -25,7 +26,7 @@ from quant_fairness_plugin.model.load import (
     empty_model,
     load_tokenizer,
 )
-from quant_fairness_plugin.model.reading import Place, find_tensors, read_parts, read_rows, read_tensor
+from quant_fairness_plugin.model.reading import Place, read_parts, read_rows, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
 from quant_fairness_plugin.model.storage import rounded, storage_dtype
@@ -87,8 +88,10 @@ class StreamedModel(LoadedModel):
             ArtifactError: a parameter cannot be read, or holds NaN or infinite values.
             UnsupportedModelError: a value is too large for the storage dtype.
         """
-        self.block(layer)
-        names = [name for name in self.places if name.startswith(f"{self.family.blocks}.{layer}.")]
+        prefix = f"{self.family.blocks}.{layer}."
+        names = [
+            f"{prefix}{name}" for name, _ in self.block(layer).named_parameters() if f"{prefix}{name}" in self.places
+        ]
         device = self.model.device
         stream = _stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(stream):  # without a stream, this does nothing
@@ -170,10 +173,11 @@ def open_streamed(
     storage = storage_dtype(files)
     # Buffers are made in float32, as in a model that is loaded; parameters are replaced below.
     model = empty_model(files, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    places = match_tensors(model, files, find_tensors(files))
     family = detect_family(model)
+    places = match_tensors(model, family, files, find_tensors(files))
+    family = detect_family(model)  # a head of its own is known by now
     check_layer_count(files, model, family)
-    place_buffers(model, files, places, device)
+    place_buffers(model, family, files, places, device)
     tables = _tables(model, files, places, storage, compute, device)
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     streamed = StreamedModel(files, model, tokenizer, family, storage, places, tables, compute)
@@ -233,10 +237,13 @@ def _check_table(place: Place, name: str, files: ModelFiles, storage: torch.dtyp
 def _place_parameters(streamed: StreamedModel, device: torch.device) -> None:
     """Everything outside the blocks but tables is read now; what is left rests."""
     model, prefix = streamed.model, f"{streamed.family.blocks}."
-    for name in [name for name, _ in model.named_parameters()]:
+    own = [name for name, _ in model.named_parameters() if streamed.family.owns(name)]
+    others = [name for name, _ in model.named_parameters() if not streamed.family.owns(name)]
+    for name in own:
         if name not in streamed.tables and not name.startswith(prefix):
             put(model, name, streamed._read(name).to(device=device, dtype=streamed.compute))
     blocks = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+    _rest(model, others, streamed.compute, hollow=device)  # parts that are not text are never run
     _rest(model, blocks, streamed.compute)
     _rest(model, [name for name in blocks if name.startswith(f"{prefix}0.")], streamed.compute, hollow=device)
     _rest(model, streamed.tables, streamed.compute, hollow=device)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, Unit, bits_of_precision, precision_of_bits
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.quantize.grid_rules import column_bytes, group_count, has_columns, misfit
+from quant_fairness_plugin.quantize.grid_rules import column_bytes, group_count, has_columns, misfit, unit_grid
 from quant_fairness_plugin.quantize.selection import Modules, Selection, select_modules
 
 SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
@@ -34,8 +34,10 @@ def dense_bytes(shapes: Iterable[Shape]) -> int:
 def quantized_bytes(shapes: Sequence[Shape], grid: Grid) -> int:
     """Return the bytes of a fusion group's packed weights with their scales, and zero points where the grid has them.
 
-    A group that the grid does not fit in one of its weights stays in 16 bit as a whole, as it does in the checkpoint.
+    The group takes the largest group size, up to the grid's, that fits all its weights; where none does it stays in
+    16 bit as a whole, as it does in the checkpoint.
     """
+    grid = unit_grid(grid, (cols for _, cols in shapes))
     if any(misfit(grid, *shape) is not None for shape in shapes):
         return dense_bytes(shapes)
     return sum(_packed_bytes(rows, cols, grid) for rows, cols in shapes)
@@ -59,13 +61,14 @@ def count_bytes(loaded: Modules, grid: Grid, precisions: Sequence[Precision] = (
     grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
     costs: dict[str, Callable[[Sequence[Shape]], int]] = {"fp16": dense_bytes}
     costs |= {kind: partial(quantized_bytes, grid=of_kind) for kind, of_kind in grids.items()}
-    shapes = {
-        unit.name: [
-            [loaded.matrix(f"{loaded.family.blocks}.{layer}.{module}") for module in unit.modules]
-            for layer in range(loaded.layers)
-        ]
-        for unit in loaded.family.units
+    # A layer without a unit of this name has no bytes in its row.
+    shapes: dict[str, list[list[Shape]]] = {
+        name: [[] for _ in range(loaded.layers)] for name in loaded.family.unit_names
     }
+    for layer in range(loaded.layers):
+        for unit in loaded.family.units_of(layer):
+            names = [f"{loaded.family.blocks}.{layer}.{module}" for module in unit.modules]
+            shapes[unit.name][layer] = [loaded.matrix(name) for name in names]
     table: LayerBytes = {}
     for kind, cost in costs.items():
         groups = {f"{kind}.{name}": tuple(map(cost, layers)) for name, layers in shapes.items()}
@@ -193,6 +196,12 @@ def layers_budget(loaded: Modules, grid: Grid, share: float, max_overhead: float
             "protect fewer columns, or raise the budget"
         )
     return max_overhead - cost
+
+
+def bytes_at_bits(loaded: Modules, grid: Grid, bits: float) -> int:
+    """Return the bytes of a checkpoint whose layers take so many bits a weight on average, scales included."""
+    table, other = count_bytes(loaded, grid)
+    return other + int(sum(table["fp16"]) * bits / 16)
 
 
 def _columns_cost(selected: Selection, loaded: Modules, share: float) -> int:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.artifacts import Grid, Precision, Unit
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.architectures.experts import names_experts
 from quant_fairness_plugin.model.families import Family
+from quant_fairness_plugin.quantize.grid_rules import unit_grid
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.model.load import LoadedModel
@@ -32,7 +34,7 @@ class UnitMap:
     stages: tuple[tuple[str, ...], ...]
     """Units in the order in which a forward pass meets them: before the blocks, one entry a block, after them."""
     groups: tuple[str, ...]
-    """Fusion groups of a layer, in forward order."""
+    """Names of the fusion groups that some layer has, in forward order; those of one layer: `groups_of`."""
 
     @property
     def layers(self) -> int:
@@ -41,7 +43,12 @@ class UnitMap:
 
     def group_names(self) -> tuple[str, ...]:
         """Return the fusion groups of all layers by full name, in forward order."""
-        return tuple(str(Unit(layer, group)) for layer in range(self.layers) for group in self.groups)
+        return tuple(str(Unit(layer, group)) for layer in range(self.layers) for group in self.groups_of(layer))
+
+    def groups_of(self, layer: int) -> tuple[str, ...]:
+        """Return the names of a layer's fusion groups, in forward order."""
+        groups = (Unit.parse(name).group for name in self.stages[layer + 1])
+        return tuple(group for group in groups if group in self.groups)
 
     def expanded(self, precisions: Mapping[str, Precision]) -> dict[str, Precision]:
         """Return the same precisions with whole layers (`layers.3`) replaced by their fusion groups.
@@ -52,7 +59,7 @@ class UnitMap:
         result: dict[str, Precision] = {}
         # Layers first: where a layer and one of its groups are named, the group's precision wins.
         for name, precision in sorted(precisions.items(), key=lambda item: not is_layer(item[0])):
-            for unit in (f"{name}.{group}" for group in self.groups) if is_layer(name) else (name,):
+            for unit in self._parts(name):
                 if unit not in self.parameters:
                     raise ConfigError(
                         f"the model has no {name!r}; use layers.0 to layers.{self.layers - 1}, one of their parts "
@@ -61,6 +68,13 @@ class UnitMap:
                     )
                 result[unit] = precision
         return result
+
+    def _parts(self, name: str) -> tuple[str, ...]:
+        """Return what a name stands for: the fusion groups of a whole layer of the model, else the unit itself."""
+        layer = Unit.parse(name) if is_layer(name) else None
+        if layer is None or layer.layer >= self.layers:
+            return (name,)
+        return tuple(str(layer.part(group)) for group in self.groups_of(layer.layer))
 
 
 def is_layer(name: str) -> bool:
@@ -95,7 +109,7 @@ def name_units(family: Family, layers: int, parameters: Iterable[str]) -> UnitMa
         parts = _in_layer(family, Unit(layer), prefix, names)
         units |= parts
         blocks.append(tuple(parts))
-    return UnitMap(units, (entry, *blocks, leave), tuple(unit.name for unit in family.units))
+    return UnitMap(units, (entry, *blocks, leave), family.unit_names)
 
 
 def _around_layers(family: Family, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -111,11 +125,15 @@ def _around_layers(family: Family, names: Sequence[str]) -> dict[str, tuple[str,
 def _in_layer(family: Family, layer: Unit, prefix: str, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
     groups = {
         str(layer.part(group.name)): tuple(f"{prefix}{module}.weight" for module in group.modules)
-        for group in family.units
+        for group in family.units_of(layer.layer)
     }
     weights = {name for members in groups.values() for name in members}
+    # What always stays in 16 bit is no unit.
+    weights |= {f"{module}.weight" for module in family.kept(layer.layer)}
     biases = tuple(name for name in names if name.endswith(".bias"))
-    norms = tuple(name for name in names if name not in weights and name not in biases)
+    rest = (name for name in names if name not in weights and name not in biases)
+    # Routers and gates of shared experts are matrices that every checkpoint keeps in 16 bit.
+    norms = tuple(name for name in rest if not names_experts(name.removeprefix(prefix).rpartition(".")[0]))
     vectors = {str(layer.part(kind)): members for kind, members in ((BIASES, biases), (NORMS, norms))}
     return groups | {unit: members for unit, members in vectors.items() if members}
 
@@ -176,8 +194,9 @@ def check_table(parameter: str, shape: Sequence[int], grid: Grid, *, what: str) 
     Raises:
         ConfigError: they do not.
     """
-    if len(shape) == 2 and grid.group_size != -1 and shape[1] % grid.group_size:
+    size = unit_grid(grid, shape[1:]).group_size
+    if len(shape) == 2 and size != -1 and shape[1] % size:
         raise ConfigError(
-            f"{what}: {parameter} has rows of {shape[1]} values, which groups of {grid.group_size} do not divide; use "
-            "a group size that does, or -1"
+            f"{what}: {parameter} has rows of {shape[1]} values, which groups of {size} do not divide; use a group "
+            "size that does, or -1"
         )

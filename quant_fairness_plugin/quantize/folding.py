@@ -27,37 +27,51 @@ HOMOGENEOUS = frozenset({"relu"})
 """Names of activations with f(c x) = c f(x) for every c > 0."""
 
 
-def model_folds(loaded: LoadedModel) -> dict[str, Fold]:
-    """Return fusion group → fold, for those groups of the model whose input scale can be folded away exactly.
+def check_folds(loaded: LoadedModel) -> None:
+    """Refuse an architecture of which no fold is known: one without a record in which tracing proved none.
+
+    Raises:
+        UnsupportedModelError: it is one.
+    """
+    kind = str(loaded.model.config.model_type)
+    family = loaded.family
+    # Of another `model_type` with blocks of a record's structure, it is not known what its norms and activations do.
+    known = kind in family.architecture.families or family.kinds
+    if not known or not any(family.kind_of(layer).folds for layer in range(loaded.layers)):
+        raise UnsupportedModelError(
+            f"{kind}: it is not known where AWQ's scales can be folded in this architecture; method 'awq' works with "
+            f"{', '.join(known_families())} and where a small model shows it. Use method 'gptq' or 'rtn'"
+        )
+
+
+def model_folds(loaded: LoadedModel, layer: int = 0) -> dict[str, Fold]:
+    """Return fusion group → fold, for those groups of a layer whose input scale can be folded away exactly.
 
     Raises:
         UnsupportedModelError: an architecture whose norms and activations are not known.
     """
-    kind = str(loaded.model.config.model_type)
-    architecture = loaded.family.architecture
-    # Of another `model_type` with blocks of this structure, it is not known what its norms and activations compute.
-    if kind not in architecture.families or not architecture.folds:
-        raise UnsupportedModelError(
-            f"{kind}: it is not known where AWQ's scales can be folded in this architecture; method 'awq' works with "
-            f"{', '.join(known_families())}. Use method 'gptq' or 'rtn'"
-        )
-    return {fold.unit: fold for fold in architecture.folds if _exact(loaded, fold)}
+    check_folds(loaded)
+    return {fold.unit: fold for fold in loaded.family.kind_of(layer).folds if _exact(loaded, layer, fold)}
 
 
-def _exact(loaded: LoadedModel, fold: Fold) -> bool:
+def _exact(loaded: LoadedModel, layer: int, fold: Fold) -> bool:
     """Return whether dividing the source and multiplying the unit changes nothing in this very model."""
-    block, config = loaded.block(0), loaded.model.config
+    block, config = loaded.block(layer), loaded.model.config
     source = block.get_submodule(fold.source)
+    proved = bool(loaded.family.kinds)  # on a small model of the same config, norms and activations included
     if not is_linear(source):
+        if proved:
+            return True
         # Where the norm comes after the addition, its output is the next residual as well.
         after = not getattr(config, "do_layer_norm_before", True)
         return not after and not getattr(config, "apply_residual_connection_post_layernorm", False)
-    if fold.activated:
+    if fold.activated and not proved:
         activation = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
         return activation in HOMOGENEOUS
-    unit = next(unit for unit in loaded.family.units_of(0) if unit.name == fold.unit)
+    unit = next(unit for unit in loaded.family.units_of(layer) if unit.name == fold.unit)
+    rows, cols = len(linear_weight(source)), linear_weight(block.get_submodule(unit.modules[0])).shape[1]
     # Grouped kv heads: several input channels of o read one output channel of v.
-    return len(linear_weight(source)) == linear_weight(block.get_submodule(unit.modules[0])).shape[1]
+    return cols % rows == 0 and rows % fold.heads == 0 if fold.heads else rows == cols
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +96,22 @@ class Source:
     """The storage dtype."""
     tensor: QuantizedTensor | None = None
     """The integers, where the module is quantized already."""
+    heads: int = 0
+    """As in `Fold`."""
+
+    def by_row(self, scale: Tensor) -> Tensor:
+        """Return what each row of the source is to be divided by: of the scales of all that read it, the mean of logs.
+
+        Args:
+            scale: of the input channels of the group, `[cols]`.
+        """
+        if not self.heads:
+            return scale
+        width = len(self._lead()) // self.heads
+        several = scale.view(self.heads, -1, width)
+        first = several[:, 0]
+        # Where they agree already, not a bit of them changes.
+        return torch.where((several == first[:, None]).all(1), first, several.log().mean(1).exp()).flatten()
 
     def effective(self, scale: Tensor) -> Tensor:
         """Return the scale, `[cols]`, that the source is divided by where `scale` is wanted.
@@ -90,11 +120,15 @@ class Source:
         row has in common. It is 1 for a channel that 16 bit cannot hold after the division: one that overflows, falls
         below what the dtype resolves, or is 0 anyway.
         """
-        return self._divided(scale)[1]
+        effective = self._divided(self.by_row(scale))[1]
+        if not self.heads:
+            return effective
+        readers = len(scale) // len(effective)
+        return effective.view(self.heads, 1, -1).expand(-1, readers, -1).flatten()
 
     def fold(self, scale: Tensor) -> Folded:
         """Divide the source by `effective(scale)`, in the model too. The integers of a quantized source stay."""
-        lead, effective = self._divided(scale)
+        lead, effective = self._divided(self.by_row(scale))
         parameters: dict[str, Tensor] = {}
         tensor = self.tensor
         if tensor is not None:
@@ -145,7 +179,22 @@ def fold_source(loaded: LoadedModel, layer: int, fold: Fold, tensors: Mapping[st
     """
     name = f"{loaded.family.blocks}.{layer}.{fold.source}"
     module = loaded.block(layer).get_submodule(fold.source)
-    return Source(name, module, fold.offset, loaded.storage_dtype, tensors.get(name))
+    return Source(name, module, fold.offset, loaded.storage_dtype, tensors.get(name), fold.heads)
+
+
+def multiply_others(loaded: LoadedModel, layer: int, fold: Fold, scale: Tensor) -> dict[str, Tensor]:
+    """Multiply what reads a fold's source outside of its group, in the model; rounded to the storage dtype.
+
+    Returns:
+        Full parameter name → new value as the module stores it, as in `Folded.parameters`.
+    """
+    values: dict[str, Tensor] = {}
+    for name in fold.also:
+        module = loaded.block(layer).get_submodule(name)
+        wide = (linear_weight(module).float() * scale).to(loaded.storage_dtype).float()
+        stored = wide if linear_weight(module).is_contiguous() else wide.t().contiguous()
+        values[f"{loaded.family.blocks}.{layer}.{name}.weight"] = _set(module, "weight", stored)
+    return values
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:

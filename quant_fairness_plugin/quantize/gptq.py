@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.model.devices import wide_dtype
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
 from quant_fairness_plugin.quantize.moments import GroupMoments, working_dtype
 
@@ -91,7 +92,7 @@ def output_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
 
 
 def _energy(weight: Tensor, hessian: Tensor) -> float:
-    return float(((weight @ hessian.to(weight.dtype)) * weight).double().sum())
+    return float(((weight @ hessian.to(weight.dtype)) * weight).sum(dtype=wide_dtype(weight.device)))
 
 
 def _check(weight: Tensor, hessian: Tensor, *, damp: float, block: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import get_args
 
 from quant_fairness_plugin.artifacts import Clip, Grid
@@ -10,9 +12,9 @@ from quant_fairness_plugin.errors import ConfigError
 BITS = tuple(range(2, 9))
 """Widths of an integer."""
 GROUP_SIZES = (32, 64, 128, -1)
-AUTO_GROUP_SIZES = (128, 64, 32)
-"""What `auto` chooses from: the fewest scales first."""
 """Input channels that share a scale; -1 for all of a row."""
+AUTO_GROUP_SIZES = (128, 64, 32)
+"""What a fusion group can take: the fewest scales first, and each divides the one before."""
 CLIPS: tuple[Clip, ...] = get_args(Clip)
 PACKED_MULTIPLE = 8
 """Packed checkpoints store eight 4-bit values a word, along either axis."""
@@ -56,6 +58,22 @@ def check_group_size(group_size: object) -> None:
         raise ConfigError(
             f"group size {group_size!r} is read by no server; use 32, 64, 128, or -1 for one scale per output channel"
         )
+
+
+def unit_grid(grid: Grid, columns: Iterable[int]) -> Grid:
+    """Return the grid of one fusion group: with the largest group size, up to the grid's, that fits all its modules.
+
+    Where none divides the input channels the size is the smallest, which `misfit` then gives as the reason.
+
+    Args:
+        grid: a checked grid; one scale for all of a row (-1) stays so.
+        columns: input channels of each of its modules.
+    """
+    if grid.group_size == -1:
+        return grid
+    counts = tuple(columns)
+    sizes = [size for size in AUTO_GROUP_SIZES if size <= grid.group_size]
+    return replace(grid, group_size=next((s for s in sizes if not any(n % s for n in counts)), sizes[-1]))
 
 
 def group_count(grid: Grid, columns: int) -> int:

@@ -5,7 +5,7 @@ Takes a loaded model, the protected layers and a grid; returns a `Selection`, be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Protocol
@@ -14,7 +14,7 @@ from quant_fairness_plugin.artifacts import Grid, Precision, Unit, bits_of_preci
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
-from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_grid, misfit
+from quant_fairness_plugin.quantize.grid_rules import check_grid, misfit, unit_grid
 
 NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
 
@@ -49,7 +49,7 @@ class Selection:
     protected: tuple[int, ...]
     """Layers that are wholly in 16 bit."""
     grids: dict[str, Grid]
-    """Module to quantize → its grid: the plan's, or the same with 8 bits."""
+    """Module to quantize → its grid: the plan's, with the group size and the bits of its fusion group."""
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -57,23 +57,35 @@ class Selection:
         return tuple(name for units in self.units.values() for unit in units for name in unit)
 
 
-def fitting_group_size(model: Modules) -> int:
-    """Return the group size that leaves the fewest weights of a model in 16 bit, the largest of equals.
+def group_sizes(model: Modules, grid: Grid, *, protected: Collection[int] = ()) -> dict[str, int]:
+    """Return the group size of every fusion group that a grid fits, by its name (`layers.3.down`), in forward order.
 
-    One for the whole model, which every reader takes; -1, a scale for a whole row, where no size of `auto` fits at all.
+    Args:
+        model: the model, or its outline.
+        grid: its group size is the largest that any of them takes.
+        protected: layers that are left out.
     """
-    weights = {size: sum(_fitting_weights(model, Grid(group_size=size))) for size in (*AUTO_GROUP_SIZES, -1)}
-    largest = max(weights[size] for size in AUTO_GROUP_SIZES)
-    return next((size for size in AUTO_GROUP_SIZES if largest and weights[size] == largest), -1)
-
-
-def _fitting_weights(model: Modules, grid: Grid) -> Iterator[int]:
-    """Yield the number of weights of every fusion group that a grid fits."""
+    sizes: dict[str, int] = {}
     for layer in range(model.layers):
-        for unit in model.family.units_of(layer):
+        for unit in () if layer in protected else model.family.units_of(layer):
             shapes = [model.matrix(f"{model.family.blocks}.{layer}.{name}") for name in unit.modules]
-            if all(misfit(grid, *shape) is None for shape in shapes):
-                yield sum(rows * cols for rows, cols in shapes)
+            own = unit_grid(grid, (cols for _, cols in shapes))
+            if all(misfit(own, *shape) is None for shape in shapes):
+                sizes[str(Unit(layer, unit.name))] = own.group_size
+    return sizes
+
+
+def fitting_group_size(model: Modules, largest: int, *, uniform: bool) -> int | None:
+    """Return the largest group size that a fusion group of a model takes; None where no size fits any of them.
+
+    Args:
+        model: the model, or its outline.
+        largest: the largest size to take.
+        uniform: one size for the whole model, as some formats and readers want it: the largest that fits all that
+            have one at all.
+    """
+    sizes = group_sizes(model, Grid(group_size=largest)).values()
+    return (min if uniform else max)(sizes, default=None)
 
 
 def select_modules(
@@ -85,11 +97,12 @@ def select_modules(
 ) -> Selection:
     """Return the modules that a grid fits in all layers but the protected ones.
 
-    A fusion group is quantized as a whole or not at all: servers merge it into one matrix of one precision.
+    A fusion group is quantized as a whole or not at all: servers merge it into one matrix of one precision. It takes
+    the largest group size, up to the grid's, that divides the input channels of all its modules.
 
     Args:
         loaded: the model.
-        grid: the grid of everything that is not singled out.
+        grid: the grid of everything that is not singled out, with the largest group size.
         protected: layers that stay in 16 bit.
         overrides: other precisions, of a layer (`layers.5`) or one of its fusion groups (`layers.3.down`), as in
             `ProtectionPlan.overrides`.
@@ -119,7 +132,8 @@ def select_modules(
 
 def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[Unit, Precision]) -> dict[str, Grid]:
     """Return the grids of a layer's fusion groups; those in 16 bit by the plan are left out."""
-    kinds = {group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in loaded.family.units}
+    groups = loaded.family.units_of(layer.layer)
+    kinds = {group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in groups}
     return {
         name: grid if kind is None else replace(grid, bits=bits_of_precision(kind))
         for name, kind in kinds.items()
@@ -128,14 +142,15 @@ def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[U
 
 
 def _parse_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> dict[Unit, Precision]:
-    names = tuple(unit.name for unit in loaded.family.units)
     result: dict[Unit, Precision] = {}
     for name, precision in overrides.items():
         unit = Unit.parse(name) if Unit.is_name(name) else None
+        layer = unit.layer if unit is not None and unit.layer < loaded.layers else 0
+        names = tuple(group.name for group in loaded.family.units_of(layer))
         if unit is None or unit.layer >= loaded.layers or unit.group not in (None, *names):
             raise ConfigError(
-                f"the model has no {name!r}; layers are 0..{loaded.layers - 1}, their units {', '.join(names)}. Write "
-                f"layers.0 or layers.0.{names[-1]}"
+                f"the model has no {name!r}; layers are 0..{loaded.layers - 1}, the units of layer {layer} "
+                f"{', '.join(names)}. Write layers.{layer} or layers.{layer}.{names[-1]}"
             )
         result[unit] = precision
     return result
@@ -146,15 +161,17 @@ def _select_units(
 ) -> tuple[list[tuple[tuple[str, ...], Grid]], dict[str, str]]:
     """Return the fusion groups of a layer that have a grid and fit it, and what does not fit."""
     fitting: list[tuple[tuple[str, ...], Grid]] = []
-    in_16_bit: dict[str, str] = {}
-    for unit in loaded.family.units:
+    in_16_bit = loaded.family.kept(layer)
+    for unit in loaded.family.units_of(layer):
         if unit.name not in grids:
             continue
         names = tuple(f"{loaded.family.blocks}.{layer}.{name}" for name in unit.modules)
-        reasons = {name: misfit(grids[unit.name], *loaded.matrix(name)) for name in names}
+        shapes = {name: loaded.matrix(name) for name in names}
+        grid = unit_grid(grids[unit.name], (cols for _, cols in shapes.values()))
+        reasons = {name: misfit(grid, *shape) for name, shape in shapes.items()}
         misfits = {name: reason for name, reason in reasons.items() if reason is not None}
         if not misfits:
-            fitting.append((names, grids[unit.name]))
+            fitting.append((names, grid))
             continue
         first = next(iter(misfits))
         in_16_bit |= {

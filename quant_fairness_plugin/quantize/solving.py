@@ -20,7 +20,7 @@ from quant_fairness_plugin.model.linear import set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.awq import solve_awq
 from quant_fairness_plugin.quantize.columns import KeptColumns, Target, choose_columns, decoupled
-from quant_fairness_plugin.quantize.folding import fold_source, model_folds
+from quant_fairness_plugin.quantize.folding import fold_source, model_folds, multiply_others
 from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, solve_gptq
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import has_columns
@@ -157,7 +157,7 @@ def solve_awq_unit(problem: Problem, solved: Solved) -> None:
     """Solve a fusion group with AWQ and fold its scale; a source that is quantized already gets other scales."""
     loaded, unit, weights, hessians = problem.loaded, problem.unit, problem.weights, problem.inputs.hessians
     names = tuple(weights)
-    fold = model_folds(loaded).get(unit.group or "")
+    fold = model_folds(loaded, unit.layer).get(unit.group or "")
     source = None if fold is None else fold_source(loaded, unit.layer, fold, solved.tensors)
     with error_prefix(names[0]):
         results, scale = solve_awq(
@@ -175,17 +175,18 @@ def solve_awq_unit(problem: Problem, solved: Solved) -> None:
     index = _columns_in_16_bit(problem, errors, scale=scale)
     for name, result in results.items():
         solved.tensors[name], solved.losses[name] = result.tensor, result.loss_relative_to_output_energy
+        solved.folded.pop(f"{name}.weight", None)  # of another group's fold; the integers hold it now
         if index is not None:
             solved.keep(name, Target(scaled[name], index))
             solved.losses[name] = output_loss(weights[name].float(), solved.dense(name) / scale, hessians[name])
-    if source is None:
+    if source is None or fold is None:
         return
     folded = source.fold(scale)
-    solved.folded |= folded.parameters
+    solved.folded |= folded.parameters | multiply_others(loaded, unit.layer, fold, scale)
     if folded.tensor is not None:
         solved.tensors[source.name] = folded.tensor
     if source.name in solved.targets:
-        solved.keep(source.name, solved.targets[source.name].divided(scale))
+        solved.keep(source.name, solved.targets[source.name].divided(source.by_row(scale)))
         set_linear_weight(source.module, solved.dense(source.name))
 
 

@@ -17,14 +17,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, Unit
+from quant_fairness_plugin.artifacts import ExpertCoverage, Grid, ProtectionPlan, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.exchange import stored_form
+from quant_fairness_plugin.model.experts import Experts
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.blocks import Batch, first_inputs
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.columns import KeptColumns
+from quant_fairness_plugin.quantize.expert_rules import check_experts
+from quant_fairness_plugin.quantize.experts import expert_stages, routed_rows
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 from quant_fairness_plugin.quantize.methods import check_method_grid, find_method, method_names
 from quant_fairness_plugin.quantize.methods.method import Method
@@ -63,6 +66,8 @@ class QuantizedModel:
     """Versions of the backend's packages; empty for our own core."""
     columns: Mapping[str, KeptColumns] = field(default_factory=dict)
     """Full module name → the input channels that keep 16 bit beside its integers."""
+    experts: ExpertCoverage | None = None
+    """Of a mixture of experts: how calibration reached them, where that was counted."""
 
     @property
     def grid(self) -> Grid:
@@ -99,9 +104,14 @@ class _Work:
     def units(self, layer: int) -> Iterator[tuple[Unit, dict[str, nn.Module]]]:
         """Yield the fusion groups to quantize in a layer, in forward order, with their modules by full name."""
         modules = self.loaded.linears(layer)
-        names = {f"{self.loaded.family.blocks}.{layer}.{u.modules[0]}": u.name for u in self.loaded.family.units}
+        family = self.loaded.family
+        names = {f"{family.blocks}.{layer}.{unit.modules[0]}": unit.name for unit in family.units_of(layer)}
         for group in self.selection.units.get(layer, ()):
             yield Unit(layer, names[group[0]]), {name: modules[name] for name in group}
+
+    def routed(self, unit: Unit) -> bool:
+        """Return whether a unit is that of a layer's routed experts."""
+        return any(group.routed and group.name == unit.group for group in self.loaded.family.units_of(unit.layer))
 
     def solve(self, unit: Unit, weights: Mapping[str, Tensor], measured: Inputs | None, solved: Solved) -> None:
         """Hand a fusion group to the method."""
@@ -148,6 +158,8 @@ def quantize_model(
             f"the plan is for {plan.layers} layers, and the model has {loaded.layers}; use a plan of this model"
         )
     _check(solver, plan, selection, calibration)
+    if any(group.routed for layer in range(loaded.layers) for group in loaded.family.units_of(layer)):
+        check_experts(solver.name, plan.grid, columns=plan.protect_columns)
     solver.check_model(loaded)
     work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None))
     if calibration is None:
@@ -204,7 +216,8 @@ def _solve_on_inputs(work: _Work, calibration: CalibrationSet, *, batch_tokens: 
             with _restored(loaded, layer):
                 solved.targets.clear()
                 for unit, modules in work.units(layer):
-                    _solve_unit(work, unit, modules, batches, calibration, solved)
+                    solve = _solve_experts if work.routed(unit) else _solve_unit
+                    solve(work, unit, modules, batches, calibration, solved)
                 if layer < last:  # what follows the last quantized layer needs no inputs
                     _advance(loaded, layer, batches)
             work.report(layer + 1, loaded.layers)
@@ -230,6 +243,33 @@ def _solve_unit(
     work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
     for name in modules:
         set_linear_weight(modules[name], solved.dense(name))
+
+
+@torch.no_grad()
+def _solve_experts(
+    work: _Work,
+    unit: Unit,
+    modules: Mapping[str, nn.Module],
+    batches: list[Batch],
+    calibration: CalibrationSet,
+    solved: Solved,
+) -> None:
+    """Solve the routed experts of a layer one by one and leave their dequantized weights in the block."""
+    prefix = next(iter(modules)).rsplit(".", 2)[0]
+    experts = work.loaded.model.get_submodule(prefix)
+    assert isinstance(experts, Experts), "a routed unit is that of unfolded experts"
+    with error_prefix(prefix):
+        rows = routed_rows(work.loaded.block(unit.layer), experts, unit.layer, batches, calibration)
+    for stage in expert_stages(experts, prefix, rows):
+        weights = {name: linear_weight(modules[name]) for name in stage.names}
+        inputs = Inputs(
+            hessians=dict.fromkeys(weights, stage.hessian),
+            magnitude=torch.zeros(0),  # for AWQ alone, which is refused for experts
+            groups=MomentWatch(weights, work.selection.grids),
+        )
+        work.solve(unit, weights, inputs, solved)
+        for name in stage.names:
+            set_linear_weight(modules[name], solved.dense(name))
 
 
 @torch.no_grad()

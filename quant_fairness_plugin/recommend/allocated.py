@@ -105,7 +105,7 @@ class _Allocator:
         """Allocate, and compare the prediction with the plans that were evaluated."""
         predicted = self._allocate()
         choice = {} if isinstance(predicted, Infeasible) else self._raised(predicted)
-        evaluated = None if self.goal.overrides else self._evaluated(predicted, choice)
+        evaluated = None if self.goal.overrides or self.goal.limit.languages else self._evaluated(predicted, choice)
         if evaluated is not None:
             return evaluated
         if isinstance(predicted, Infeasible):
@@ -120,7 +120,7 @@ class _Allocator:
         return allocate(
             self.options.bytes_,
             self.options.damage,
-            Limit(max_bytes=self.budget, target=self.goal.limit.target),
+            Limit(max_bytes=self.budget, target=self.goal.limit.target, languages=self.goal.limit.languages),
             base=self.options.base,
             other_bytes=self.options.other_bytes,
             objective=self.objective,

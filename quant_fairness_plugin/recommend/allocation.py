@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -69,6 +69,8 @@ class Limit:
     """Budget as extra bytes over the all-quantized checkpoint (0.2 = 20 %)."""
     target: float | None = None
     """The largest objective to accept."""
+    languages: Mapping[str, float] = field(default_factory=dict)
+    """Language → the largest damage to accept, beside the budget or target."""
 
     def budget(self, floor_bytes: int | None) -> int | None:
         """Return the budget in bytes; None where there is a target instead.
@@ -79,7 +81,7 @@ class Limit:
         Raises:
             ConfigError: not exactly one of the three limits, or one out of range.
         """
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        given = [name for name in ("max_bytes", "max_overhead", "target") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ConfigError(
                 f"{' and '.join(given) or 'no limit'} given: give exactly one of max_bytes, max_overhead and target"
@@ -128,6 +130,9 @@ def allocate(
     """
     max_bytes = limit.budget(floor_bytes)
     problem = _problem(bytes_, damage, base, objective, weights)
+    problem = replace(problem, caps=_caps(problem.languages, limit.languages))
+    if problem.capped and (reason := _out_of_reach(problem)):
+        return Infeasible(reason)
     if max_bytes is None:
         assert limit.target is not None
         result = _within_target(problem, limit.target)
@@ -144,7 +149,12 @@ def _within_budget(problem: Problem, max_bytes: int, other_bytes: int) -> tuple[
             "offer lower precisions"
         )
     room = max_bytes - other_bytes
-    best = problem.solve("value", max_bytes=room) or problem.smallest
+    best = problem.solve("value", max_bytes=room)
+    if best is None and problem.capped:
+        small = problem.solve("bytes")
+        advice = "" if small is None else f": raise it to {small.bytes_ + other_bytes}, or the limits of languages"
+        return Infeasible(f"no allocation within {max_bytes} bytes is predicted to keep {_in_words(problem)}{advice}")
+    best = best or problem.smallest
     settled = _settle_ties(problem, best, best.value + problem.tie)
     return settled, f"least {problem.objective} damage within {max_bytes} bytes"
 
@@ -163,6 +173,29 @@ def _within_target(problem: Problem, target: float) -> tuple[Selection, str] | I
     best = best if best.value <= within else small
     settled = _settle_ties(problem, replace(best, gap=max(best.gap, small.gap)), best.value + problem.tie)
     return settled, f"fewest bytes with {problem.objective} damage of at most {target:.4g}"
+
+
+def _caps(languages: tuple[str, ...], limits: Mapping[str, float]) -> Array:
+    """[languages], infinite where there is no limit."""
+    if unknown := sorted(set(limits) - set(languages)):
+        raise ConfigError(f"limits of {', '.join(unknown)}, which do not count; there are {', '.join(languages)}")
+    for language, value in limits.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ConfigError(f"limit {language}={value}: give the largest KL to accept, in bits per byte, above 0")
+    return np.array([limits.get(language, math.inf) for language in languages])
+
+
+def _out_of_reach(problem: Problem) -> str:
+    """Why no allocation of any size keeps the limits of languages; empty where one does."""
+    if problem.solve("value") is not None:
+        return ""
+    return f"no allocation is predicted to keep {_in_words(problem)}: raise the limits, or offer higher precisions"
+
+
+def _in_words(problem: Problem) -> str:
+    """The limits of languages: `he below 0.05`."""
+    pairs = zip(problem.languages, problem.caps.tolist(), strict=True)
+    return ", ".join(f"{language} below {cap:.4g}" for language, cap in pairs if math.isfinite(cap))
 
 
 def weigh(damage: Mapping[str, float], objective: str, weights: Mapping[str, float] | None = None) -> float:
@@ -251,6 +284,7 @@ def _problem(
         rows=_rows(objective, importance),
         mean=importance / importance.sum(),
         objective=objective,
+        caps=np.full(len(languages), math.inf),
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from quant_fairness_plugin.artifacts import (
     Grid,
     Precision,
     ProtectionPlan,
+    Provenance,
     SweepReport,
     SweepRow,
     Unit,
@@ -18,6 +20,26 @@ from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_byte
 
 Choice = Mapping[str, Precision]
 """Layer (`layers.3`) or unit (`layers.3.down`) → what it gets instead of the grid's precision."""
+
+
+class Priced(Protocol):
+    """What is known of a model's bytes: a sweep's report, or scores."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """Names the model."""
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of what is not singled out."""
+
+    @property
+    def layer_bytes(self) -> LayerBytes:
+        """As in `SweepReport`."""
+
+    @property
+    def other_bytes(self) -> int:
+        """As in `SweepReport`."""
 
 
 def explicit_plan(
@@ -47,15 +69,13 @@ def explicit_plan(
     return _assemble(choice, source, ("given by the user",), True, model, grid, layer_bytes, other_bytes)
 
 
-def plan_of(
-    report: SweepReport, choice: Choice, *, source: str, reasons: tuple[str, ...], stable: bool
-) -> ProtectionPlan:
+def plan_of(report: Priced, choice: Choice, *, source: str, reasons: tuple[str, ...], stable: bool) -> ProtectionPlan:
     """Return the plan of a choice among the units of a sweep."""
     model, sizes = report.provenance.model, report.layer_bytes
     return _assemble(choice, source, reasons, stable, model, report.grid, sizes, report.other_bytes)
 
 
-def bytes_of(report: SweepReport, choice: Choice) -> int:
+def bytes_of(report: Priced, choice: Choice) -> int:
     """Return the bytes of the whole checkpoint's tensors under a choice; with an empty one all is quantized."""
     keep, others = layers_and_overrides(choice)
     quantized = precision_of_bits(report.grid.bits)

@@ -57,6 +57,13 @@ class Problem:
     """[languages], sums to 1: the last tie-break."""
     objective: str
     """Its name."""
+    caps: Array
+    """[languages]: the largest damage of each, infinite where there is no limit."""
+
+    @property
+    def capped(self) -> bool:
+        """Whether any language has a limit."""
+        return bool(np.isfinite(self.caps).any())
 
     @property
     def tie(self) -> float:
@@ -135,6 +142,10 @@ class Problem:
             LinearConstraint(one_each, 1.0, 1.0),
             LinearConstraint(below, -np.inf, -per_damage * (self.rows @ self.base)),
         ]
+        if self.capped:
+            limited = np.isfinite(self.caps)
+            harm = np.hstack([per_damage * self.harm[limited], np.zeros((int(limited.sum()), 1))])
+            rules.append(LinearConstraint(harm, -np.inf, per_damage * (self.caps - self.base)[limited]))
         if max_bytes is not None:
             extra = self._extra_bytes()
             scale = min(1.0, WHOLE / (extra.max() or 1.0))

@@ -105,24 +105,34 @@ def _layer_config(
 ) -> dict[str, dict[str, int]]:
     """Return what differs from the scheme of the whole model; modules outside the blocks are left alone anyway."""
     sixteen = {name: {"bits": 16} for name in rest if name.startswith(f"{family.blocks}.")}
-    wider = {name: {"bits": g.bits} for name, g in selection.grids.items() if g.bits != plan.grid.bits}
-    return sixteen | wider
+    others: dict[str, dict[str, int]] = {}
+    for name, grid in selection.grids.items():
+        both = {"bits": (grid.bits, plan.grid.bits), "group_size": (grid.group_size, plan.grid.group_size)}
+        others[name] = {key: own for key, (own, of_all) in both.items() if own != of_all}
+    return sixteen | {name: settings for name, settings in others.items() if settings}
 
 
 def _optimum(selection: Selection, plan: ProtectionPlan, family: Family, layers: int) -> dict[str, Any]:
     prefix = [f"{family.blocks}.{layer}." for layer in range(layers)]
     per_layer = [tuple(n.removeprefix(p) for n in selection.modules if n.startswith(p)) for p in prefix]
-    widths = {grid.bits for grid in selection.grids.values()}
-    if len(set(per_layer)) > 1 or len(widths) > 1:
+    grids = set(selection.grids.values())
+    if len(set(per_layer)) > 1 or len({grid.bits for grid in grids}) > 1:
         raise UnsupportedModelError(
             "optimum names modules relative to the block, so it cannot treat one layer otherwise than another; it "
             "takes plans that are the same in every layer. Use --as gptqmodel, or quantize here: quant-fairness "
             "quantize --format gptq, which optimum reads."
         )
+    sizes = {grid.group_size for grid in grids}
+    if len(sizes) > 1:
+        raise UnsupportedModelError(
+            f"optimum takes one group size for a whole model, and the units of this plan take "
+            f"{', '.join(map(str, sorted(sizes)))}. Make the plan with --group-size {min(sizes)}, or use --as "
+            "gptqmodel."
+        )
     units = [[name for name in unit.modules if name in per_layer[0]] for unit in family.units_of(0)]
     return {
         "bits": plan.grid.bits,
-        "group_size": plan.grid.group_size,
+        "group_size": sizes.pop(),
         "sym": plan.grid.symmetric,
         "desc_act": False,
         "modules_in_block_to_quantize": [names for names in units if names],

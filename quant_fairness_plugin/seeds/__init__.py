@@ -10,6 +10,8 @@ scale per tensor, ratios of perplexity changes.
 - `protection`: layers by the seeds' rules, `fair_quantize`, `quantize_except`
 - `sweeps`: `layer_sweep`, `quick_sweep`
 - `measuring`: `measure_disparity`
+- `legacy`: the measurement of `--method legacy`, with every disparity
+- `computing`: in which precision
 - `disparity`, `clipping`, `texts`: formulas and sentences of the scripts
 """
 

@@ -64,11 +64,13 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text:
     """
     import torch
 
+    from quant_fairness_plugin.model.load import quiet_transformers
+
     encoded = tokenizer(text, return_tensors="pt").to(model.device)
     ids = encoded["input_ids"]
     if ids.shape[1] < 2:
         raise ConfigError(f"text {text!r} has fewer than 2 tokens: the loss is undefined. Give a longer text.")
-    with torch.no_grad():
+    with torch.no_grad(), quiet_transformers():  # it remarks on the loss of every config
         loss = model(input_ids=ids, attention_mask=encoded["attention_mask"], labels=ids, use_cache=False).loss
     return float(torch.exp(loss).item())
 

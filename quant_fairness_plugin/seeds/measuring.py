@@ -15,6 +15,7 @@ from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
 from quant_fairness_plugin.model.load import from_loaded
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.plan_set import BASELINE
+from quant_fairness_plugin.seeds.computing import in_float32
 from quant_fairness_plugin.seeds.disparity import Groups, disparity, perplexities
 from quant_fairness_plugin.seeds.simulation import is_simulated, original_weights
 from quant_fairness_plugin.seeds.texts import Method, one_text_each, text_set
@@ -104,14 +105,14 @@ def _legacy_disparity(
 def _measure_simulated(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: TextSet, reference: str
 ) -> Measurement:
-    loaded = from_loaded(model, tokenizer)
+    loaded = in_float32(from_loaded(model, tokenizer))
     return measure_states(
-        ModelState(BASELINE, lambda: original_weights(model)),
-        [fixed_state(SIMULATED, model)],
+        ModelState(BASELINE, lambda: original_weights(loaded.model)),
+        [fixed_state(SIMULATED, loaded.model)],
         tokenizer,
         texts.part("confirm"),
         part=true_part(texts, "confirm"),
         condition=overlap(texts),
-        provenance=lambda given: provenance(loaded.files, texts, seed=0, arguments=given),
+        provenance=lambda given: provenance(loaded, texts, seed=0, arguments=given),
         bootstrap=Bootstrap(reference),
     ).measurements[SIMULATED]

@@ -141,7 +141,7 @@ def original_weights(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     simulated = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, original in _originals(model).items():
-            parameters[name].data = original.to(parameters[name].device)
+            parameters[name].data = original.to(parameters[name])  # a copy of the model may be in float32
         yield model
     finally:
         for name, weight in simulated.items():

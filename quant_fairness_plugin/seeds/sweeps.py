@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import copy
+import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import Bootstrap, Grid, Ranking, SweepReport, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import percent_change
-from quant_fairness_plugin.model.load import LoadedModel, from_loaded
+from quant_fairness_plugin.model.load import from_loaded
+from quant_fairness_plugin.seeds.computing import in_float32
 from quant_fairness_plugin.seeds.disparity import Groups, disparity, perplexities
 from quant_fairness_plugin.seeds.simulation import is_simulated, simulate_int4, undo_simulation
 from quant_fairness_plugin.seeds.texts import Method, one_text_each, text_set
 from quant_fairness_plugin.sweep.engine import sweep_units
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ def layer_sweep(
         return _legacy_sweep(model, tokenizer, one_text_each(texts), reference_lang)
     sentences = text_set(texts, reference_lang).part("search")
     return sweep_units(
-        _in_float32(from_loaded(model, tokenizer)), sentences, grid=grid, bootstrap=Bootstrap(reference_lang)
+        in_float32(from_loaded(model, tokenizer)), sentences, grid=grid, bootstrap=Bootstrap(reference_lang)
     )
 
 
@@ -77,7 +80,8 @@ def quick_sweep(
     """Return the `top_n` layers most worth protecting, ascending. The model is left as it was.
 
     Takes the arguments of `layer_sweep`. By `rigorous` the layers are those whose protection leaves the worst-hit
-    language best off, by `legacy` those with the lowest disparity.
+    language best off, by `legacy` those with the lowest disparity: equal ones from the input on, those without one last
+    and with a warning.
 
     Raises:
         ConfigError: as `layer_sweep`; or the layers cannot be ranked (no language is supported, say).
@@ -90,6 +94,11 @@ def quick_sweep(
         order = ranking.layers
     else:
         order = tuple(row.layer for row in swept)
+        for row in swept[:top_n]:
+            if isinstance(row.disparity, Undefined):
+                log.warning(
+                    "layer %d is among the first %d without a disparity: %s", row.layer, top_n, row.disparity.undefined
+                )
     return sorted(order[:top_n])
 
 
@@ -107,11 +116,9 @@ def _legacy_sweep(
                 undo_simulation(model)
         change = {language: percent_change(before[language], after[language]) for language in texts}
         rows.append(LegacySweepRow(layer, disparity("D1", change, groups=Groups(reference=reference)), change))
-    return tuple(sorted(rows, key=lambda row: (isinstance(row.disparity, Undefined), row.disparity)))
+    return tuple(sorted(rows, key=_place))
 
 
-def _in_float32(loaded: LoadedModel) -> LoadedModel:
-    """The same model in float32: 16-bit arithmetic is slow on a CPU, and its rounding would be measured, too."""
-    if loaded.model.dtype == torch.float32:
-        return loaded
-    return replace(loaded, model=copy.deepcopy(loaded.model).to(torch.float32))  # type: ignore[arg-type]
+def _place(row: LegacySweepRow) -> tuple[float, int]:
+    """Lowest disparity first; layers without one last; equal ones, which short texts give often, from the input on."""
+    return (math.inf if isinstance(row.disparity, Undefined) else row.disparity, row.layer)

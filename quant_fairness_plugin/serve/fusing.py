@@ -128,7 +128,7 @@ def _groups(model: nn.Module) -> list[tuple[str, ...]]:
     return [
         tuple(f"{family.blocks}.{layer}.{name}" for name in unit.modules)
         for layer in range(len(blocks))
-        for unit in family.units
+        for unit in family.units_of(layer)
     ]
 
 

@@ -164,7 +164,7 @@ def _state(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
         module = checkpoint.bare.get_submodule(name)
         rows, cols = linear_weight(module).shape
         shape = (cols, rows) if is_conv1d(module) else (rows, cols)
-        state[f"{name}.weight"] = torch.zeros((), dtype=dtype).expand(shape)
+        state[f"{checkpoint.stored_name(name)}.weight"] = torch.zeros((), dtype=dtype).expand(shape)
     return state
 
 

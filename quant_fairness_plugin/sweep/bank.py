@@ -18,7 +18,7 @@ from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.plans.tree import Variant
 from quant_fairness_plugin.plans.units import UnitMap, check_table
 from quant_fairness_plugin.quantize.grid import quantize_rtn
-from quant_fairness_plugin.quantize.grid_rules import misfit
+from quant_fairness_plugin.quantize.grid_rules import misfit, unit_grid
 
 
 class Bank(Protocol):
@@ -40,7 +40,8 @@ def variant_weights(bank: Bank, variant: Variant) -> dict[str, Tensor]:
 class RtnBank:
     """Rounds a unit to nearest when its weights are first needed, and keeps the result.
 
-    A fusion group that the grid does not fit in one of its matrices stays in 16 bit as a whole, as in a checkpoint.
+    A unit takes the largest group size, up to the grid's, that fits all its matrices; a fusion group that none fits
+    stays in 16 bit as a whole, as in a checkpoint.
     What no checkpoint format quantizes is simulation only: vectors (biases, norms) get one scale for all their values,
     and tables (embeddings, positions, head) are rounded in groups along their rows, whatever their number of rows.
     """
@@ -64,7 +65,7 @@ class RtnBank:
         """Parameter → rounded value as the model stores it."""
         key = (unit, precision)
         if key not in self._made:
-            grid = replace(self._grid, bits=bits_of_precision(precision))
+            grid = self._grid_of(unit, precision)
             rounded = {name: self._round(name, grid) for name in self._units.parameters[unit]}
             made = {name: value for name, value in rounded.items() if value is not None}
             # Servers merge a fusion group into one matrix, which has one precision.
@@ -74,10 +75,24 @@ class RtnBank:
             self._made[key] = made
         return self._made[key]
 
+    def quantizes(self, unit: str, precision: Precision) -> bool:
+        """Return whether the grid fits a fusion group, judged by shapes alone: nothing is rounded."""
+        grid, names = self._grid_of(unit, precision), self._units.parameters[unit]
+        return all(misfit(grid, *self._matrix(name).shape) is None for name in names)
+
+    def _grid_of(self, unit: str, precision: Precision) -> Grid:
+        grid = replace(self._grid, bits=bits_of_precision(precision))
+        shapes = [self._matrix(name).shape for name in self._units.parameters[unit]]
+        return unit_grid(grid, [shape[1] for shape in shapes if len(shape) == 2])  # a vector has one scale
+
+    def _matrix(self, name: str) -> Tensor:
+        value = self._loaded.model.get_parameter(name).detach()
+        return value.t() if name in self._transposed else value
+
     def _round(self, name: str, grid: Grid) -> Tensor | None:
         value = self._loaded.model.get_parameter(name).detach()
         transposed = name in self._transposed
-        matrix = value.t() if transposed else value if value.dim() == 2 else value[None]
+        matrix = self._matrix(name) if value.dim() == 2 else value[None]
         if value.dim() != 2:
             grid = replace(grid, group_size=-1)
         elif name not in self._packed:
@@ -160,7 +175,7 @@ class CheckpointBank:
         carried: dict[str, dict[str, Callable[[], Tensor]]] = {}
         for layer in range(self._units.layers):
             names = {name for unit in self._units.stages[layer + 1] for name in self._units.parameters[unit]}
-            first = next((u for g in self._units.groups if self.quantizes(u := str(Unit(layer, g)))), None)
+            first = next((u for g in self._units.groups_of(layer) if self.quantizes(u := str(Unit(layer, g)))), None)
             if first is not None:
                 carried[first] = {name: read for name, read in self._folded.items() if name in names}
         return carried
@@ -209,9 +224,11 @@ def fitting_units(bank: Bank, units: UnitMap, precision: Precision) -> tuple[str
                 "(AWQ), so that only whole layers can be exchanged; use granularity 'layer'"
             )
         return tuple(name for name in units.group_names() if bank.quantizes(name))
-    # All blocks are equal, so that what fits in the first one fits in all.
-    fitting = {group for group in units.groups if bank.weights(str(Unit(0, group)), precision)}
-    return tuple(name for name in units.group_names() if Unit.parse(name).group in fitting)
+    return tuple(name for name in units.group_names() if _quantizes(bank, name, precision))
+
+
+def _quantizes(bank: Bank, unit: str, precision: Precision) -> bool:
+    return bank.quantizes(unit, precision) if isinstance(bank, RtnBank) else bool(bank.weights(unit, precision))
 
 
 def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
@@ -222,5 +239,5 @@ def check_bank_fits(bank: Bank, units: UnitMap, precision: Precision) -> None:
     """
     if isinstance(bank, CheckpointBank):
         return  # a checkpoint without a quantized module is no bank
-    if not any(bank.weights(str(Unit(0, group)), precision) for group in units.groups):
+    if not any(_quantizes(bank, name, precision) for name in units.group_names()):
         raise ConfigError(f"{bank.description} fits no module of the model; use another group size, or -1")

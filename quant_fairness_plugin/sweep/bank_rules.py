@@ -62,7 +62,7 @@ def check_bank(folder: Path, files: ModelFiles, grid: Grid) -> None:
 
 
 def checkpoint_grid(folder: Path, quantization: Mapping[str, Any]) -> Grid:
-    """Return the one grid of a checkpoint, by its metadata.
+    """Return the grid of a checkpoint, by its metadata; of several group sizes the largest, as a model's grid has it.
 
     Raises:
         UnsupportedModelError: several widths, or metadata of a method that is not read.
@@ -74,12 +74,12 @@ def checkpoint_grid(folder: Path, quantization: Mapping[str, Any]) -> Grid:
         raise ArtifactError(
             f"{folder}: the quantization metadata does not say its grid ({type(err).__name__}: {err}). Export again."
         ) from err
-    if len(grids) != 1:
+    if len({replace(grid, group_size=-1) for grid in grids}) != 1:
         grids_in_words = ", ".join(sorted(_words(grid) for grid in grids)) or "none that is read here"
         raise UnsupportedModelError(
             f"--bank {folder}: {len(grids)} grids ({grids_in_words}); a bank has one. Use a checkpoint of one grid."
         )
-    return grids.pop()
+    return max(grids, key=lambda grid: grid.group_size)
 
 
 def _grids(quantization: Mapping[str, Any]) -> Iterator[Grid]:

@@ -107,7 +107,7 @@ def _folded(folder: Path, loaded: LoadedModel, checkpoint: Checkpoint) -> Iterat
     """
     parameters = dict(loaded.model.named_parameters(remove_duplicate=False))
     for stored in checkpoint.plain:
-        name = loaded.family.architecture.loaded_name(stored)
+        name = loaded.family.loaded_name(stored)
         if name not in parameters:
             continue
         value = checkpoint.tensor(stored)
@@ -130,7 +130,7 @@ def _dense_units(units: UnitMap, quantized: set[str]) -> list[str]:
     """Return the layers, and fusion groups of other layers, that the checkpoint holds in 16 bit: `0`, `3.down`."""
     dense: list[Unit] = []
     for layer in map(Unit, range(units.layers)):
-        groups = [layer.part(group) for group in units.groups]
+        groups = [layer.part(group) for group in units.groups_of(layer.layer)]
         unquantized = [unit for unit in groups if quantized.isdisjoint(units.parameters[str(unit)])]
         dense += [layer] if unquantized == groups else unquantized
     return [unit.short for unit in dense]

@@ -88,12 +88,14 @@ def sweep_units(
     """
     subject = _prepare(loaded, config, grid or Grid(), bank_recipe, execution)
     here, score = _scorers(subject, execution)
-    statuses = _support(loaded, texts, here)
+    statuses = support_of(loaded, texts, here)
     supported = tuple(name for name, status in statuses.items() if status == "supported")
     # An unsupported reference stays in, so that excess and disparity say why they are undefined.
     texts = texts.choose([name for name in statuses if name in supported or name == bootstrap.reference])
     results = _evaluate(subject, config, partial(score, texts=texts, progress=progress), supported)
-    judge = _Judge(results.scores, texts, loaded.model.config.vocab_size, bootstrap, subject.planned.quantized)
+    judge = _Judge(
+        results.scores, texts, loaded.model.config.get_text_config().vocab_size, bootstrap, subject.planned.quantized
+    )
     return _report(subject, config, judge, results, statuses)
 
 
@@ -156,14 +158,14 @@ def _scorers(subject: _Subject, execution: Execution) -> tuple[Scorer, Scorer]:
     return whole, whole
 
 
-def _support(loaded: LoadedModel, texts: TextSet, score: Scorer) -> dict[str, Status]:
+def support_of(loaded: LoadedModel, texts: TextSet, score: Scorer) -> dict[str, Status]:
     """Return which languages the 16-bit model knows at all.
 
     Raises:
         QualityGateError: none of them.
     """
     baseline = score({}, texts)[BASELINE]
-    vocabulary = loaded.model.config.vocab_size
+    vocabulary = loaded.model.config.get_text_config().vocab_size
     few = Bootstrap(reference=None, draws=MINIMUM_DRAWS)
     rows = measure_damage(baseline, baseline, texts, vocabulary=vocabulary, bootstrap=few)
     if not supported_languages(rows):
@@ -259,7 +261,7 @@ def _report(
     layer_bytes, other_bytes = count_bytes(loaded, subject.grid, config.precisions)
     arguments = _arguments(subject, config, bootstrap)
     return SweepReport(
-        provenance=provenance(loaded.files, judge.texts, seed=bootstrap.seed, arguments=arguments),
+        provenance=provenance(loaded, judge.texts, seed=bootstrap.seed, arguments=arguments),
         layers=loaded.layers,
         granularity=config.granularity,
         precisions=config.precisions,

@@ -13,13 +13,14 @@ import signal
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, ResourceError
 from quant_fairness_plugin.measure.rows import Row
+from quant_fairness_plugin.model.devices import devices_like
 from quant_fairness_plugin.sweep.jobs import Job, Recipe, pack, unpack
 from quant_fairness_plugin.sweep.runner import BatchScores
 
@@ -66,7 +67,9 @@ class ProcessExecutor:
     """
 
     workers: int | None = None
-    """How many; None is as many as cores and memory allow."""
+    """How many; None is one for every accelerator, and on a CPU as many as cores and memory allow."""
+    spread: bool = True
+    """Whether workers are spread over all devices of the type that the model is on; else all are on its own."""
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:
@@ -75,10 +78,17 @@ class ProcessExecutor:
     def run(self, job: Job, trials: Trials) -> Results:
         """Every trial's result."""
         recipe = pack(job)
-        count = self.workers or _fitting_workers(job)
-        logger.info("%d trials in %d processes", len(trials), min(count, len(trials)))
-        crew = Crew(lambda: ProcessWorker(recipe), wait_for_processes, workers=count)
-        yield from crew.work(trials)
+        devices = devices_like(recipe.device) if self.spread else (recipe.device,)
+        count = self.workers or (_fitting_workers(job) if devices == ("cpu",) else len(devices))
+        logger.info("%d trials in %d processes on %s", len(trials), min(count, len(trials)), ", ".join(devices))
+        started: list[ProcessWorker] = []
+
+        def start() -> ProcessWorker:
+            busy = Counter(worker.device for worker in started if worker.running)
+            started.append(ProcessWorker(replace(recipe, device=min(devices, key=lambda device: busy[device]))))
+            return started[-1]
+
+        yield from Crew(start, wait_for_processes, workers=count).work(trials)
 
 
 class WorkerLostError(Exception):
@@ -164,6 +174,7 @@ class ProcessWorker:
     """A process of this machine. It ends by itself when its pipe does, so it never outlives who started it for long."""
 
     def __init__(self, recipe: Recipe) -> None:
+        self.device = recipe.device
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half-dead
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, recipe), daemon=True)
@@ -175,6 +186,11 @@ class ProcessWorker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         logger.info("worker process %d", self._process.pid)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process has not ended."""
+        return self._process.is_alive()
 
     def start(self, rows: Sequence[Row]) -> None:
         """Send the rows."""

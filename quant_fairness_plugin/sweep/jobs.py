@@ -18,6 +18,7 @@ import torch
 from quant_fairness_plugin.artifacts import TextSet, digest, package_versions
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import Row, pad_rows
+from quant_fairness_plugin.model.devices import describe_device
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
 from quant_fairness_plugin.model.storage import parameters_sha256
@@ -27,7 +28,7 @@ from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.runner import BatchScores, TreeRunner
 from quant_fairness_plugin.sweep.walk import score_batch
 
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 """Goes up whenever the same trial would give another number, or its file another form."""
 
 BankRecipe = Callable[[LoadedModel, UnitMap], Bank]
@@ -92,7 +93,7 @@ def identity(job: Job) -> dict[str, Any]:
         "result_version": RESULT_VERSION,
         "versions": {name: versions[name] for name in ("quant-fairness", "torch", "transformers")},
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "device": _device(model.device),
+        "device": describe_device(model.device),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": job.threads,
         "model": _model_identity(job.loaded),
@@ -175,10 +176,6 @@ def _check_same(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
                 f"a worker would give other numbers: its {field} is {actual[field]}, here it is {value}; every worker "
                 "needs the same model files and versions. Make them equal, or use the local executor."
             )
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _model_identity(loaded: LoadedModel) -> dict[str, str]:

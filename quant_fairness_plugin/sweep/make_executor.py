@@ -10,12 +10,13 @@ from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor, Proce
 ExecutorName = Literal["local", "processes", "ray"]
 
 
-def make_executor(name: ExecutorName, *, workers: int | None = None) -> Executor:
+def make_executor(name: ExecutorName, *, workers: int | None = None, spread: bool = True) -> Executor:
     """Return the executor of a name.
 
     Args:
         name: `local`, `processes` or `ray`.
         workers: how many workers; None is as many as fit. `local` has none.
+        spread: give workers all devices of the type that the model is on, one after another; else all of them its own.
 
     Raises:
         ConfigError: no such executor, or workers for `local`.
@@ -29,7 +30,7 @@ def make_executor(name: ExecutorName, *, workers: int | None = None) -> Executor
                 )
             return LocalExecutor()
         case "processes":
-            return ProcessExecutor(workers)
+            return ProcessExecutor(workers, spread=spread)
         case "ray":
             from quant_fairness_plugin.sweep.ray_executor import RayExecutor
 

@@ -5,13 +5,14 @@ Counted is what the sweep itself holds; the interpreter and its libraries (about
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quant_fairness_plugin.errors import ConfigError, ResourceError
+from quant_fairness_plugin.errors import ResourceError
+from quant_fairness_plugin.model.devices import ByDevice
 from quant_fairness_plugin.model.outline import Outline
+from quant_fairness_plugin.model.sizes import shown
 
 PIECE_TOKENS = 1024
 """Tokens that a block is given at once on a CPU, all stacked states together; a single state can have more."""
@@ -21,13 +22,6 @@ _ROUNDING_COPIES = 4
 """What rounding a matrix takes at its peak, in float32 copies of it (measured: 3.5 with every clipping rule)."""
 _HEAD_COPIES = 3
 _STORED_BYTES, _FLOAT32_BYTES = 2, 4
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{ending}": base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for ending, base in (("B", 1000), ("iB", 1024))
-}
-_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?) ?([A-Za-z]*)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,33 +103,6 @@ def check_budget(outline: Outline, budget: int, *, precisions: int) -> None:
     count_needs(outline.shapes, blocks=outline.family.blocks, precisions=precisions).left_for_states(budget)
 
 
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as `1GB`, `1.5 GiB`, `800MB` or `123456`.
-
-    Raises:
-        ConfigError: not a size, or none of at least one byte.
-
-    >>> parse_size("1.5 GiB")
-    1610612736
-    """
-    match = _SIZE.fullmatch(text.strip())
-    names = {unit.upper(): factor for unit, factor in _UNITS.items()}
-    if match is None or match[2].upper() not in names or (size := int(float(match[1]) * names[match[2].upper()])) < 1:
-        raise ConfigError(
-            f"size {text!r} is none; write a number of bytes, or one with KB, MB, GB, TB (thousands) or KiB, MiB, GiB, "
-            "TiB, such as 1GB"
-        )
-    return size
-
-
-def shown(size: int) -> str:
-    """Return a size for people, rounded up, so that a budget of what is printed is enough."""
-    for unit in ("GB", "MB", "KB"):
-        if size >= _UNITS[unit]:
-            return f"{-(-size * 100 // _UNITS[unit]) / 100:.2f} {unit}"
-    return f"{size} bytes"
-
-
 BATCH_TOKENS = 512
 """Tokens of a batch, padding included. Its hidden states are held for every prefix at once."""
 
@@ -144,6 +111,6 @@ CONTEXT = 2048
 """Longest window of a sentence, where the model allows it."""
 
 
-STACK_TOKENS = {"cpu": 1024, "cuda": 1 << 15}
+STACK_TOKENS = ByDevice(cpu=1024, accelerator=1 << 15)
 """Most tokens that a block is given at once, all stacked states together. On a CPU, so few that the widest activations
 still fit its cache."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +36,8 @@ class RayExecutor:
     def run(self, job: Job, trials: Trials) -> Results:
         """Every trial's result."""
         ray, recipe = _ray(), pack(job)
+        # Ray shows every actor its own accelerator alone, which is the first one there.
+        recipe = replace(recipe, device=recipe.device.partition(":")[0])
         started = not ray.is_initialized()
         if started:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)

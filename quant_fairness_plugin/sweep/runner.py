@@ -7,7 +7,7 @@ put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import TextSet
+from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.rows import Array, Batch, sum_rows
 from quant_fairness_plugin.measure.streamed import Head, score_hidden
 from quant_fairness_plugin.model.exchange import exchanged
@@ -109,7 +110,7 @@ class TreeRunner:
                 hidden = self._head_inputs(piece, inputs, positions, read)
                 nll, of_states = score_hidden(reference, hidden, targets, head, state_head=state_head)
                 baseline[:, 0] = nll.cpu()
-                scores |= dict(zip(piece, of_states.cpu(), strict=True))
+                scores |= dict(zip(piece, of_states.cpu().double(), strict=True))
         # A state that is the 16-bit model itself has no KL; rounding would give it one of about 1e-7.
         scores[first] = baseline
         return {name: sum_rows(batch, scores[leaf], name, texts) for name, leaf in self.tree.leaves.items()}
@@ -140,7 +141,7 @@ class TreeRunner:
 
 
 def _stacks(nodes: Sequence[int], inputs: Inputs) -> Iterator[Sequence[int]]:
-    return _pieces(nodes, STACK_TOKENS[inputs.ids.device.type] // inputs.ids.numel())
+    return _pieces(nodes, STACK_TOKENS.on(inputs.ids.device.type) // inputs.ids.numel())
 
 
 def _pieces(nodes: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -152,6 +153,9 @@ def repeated(once: BlockCall, twice: BlockCall, copies: int) -> BlockCall:
 
     Which arguments have a batch dimension, and of what multiple (BLOOM's ALiBi has rows times heads), is read off the
     calls for one and for two copies: it is the first dimension of every tensor whose size doubles.
+
+    Raises:
+        UnsupportedModelError: a layer is given what earlier ones wrote down.
     """
     positional = tuple(_tile(a, b, copies) for a, b in zip(once.positional, twice.positional, strict=True))
     return BlockCall(positional, {name: _tile(value, twice.named[name], copies) for name, value in once.named.items()})
@@ -160,6 +164,11 @@ def repeated(once: BlockCall, twice: BlockCall, copies: int) -> BlockCall:
 def _tile(once: Any, twice: Any, copies: int) -> Any:
     if isinstance(once, tuple):
         return tuple(_tile(a, b, copies) for a, b in zip(once, twice, strict=True))
+    if isinstance(once, MutableMapping) and once:
+        raise UnsupportedModelError(
+            "layers of this model take keys and values from earlier ones, which plans that differ there cannot share "
+            "in one walk; models whose layers only hand on a hidden state are swept. Name the layers to protect."
+        )
     if not isinstance(once, Tensor) or once.shape == twice.shape or copies == 1:
         return once
     return once.repeat(copies, *[1] * (once.dim() - 1))

@@ -83,7 +83,7 @@ def score_plans_layerwise(
         raise ConfigError("a sweep layer by layer without a memory budget; give Execution a memory_budget in bytes")
     tree, tokenized = plan_tree(plans, units), tokenize_texts(loaded, texts)
     batches = tokenized.batches(batch_tokens)
-    most = max(STACK_TOKENS[loaded.model.device.type], *(batch.ids.numel() for batch in batches))
+    most = max(STACK_TOKENS.on(loaded.model.device.type), *(batch.ids.numel() for batch in batches))
     allowance = sweep_needs(loaded, tree, units, most).left_for_states(execution.memory_budget)
     job, store = Job(loaded, tree, bank, texts, torch.get_num_threads()), None
     if execution.work is not None:

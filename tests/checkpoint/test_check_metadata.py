@@ -58,14 +58,14 @@ def first(config: dict[str, Any], rule: str) -> dict[str, Any]:
 
 SCHEME = "scheme"
 """The format's, whoever reads it."""
-TARGETS = "transformers: config_groups (bits of unmerged modules)"
-MERGED_TARGETS = "vllm: config_groups (bits of merged modules)"
+TARGETS = "transformers: config_groups (bits and groups of unmerged modules)"
+MERGED_TARGETS = "vllm: config_groups (bits and groups of merged modules)"
 IGNORE = "transformers: ignore (by name)"
 IGNORE_AS_PART = "sglang: ignore (as part of a name, in any case)"
 BLOCK_LIST = "transformers: modules_in_block_to_quantize (as suffix)"
 BLOCK_LIST_AS_PART = "vllm: modules_in_block_to_quantize (as part of a name)"
 DYNAMIC = "gptqmodel: dynamic (the only list that gptqmodel reads)"
-DYNAMIC_BITS = "gptqmodel: dynamic (bits of unmerged modules)"
+DYNAMIC_BITS = "gptqmodel: dynamic (bits and groups of unmerged modules)"
 DYNAMIC_MERGED = "sglang: dynamic (of merged names)"
 NOT_CONVERT_OTHERS = "others: modules_to_not_convert (as regular expression or suffix)"
 MERGED_NOT_CONVERT_OTHERS = "others: modules_to_not_convert (as part of a merged name)"
@@ -73,8 +73,42 @@ NOT_CONVERT_AS_PART_OTHERS = "others: modules_to_not_convert (as part of a name)
 NOT_CONVERT = "transformers: modules_to_not_convert (as regular expression or suffix)"
 MERGED_NOT_CONVERT = "sglang: modules_to_not_convert (as part of a merged name)"
 NOT_CONVERT_AS_PART = "vllm: modules_to_not_convert (as part of a name)"
-DYNAMIC_BITS_MERGED = "vllm: dynamic (bits of merged modules)"
+DYNAMIC_BITS_MERGED = "vllm: dynamic (bits and groups of merged modules)"
 WHOLE_GROUPS = "whole fusion groups"
+
+
+SIZED = replace(llama_map(int8=(10,)), sizes={n: 64 if "down" in n else 32 for n in llama_map().quantized})
+"""As `WIDE_10`, with groups of 64 in every `down`."""
+
+
+@pytest.mark.parametrize("format_name", ["compressed-tensors", "gptq"])
+def test_every_reader_finds_every_modules_group_size(format_name: str) -> None:
+    config = written(format_name, SIZED)
+    check(format_name, SIZED, config)
+    gate_up = {f"model.layers.11.mlp.{name}_proj": 128 for name in ("gate", "up")}
+    sizes = {**SIZED.sizes, "model.layers.2.mlp.down_proj": 128, **gate_up}
+    broken = problems(format_name, replace(SIZED, sizes=sizes), config)
+    of_targets = format_name == "compressed-tensors"
+    down = "model.layers.2.mlp.down_proj group size 64, and it has 128"
+    for rule, names in (
+        (TARGETS if of_targets else DYNAMIC_BITS, [*gate_up]),
+        (MERGED_TARGETS if of_targets else DYNAMIC_BITS_MERGED, ["model.layers.11.mlp.gate_up_proj"]),
+    ):
+        expected = {down, *(f"{name} group size 32, and it has 128" for name in names)}
+        assert {line.split(" gives ")[1] for line in broken[rule]} == expected
+
+
+def test_a_rule_of_layer_1_matches_nothing_of_layer_10() -> None:
+    sizes = {n: 64 if n.startswith(f"{LAYER_1}.mlp") else 32 for n in llama_map(kept=()).quantized}
+    rules = written("gptq", replace(llama_map(kept=()), sizes=sizes))["dynamic"]
+    names = ("gate_proj", "up_proj", "down_proj", "gate_up_proj")
+    assert rules == {rf"+:^model\.layers\.1\.mlp\.{name}$": {"group_size": 64} for name in names}
+    assert not any(re.match(rule[2:], f"model.layers.10.mlp.{name}") for rule in rules for name in names)
+
+
+def test_parts_of_a_merged_module_have_one_group_size() -> None:
+    split = replace(llama_map(), sizes={n: 64 if n.endswith("2.mlp.up_proj") else 32 for n in llama_map().quantized})
+    assert split.split_groups == ("model.layers.2.mlp.gate_up_proj",)
 
 
 COMPRESSED_TENSORS_BREAKS: list[tuple[str, Break, str]] = [
@@ -87,8 +121,8 @@ COMPRESSED_TENSORS_BREAKS: list[tuple[str, Break, str]] = [
         "holds 3 groups",
     ),
     (SCHEME, lambda c: c.update(config_groups={}), "a table of groups"),
-    (SCHEME, lambda c: targets(c).append("Linear"), "one for names, and after it one for Linear"),
-    (SCHEME, lambda c: weights(c, 1).update(num_bits=4), "num_bits is 4"),
+    (SCHEME, lambda c: targets(c).append("Linear"), "one for the names of each other scheme"),
+    (SCHEME, lambda c: weights(c, 1).update(num_bits=4), "one for the names of each other scheme"),
     (
         SCHEME,
         lambda c: targets(c).append(LAYER_1),
@@ -354,7 +388,7 @@ def test_two_widths_in_a_fusion_group_are_refused(format_name: str) -> None:
 
 
 def test_another_name_of_the_head_must_be_ignored_too() -> None:
-    modules = ModuleMap("b", quantized=("b.0.x",), kept=("lm_head",), fused={}, aliases=("embed_out",))
+    modules = ModuleMap("b", quantized=("b.0.x",), kept=("lm_head",), fused={}, renamed={"lm_head": "embed_out"})
     config = written("compressed-tensors", modules)
     assert config["ignore"] == ["lm_head", "embed_out"]
     check("compressed-tensors", modules, config)

@@ -144,7 +144,7 @@ def test_8_bit_modules_have_gptq_rules_under_every_name() -> None:
 
 
 def test_awq_metadata_names_modules_for_every_loader() -> None:
-    modules = replace(llama_map(layers=12, kept=(1,)), aliases=("embed_out",))
+    modules = replace(llama_map(layers=12, kept=(1,)), renamed={"lm_head": "embed_out"})
     layout = checkpoint_format("awq")
     config = layout.quantization_config(modules, Grid(symmetric=False))
     prefix = "model.layers.1"

@@ -221,7 +221,7 @@ def test_the_tensors_say_which_modules_are_quantized(damaged: Exported) -> None:
     [
         (tensors(lambda t: t.pop("model.norm.weight")), r"missing tensors: model\.norm\.weight"),
         (tensors(lambda t: t.pop(f"{NAME}.g_idx")), rf"missing tensors: {NAME}\.g_idx"),
-        (tensors(lambda t: t.update({"extra.weight": torch.zeros(2).half()})), r"unexpected tensors: extra\.weight"),
+        (tensors(lambda t: t.update({"model.extra": torch.zeros(2).half()})), r"unexpected tensors: model\.extra"),
         (tensors(lambda t: t.update({"model.layers.1.mlp.up_proj.g_idx": torch.zeros(2)})), "unexpected tensors"),
         (
             tensors(lambda t: t.update({f"model.layers.12.q.{s}": t[f"{NAME}.{s}"] for s in ("qweight", "scales")})),

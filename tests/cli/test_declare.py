@@ -27,7 +27,7 @@ from quant_fairness_plugin.config.option import PANELS, Option
 GROUP = typer.main.get_command(app)
 ALONE = {"gptq-quantize": gptq_quantize, "awq-quantize": awq_quantize}
 EVERY = [*COMMANDS, *ALONE]
-DECLARED = ["run", "plan", "sweep", "recommend", "measure", "quantize", "compare", *ALONE]
+DECLARED = ["run", "plan", "sweep", "recommend", "measure", "quantize", "compare", "analyze", *ALONE]
 
 
 def command(name: str) -> Any:

@@ -11,6 +11,7 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.storage import parameters_sha256
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep.bank import RtnBank
+from quant_fairness_plugin.sweep.fisher import Changes, score_sentences
 from tests.planted_model import IDLE_LAYER, LAYERS, PLANTED_LAYER, planted_texts
 
 GRID = Grid(group_size=32)
@@ -34,11 +35,6 @@ def scores(loaded: LoadedModel, texts: TextSet, sentences: int = 16) -> dict[str
     units = map_units(loaded)
     bank = RtnBank(loaded, units, GRID)
     return gradient_scores(loaded, texts, units=units, bank=bank, precision="int4", sentences=sentences)
-
-
-def encoded(loaded: LoadedModel, text: str) -> torch.Tensor:
-    ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return torch.tensor([[loaded.tokenizer.bos_token_id, *ids]])
 
 
 def loss(loaded: LoadedModel, text: str) -> float:
@@ -80,25 +76,15 @@ def test_the_first_order_is_the_slope_of_the_loss_in_the_worst_language(loaded: 
         assert found[layer] == pytest.approx(max(slopes), rel=0.02, abs=1e-6)
 
 
-def test_the_second_order_is_the_mean_squared_slope_of_single_weights(loaded: LoadedModel, texts: TextSet) -> None:
-    one = texts.take([1]).choose(texts.languages[:1])
+def test_the_second_order_is_the_sum_of_the_units_scores(loaded: LoadedModel, texts: TextSet) -> None:
     units = map_units(loaded)
-    bank = RtnBank(loaded, units, GRID)
-    found = scores(loaded, one)["fisher"]
-    (text,) = one.sentences[one.languages[0]]
+    changes = Changes.of(loaded, units, {"int4": RtnBank(loaded, units, GRID)}, units.group_names())
+    by_unit, bytes_ = score_sentences(loaded, texts, changes)
+    found = scores(loaded, texts)["fisher"]
     for layer in range(LAYERS):
-        total = 0.0
-        for group in units.groups:
-            for name, value in bank.weights(f"layers.{layer}.{group}", "int4").items():
-                weight = loaded.model.get_parameter(name)
-                row = encoded(loaded, text)
-                with torch.enable_grad():
-                    weight.requires_grad_(True)
-                    summed = loaded.model(row, labels=row).loss * (row.shape[1] - 1)
-                    (gradient,) = torch.autograd.grad(summed, [weight])
-                    weight.requires_grad_(False)
-                total += 0.5 * float((gradient**2 * (value - weight.detach()) ** 2).sum())
-        assert found[layer] == pytest.approx(total / len(text.encode()), rel=1e-3, abs=1e-12)
+        inside = [figures["int4"] for unit, figures in by_unit.items() if unit.startswith(f"layers.{layer}.")]
+        sums = [sum(sum(figures[tag]) for figures in inside) / sum(bytes_[tag]) for tag in texts.languages]
+        assert found[layer] == pytest.approx(max(sums), rel=1e-6, abs=1e-15)
 
 
 def test_the_planted_layer_has_the_highest_scores_and_an_idle_one_none(loaded: LoadedModel, texts: TextSet) -> None:

@@ -190,15 +190,30 @@ def asymmetric(folder: Path) -> None:
 
 
 def mixed_groups(folder: Path) -> None:
-    tools.gptqmodel(folder)
+    """One group of 64 in a `down`, beside groups of 32 everywhere else, and no word of it."""
+    awq = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    (tools.autoround_awq if awq else tools.gptqmodel)(folder)
 
     def halve(stored: tools.Tensors) -> None:
         name = "model.layers.2.mlp.down_proj"
         for suffix in ("qzeros", "scales"):
             stored[f"{name}.{suffix}"] = stored[f"{name}.{suffix}"][:1]
-        stored[f"{name}.g_idx"] = torch.zeros_like(stored[f"{name}.g_idx"])
+        if not awq:
+            stored[f"{name}.g_idx"] = torch.zeros_like(stored[f"{name}.g_idx"])
 
     tools.change_tensors(folder, halve)
+
+
+def test_every_module_is_announced_with_its_own_group_size(damaged: Exported, tmp_path: Path) -> None:
+    folder = written_by(damaged, "gptq", mixed_groups)
+    report = repair(folder, tmp_path / "out")
+    rules = quantization(tmp_path / "out")["dynamic"]
+    assert isinstance(rules, dict)
+    assert {rule: change for rule, change in rules.items() if change} == {
+        r"+:^model\.layers\.2\.mlp\.down_proj$": {"group_size": 64}
+    }
+    assert report.verified is not None
+    assert report.verified.problems == ALL_READ
 
 
 def mixed_dtypes(folder: Path) -> None:
@@ -227,7 +242,7 @@ def unknown_method(folder: Path) -> None:
         ("gptq", mixed_shards, UnsupportedModelError, r"mixed shards: model\.layers\.3\.self_attn\.qkv_proj"),
         ("gptq", act_order, UnsupportedModelError, "act-order .desc_act true, permuted g_idx., which vLLM refuses"),
         ("gptq", asymmetric, UnsupportedModelError, "an asymmetric gptq grid"),
-        ("gptq", mixed_groups, UnsupportedModelError, "different group sizes"),
+        ("awq", mixed_groups, UnsupportedModelError, "has modules of several group sizes, and awq holds one"),
         ("gptq", mixed_dtypes, ArtifactError, "mixed dtypes: .*lm_head.weight is BF16"),
         ("gptq", no_norm, ArtifactError, r"missing tensors: model\.norm\.weight"),
         ("gptq", no_such_module, ArtifactError, r"layers\.2\.extra is quantized .* no such linear module"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.export.trial import is_known, small_model, try_architecture
+from quant_fairness_plugin.export.trial import is_known, try_architecture
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
+from quant_fairness_plugin.model.small import small_model
 from quant_fairness_plugin.steps import format_problems
 from tests.export.build import TEXTS
 from tests.tiny import byte_tokenizer
+from tests.traced import traced_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
@@ -67,8 +70,22 @@ def test_a_small_model_goes_the_whole_way(model_type: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     small = small_model(model)
     assert small is not None
-    assert detect_family(small) == detect_family(model)
+    found, expected = detect_family(small), detect_family(model)
+    assert set(found.kinds) == set(expected.kinds)
+    assert replace(found, kinds=()) == replace(expected, kinds=())
     assert sum(p.numel() for p in small.parameters()) <= sum(p.numel() for p in model.parameters())
+
+
+def test_the_small_model_of_a_hybrid_has_every_kind_of_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers of linear attention alone would fail in a reader that asks the attention's cache for its length."""
+    depths: list[int] = []
+    made = small_model
+    monkeypatch.setattr(
+        "quant_fairness_plugin.export.trial.small_model",
+        lambda model, *, least: depths.append(least) or made(model, least=least),
+    )
+    attempt(traced_model("qwen3_5_text", layers=8))
+    assert depths == [4]
 
 
 @pytest.mark.parametrize("model_type", UNREAD)

@@ -22,13 +22,14 @@ from quant_fairness_plugin.checkpoint.inspection import check_tensor_list, check
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.export.contents import INDEX, checkpoint_tensors, write_shards
+from quant_fairness_plugin.export.copies import Copies
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.load import from_loaded, load_model
 from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
 from tests.export.build import GRID, TEXTS, measurement, quantize_tiny
-from tests.export.conftest import Exported
+from tests.export.conftest import Exported, rewrite_json
 from tests.planning import plan_of_layers, quantize_layers
 from tests.tiny import tiny_config
 
@@ -55,6 +56,42 @@ def test_transformers_reads_it_with_layer_1_of_12_in_16_bit(exported: Exported, 
     ignored = json.loads((folder / "config.json").read_text())["quantization_config"]["ignore"]
     assert any(".1." in name for name in ignored)
     assert not any(".10." in name or ".11." in name for name in ignored)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "reader"), [("compressed-tensors", "transformers"), ("gptq", "vllm"), ("gptq", "transformers")]
+)
+def test_every_unit_is_written_with_its_own_group_size(
+    tiny_model: Callable[..., Path], tmp_path: Path, format_name: str, reader: str
+) -> None:
+    """Of width 96 `down` has 192 input channels, groups of 64; all others have groups of 32."""
+    wide: dict[str, Precision] = {} if (format_name, reader) == ("gptq", "transformers") else {"layers.2": "int8"}
+    quantized = quantize_tiny(tiny_model("llama", layers=12, width=96), grid=Grid(), overrides=wide)
+    record = write(quantized, tmp_path / "out", format=format_name, reader=reader)
+    assert record.kept_modules == {}
+    assert record.sizes == {name: 64 if "down" in name else 32 for name in record.quantized_modules}
+    assert record.grids == "int4 g32 sym absmax · 11 of 77 modules g64"
+    assert verify(tmp_path / "out").problems[reader] == ""
+    rewrite_json(
+        tmp_path / "out" / "quant_fairness.json",
+        lambda content: content["group_sizes"].update({"model.layers.0.mlp.down_proj": 32}),
+    )
+    wrong = load(ExportRecord, tmp_path / "out" / "quant_fairness.json")
+    shapes = read_header(tmp_path / "out" / "model.safetensors")
+    model, family = quantized.loaded.model, quantized.loaded.family
+    modules = modules_by_tensors(model, family, shapes, wrong)
+    with pytest.raises(ArtifactError, match=r"model\.layers\.0\.mlp\.down_proj\..* expected"):
+        check_tensor_list(model, family, modules, shapes, wrong, "float16")
+
+
+@pytest.mark.parametrize(("format_name", "reader"), [("awq", "vllm"), ("compressed-tensors", "sglang")])
+def test_several_group_sizes_are_refused_where_one_is_read(
+    tiny_model: Callable[..., Path], tmp_path: Path, format_name: str, reader: str
+) -> None:
+    quantized = quantize_tiny(tiny_model("llama", layers=2, width=96), grid=Grid(group_size=64))
+    with pytest.raises(UnsupportedModelError, match="group size.*--group-size 32 for a plan of one size"):
+        write(quantized, tmp_path / "out", format=format_name, reader=reader)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
@@ -195,7 +232,7 @@ def test_folded_values_that_did_not_arrive_are_noticed(
     small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norm = small.loaded.model.state_dict()["model.norm.weight"]
-    monkeypatch.setattr(writer, "checkpoint_tensors", lambda q, layout: checkpoint_tensors(small, layout))
+    monkeypatch.setattr(writer, "checkpoint_tensors", lambda _, *rest: checkpoint_tensors(small, *rest))
     with pytest.raises(ArtifactError, match=r"model\.norm\.weight: what was written is not what was quantized"):
         write(replace(small, folded={"model.norm.weight": norm + 1}), tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"1 tensors were not written, first model\.nowhere"):
@@ -406,8 +443,8 @@ def test_what_was_written_is_compared_with_what_was_quantized(
 ) -> None:
     layout = checkpoint_format("compressed-tensors")
 
-    def one_nibble_off(quantized: QuantizedModel, _: object) -> Any:
-        for name, tensor in checkpoint_tensors(quantized, layout):
+    def one_nibble_off(quantized: QuantizedModel, _: object, copies: Copies) -> Any:
+        for name, tensor in checkpoint_tensors(quantized, layout, copies):
             yield (
                 name,
                 tensor ^ (tensor == tensor.flatten()[5]).int() if name.endswith("up_proj.weight_packed") else tensor,
@@ -478,10 +515,11 @@ def test_an_untied_copy_of_a_shared_tensor_is_stored_twice(small: QuantizedModel
     head = model.lm_head.weight
     try:
         model.lm_head.weight = model.model.embed_tokens.weight
-        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"))]
+        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())]
         assert "lm_head.weight" in names
         model.config.tie_word_embeddings = True
-        assert "lm_head.weight" not in [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"))]
+        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())]
+        assert "lm_head.weight" not in names
     finally:
         model.lm_head.weight = head
         model.config.tie_word_embeddings = False
@@ -525,12 +563,13 @@ def test_a_sharded_export_loads_everywhere(
 def test_a_width_that_no_group_divides_stays_16_bit_and_is_listed(
     tiny_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    quantized = quantize_tiny(tiny_model("llama", layers=2), grid=Grid(group_size=64))  # only down_proj has 64 columns
+    quantized = quantize_tiny(tiny_model("llama", layers=2, width=48), grid=Grid(group_size=64))
     record = write(quantized, tmp_path / "out")
-    assert record.quantized_modules == {"model.layers.0.mlp.down_proj": 4}
+    assert record.quantized_modules == {"model.layers.0.mlp.down_proj": 4}  # 96 input channels, in groups of 32
+    assert record.grids == "int4 g32 sym absmax"
     assert "model.layers.0.self_attn.q_proj" in record.kept_modules
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "not a multiple of group size 64" in card
+    assert "48 input channels are not a multiple of group size 32" in card
     for name in ("gptq", "awq"):
         assert write(quantized, tmp_path / name, format=name).kept_modules == record.kept_modules
 

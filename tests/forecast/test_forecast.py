@@ -158,7 +158,11 @@ def test_a_layer_that_the_model_lacks_is_refused(planted_model: Path) -> None:
 
 def test_a_grid_that_fits_nothing_is_refused(tiny_model: Callable[..., Path]) -> None:
     with pytest.raises(ConfigError, match="fits no module"):
-        forecast(resolve_model(str(tiny_model())), planted_texts(), make_config(group_size=128, protect_layers="none"))
+        forecast(
+            resolve_model(str(tiny_model(width=40))),
+            planted_texts(),
+            make_config(group_size=128, protect_layers="none"),
+        )
 
 
 def test_the_words_say_what_is_counted_and_what_is_estimated(planted_model: Path) -> None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from quant_fairness_plugin.measure import streamed
 from quant_fairness_plugin.measure.streamed import Head, score_hidden
+from quant_fairness_plugin.model.devices import ByDevice
 
 VOCABULARY, WIDTH, TOKENS, STATES = 1003, 33, 17, 5
 
@@ -37,8 +38,8 @@ def naive(reference: Tensor, states: Tensor, targets: Tensor, own: Head, others:
 def test_scores_are_those_of_whole_distributions(
     draw: torch.Generator, monkeypatch: pytest.MonkeyPatch, elements: int, columns: int, biased: bool
 ) -> None:
-    monkeypatch.setitem(streamed.PIECE_ELEMENTS, "cpu", elements)
-    monkeypatch.setitem(streamed.SLICE_COLUMNS, "cpu", columns)
+    monkeypatch.setattr(streamed, "PIECE_ELEMENTS", ByDevice(cpu=elements, accelerator=0))
+    monkeypatch.setattr(streamed, "SLICE_COLUMNS", ByDevice(cpu=columns, accelerator=0))
     head = Head(
         torch.randn(VOCABULARY, WIDTH, generator=draw), torch.randn(VOCABULARY, generator=draw) if biased else None
     )

@@ -90,9 +90,11 @@ def register(monkeypatch: pytest.MonkeyPatch, record: Architecture) -> None:
     monkeypatch.setattr(architectures, "ARCHITECTURES", (*architectures.ARCHITECTURES, record))
 
 
-def test_without_its_record_the_toy_is_a_generic_model(toy: Path) -> None:
+def test_without_its_record_the_toy_is_traced(toy: Path) -> None:
     loaded = load_model(str(toy))
-    assert loaded.family.generic
+    assert (loaded.family.name, loaded.family.generic) == ("toy", False)
+    assert loaded.family.unit_names == ("qkv", "o", "gate_up", "mlp.down_proj.linear")
+    assert model_folds(loaded)["mlp.down_proj.linear"].source == "mlp.down_proj.inner_norm"
     assert outline_model(resolve_model(str(toy))).family == loaded.family
     assert known_units("toy") is None
 
@@ -189,7 +191,7 @@ def test_headers_tell_linear_modules_from_conv1d_of_the_same_names(multi_query: 
     )
     save(tmp_path, config)
     loaded, outline = load_model(str(tmp_path)), outline_model(resolve_model(str(tmp_path)))
-    assert (loaded.family.name, loaded.family.conv1d) == ("generic", False)
+    assert (loaded.family.name, loaded.family.conv1d) == ("gpt_bigcode", False)
     assert outline.family == loaded.family
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant_fairness_plugin.errors import ArtifactError
-from quant_fairness_plugin.model.reading import find_tensors, read_parts, read_rows, read_tensor
+from quant_fairness_plugin.model.coded import find_tensors
+from quant_fairness_plugin.model.reading import read_parts, read_rows, read_tensor
 from quant_fairness_plugin.model.resolve import resolve_model
 from tests.model.checkpoints import shard
 

@@ -308,9 +308,15 @@ def test_an_architecture_is_refused_for_what_it_is(folder: Path, model_type: str
     assert "mixture of experts" not in text
 
 
-def test_a_wrapper_around_a_decoder_is_refused_as_one(folder: Path) -> None:
+def test_a_decoder_that_also_sees_is_refused_as_one(folder: Path) -> None:
     edit(folder / "config.json", model_type="new_vl", vision_config={"depth": 2})
     assert "new_vl is a model of text with images or sound" in refused(folder)
+
+
+def test_the_layers_of_a_wrapper_are_those_of_its_text_decoder(folder: Path) -> None:
+    wrapped = {"text_config": {"num_hidden_layers": 7}, "vision_config": {"num_hidden_layers": 3}}
+    edit(folder / "config.json", architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", **wrapped)
+    assert resolve_model(str(folder)).layers == 7
 
 
 def test_code_from_another_repository_is_never_run(folder: Path) -> None:

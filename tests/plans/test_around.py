@@ -159,11 +159,16 @@ def test_what_the_model_does_not_have_is_refused_by_name(
         check_around(names, name_units(outline.family, outline.layers, outline.shapes), outline.shapes, GRID)
 
 
-def test_groups_that_do_not_divide_a_table_are_refused(gpt2: LoadedModel) -> None:
+def test_groups_that_do_not_divide_a_table_are_refused(tiny_model: Callable[..., Path], gpt2: LoadedModel) -> None:
+    check_around(("embeddings",), map_units(gpt2), {"transformer.wte.weight": (264, 32)}, Grid())  # takes 32
+    assert RtnBank(gpt2, map_units(gpt2), Grid()).weights("embeddings", "int4")
+    gpt2 = load_model(str(tiny_model("gpt2", width=40)))
     outline = outline_model(gpt2.files)
     units = name_units(outline.family, outline.layers, outline.shapes)
-    with pytest.raises(ConfigError, match="embeddings: transformer.wte.weight has rows of 32 values"):
+    with pytest.raises(
+        ConfigError, match="embeddings: transformer.wte.weight has rows of 40 values, which groups of 32 do not divide"
+    ):
         check_around(("embeddings",), units, outline.shapes, Grid(group_size=64))
-    with pytest.raises(ConfigError, match="wte.weight has rows of 32 values"):
+    with pytest.raises(ConfigError, match="wte.weight has rows of 40 values, which groups of 32 do not divide"):
         RtnBank(gpt2, map_units(gpt2), Grid(group_size=64)).weights("embeddings", "int4")
     check_around(("biases", "norms"), units, outline.shapes, Grid(group_size=64))

@@ -25,12 +25,19 @@ PLANS: list[tuple[tuple[int, ...], Mapping[str, Precision]]] = [
 
 
 @pytest.mark.parametrize(("protected", "overrides"), PLANS)
-@pytest.mark.parametrize("grid", [Grid(group_size=32), Grid(group_size=32, symmetric=False), Grid(group_size=64)])
+@pytest.mark.parametrize(
+    ("grid", "width"),
+    [(Grid(group_size=32), 32), (Grid(group_size=32, symmetric=False), 32), (Grid(), 96), (Grid(), 48)],
+)
 def test_a_plan_costs_what_its_tensors_weigh(
-    tiny_model: Callable[..., Path], protected: tuple[int, ...], overrides: Mapping[str, Precision], grid: Grid
+    tiny_model: Callable[..., Path],
+    protected: tuple[int, ...],
+    overrides: Mapping[str, Precision],
+    grid: Grid,
+    width: int,
 ) -> None:
-    """Group 64 leaves all modules but one in 16 bit. The 16 bytes of a module's shape are not counted."""
-    loaded = load_model(str(tiny_model("llama", layers=3)))
+    """Of width 96 `down` has groups of 64, the others of 32; of 48 only `down` has groups. Shapes are not counted."""
+    loaded = load_model(str(tiny_model("llama", layers=3, width=width)))
     quantized = quantize_layers(loaded, protected, method="rtn", grid=grid, overrides=overrides)
     tensors = checkpoint_tensors(quantized, checkpoint_format("compressed-tensors"))
     stored = sum(tensor.nbytes for name, tensor in tensors if not name.endswith(".weight_shape"))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,12 @@ from quant_fairness_plugin.quantize.backends import (
     llmcompressor,
 )
 from quant_fairness_plugin.quantize.backends.gptqmodel import longest_rows
-from quant_fairness_plugin.quantize.backends.rules import dynamic_rules, gptqmodel_config, llmcompressor_recipe
+from quant_fairness_plugin.quantize.backends.rules import (
+    compressed_groups,
+    dynamic_rules,
+    gptqmodel_config,
+    llmcompressor_recipe,
+)
 from quant_fairness_plugin.quantize.backends.running import running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from tests.export.fake_tool import FakeTool, register
@@ -167,6 +173,19 @@ def test_dynamic_rules_say_exactly_the_plan() -> None:
         assert skipped_and_bits(rules, name) == (name in kept, 8 if name in wide else 4), name
     assert [rule for rule in rules if rule.endswith(".*")] == [r"-:^model\.layers\.1\..*", r"+:^model\.layers\.2\..*"]
     assert skipped_and_bits(rules, "model.layers.11.mlp.down_proj") == (False, 4)
+
+
+def test_dynamic_rules_say_every_modules_group_size() -> None:
+    grids = {n: replace(INT8 if ".2." in n else INT4, group_size=64 if "down" in n else 32) for n in LINEARS}
+    rules = dynamic_rules(grids, (), grid=INT4, blocks=BLOCKS)
+    for name, own in grids.items():
+        settings = next((change for rule, change in rules.items() if re.match(rule[2:], name)), {})
+        assert {"bits": 4, "group_size": 32} | settings == {"bits": own.bits, "group_size": own.group_size}, name
+    groups = compressed_groups(grids)
+    listed = {target: group["weights"] for group in groups.values() for target in group["targets"]}
+    assert {n: (w["num_bits"], w["group_size"]) for n, w in listed.items()} == {
+        n: (own.bits, own.group_size) for n, own in grids.items()
+    }
 
 
 def test_a_configuration_of_gptqmodel_has_the_grid_and_never_permuted_groups() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from quant_fairness_plugin.artifacts import Clip, Grid
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.quantize.grid_rules import CLIPS, check_grid, group_count, misfit
+from quant_fairness_plugin.quantize.grid_rules import CLIPS, check_grid, group_count, misfit, unit_grid
 from quant_fairness_plugin.quantize.methods import check_method
 
 
@@ -64,6 +64,23 @@ def test_groups_are_counted() -> None:
     assert group_count(Grid(group_size=-1), 97) == 1
     with pytest.raises(ConfigError, match="group size 64 does not divide 96 input channels"):
         group_count(Grid(group_size=64), 96)
+
+
+@pytest.mark.parametrize(
+    ("columns", "stated", "size"),
+    [
+        ((576, 576, 576), 128, 64),
+        ((1536,), 128, 128),
+        ((1536,), 64, 64),
+        ((1536, 96), 128, 32),
+        ((40,), 128, 32),
+        ((40,), -1, -1),
+    ],
+)
+def test_a_unit_takes_the_largest_size_that_fits_all_its_modules(
+    columns: tuple[int, ...], stated: int, size: int
+) -> None:
+    assert unit_grid(Grid(bits=8, group_size=stated), columns) == Grid(bits=8, group_size=size)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.selection import fitting_group_size, select_modules
+from quant_fairness_plugin.quantize.selection import fitting_group_size, group_sizes, select_modules
 from tests.tiny import FAMILIES
 
 Load = Callable[..., LoadedModel]
@@ -47,8 +47,29 @@ def test_a_fusion_group_is_kept_as_a_whole(load: Load) -> None:
 
 
 def test_a_group_that_fits_no_module_is_an_error(load: Load) -> None:
-    with pytest.raises(ConfigError, match="int4 g128 sym absmax fits no module .*q_proj: 32 input channels.*or -1"):
-        select_modules(load(), Grid(group_size=128))
+    with pytest.raises(ConfigError, match="int4 g128 sym absmax fits no module .*q_proj: 40 input channels.*or -1"):
+        select_modules(load(width=40), Grid(group_size=128))
+
+
+def test_each_unit_takes_the_largest_size_that_divides_its_columns(load: Load) -> None:
+    loaded = load(width=96)  # the MLP is twice as wide
+    selection = select_modules(loaded, Grid(group_size=128), overrides={"layers.1.down": "int8"})
+    assert selection.kept == {}
+    for name, grid in selection.grids.items():
+        columns = loaded.matrix(name)[1]
+        assert grid.group_size == max(size for size in (32, 64, 128) if columns % size == 0)
+    assert {grid.group_size for grid in selection.grids.values()} == {32, 64}
+    assert selection.grids["model.layers.1.mlp.down_proj"] == Grid(bits=8, group_size=64)
+    assert group_sizes(loaded, Grid(group_size=128), protected=[0]) == {
+        "layers.1.qkv": 32, "layers.1.o": 32, "layers.1.gate_up": 32, "layers.1.down": 64,
+    }  # fmt: skip
+
+
+def test_a_stated_size_is_the_largest(load: Load) -> None:
+    selection = select_modules(load(width=128), Grid(group_size=64))  # 128 would fit
+    assert {grid.group_size for grid in selection.grids.values()} == {64}
+    rows = select_modules(load(width=96), Grid(group_size=-1))
+    assert {grid.group_size for grid in rows.grids.values()} == {-1}
 
 
 def test_a_bad_grid_is_an_error(load: Load) -> None:
@@ -91,7 +112,9 @@ def test_a_units_own_precision_beats_its_layers(load: Load) -> None:
 
 @pytest.mark.parametrize("name", ["layers.2", "layers.x", "layers.0.fc_in", "layers.0.mlp.down_proj", "layer"])
 def test_an_override_that_names_no_unit_is_an_error(load: Load, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"the model has no '{name}'; layers are 0..1, their units qkv, o"):
+    with pytest.raises(
+        ConfigError, match=f"the model has no '{name}'; layers are 0..1, the units of layer [01] qkv, o"
+    ):
         select_modules(load(), Grid(group_size=32), overrides={name: "fp16"})
 
 
@@ -100,10 +123,15 @@ def test_a_plan_that_leaves_nothing_to_quantize_is_an_error(load: Load) -> None:
         select_modules(load(), Grid(group_size=32), overrides={"layers.0": "fp16", "layers.1": "fp16"})
 
 
-@pytest.mark.parametrize(("width", "size"), [(32, 32), (64, 64), (128, 128), (192, 64), (48, 32), (40, -1)])
-def test_the_automatic_group_size_leaves_the_fewest_weights_in_16_bit(load: Load, width: int, size: int) -> None:
+@pytest.mark.parametrize(
+    ("width", "largest", "uniform"),
+    [(32, 64, 32), (64, 128, 64), (128, 128, 128), (192, 128, 64), (96, 64, 32), (48, 32, 32), (40, None, None)],
+)
+def test_the_automatic_group_size(load: Load, width: int, largest: int | None, uniform: int | None) -> None:
     """The MLP is twice as wide: of width 48 only `down` (96 inputs) fits groups of 32, of width 40 nothing fits any."""
     loaded = load(width=width)
-    assert fitting_group_size(loaded) == size
-    if width not in (48, 40):
-        assert select_modules(loaded, Grid(group_size=size)).kept == {}
+    assert fitting_group_size(loaded, 128, uniform=False) == largest
+    assert fitting_group_size(loaded, 128, uniform=True) == uniform
+    if uniform is not None:
+        grids = select_modules(loaded, Grid(group_size=uniform)).grids.values()
+        assert {grid.group_size for grid in grids} == {uniform}

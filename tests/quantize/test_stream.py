@@ -207,7 +207,7 @@ def test_raised_damping_is_reported(
         return {f"model.layers.0.self_attn.{name}_proj": moment for name in "qkv"}
 
     loaded = load()
-    monkeypatch.setattr(loaded.family.__class__, "units", loaded.family.units[:1])
+    monkeypatch.setattr(loaded.family.__class__, "units_of", lambda family, layer: family.units[:1])
     monkeypatch.setattr(stream, "fair_moments", indefinite)
     quantized = quantize_layers(loaded, [1], method="gptq", grid=GRID, calibration=rows)
     assert quantized.damping["model.layers.0.self_attn.q_proj"] == pytest.approx(5.0)

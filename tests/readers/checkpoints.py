@@ -40,8 +40,9 @@ def source_folder(made: Checkpoint, root: Path) -> Path:
     if made.model in BUNDLED:
         return ROOT / "quant_fairness_plugin" / "model" / "bundled" / made.model
     folder = root / f"{made.model}-{made.dtype}{'-tied' if made.tied else ''}"
+    folder = folder.with_name(f"{folder.name}-{made.variant.replace(' ', '_')}") if made.changes else folder
     if not folder.exists():
-        write_tiny_model(folder, made.model, layers=LAYERS, width=WIDTH, dtype=made.dtype)
+        write_tiny_model(folder, made.model, layers=LAYERS, width=WIDTH, dtype=made.dtype, changes=made.changes)
         if made.tied:
             _tie_head(folder)
     return folder

@@ -26,6 +26,11 @@ WIDTH = 256
 """With four heads, so that they have 64 channels: a size that vLLM's attention has on a CPU."""
 
 _INT8 = "INT8 layer"
+MIXED = "groups of 64 and 128"
+_MIXED_SIZES = {
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+}  # fmt: skip
+"""Those of SmolLM2-135M: groups of 128 divide the input channels of `down` alone."""
 NO_KERNEL = "vLLM's CPU build has no kernel for 8-bit weights; its CUDA kernels list them (Marlin, uint8b128)"
 
 
@@ -42,6 +47,8 @@ class Checkpoint:
     """Fields of `FairConfig`."""
     dtype: str = "float16"
     tied: bool = False
+    changes: dict[str, Any] = field(default_factory=dict, hash=False)
+    """Fields of the random model's config."""
     shard_bytes: int | None = None
 
     @property
@@ -120,6 +127,7 @@ def further_checkpoints() -> list[Checkpoint]:
         Checkpoint("llama", "compressed-tensors", "zero points", {"symmetric": False}),
         Checkpoint("llama", "awq", "without zero points", {"symmetric": True}),
         *(Checkpoint("llama", format, "group 32", {"group_size": 32}) for format in FORMATS),
+        *(Checkpoint("llama", format, MIXED, changes=_MIXED_SIZES) for format in plain),
         *(Checkpoint("llama", format, "one group per row", {"group_size": -1}) for format in FORMATS),
         *(Checkpoint("llama", format, "bfloat16", dtype="bfloat16") for format in FORMATS),
         *(Checkpoint("llama", format, "shards", shard_bytes=1_000_000) for format in FORMATS),

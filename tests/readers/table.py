@@ -159,8 +159,8 @@ Documented rules; not run here: neither has a CPU build that installs beside the
 the rules of its source, which are in `checkpoint/readers/sglang.py`. Every checkpoint above was checked against these
 rules and against TGI's when it was written (`check_metadata`: exact names and substrings, merged names, no trailing
 dots), and an export that breaks one is refused. That is a check of the format, not of the servers. Refused at plan time
-for SGLang: INT8 layers in `compressed-tensors`, because it gives a merged module the group of its class before that of
-its parts; `gptq` names them by rules that it follows.
+for SGLang: INT8 layers and several group sizes in `compressed-tensors`, because it gives a merged module the group of
+its class before that of its parts; `gptq` names them by rules that it follows.
 """
 
 

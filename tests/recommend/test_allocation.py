@@ -430,3 +430,44 @@ def test_states_that_were_not_scored_are_refused() -> None:
 def test_solving_does_not_import_torch() -> None:
     code = "import sys, quant_fairness_plugin.recommend.allocation; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_limits_of_languages_are_kept_at_the_least_damage(seed: int) -> None:
+    bytes_, damage = random_case(seed)
+    base = dict.fromkeys(LANGUAGES, 0.0)
+    budget = sum(row["int8"] for row in bytes_.values())
+    free = allocate(bytes_, damage, Limit(max_bytes=budget), base=base, objective="mean")
+    assert isinstance(free, Allocation)
+    cap = 0.8 * free.damage["he"]
+    kept = [
+        (judged(harm, "mean", EQUAL), total)
+        for _, total, harm in every_choice(bytes_, damage, base)
+        if harm["he"] <= cap and total <= budget
+    ]
+    found = allocate(bytes_, damage, Limit(max_bytes=budget, languages={"he": cap}), base=base, objective="mean")
+    if not kept:
+        assert isinstance(found, Infeasible)
+        assert "he below" in found.reason
+        return
+    assert isinstance(found, Allocation)
+    assert found.damage["he"] <= cap * (1 + 1e-6)
+    assert found.value == pytest.approx(min(kept)[0], rel=1e-5)
+
+
+def test_limits_out_of_reach_and_unknown_ones_are_named() -> None:
+    bytes_, damage = random_case(1)
+    base = dict.fromkeys(LANGUAGES, 0.1)
+    found = allocate(bytes_, damage, Limit(max_bytes=10**6, languages={"he": 0.05}), base=base)
+    assert found == Infeasible(
+        "no allocation is predicted to keep he below 0.05: raise the limits, or offer higher precisions"
+    )
+    with pytest.raises(ConfigError, match="limits of fi, which do not count"):
+        allocate(bytes_, damage, Limit(max_bytes=10**6, languages={"fi": 0.05}), base=base)
+    with pytest.raises(ConfigError, match="limit he=0: give the largest KL"):
+        allocate(bytes_, damage, Limit(max_bytes=10**6, languages={"he": 0}), base=base)
+    small = allocate(
+        bytes_, damage, Limit(max_bytes=sum(row["int4"] for row in bytes_.values()), languages={"he": 0.11}), base=base
+    )
+    assert isinstance(small, Infeasible)
+    assert "raise it to" in small.reason

@@ -53,6 +53,23 @@ def bits_of(layer: int, name: str) -> int:
 EXPECTED = {f"model.layers.{i}.{name}": bits_of(i, name) for i in range(LAYERS) for name in SEVEN}
 
 
+def test_tools_are_told_every_units_group_size(files: Callable[..., ModelFiles]) -> None:
+    """Of width 96 `down` has 192 input channels, groups of 64; all others have groups of 32."""
+    here, plan = files(width=96), plan_of({}, group_size=64)
+    small = {name for name in EXPECTED if "down" not in name}
+    config = json.loads(plan_for_tool("gptqmodel", plan, here))
+    sizes = {
+        name: next((s["group_size"] for rule, s in config["dynamic"].items() if re.match(rule[2:], name)), 64)
+        for name in EXPECTED
+    }
+    assert sizes == {name: 32 if name in small else 64 for name in EXPECTED}
+    assert json.loads(plan_for_tool("autoround", plan, here)) == dict.fromkeys(small, {"group_size": 32})
+    with pytest.raises(
+        UnsupportedModelError, match="one group size .* take 32, 64. Make the plan with --group-size 32"
+    ):
+        plan_for_tool("optimum", plan, here)
+
+
 @pytest.fixture
 def files(tiny_model: Callable[..., Path]) -> Callable[..., ModelFiles]:
     return lambda family="llama", **sizes: resolve_model(str(tiny_model(family, **({"layers": LAYERS} | sizes))))

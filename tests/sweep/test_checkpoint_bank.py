@@ -246,6 +246,22 @@ def test_no_folder_is_an_error(loaded: LoadedModel, tmp_path: Path) -> None:
         check_bank(tmp_path / "absent", loaded.files, GRID)
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
+def test_a_bank_may_hold_several_group_sizes(tiny_model: Callable[..., Path], tmp_path: Path, format: str) -> None:
+    """Of width 96: `down` has groups of 64, all else groups of 32."""
+    source, grid = tiny_model("llama", layers=LAYERS, width=96), Grid(group_size=64)
+    folder = write(quantize_tiny(source, protected=(), grid=grid), tmp_path / "bank", format=format)
+    model = load_model(str(source))
+    units = map_units(model)
+    bank, rounding = open_bank(model, units, folder=folder, grid=grid), RtnBank(model, units, grid)
+    for unit in units.group_names():
+        for name, value in rounding.weights(unit, "int4").items():
+            # The one rounds what it has dequantized to float16, half a unit in the last of eleven places.
+            assert torch.allclose(bank.weights(unit, "int4")[name], value, rtol=2**-11, atol=0), name
+    with pytest.raises(ConfigError, match="groups of 64, symmetric, the sweep's is int4, groups of 32"):
+        check_bank(folder, model.files, GRID)
+
+
 def test_several_widths_are_refused(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     out = write(quantize_tiny(folder, protected=(), overrides={"layers.1": "int8"}), tmp_path / "out", format="gptq")
     with pytest.raises(UnsupportedModelError, match="2 grids"):

@@ -223,8 +223,23 @@ def test_groups_that_the_grid_does_not_fit_are_not_swept(tiny_model: Callable[..
     bank = RtnBank(narrow, units, GRID)
     assert swept_units(units, bank, "unit", "int4") == ("layers.0.down", "layers.1.down")
     assert swept_units(units, bank, "layer", "int4") == ("layers.0", "layers.1")
+    narrowest = load_model(str(tiny_model("llama", width=40)))
     with pytest.raises(ConfigError, match="fits no module"):
-        swept_units(units, RtnBank(narrow, units, Grid(group_size=128)), "unit", "int4")
+        swept_units(units, RtnBank(narrowest, map_units(narrowest), Grid(group_size=128)), "unit", "int4")
+
+
+def test_every_unit_is_rounded_in_groups_of_its_own_size(tiny_model: Callable[..., Path]) -> None:
+    """Of width 96: `down` has 192 input channels, so groups of 64, and all else groups of 32."""
+    model = load_model(str(tiny_model("gpt2", width=96)))  # GPT-2 keeps its weights transposed
+    units = map_units(model)
+    bank = RtnBank(model, units, Grid())
+    for unit in units.group_names():
+        grid = Grid(group_size=64 if unit.endswith("fc_out") else 32)
+        for name, rounded in bank.weights(unit, "int4").items():
+            weight = linear_weight(model.model.get_submodule(name.removesuffix(".weight")))
+            naive = quantize_rtn(weight, grid, scale_dtype=model.storage_dtype).dequantize()
+            assert torch.equal(rounded.t(), naive), name
+    assert len(units.group_names()) == 8
 
 
 def test_a_group_with_one_misfit_stays_whole_in_16_bit(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from quant_fairness_plugin.sweep.executors import (
     ProcessWorker,
     WorkerLostError,
 )
-from quant_fairness_plugin.sweep.jobs import Job, pack, unpack
+from quant_fairness_plugin.sweep.jobs import Job, Recipe, pack, unpack
 from quant_fairness_plugin.sweep.make_executor import make_executor
 from quant_fairness_plugin.sweep.runner import BatchScores
 from quant_fairness_plugin.sweep.walk import plan_tree
@@ -86,6 +86,41 @@ def test_processes_of_which_one_is_killed_give_the_bits_of_the_local_sweep(
     assert re.search(r"a worker was lost at trial \d+ \(exit status -9\); the trial is run again", caplog.text)
     assert files(tmp_path / "processes") == files(tmp_path / "local")
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    ("spread", "devices"), [(True, ["cuda:0", "cuda:1", "cuda:0"]), (False, ["cpu"])], ids=["all", "one"]
+)
+def test_every_worker_has_a_device_and_a_replacement_that_of_the_lost_one(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, spread: bool, devices: list[str]
+) -> None:
+    made: list[Placed] = []
+
+    class Placed:
+        """A worker that computes nothing; the first one is lost at its first trial where there are several."""
+
+        def __init__(self, recipe: Recipe) -> None:
+            self.device, self.running = recipe.device, True
+            made.append(self)
+
+        def start(self, rows: Sequence[Row]) -> None:
+            """Nothing."""
+
+        def result(self) -> BatchScores:
+            if spread and self is made[0]:
+                raise WorkerLostError("lost")
+            return {}
+
+        def stop(self) -> None:
+            self.running = False
+
+    monkeypatch.setattr(executors, "ProcessWorker", Placed)
+    monkeypatch.setattr(executors, "wait_for_processes", lambda workers: workers[:1])
+    monkeypatch.setattr(executors, "devices_like", lambda device: ("cuda:0", "cuda:1"))
+    results = dict(ProcessExecutor(None if spread else 1, spread=spread).run(job_of(loaded), TRIALS))
+    assert results == dict.fromkeys(TRIALS, {})
+    assert [worker.device for worker in made] == devices
+    assert not any(worker.running for worker in made)
 
 
 def test_an_interrupt_is_the_business_of_who_started_the_workers_and_ends_them(loaded: LoadedModel) -> None:

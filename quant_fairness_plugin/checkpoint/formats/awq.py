@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
+    MIXTURES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     Format,
     Quantization,
@@ -58,6 +60,7 @@ class AwqFormat(Format):
     zeros = "qzeros"
     order = "g_idx"  # which some tools write, and readers overlook
     rules = (
+        *MIXTURES,
         *WIDTHS,
         (
             lambda r: r.int8,
@@ -67,9 +70,19 @@ class AwqFormat(Format):
                 "--format compressed-tensors",
             ),
         ),
+        (
+            lambda r: r.several_sizes,
+            Refusal(
+                "format 'awq' holds one group size, and the plan's modules have several",
+                "is a plan whose units have one size",
+                "--group-size {r.smallest_size} for a plan of one size, or --format compressed-tensors",
+            ),
+        ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )
+    uniform = True
 
     def shapes(self, grid: StoredGrid) -> dict[str, TensorKind]:
         """Return every tensor that stands for a module of these sizes."""

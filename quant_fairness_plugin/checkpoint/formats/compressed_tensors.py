@@ -1,16 +1,20 @@
 """`compressed-tensors` pack-quantized: the most portable partially quantized format, and the default.
 
 `ignore` is the only list of this format. Loaders match it exactly (vLLM and Transformers; vLLM after expanding a merged
-name into its parts) or as a substring (SGLang), so every entry is the full name of one unmerged module. No key beyond
-the format's own is written: the package announces that it will refuse unknown ones.
+name into its parts) or as a substring (SGLang), so every entry is the full name of one unmerged module. Of a model that
+also sees or hears, each part that is not text has one regular expression, and names that differ in files and in memory
+are written both ways: Transformers looks for the one, servers for the other. No key beyond the format's own is written:
+the package announces that it will refuse unknown ones.
 
-Modules of 8 bits have a group of their own whose targets are their full names: readers let an exact name (vLLM: or the
-exact names of all parts of a merged module) win over the class name `Linear` of the other group.
+Modules of other bits or another group size have groups of their own whose targets are their full names: readers let an
+exact name (vLLM: or the exact names of all parts of a merged module) win over the class name `Linear`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import Grid
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
     from quant_fairness_plugin.quantize.grid import QuantizedTensor
 
 WIDE_BITS = 8
-"""The other width, of the modules that the first group names."""
+"""The other width, of modules that a group names."""
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -94,17 +98,30 @@ class CompressedTensorsFormat(Format):
     def quantization_config(self, modules: ModuleMap, grid: Grid) -> dict[str, Any]:
         """Return the `quantization_config` entry of `config.json`."""
         groups: dict[str, dict[str, Any]] = {}
-        for number, bits in enumerate(sorted(set(modules.bits.values())), start=1):
-            names = [name for name in modules.quantized if modules.bits.get(name) == bits]
-            groups[f"group_{number}"] = _group(names, grid, bits)
+        grids = {
+            name: replace(
+                grid, bits=modules.bits.get(name, grid.bits), group_size=modules.sizes.get(name, grid.group_size)
+            )
+            for name in modules.quantized
+        }
+        others = sorted(set(grids.values()) - {grid}, key=lambda other: (other.bits, other.group_size))
+        for number, other in enumerate(others, start=1):
+            names = [name for name, own in grids.items() if own == other]
+            names += [modules.renamed[name] for name in names if name in modules.renamed]
+            groups[f"group_{number}"] = _group(names, other)
+        if modules.experts is not None and groups:
+            # Transformers gives experts the first group whose pattern names them, else the first without a pattern.
+            pattern = re.compile(modules.experts.removeprefix("re:"))
+            own = next((own for name, own in grids.items() if pattern.match(name)), grid)
+            groups = {"experts": _group([modules.experts], own)} | groups
         # Last, because compressed-tensors warns of every name that comes after a class which matched first.
-        groups["group_0"] = _group(["Linear"], grid, grid.bits)
+        groups["group_0"] = _group(["Linear"], grid)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": [*modules.kept, *modules.aliases],
+            "ignore": list(modules.left_out),
         }
 
     def scheme_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
@@ -112,17 +129,19 @@ class CompressedTensorsFormat(Format):
         expected = {"quant_method": self.method, "format": "pack-quantized", "quantization_status": "compressed"}
         yield from wrong_fields(quantization, expected)
         yield from _wrong_groups(modules, quantization.get("config_groups"))
+        if modules.experts is not None:
+            yield from _wrong_experts(quantization.get("config_groups"))
         yield from _wrong_ignore(modules, quantization)
 
 
-def _group(targets: list[str], grid: Grid, bits: int) -> dict[str, Any]:
+def _group(targets: list[str], grid: Grid) -> dict[str, Any]:
     return {
         "targets": targets,
         "format": "pack-quantized",
         "input_activations": None,
         "output_activations": None,
         "weights": {
-            "num_bits": bits,
+            "num_bits": grid.bits,
             "type": "int",
             "symmetric": grid.symmetric,
             "strategy": "channel" if grid.group_size == -1 else "group",
@@ -134,20 +153,42 @@ def _group(targets: list[str], grid: Grid, bits: int) -> dict[str, Any]:
 
 
 def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
-    """One group of int4 weights for all linear modules, and before it one of int8 for named ones."""
+    """One group of int4 weights for all linear modules, and before it groups for named ones, each of another scheme."""
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
         yield f"config_groups is {groups!r}; expected: a table of groups"
         return
-    *others, last = groups.values()
+    *others, last = (group for group in groups.values() if group.get("targets") != [modules.experts])
     yield from wrong_fields(last, {"targets": ["Linear"]})
-    if len(others) > 1 or any("Linear" in group.get("targets", []) for group in others):
-        yield f"config_groups holds {1 + len(others)} groups; expected: one for names, and after it one for Linear"
-    for group, bits in ((last, STORED_BITS), *((group, WIDE_BITS) for group in others)):
-        yield from _wrong_group(group, bits)
+    schemes = [_scheme(group) for group in (*others, last)]
+    if len(set(schemes)) < len(schemes) or any("Linear" in group.get("targets", []) for group in others):
+        yield (
+            f"config_groups holds {1 + len(others)} groups; expected: one for the names of each other scheme, and "
+            "after them one for Linear"
+        )
+    yield from _wrong_group(last, STORED_BITS)
+    for group in others:
+        yield from _wrong_group(group, WIDE_BITS if _scheme(group)[0] == WIDE_BITS else STORED_BITS)
     for group in others:
         # Another target would match nothing, and no reader would say so.
-        for name in set(group.get("targets", ())) - {"Linear", *modules.quantized}:
+        known = {"Linear", *modules.quantized, *(modules.renamed.get(name, name) for name in modules.quantized)}
+        for name in set(group.get("targets", ())) - known:
             yield f"targets hold {name!r}, which is no quantized module; expected: full names of unmerged modules"
+
+
+def _scheme(group: Mapping[str, Any]) -> tuple[object, object]:
+    """Return bits and group size; None where all of a row shares a scale."""
+    weights = group.get("weights") or {}
+    return weights.get("num_bits"), weights.get("group_size")
+
+
+def _wrong_experts(groups: object) -> Iterator[str]:
+    """All experts of a checkpoint have one group: the first with a pattern that names them, else without a pattern."""
+    tables = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    patterns = [[target.startswith("re:") for target in group.get("targets", ())] for group in tables]
+    named = [g for g in tables if any(t.startswith("re:") and "experts" in t for t in g.get("targets", ()))]
+    plain = [group for group, found in zip(tables, patterns, strict=True) if not all(found)]
+    for group in [*named, *plain][:1]:
+        yield from _wrong_group(group, STORED_BITS)
 
 
 def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
@@ -166,14 +207,16 @@ def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
 
 
 def _wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
-    """Every entry is the full name of one linear module: no pattern, prefix, merged name or trailing dot."""
+    """Every entry is the full name of one linear module, or the pattern of a part that is not text; nothing else."""
     malformed = list(wrong_names(quantization, "ignore"))
     yield from malformed
     if malformed:
         return
     listed = quantization["ignore"]
+    known = {*modules.kept, *modules.aliases, *modules.quantized, *modules.routed}
+    known |= {f"re:{pattern}" for pattern in modules.patterns}
     for entry in listed:
-        if entry not in {*modules.kept, *modules.aliases, *modules.quantized}:
+        if entry not in known:
             yield f"ignore holds {entry!r}, which is no linear module; expected: full names of unmerged modules"
-    for name in sorted(set(modules.aliases) - set(listed)):
+    for name in sorted(set(modules.left_out).difference(modules.kept, listed)):
         yield f"ignore lacks {name}, another name of a 16-bit module; expected: every name of the 16-bit modules"

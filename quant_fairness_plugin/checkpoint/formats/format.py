@@ -56,12 +56,50 @@ SINGLE_UNITS: Rule = (
         f"--protect-layers, or {TWIN}",
     ),
 )
+MIXTURES: tuple[Rule, ...] = (
+    (
+        # Transformers fills gptq experts at random without an error, and converts only linear modules of awq.
+        lambda r: r.mixture and r.format != "compressed-tensors",
+        Refusal(
+            "format '{r.format}' holds no experts of {r.family} that Transformers reads",
+            "is compressed-tensors",
+            f"--format compressed-tensors, or {TWIN}",
+        ),
+    ),
+    (
+        lambda r: r.mixture and not r.grid.symmetric,
+        Refusal(
+            "experts of {r.family} on an asymmetric grid are not read: Transformers has no place for their zero points",
+            "is a symmetric grid",
+            f"--sym, or {TWIN}",
+        ),
+    ),
+    (
+        lambda r: r.int8_experts,
+        Refusal(
+            "experts of {r.family} in INT8 are not read beside those in INT4: readers unpack all experts of a "
+            "checkpoint alike",
+            "are INT4 and 16 bit for experts, and INT8 for all other units",
+            "--protect-units with units such as 3.experts, or single units in INT8",
+        ),
+    ),
+)
 MERGED_NAMES: Rule = (
     lambda r: r.family == "generic",
     Refusal(
         "format '{r.format}' needs the merged module names of a known family, and this architecture is not one",
         "is compressed-tensors",
         f"that, or {TWIN}",
+    ),
+)
+
+TEXT_ONLY: Rule = (
+    lambda r: r.wrapped,
+    Refusal(
+        "format '{r.format}' of a model that also sees or hears is refused: its readers find modules by lists that "
+        "each compares with names of its own, and none was run on such a checkpoint",
+        "is compressed-tensors",
+        f"--format compressed-tensors, or {TWIN}",
     ),
 )
 
@@ -100,13 +138,15 @@ class Format(ABC):
     """Suffixes that a module may lack."""
     widths: ClassVar[tuple[int, ...]] = (4, 8)
     """Bits of an integer that the format can hold."""
+    uniform: ClassVar[bool] = False
+    """Whether all quantized modules have one group size."""
     zeros: ClassVar[str] = ""
     """Suffix of the packed zero points."""
     zero_offset: ClassVar[int] = 0
     """What is taken off a zero point before it is stored."""
     order: ClassVar[str] = ""
     """Suffix of the group of every input channel; in order, unless act-order permuted them."""
-    rules: ClassVar[tuple[Rule, ...]] = (*WIDTHS, SINGLE_UNITS)
+    rules: ClassVar[tuple[Rule, ...]] = (*WIDTHS, SINGLE_UNITS, *MIXTURES)
     """When a combination is refused because this format cannot hold it."""
 
     @property

@@ -7,7 +7,7 @@ Each loader decides by another list which modules are quantized, so all of them 
 - gptqmodel and SGLang: only `dynamic`, with `re.match` on the name, which in servers is the merged one;
 - others: `modules_to_not_convert`, a regular expression or a substring.
 
-Modules of 8 bits in a 4-bit checkpoint have a `+:` rule of `dynamic`, which optimum ignores.
+Modules of 8 bits in a 4-bit checkpoint, or of another group size, have a `+:` rule of `dynamic`, which optimum ignores.
 
 Full names are safe in all of these readings. A trailing dot is not: as a regular expression `layers.1.` is also the
 beginning of `layers.10`.
@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import (
     MERGED_NAMES,
+    MIXTURES,
     SINGLE_UNITS,
+    TEXT_ONLY,
     WIDTHS,
     WORD_BITS,
     Format,
@@ -35,7 +37,7 @@ from quant_fairness_plugin.checkpoint.formats.format import (
 )
 from quant_fairness_plugin.checkpoint.refusals import STORED_BITS, Refusal
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.quantize.grid_rules import PACKED_MULTIPLE
+from quant_fairness_plugin.quantize.grid_rules import GROUP_SIZES, PACKED_MULTIPLE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,7 @@ class GptqFormat(Format):
     zero_offset = 1
     order = "g_idx"
     rules = (
+        *MIXTURES,
         *WIDTHS,
         (
             lambda r: not r.grid.symmetric,
@@ -67,6 +70,7 @@ class GptqFormat(Format):
                 "--sym, or --format compressed-tensors",
             ),
         ),
+        TEXT_ONLY,
         MERGED_NAMES,
         SINGLE_UNITS,
     )
@@ -127,7 +131,7 @@ class GptqFormat(Format):
             "desc_act": False,
             "checkpoint_format": self.name,
             "lm_head": False,
-            "dynamic": {rule: {} for rule in skip_rules(modules)} | width_rules(modules),
+            "dynamic": {rule: {} for rule in skip_rules(modules)} | scheme_rules(modules, grid),
             "modules_in_block_to_quantize": [list(modules.quantized)],
             "modules_to_not_convert": [*modules.kept_in_blocks, *modules.kept_fused],
         }
@@ -162,6 +166,8 @@ class GptqVersion2(GptqFormat):
 def skip_rules(modules: ModuleMap) -> tuple[str, ...]:
     r"""Return the `dynamic` keys that exclude every 16-bit module of the blocks, under its plain and its merged name.
 
+    What no module of the model has is excluded too: a server may have a module for it.
+
     A block without quantized modules takes one rule, `-:^model\.layers\.1\..*`; a single module one with its full name.
     """
     layers = modules.kept_layers
@@ -170,13 +176,21 @@ def skip_rules(modules: ModuleMap) -> tuple[str, ...]:
         for name in (*modules.kept_in_blocks, *modules.kept_fused)
         if not any(name.startswith(f"{layer}.") for layer in layers)
     ]
-    return tuple([f"-:^{re.escape(layer)}\\..*" for layer in layers] + [f"-:^{re.escape(name)}$" for name in single])
+    whole = [f"-:^{re.escape(name)}\\..*" for name in (*layers, *modules.unread)]
+    return tuple(whole + [f"-:^{re.escape(name)}$" for name in single])
 
 
-def width_rules(modules: ModuleMap) -> dict[str, dict[str, int]]:
-    r"""Return the `dynamic` rules of modules with other bits than the grid's, under their plain and merged names."""
-    merged = {name: modules.bits[parts[0]] for name, parts in modules.fused.items() if parts[0] in modules.bits}
-    return {f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in (*modules.bits.items(), *merged.items())}
+def scheme_rules(modules: ModuleMap, grid: Grid) -> dict[str, dict[str, int]]:
+    r"""Return the `dynamic` rules of modules with other bits or groups than the grid's, plain and merged names.
+
+    A rule holds a full name up to its end, so that that of `layers.1` matches nothing of `layers.10`.
+    """
+    changes: dict[str, dict[str, int]] = {}
+    for name in modules.quantized:
+        own = {"bits": modules.bits.get(name, grid.bits), "group_size": modules.sizes.get(name, grid.group_size)}
+        changes[name] = {key: value for key, value in own.items() if value != getattr(grid, key)}
+    merged = {name: changes[parts[0]] for name, parts in modules.fused.items() if parts[0] in changes}
+    return {f"+:^{re.escape(name)}$": change for name, change in (*changes.items(), *merged.items()) if change}
 
 
 def check_whole_words(format_name: str, module: str, grid: StoredGrid) -> None:
@@ -195,21 +209,29 @@ def check_whole_words(format_name: str, module: str, grid: StoredGrid) -> None:
 def wrong_group_size(quantization: Quantization) -> Iterator[str]:
     """Yield a group size that not all loaders read."""
     size = quantization.get("group_size")
-    if size not in (32, 64, 128, -1):
+    if size not in GROUP_SIZES:
         yield f"group_size is {size!r}; expected: 32, 64, 128 or -1"
 
 
 def wrong_rules(quantization: Quantization) -> Iterator[str]:
-    """Yield what `dynamic` holds beside rules that skip a module and rules that give it 8 bits."""
+    """Yield what `dynamic` holds beside rules that skip a module and rules that give it 8 bits or a group size."""
     rules = quantization.get("dynamic")
     if not isinstance(rules, dict):
         yield f"dynamic is {rules!r}; expected: a table of rules"
         return
     for rule, change in rules.items():
-        if (rule[:2], change) not in (("-:", {}), ("+:", {"bits": WIDE_BITS})):
+        if (rule[:2], change) != ("-:", {}) and not (rule.startswith("+:") and _is_scheme(change)):
             yield (
-                f"dynamic holds {rule!r}: {change!r}; expected: '-:' rules, and '+:' rules that say bits {WIDE_BITS}"
+                f"dynamic holds {rule!r}: {change!r}; expected: '-:' rules, and '+:' rules that say bits {WIDE_BITS} "
+                "or a group_size of 32, 64, 128 or -1"
             )
+
+
+def _is_scheme(change: object) -> bool:
+    """Return whether the change of a `+:` rule is 8 bits, a group size, or both."""
+    if not isinstance(change, dict) or not change or not change.keys() <= {"bits", "group_size"}:
+        return False
+    return change.get("bits", WIDE_BITS) == WIDE_BITS and change.get("group_size", -1) in GROUP_SIZES
 
 
 def wrong_skip_list(quantization: Quantization) -> Iterator[str]:

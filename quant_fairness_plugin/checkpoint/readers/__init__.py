@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision
@@ -18,6 +19,7 @@ from quant_fairness_plugin.checkpoint.readers.vllm import VLLM
 from quant_fairness_plugin.checkpoint.refusals import Refusal, Request, first_refusal
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.architectures.experts import find_mixture
 from quant_fairness_plugin.model.families import Family
 
 READERS: dict[str, Reader] = {reader.name: reader for reader in (TRANSFORMERS, VLLM, GPTQMODEL, SGLANG)}
@@ -43,28 +45,52 @@ def find_reader(name: str) -> Reader:
     return READERS[name]
 
 
+def takes_one_group_size(format: str, reader: str | None) -> bool:
+    """Return whether a format, or a reader of it (None: any), takes one group size for all quantized modules.
+
+    Raises:
+        ConfigError: an unknown format or reader.
+    """
+    layout = checkpoint_format(format)
+    return layout.uniform or (reader is not None and layout.name in find_reader(reader).uniform)
+
+
 def check_exportable(
-    family: Family | None,
+    family: Family | str | None,
     *,
     format: str,
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    group_sizes: Collection[int] = (),
+    wrapped: bool = False,
 ) -> None:
     """Refuse what no loader, or not the wanted one, would read correctly.
 
     Args:
-        family: the model's family map, or None while the model is not known (then its rows are left out).
+        family: the model's family map or the family's name, or None while the model is not known (then its rows are
+            left out).
         format: one of `FORMATS`.
         grid: the integer grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
-        overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`.
+        overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`, or as in
+            `ProtectionPlan.singled_out` where it is known which layers keep 16 bit.
+        group_sizes: those of the quantized modules; none while the model is not known.
+        wrapped: whether the text decoder is a part of the model; a family map says so itself.
 
     Raises:
         ConfigError: an unknown format or reader.
         UnsupportedModelError: a combination that upstream reads wrongly or not at all; names the ways out.
     """
-    refusal = find_refusal(family, format=format, grid=grid, reader=reader, overrides=overrides)
+    refusal = find_refusal(
+        family,
+        format=format,
+        grid=grid,
+        reader=reader,
+        overrides=overrides,
+        group_sizes=group_sizes,
+        wrapped=wrapped,
+    )
     if refusal is not None:
         raise UnsupportedModelError(str(refusal))
 
@@ -76,6 +102,8 @@ def find_refusal(
     grid: Grid,
     reader: str | None = "transformers",
     overrides: Mapping[str, Precision] = _NOTHING,
+    group_sizes: Collection[int] = (),
+    wrapped: bool = False,
 ) -> Refusal | None:
     """Return why a combination cannot be written and read, or None where it can; as `check_exportable`.
 
@@ -85,6 +113,8 @@ def find_refusal(
         grid: the grid.
         reader: the reader.
         overrides: precisions of single layers and units.
+        group_sizes: those of the quantized modules.
+        wrapped: as for `check_exportable`.
 
     Raises:
         ConfigError: an unknown format or reader.
@@ -104,6 +134,9 @@ def find_refusal(
         conv1d=architecture is not None and architecture.conv1d,
         head_on_disk="" if architecture is None else architecture.head_on_disk or "",
         scaled_activation="" if scaled is None else scaled.activation,
+        group_sizes=frozenset(group_sizes),
+        mixture=find_mixture(name or "") is not None,
+        wrapped=wrapped or (isinstance(family, Family) and family.wrapper is not None),
     )
     return first_refusal(rules, request)
 
@@ -112,7 +145,11 @@ def reader_problems(case: Case) -> dict[str, str]:
     """Return what each reader would get wrong, as one sentence; empty for a reader that gets all of it right."""
     if not case.modules.quantized:
         return dict.fromkeys(READERS, "")
-    return {name: next(iter(reader.problems(case)), "") for name, reader in READERS.items()}
+    cases = [replace(case, modules=view) for view in case.modules.views]
+    return {
+        name: next((problem for seen in cases for problem in reader.problems(seen)), "")
+        for name, reader in READERS.items()
+    }
 
 
 def metadata_problems(
@@ -132,7 +169,8 @@ def metadata_problems(
     owners = {name: reader.metadata for name, reader in READERS.items()} | {"others": OTHERS}
     for owner, rules in owners.items():
         for rule in rules.get(layout.method, ()):
-            yield f"{owner}: {rule.label}", tuple(rule.problems(modules, quantization))
+            broken = (problem for view in modules.views for problem in rule.problems(view, quantization))
+            yield f"{owner}: {rule.label}", tuple(broken)
 
 
 def check_metadata(layout: Format, modules: ModuleMap, quantization: Quantization) -> str:

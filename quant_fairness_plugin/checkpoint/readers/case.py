@@ -16,6 +16,9 @@ from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 from quant_fairness_plugin.checkpoint.refusals import STORED_BITS
 from quant_fairness_plugin.model.families import Family
 
+Scheme = tuple[object, object]
+"""Bits and group size as metadata says them, whatever their types; None where it says nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorFacts:
@@ -87,29 +90,32 @@ class ListRule:
 
 
 @dataclass(frozen=True, slots=True)
-class WidthRule:
-    """How a reader finds the bits of a quantized module in the metadata."""
+class SchemeRule:
+    """How a reader finds the bits and the group size of a quantized module in the metadata."""
 
     key: str
-    width: Callable[[Quantization, ModuleMap, str], object]
-    """The bits that a module of that name gets; None where the metadata says nothing of it."""
+    scheme: Callable[[Quantization, ModuleMap, str], Scheme]
+    """The bits and the group size that a module of that name gets; None where the metadata says nothing of it."""
     merged: bool = False
-    """Whether the reader looks up the names of merged modules."""
+    """Whether the reader looks up the names of merged modules, where it merges some."""
 
     @property
     def label(self) -> str:
         """The field and whose names are looked up, for messages."""
-        return f"{self.key} (bits of {'merged' if self.merged else 'unmerged'} modules)"
+        return f"{self.key} (bits and groups of {'merged' if self.merged else 'unmerged'} modules)"
 
     def problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
-        """Yield every module that gets other bits than it is stored with."""
+        """Yield every module that gets other bits or another group size than it is stored with."""
         quantized = set(modules.quantized)
-        merged = [name for name, parts in modules.fused.items() if quantized.issuperset(parts)]
+        merged = [name for name, parts in by_server_name(modules).items() if quantized.issuperset(parts)]
         for name in merged if self.merged else modules.quantized:
-            bits = self.width(quantization, modules, name)
-            stored = modules.bits.get(modules.fused.get(name, (name,))[0], STORED_BITS)
+            bits, size = self.scheme(quantization, modules, name)
+            first = modules.fused.get(name, (name,))[0]
+            stored = modules.bits.get(first, STORED_BITS)
             if bits is not None and bits != stored:
                 yield f"{self.key} gives {name} {bits} bits, and it has {stored}"
+            if size is not None and size != modules.sizes.get(first, size):
+                yield f"{self.key} gives {name} group size {size}, and it has {modules.sizes[first]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,7 @@ class WholeGroups:
             yield f"{self.server} merges the parts of {name}, which is quantized in part, or with several widths"
 
 
-MetadataRule = ListRule | WidthRule | WholeGroups
+MetadataRule = ListRule | SchemeRule | WholeGroups
 
 
 def in_blocks(modules: ModuleMap) -> tuple[str, ...]:
@@ -241,31 +247,34 @@ def skipped_by_rule(quantization: Quantization, name: str) -> bool:
     return dynamic_rule(quantization, name) is False
 
 
-def bits_by_rule(quantization: Quantization, modules: ModuleMap, name: str) -> object:
-    """Return the bits that `dynamic` gives a module, else those of the whole checkpoint."""
+def scheme_by_rule(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme:
+    """Return the bits and the group size that `dynamic` gives a module, else those of the whole checkpoint."""
     override = dynamic_rule(quantization, name)
-    return (override.get("bits") if isinstance(override, Mapping) else None) or quantization.get("bits")
+    table = override if isinstance(override, Mapping) else {}
+    return table.get("bits") or quantization.get("bits"), table.get("group_size") or quantization.get("group_size")
 
 
-def bits_by_target(quantization: Quantization) -> dict[str, object]:
-    """Return the bits of each target of `config_groups`: module name, class name or `re:` pattern → bits."""
+def scheme_by_target(quantization: Quantization) -> dict[str, Scheme]:
+    """Return the scheme of each target of `config_groups`: module name, class name or `re:` pattern → scheme."""
     groups = quantization.get("config_groups")
-    widths: dict[str, object] = {}
+    schemes: dict[str, Scheme] = {}
     for group in groups.values() if isinstance(groups, dict) else ():
         targets = group.get("targets") if isinstance(group, dict) else None
         for target in targets if isinstance(targets, list) else ():
-            widths[target] = (group.get("weights") or {}).get("num_bits")
-    return widths
+            weights = group.get("weights") or {}
+            size = -1 if weights.get("strategy") == "channel" else weights.get("group_size")
+            schemes[target] = (weights.get("num_bits"), size)
+    return schemes
 
 
-def bits_of_target(widths: Mapping[str, object], name: str) -> object:
-    """Return the bits that a name gets: as a target of its own, by a pattern, or as a `Linear`, in this order."""
-    patterns = (target for target in widths if target.startswith("re:") and re.match(target[3:], name))
-    return widths.get(name if name in widths else next(patterns, "Linear"))
+def scheme_of_target(schemes: Mapping[str, Scheme], name: str) -> Scheme:
+    """Return the scheme that a name gets: as a target of its own, by a pattern, or as a `Linear`, in this order."""
+    patterns = (target for target in schemes if target.startswith("re:") and re.match(target[3:], name))
+    return schemes.get(name if name in schemes else next(patterns, "Linear"), (None, None))
 
 
 RULES_OF_MERGED: tuple[MetadataRule, ...] = (
     ListRule("dynamic", "of merged names", skipped_by_rule, merged=True),
-    WidthRule("dynamic", bits_by_rule, merged=True),
+    SchemeRule("dynamic", scheme_by_rule, merged=True),
 )
 """How servers read `dynamic`."""

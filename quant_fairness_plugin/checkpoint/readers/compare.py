@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPTQConfig, PreTrainedModel
+from transformers import GPTQConfig, PreTrainedModel
 
-from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model
+from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model, overlooked_keys
 from quant_fairness_plugin.checkpoint.folder import read_config
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
@@ -28,6 +28,8 @@ from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.load import quiet_transformers
+from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.storage import announced_dtype
 
 PROMPT_LENGTHS = (1, 2, 17, 63)
 CONTINUED = 12
@@ -173,10 +175,13 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         ArtifactError: Transformers reports tensors that are missing or unexpected.
         UnsupportedModelError: it loads, and computes something else.
     """
-    expected = _logits(load_dense_model(folder))
+    dense = load_dense_model(folder)
+    _round_experts(dense, folder)
+    expected = _logits(dense)
+    del dense
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(read_config(folder)[0]).from_pretrained(
             folder,
             dtype=torch.float32,
             local_files_only=True,
@@ -185,7 +190,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             **_exact_kernel(folder),
         )
         model, info = loaded
-        check_loading_info(folder, info)
+        check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
         actual = _logits(model)
     largest = max(float(row.abs().max()) for row in expected)
@@ -196,6 +201,15 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             f"allowed {tolerance:g}). Do not use this checkpoint with it; --format fp16-twin loads everywhere."
         )
     return difference
+
+
+def _round_experts(model: PreTrainedModel, folder: Path) -> None:
+    """Round experts to the storage dtype: Transformers unpacks quantized ones while loading, and stacks them in it."""
+    stored = announced_dtype(read_config(folder)[0])
+    for module in model.modules():
+        if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # the interface of stacked experts
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(stored).float()
 
 
 def _exact_kernel(folder: Path) -> dict[str, Any]:

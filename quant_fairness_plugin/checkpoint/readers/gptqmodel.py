@@ -9,17 +9,17 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     Case,
     ListRule,
     MetadataRule,
-    WidthRule,
-    bits_by_rule,
+    SchemeRule,
     no_wrapped_zeros,
+    scheme_by_rule,
     skipped_by_rule,
 )
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
 from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
 
 DYNAMIC = ListRule("dynamic", "the only list that gptqmodel reads", skipped_by_rule)
-WIDTHS = WidthRule("dynamic", bits_by_rule)
-METADATA: Mapping[str, tuple[MetadataRule, ...]] = {"gptq": (DYNAMIC, WIDTHS), "awq": (DYNAMIC,)}
+SCHEMES = SchemeRule("dynamic", scheme_by_rule)
+METADATA: Mapping[str, tuple[MetadataRule, ...]] = {"gptq": (DYNAMIC, SCHEMES), "awq": (DYNAMIC,)}
 
 
 def problems(case: Case) -> Iterator[str]:
@@ -28,7 +28,7 @@ def problems(case: Case) -> Iterator[str]:
         yield from transformers.problems(case)
         return
     yield from no_wrapped_zeros(case)
-    for rule in (DYNAMIC, WIDTHS):
+    for rule in (DYNAMIC, SCHEMES):
         yield from rule.problems(case.modules, case.quantization)
 
 
@@ -37,6 +37,14 @@ GPTQMODEL = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            lambda r: r.mixture,
+            Refusal(
+                "gptqmodel was not run on quantized experts, such as those of {r.family}",
+                "are readers transformers and vllm",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
         (
             lambda r: r.conv1d and r.format == "compressed-tensors",
             Refusal(

@@ -24,6 +24,8 @@ class Reader:
     rules: tuple[Rule, ...] = ()
     """What it would read wrongly or not at all, known at plan time. Rows were measured with the real reader where
     docs/readers.md has the cell, and read in its source elsewhere."""
+    uniform: frozenset[str] = frozenset()
+    """Formats of which it reads one group size per checkpoint only."""
     script: str | None = None
     """The file in `scripts/` that runs it; None where it is not run here."""
     modules: tuple[str, ...] = ()

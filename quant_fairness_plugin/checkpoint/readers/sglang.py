@@ -16,16 +16,17 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     Case,
     ListRule,
     MetadataRule,
+    SchemeRule,
     WholeGroups,
-    WidthRule,
     contains,
     metadata_in_config,
     names_in,
+    scheme_by_target,
     server_problems,
     skipped_by_rule,
 )
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
-from quant_fairness_plugin.checkpoint.refusals import Refusal
+from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
 
 
 def _ignored(quantization: Quantization, name: str) -> bool:
@@ -69,7 +70,7 @@ def problems(case: Case) -> Iterator[str]:
         skips_part=lambda name: by_parts and skips(quantization, name),
     )
     for rule in METADATA.get(case.method, ()):
-        if isinstance(rule, WidthRule):
+        if isinstance(rule, SchemeRule):
             yield from rule.problems(case.modules, quantization)
 
 
@@ -79,6 +80,10 @@ def _compressed_tensors_problems(case: Case) -> Iterator[str]:
     widths = {case.modules.bits.get(name) for name in case.modules.quantized}
     if len(widths) > 1 and case.modules.fused:
         yield "modules of 4 and of 8 bits side by side, and SGLang gives a merged one the bits of its class"
+    _, size = scheme_by_target(case.quantization).get("Linear", (None, None))
+    for name, parts in case.modules.fused.items():
+        if case.modules.sizes.get(parts[0], size) != size:
+            yield f"{name} has another group size than its class, which SGLang looks at first"
 
 
 SGLANG = Reader(
@@ -86,6 +91,14 @@ SGLANG = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            lambda r: r.mixture,
+            Refusal(
+                "SGLang was not run on quantized experts, such as those of {r.family}",
+                "are readers transformers and vllm",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
         (
             lambda r: r.format == "compressed-tensors" and r.int8,
             Refusal(
@@ -95,5 +108,15 @@ SGLANG = Reader(
                 "--format gptq, or --reader vllm",
             ),
         ),
+        (
+            lambda r: r.format == "compressed-tensors" and r.several_sizes,
+            Refusal(
+                "SGLang gives a merged module the group of its class before that of its parts, and would take a wrong "
+                "group size in format 'compressed-tensors'",
+                "is gptq",
+                "--group-size {r.smallest_size} for a plan of one size, --format gptq, or --reader vllm",
+            ),
+        ),
     ),
+    uniform=frozenset({"compressed-tensors"}),
 )

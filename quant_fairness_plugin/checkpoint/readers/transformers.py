@@ -10,13 +10,14 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     Case,
     ListRule,
     MetadataRule,
-    WidthRule,
-    bits_by_target,
-    bits_of_target,
+    Scheme,
+    SchemeRule,
     ignored,
     matches,
     metadata_in_config,
     no_wrapped_zeros,
+    scheme_by_target,
+    scheme_of_target,
     zero_points_announced,
 )
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
@@ -32,9 +33,9 @@ def _not_in_block_list(quantization: Quantization, name: str) -> bool:
     return not any(name.endswith(str(entry)) for names in lists for entry in names)
 
 
-def _bits(quantization: Quantization, modules: ModuleMap, name: str) -> object:
+def _scheme(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme:
     """The exact name of a module wins over its class."""
-    return bits_of_target(bits_by_target(quantization), name)
+    return scheme_of_target(scheme_by_target(quantization), name)
 
 
 BLOCK_LIST = ListRule("modules_in_block_to_quantize", "as suffix", _not_in_block_list)
@@ -44,7 +45,10 @@ NOT_CONVERT = ListRule(
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
     "gptq": (BLOCK_LIST,),
     "awq": (NOT_CONVERT,),
-    "compressed-tensors": (ListRule("ignore", "by name", ignored, everywhere=True), WidthRule("config_groups", _bits)),
+    "compressed-tensors": (
+        ListRule("ignore", "by name", ignored, everywhere=True),
+        SchemeRule("config_groups", _scheme),
+    ),
 }
 
 
@@ -71,6 +75,7 @@ def problems(case: Case) -> Iterator[str]:
 
 
 def _one_width(case: Case) -> Iterator[str]:
+    """Bits are those of the whole checkpoint, and groups are those of each module's own `g_idx` and scales (run)."""
     announced = case.quantization.get("bits")
     if len({case.modules.bits.get(name, announced) for name in case.modules.quantized}) > 1:
         yield "modules of 4 and of 8 bits side by side, and Transformers reads one width per gptq checkpoint"

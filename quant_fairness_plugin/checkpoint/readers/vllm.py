@@ -11,33 +11,35 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     Case,
     ListRule,
     MetadataRule,
+    Scheme,
+    SchemeRule,
     WholeGroups,
-    WidthRule,
-    bits_by_target,
-    bits_of_target,
     contains,
     ignored,
     metadata_in_config,
     names_in,
+    scheme_by_target,
+    scheme_of_target,
     server_problems,
     skipped_by_rule,
     zero_points_announced,
 )
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
 from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
+from quant_fairness_plugin.model.architectures.experts import LINEAR_NAMES, find_mixture
 
 
 def _not_in_block_list(quantization: Quantization, name: str) -> bool:
     return not any(entry in name for entry in names_in(quantization, "modules_in_block_to_quantize"))
 
 
-def _bits(quantization: Quantization, modules: ModuleMap, name: str) -> object:
+def _scheme(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme:
     """A merged module takes a group if each of its parts is named in some group, and then that of the first."""
-    widths = bits_by_target(quantization)
+    schemes = scheme_by_target(quantization)
     parts = modules.fused.get(name, (name,))
-    if name in widths:
-        return widths[name]
-    return widths[parts[0]] if set(parts) <= widths.keys() else bits_of_target(widths, name)
+    if name in schemes:
+        return schemes[name]
+    return schemes[parts[0]] if set(parts) <= schemes.keys() else scheme_of_target(schemes, name)
 
 
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
@@ -50,13 +52,16 @@ METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
         WholeGroups("vLLM"),
         ListRule("modules_to_not_convert", "as part of a name", contains("modules_to_not_convert")),
     ),
-    "compressed-tensors": (WholeGroups("vLLM"), WidthRule("config_groups", _bits, merged=True)),
+    "compressed-tensors": (WholeGroups("vLLM"), SchemeRule("config_groups", _scheme, merged=True)),
 }
 
 
 def problems(case: Case) -> Iterator[str]:
     """Yield what vLLM would get wrong in a folder."""
     yield from metadata_in_config(case)
+    mixture = find_mixture(case.family.name)
+    if mixture is not None and mixture.names != LINEAR_NAMES and len(case.modules.routed) > 1:
+        yield "vLLM computes NaN where experts of this family keep 16 bit beside quantized ones, and does not say so"
     if case.family.name == "bloom":
         yield "vLLM cannot load a quantized BLOOM in any format"
     yield from WholeGroups("vLLM").problems(case.modules, case.quantization)
@@ -73,7 +78,7 @@ def problems(case: Case) -> Iterator[str]:
         skips_part=lambda name: _skips_part(case, name),
     )
     for rule in METADATA.get(case.method, ()):
-        if isinstance(rule, WidthRule):
+        if isinstance(rule, SchemeRule):
             yield from rule.problems(case.modules, case.quantization)
 
 
@@ -109,6 +114,15 @@ VLLM = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            # It looks for w13 and w2, and says nothing of what it did not find.
+            lambda r: r.kept_experts and r.expert_names != LINEAR_NAMES,
+            Refusal(
+                "vLLM computes NaN where experts of {r.family} keep 16 bit beside quantized ones, and does not say so",
+                "are quantized experts in every layer, or reader transformers",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
         (
             lambda r: r.family == "bloom",
             Refusal(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from quant_fairness_plugin.model.architectures.architecture import (
     Architecture,
     Block,
+    BlockKind,
     Fold,
     FusionGroup,
     ScaledActivation,
@@ -20,6 +21,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Block",
+    "BlockKind",
     "Fold",
     "FusionGroup",
     "ScaledActivation",

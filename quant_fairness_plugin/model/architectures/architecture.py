@@ -27,6 +27,8 @@ class FusionGroup:
     """Names relative to the block, in the order in which servers concatenate them."""
     fused: str | None
     """The name of the merged module in servers, relative to the block; None where the module keeps its name."""
+    routed: bool = False
+    """Whether the modules are those of experts: each reads the tokens that are routed to it, and no two the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,23 @@ class Fold:
     """What a norm adds to its weight before it multiplies."""
     activated: bool = False
     """Whether an activation lies between the source and the group: then only some activations let a scale through."""
+    heads: int = 0
+    """Heads of the source where each is read by several heads of the group (grouped values; a norm of single heads,
+    which has one); 0 where channels of both are the same."""
+    also: tuple[str, ...] = ()
+    """Linear modules outside of the group that read the source too, and must be multiplied with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKind:
+    """What blocks of one kind are made of. A model of a single kind has it in its record."""
+
+    units: tuple[FusionGroup, ...]
+    """Every linear module that can be quantized, each exactly once, in forward order."""
+    folds: tuple[Fold, ...] = ()
+    """Where AWQ's scales go; empty where nothing was proved to take them."""
+    kept: tuple[tuple[str, str], ...] = ()
+    """Linear modules that stay in 16 bit whatever a plan says, relative to the block, each with its reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +126,8 @@ class Architecture:
     folds: tuple[Fold, ...] = ()
     """Where AWQ's scales go; empty where that is not known."""
     scaled_activation: ScaledActivation | None = None
+    moved: tuple[str, str] | None = None
+    """A part of module names in Transformers, and what files and servers call it instead."""
     gguf_names: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Module of a block → llama.cpp's name of its weight in `blk.<layer>.<name>.weight`; empty where not known."""
     static_cache: bool = True
@@ -137,15 +158,21 @@ class Architecture:
 
     def stored_name(self, name: str) -> str:
         """Return the name in files and servers of a module or tensor of the loaded model."""
-        return _renamed(name, self.head, self.head_on_disk or self.head)
+        return _renamed(moved_name(name, self.moved), self.head, self.head_on_disk or self.head)
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a module or tensor of the files. The inverse of `stored_name`."""
-        return _renamed(name, self.head_on_disk or self.head, self.head)
+        back = None if self.moved is None else self.moved[::-1]
+        return _renamed(moved_name(name, back), self.head_on_disk or self.head, self.head)
 
     def longest_input(self, config: Mapping[str, Any]) -> int:
         """Return how many tokens a model takes, by its config; `sys.maxsize` where nothing bounds them."""
         return longest_input(config, self.default_positions)
+
+
+def moved_name(name: str, moved: tuple[str, str] | None) -> str:
+    """Return a name with one of its parts, between dots, changed to another; the same name where none is moved."""
+    return name if moved is None else ".".join(moved[1] if part == moved[0] else part for part in name.split("."))
 
 
 def _renamed(name: str, old: str, new: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quant_fairness_plugin.model.native import is_wrapper
+
 _DENSE = "expected a decoder-only transformer whose blocks are attention and a dense MLP. Use a model of that shape."
 _RECURRENT = (
     "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "bamba", "falcon_h1", "zamba", "zamba2",
@@ -34,6 +36,7 @@ _REASONS = {
     "hrm_text": "a model that runs the same blocks in cycles, so that one layer cannot be protected alone",
     "reformer": "a model of reversible blocks with hashed attention, which cannot be run block by block",
     "git": "a captioning model, whose text decoder attends to an image",
+    "mllama": "a model some of whose blocks attend to images alone, which no text calibrates",
 }
 _OTHER_SENSES = ("vision_config", "audio_config")
 
@@ -46,6 +49,6 @@ def refusal_of(model_type: str, config: Mapping[str, Any]) -> str | None:
         config: its `config.json`.
     """
     reason = _REASONS.get(model_type)
-    if reason is None and any(isinstance(config.get(key), Mapping) for key in _OTHER_SENSES):
-        reason = "a model of text with images or sound, whose decoder is only a part of it"
+    if reason is None and not is_wrapper(config) and any(isinstance(config.get(key), Mapping) for key in _OTHER_SENSES):
+        reason = "a model of text with images or sound, whose class does not say that it wraps a text decoder"
     return None if reason is None else f"{model_type or 'the model'} is {reason}; {_DENSE}"

@@ -42,7 +42,7 @@ class Job:
     blocks: str
     """Full name of the list of decoder blocks."""
     grids: Mapping[str, Grid]
-    """Full name of every module to quantize → its grid: `grid`, or the same with other bits."""
+    """Full name of every module to quantize → its grid: `grid`, or the same with other bits or another group size."""
     shapes: Mapping[str, tuple[int, int]]
     """Module to quantize → output and input channels."""
     kept: tuple[str, ...]

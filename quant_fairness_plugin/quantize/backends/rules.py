@@ -48,23 +48,30 @@ def dynamic_rules(grids: Mapping[str, Grid], kept: Iterable[str], *, grid: Grid,
     A layer that is skipped whole takes one rule, `-:^model\.layers\.1\..*`.
     """
     skipped = [name for name in kept if name.startswith(f"{blocks}.")]
-    wider = {name: other.bits for name, other in grids.items() if other.bits != grid.bits}
     rules: DynamicRules = {f"-:{pattern}": {} for pattern in _patterns(skipped, grids, blocks)}
-    for bits in sorted(set(wider.values())):
-        same = [name for name, width in wider.items() if width == bits]
+    schemes = {_scheme(other) for other in grids.values()} - {_scheme(grid)}
+    for bits, size in sorted(schemes):
+        same = [name for name, other in grids.items() if _scheme(other) == (bits, size)]
         others = [name for name in grids if name not in same] + skipped
-        rules |= {f"+:{pattern}": {"bits": bits} for pattern in _patterns(same, others, blocks)}
+        change = {"bits": bits} if bits != grid.bits else {}
+        change |= {"group_size": size} if size != grid.group_size else {}
+        rules |= {f"+:{pattern}": change for pattern in _patterns(same, others, blocks)}
     return rules
 
 
+def _scheme(grid: Grid) -> tuple[int, int]:
+    return grid.bits, grid.group_size
+
+
 def compressed_groups(grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
-    """The `config_groups` of llm-compressor: all linear modules, or lists of names where there are several widths."""
-    widths = {grid.bits: grid for grid in grids.values()}
+    """The `config_groups` of llm-compressor: all linear modules, or lists of names where there are several schemes."""
+    schemes = {_scheme(grid): grid for grid in grids.values()}
+    names = {scheme: [name for name, other in grids.items() if _scheme(other) == scheme] for scheme in schemes}
     return {
         f"group_{i}": {
-            "targets": ["Linear"] if len(widths) == 1 else [n for n, other in grids.items() if other.bits == bits],
+            "targets": ["Linear"] if len(schemes) == 1 else names[scheme],
             "weights": {
-                "num_bits": bits,
+                "num_bits": grid.bits,
                 "type": "int",
                 "symmetric": grid.symmetric,
                 "strategy": "channel" if grid.group_size == -1 else "group",
@@ -72,7 +79,7 @@ def compressed_groups(grids: Mapping[str, Grid]) -> dict[str, dict[str, Any]]:
                 "dynamic": False,
             },
         }
-        for i, (bits, grid) in enumerate(sorted(widths.items()))
+        for i, (scheme, grid) in enumerate(sorted(schemes.items()))
     }
 
 

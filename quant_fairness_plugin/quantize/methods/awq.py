@@ -22,9 +22,9 @@ class Awq(Method):
 
     def check_model(self, loaded: LoadedModel) -> None:
         """Refuse an architecture in which it is not known where scales can be folded."""
-        from quant_fairness_plugin.quantize.folding import model_folds
+        from quant_fairness_plugin.quantize.folding import check_folds
 
-        model_folds(loaded)
+        check_folds(loaded)
 
     def solve(self, problem: Problem, solved: Solved) -> None:
         """Solve the modules of a group with a common scale, and fold the scale."""

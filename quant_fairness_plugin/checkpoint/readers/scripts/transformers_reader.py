@@ -57,13 +57,29 @@ def sequence(model: torch.nn.Module, ids: list[int]) -> dict[str, Any]:
     return {"ids": ids, "new": 0, "predictions": predictions}
 
 
+def copied(checkpoint: str) -> set[str]:
+    """Return the tensors that the folder's record says were only copied, which no module need have."""
+    record = Path(checkpoint) / "quant_fairness.json"
+    content = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    return set(content.get("copied_tensors") or ())
+
+
+def model_class(checkpoint: str) -> Any:
+    """Return the class that the config names where the text decoder is a part of the model, else the causal one."""
+    config = json.loads((Path(checkpoint) / "config.json").read_text(encoding="utf-8"))
+    named = next(iter(config.get("architectures") or ()), "")
+    return getattr(transformers, named) if named.endswith("ForConditionalGeneration") else AutoModelForCausalLM
+
+
 def read(checkpoint: str, request: dict[str, Any]) -> dict[str, Any]:
     """Load, refuse gaps that Transformers would have filled with random numbers, and run the prompts."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = model_class(checkpoint).from_pretrained(
         checkpoint, dtype=torch.float16, output_loading_info=True, **plain_kernel(checkpoint)
     )
     model, info = loaded
-    gaps = {problem: sorted(map(str, info.get(problem) or ()))[:5] for problem in LOADING_PROBLEMS}
+    gaps = {
+        problem: sorted(set(map(str, info.get(problem) or ())) - copied(checkpoint))[:5] for problem in LOADING_PROBLEMS
+    }
     if any(gaps.values()):
         raise ValueError(f"Transformers reports {gaps}")
     model.train(False)

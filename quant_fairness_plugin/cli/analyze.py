@@ -1,0 +1,148 @@
+"""`quant-fairness analyze`: one question about a model. Tables are rendered from the fields of the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quant_fairness_plugin.analysis.kinds import ANALYSES, find_analysis
+from quant_fairness_plugin.analysis.request import AnalysisOptions, Request, check_options
+from quant_fairness_plugin.artifacts import Interval, Undefined, write_atomically
+from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, OutputFile
+from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.tables import show
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.devices import describe_device
+from quant_fairness_plugin.preflight import preflight
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
+
+MOST_ROWS = 60
+"""Of a table on the terminal; --json has larger ones."""
+
+
+@options(config=(*GRID, *TEXTS, *COMPUTE), file=False)
+def analyze(
+    config: FairConfig,
+    extra: AnalysisOptions,
+    access: Access,
+    kind: Annotated[str | None, typer.Argument(metavar="KIND", help="Which question; --list names them.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As everywhere: demo, a Hub id, a folder.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--list", help="Name the questions.", rich_help_panel="Output")] = False,
+    output: OutputFile = None,
+    as_json: Json = False,
+) -> None:
+    """Answer one question about a model: how its weights, tokens and representations are, and what changes do."""
+    if every or kind is None:
+        _list(as_json=as_json)
+        return
+    analysis = find_analysis(kind)
+    check_options(kind, analysis.takes, extra)
+    source = access.source(model)
+    checked = preflight(source, config)
+
+    computed: dict[str, str] = {}
+
+    @cache
+    def load() -> LoadedModel:
+        # Loads torch.
+        from quant_fairness_plugin.steps import load_checked
+
+        loaded = load_checked(checked, source, config)
+        computed["device"] = describe_device(loaded.model.device)
+        computed["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+        return loaded
+
+    with progress() as shown:
+        request = Request(
+            files=checked.files,
+            texts=checked.texts,
+            config=config,
+            options=extra,
+            load=load,
+            progress=lambda done, total: shown(kind, done, total),
+        )
+        result = analysis.run(request)
+    provenance = request.provenance(reads_texts=analysis.reads_texts) | computed
+    document = {"schema_version": 1, "kind": "analysis", "analysis": kind, "provenance": provenance}
+    text = json.dumps(document | {"result": asdict(result)}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    if output is not None:
+        write_atomically(output, text.encode())
+    if as_json:
+        typer.echo(text, nl=False)
+        return
+    for line in lines(result):
+        show(line) if isinstance(line, Table) else typer.echo(line)
+
+
+def _list(*, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({name: analysis.question for name, analysis in ANALYSES.items()}, indent=1))
+        return
+    for name, analysis in ANALYSES.items():
+        typer.echo(f"{name}: {analysis.question}")
+
+
+def lines(result: object) -> Iterator[str | Table]:
+    """Yield what a person reads of an answer: its plain fields as lines, its rows as tables.
+
+    Numbers per sentence, which tests and intervals are made of, are left to --json.
+
+    Raises:
+        ConfigError: the answer is no dataclass.
+    """
+    if not is_dataclass(result):
+        raise ConfigError(f"an answer of type {type(result).__name__} cannot be shown; expected a dataclass")
+    for field in fields(result):
+        value = getattr(result, field.name)
+        title = field.name.replace("_", " ")
+        if isinstance(value, tuple) and len(value) > MOST_ROWS:
+            yield f"{title}: {len(value)} rows, in --json"
+        elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+            yield _table(title, value)
+        elif not (_per_sentence(value) or value == ()):
+            yield f"{title}: {_cell(value)}"
+
+
+def _table(title: str, rows: tuple[Any, ...]) -> Table:
+    columns = [field.name for field in fields(rows[0]) if not _per_sentence(getattr(rows[0], field.name))]
+    table = Table(*(name.replace("_", " ") for name in columns), title=title)
+    reasons: dict[str, None] = {}
+    for row in rows:
+        values = [getattr(row, name) for name in columns]
+        reasons |= {value.undefined: None for value in values if isinstance(value, Undefined)}
+        table.add_row(*("undefined" if isinstance(value, Undefined) else _cell(value) for value in values))
+    if reasons:
+        more = f" (and {len(reasons) - 1} other reasons, in --json)" if len(reasons) > 1 else ""
+        table.caption = f"undefined: {next(iter(reasons))}{more}"
+    return table
+
+
+def _per_sentence(value: object) -> bool:
+    return isinstance(value, dict) or is_dataclass(value) and not isinstance(value, Interval | Undefined)
+
+
+def _cell(value: object) -> str:
+    match value:
+        case Undefined():
+            return f"undefined: {value.undefined}"
+        case Interval():
+            return f"{value.estimate:.4g} [{value.low:.4g}, {value.high:.4g}]"  # they span orders of magnitude
+        case float():
+            return f"{value:.4g}"
+        case None:
+            return ""
+        case tuple():
+            return ", ".join(map(_cell, value))
+    return str(value)

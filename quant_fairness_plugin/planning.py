@@ -1,0 +1,146 @@
+"""The plan of `auto`: scores of units, what format and reader allow, a limit, and a few exact evaluations.
+
+Takes a model, texts and a `FairConfig`; returns `UnitScores`, and from them a `ProtectionPlan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from quant_fairness_plugin.artifacts import Precision, ProtectionPlan, TextSet, Unit, UnitScores, precision_of_bits
+from quant_fairness_plugin.checkpoint.readers import find_refusal
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.config.parsers import read_target
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.plans.costs import bytes_at_bits, layers_budget, with_columns
+from quant_fairness_plugin.plans.units import map_units
+from quant_fairness_plugin.quantize.backends import NATIVE
+from quant_fairness_plugin.quantize.methods import find_method
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.recommend import Limit
+from quant_fairness_plugin.recommend.assembly import Choice
+from quant_fairness_plugin.recommend.estimated import Demand, Planner
+from quant_fairness_plugin.sweep.bank import Bank, RtnBank
+from quant_fairness_plugin.sweep.fisher import check_linear, spread
+from quant_fairness_plugin.sweep.model_bank import ModelBank
+from quant_fairness_plugin.sweep.unit_scores import score_units
+from quant_fairness_plugin.sweep.walk import score_plans
+from quant_fairness_plugin.texts.parts import overlap
+
+EXACT_SENTENCES = 8
+"""Of each language, on which a plan and its neighbours are evaluated exactly."""
+Progress = Callable[[int, int], None]
+"""Called with (done, in all)."""
+
+
+def limit_of(loaded: LoadedModel, config: FairConfig) -> Limit:
+    """Return what bounds a plan: the configuration's size, bits, target or overhead, and its limits of languages."""
+    languages = config.limits or {}
+    if config.target is not None:
+        return Limit(target=read_target(config.target)[1], languages=languages)
+    if config.max_size is not None:
+        return Limit(max_bytes=config.max_size, languages=languages)
+    if config.target_bits is not None:
+        return Limit(max_bytes=bytes_at_bits(loaded, config.grid, config.target_bits), languages=languages)
+    share = layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead)
+    return Limit(max_overhead=share, languages=languages)
+
+
+def menu_of(loaded: LoadedModel, config: FairConfig) -> tuple[tuple[Precision, ...], bool]:
+    """Return what `auto` can give instead of the grid's precision, and whether to whole layers only.
+
+    The default is cut to what format and reader allow; what the user named has been checked before.
+    """
+    groups = loaded.family.units_of(0)
+    for place, whole_layers in ((Unit(0, groups[0].name), False), (Unit(0), True)):
+        allowed = tuple(kind for kind in config.menu if not _refused(loaded, config, {str(place): kind}))
+        if allowed:
+            return allowed, whole_layers
+    return ("fp16",), True
+
+
+def _refused(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> bool:
+    form, reader = config.format, config.reader
+    return find_refusal(loaded.family, format=form, grid=config.grid, reader=reader, overrides=overrides) is not None
+
+
+def check_scorable(loaded: LoadedModel) -> None:
+    """Refuse a model that gradients cannot score, before anything is quantized for it.
+
+    Raises:
+        UnsupportedModelError: a unit holds a weight that belongs to no linear module.
+    """
+    check_linear(loaded, map_units(loaded))
+
+
+def scoring_bank(loaded: LoadedModel, config: FairConfig, bare: QuantizedModel | None) -> Bank:
+    """Return the weights that scores are about: of a quantized model where there is one, else rounded to nearest."""
+    units = map_units(loaded)
+    rounded = RtnBank(loaded, units, config.grid)
+    return rounded if bare is None else ModelBank(units, bare, rounded)
+
+
+def quantizes_first(config: FairConfig) -> bool:
+    """Return whether scores take the errors of the method itself, quantizing once without protection.
+
+    Otherwise those of rounding to nearest: of other tools, and where scales move between modules, errors of one unit
+    are none of its own.
+    """
+    method = find_method(config.method)
+    return config.backend == NATIVE and method.needs_calibration and not method.moves_scales
+
+
+def score(
+    loaded: LoadedModel, texts: TextSet, config: FairConfig, bank: Bank, *, progress: Progress | None = None
+) -> UnitScores:
+    """Score every unit on the search part, at every precision of the menu and of what the user gave."""
+    menu, _ = menu_of(loaded, config)
+    kinds = tuple(dict.fromkeys((*menu, *config.overrides.values())))
+    units = map_units(loaded)
+    scores = score_units(
+        loaded, texts.part("search"), grid=config.grid, menu=kinds, units=units, bank=bank, seed=config.seed,
+        progress=progress,
+    )  # fmt: skip
+    return replace(scores, condition=overlap(texts))
+
+
+def plan_by_scores(
+    loaded: LoadedModel,
+    texts: TextSet,
+    config: FairConfig,
+    scores: UnitScores,
+    bank: Bank | None,
+    *,
+    progress: Progress | None = None,
+) -> ProtectionPlan:
+    """Return the plan that scores lead to, after exact evaluation of it and its neighbours where there is a bank.
+
+    Raises:
+        QualityGateError: no plan keeps the target or the limits, or the choice is unstable and `strict` is set.
+        ConfigError: limits of languages that do not count.
+    """
+    menu, whole_layers = menu_of(loaded, config)
+    planner = Planner(
+        scores,
+        Demand(
+            limit=limit_of(loaded, config), menu=menu, whole_layers=whole_layers, objective=config.decides_by,
+            overrides=config.overrides, strict=config.strict,
+        ),
+    )  # fmt: skip
+    candidates = planner.candidates()
+    evaluated = None
+    if bank is not None:
+        some = spread(texts.part("search").choose(tuple(scores.bytes_)), EXACT_SENTENCES)
+        grid = dict.fromkeys(scores.units, precision_of_bits(config.bits))
+        plans = {candidate.name: {**grid, **_by_unit(scores, candidate.choice)} for candidate in candidates}
+        evaluated = score_plans(loaded, plans, some, units=map_units(loaded), bank=bank, progress=progress)
+    plan = planner.plan(candidates, evaluated, replace(config.bootstrap, reference=None))
+    return with_columns(plan, loaded, config.protect_columns)
+
+
+def _by_unit(scores: UnitScores, choice: Choice) -> dict[str, Precision]:
+    """A choice with layers replaced by their units; a unit's own precision wins."""
+    layers = {name: kind for name, kind in choice.items() if Unit.parse(name).group is None}
+    units = {unit: layers[whole] for unit in scores.units if (whole := str(Unit.parse(unit).whole)) in layers}
+    return units | {name: kind for name, kind in choice.items() if name not in layers}

@@ -1,0 +1,143 @@
+"""The artifacts that a report is made from, and what they have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from quant_fairness_plugin.artifacts import (
+    RECORD_NAME,
+    Evidence,
+    ExportRecord,
+    Measurement,
+    ProtectionPlan,
+    SweepReport,
+    from_json,
+)
+from quant_fairness_plugin.errors import ArtifactError, ConfigError
+from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
+
+Artifact = ExportRecord | Measurement | SweepReport | ProtectionPlan | Evidence
+KINDS: dict[str, type[Artifact]] = {
+    "export": ExportRecord,
+    "measurement": Measurement,
+    "sweep": SweepReport,
+    "plan": ProtectionPlan,
+    "evidence": Evidence,
+}
+"""`kind` of a JSON document → its class."""
+_FIELDS = {
+    ExportRecord: "record",
+    Measurement: "measurement",
+    SweepReport: "sweep",
+    ProtectionPlan: "plan",
+    Evidence: "evidence",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What there is to report on; at least one field is not None."""
+
+    record: ExportRecord | None = None
+    measurement: Measurement | None = None
+    """Of the checkpoint; the record's own where none was given besides."""
+    before: Measurement | None = None
+    """Of the same quantization without protection."""
+    sweep: SweepReport | None = None
+    plan: ProtectionPlan | None = None
+    """What is recommended; that of the record or the evidence where none was given besides."""
+    evidence: Evidence | None = None
+
+    @classmethod
+    def of(cls, artifacts: Iterable[Artifact]) -> Sources:
+        """Sort artifacts by what they are.
+
+        Raises:
+            ConfigError: none, two of one kind, artifacts of different models, or a measurement of no quantization.
+        """
+        found: dict[str, Artifact] = {}
+        for artifact in artifacts:
+            name = _place(artifact)
+            if name in found:
+                raise ConfigError(f"two artifacts are a {name}; a report is about one of each kind. Leave one out")
+            found[name] = artifact
+        if not found:
+            raise ConfigError("nothing to report on; name a checkpoint folder, or a JSON file that a command saved")
+        _check_one_model(found)
+        return cls(**found)._completed()  # type: ignore[arg-type] # each under the name of its own type
+
+    def _completed(self) -> Sources:
+        owned = [source.plan for source in (self.record, self.evidence) if source is not None]
+        measured = None if self.record is None else self.record.measurement
+        return replace(self, plan=self.plan or next(iter(owned), None), measurement=self.measurement or measured)
+
+    @property
+    def model(self) -> str:
+        """Name of the 16-bit model, as the artifacts have it."""
+        for source in (self.record, self.measurement, self.before, self.sweep, self.evidence):
+            if source is not None:
+                return source.provenance.model
+        assert self.plan is not None
+        return self.plan.model
+
+
+def read_sources(paths: Iterable[Path]) -> Sources:
+    """Read checkpoint folders and JSON files.
+
+    Raises:
+        ArtifactError: a file that is missing, no JSON, or of no kind that a report can be made from.
+        ConfigError: what was read does not belong together; see `Sources.of`.
+    """
+    return Sources.of([read_artifact(path) for path in paths])
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read one artifact: the record of a checkpoint folder, or a JSON file of any kind.
+
+    Raises:
+        ArtifactError: missing, unreadable, no artifact, or one of another version.
+    """
+    file = path / RECORD_NAME if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = json.loads(text)
+    except (OSError, ValueError) as err:  # bad UTF-8 and bad JSON are both ValueErrors
+        raise ArtifactError(
+            f"{file}: cannot be read ({' '.join(str(err).split())}); expected a checkpoint folder of this program or a "
+            "JSON file that it saved. Check the path"
+        ) from err
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ArtifactError(f"{file}: kind {kind!r} is none of {', '.join(KINDS)}. Name one of these")
+    artifact: Artifact = from_json(KINDS[kind], text, str(file))  # type: ignore[type-var] # one of the kinds, by name
+    return artifact
+
+
+def _place(artifact: Artifact) -> str:
+    """Return the field of `Sources` that an artifact belongs in."""
+    if isinstance(artifact, Measurement):
+        if artifact.state == BASELINE:
+            raise ConfigError(
+                "the measurement is of the 16-bit model alone, which loses nothing; measure a checkpoint: "
+                "quant-fairness measure DIR -o measurement.json"
+            )
+        if artifact.state == NONE:
+            return "before"
+    return _FIELDS[type(artifact)]
+
+
+def _check_one_model(found: dict[str, Artifact]) -> None:
+    models = {
+        a.provenance.model_sha256: a.provenance.model for a in found.values() if not isinstance(a, ProtectionPlan)
+    }
+    if len(models) > 1:
+        raise ConfigError(
+            f"the artifacts are of {len(models)} models ({', '.join(models.values())}), whose checksums differ; a "
+            "report is about one. Make one for each"
+        )
+    plan = found.get("plan")
+    if isinstance(plan, ProtectionPlan) and models and plan.model not in models.values():
+        raise ConfigError(f"the plan is for {plan.model}, the other artifacts are of {', '.join(models.values())}")

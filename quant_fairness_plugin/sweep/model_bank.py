@@ -1,0 +1,47 @@
+"""A model that was quantized in memory, as the bank of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from quant_fairness_plugin.artifacts import Precision
+from quant_fairness_plugin.model.exchange import stored_form
+from quant_fairness_plugin.plans.units import UnitMap
+from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.sweep.bank import Bank
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBank:
+    """The weights of a quantized model at the precision of its grid, and those of another bank at all others.
+
+    It was quantized as a whole, so its blocks saw quantized inputs: exchanged one by one its units are an approximation
+    of what quantizing them one by one would give. A model whose scales moved between modules (AWQ) is no such bank.
+    """
+
+    units: UnitMap
+    quantized: QuantizedModel
+    others: Bank
+    _made: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def description(self) -> str:
+        """The method and grid, and the other bank's."""
+        return f"{self.quantized.method} {self.quantized.grid}; other precisions: {self.others.description}"
+
+    def weights(self, unit: str, precision: Precision) -> Mapping[str, Tensor]:
+        """Parameter → value as the model stores it; parameters that stay in 16 bit are left out."""
+        if precision != self.quantized.plan.quantized_precision:
+            return self.others.weights(unit, precision)
+        if unit not in self._made:
+            names = [name.removesuffix(".weight") for name in self.units.parameters[unit]]
+            model = self.quantized.loaded.model
+            self._made[unit] = {
+                f"{name}.weight": stored_form(model.get_submodule(name), self.quantized.dense_weight(name))
+                for name in names
+                if name in self.quantized.tensors
+            }
+        return self._made[unit]

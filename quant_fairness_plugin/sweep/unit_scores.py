@@ -1,0 +1,77 @@
+"""Scores of every unit from one pass of gradients, as an artifact that plans are made from without the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from quant_fairness_plugin.artifacts import Grid, Precision, TextSet, UnitScores, precision_of_bits
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.plans.costs import count_bytes
+from quant_fairness_plugin.plans.units import UnitMap
+from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.engine import support_of
+from quant_fairness_plugin.sweep.fisher import DRAWS, SENTENCES, Changes, score_sentences, spread
+from quant_fairness_plugin.sweep.walk import score_plans
+
+
+def score_units(
+    loaded: LoadedModel,
+    texts: TextSet,
+    *,
+    grid: Grid,
+    menu: Sequence[Precision],
+    units: UnitMap,
+    bank: Bank,
+    sentences: int = SENTENCES,
+    draws: int = DRAWS,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> UnitScores:
+    """Return what the rounding error of every unit alone does to every language, at each precision.
+
+    Languages that the 16-bit model does not support are named and not scored: they have nothing to lose.
+
+    Args:
+        loaded: the model; bit-identical afterwards.
+        texts: the sentences to choose on (the `search` part).
+        grid: the grid of what is not singled out.
+        menu: what a unit can get instead; 16 bit needs no score.
+        units: the model's units.
+        bank: their weights at the grid's precision and at those of the menu.
+        sentences: how many of each language.
+        draws: labels drawn for each token.
+        seed: of the labels.
+        progress: called with (sentences done, in all).
+
+    Raises:
+        ConfigError: the bank quantizes nothing.
+        UnsupportedModelError: a unit holds a weight that belongs to no linear module.
+        QualityGateError: the 16-bit model supports none of the languages.
+    """
+    quantized = precision_of_bits(grid.bits)
+    kinds: tuple[Precision, ...] = (quantized, *(kind for kind in menu if kind not in ("fp16", quantized)))
+    changes = Changes.of(loaded, units, dict.fromkeys(kinds, bank), units.group_names())
+    if not changes.keys:
+        raise ConfigError(f"{bank.description} fits no module of the model; use another group size, or -1")
+    statuses = support_of(loaded, texts, partial(score_plans, loaded, units=units, bank=bank))
+    supported = [language for language, status in statuses.items() if status == "supported"]
+    some = spread(texts.choose(supported), sentences)
+    scores, bytes_ = score_sentences(loaded, some, changes, draws=draws, seed=seed, progress=progress)
+    layer_bytes, other_bytes = count_bytes(loaded, grid, kinds)
+    arguments = {"grid": str(grid), "bank": bank.description, "sentences": len(some), "draws": draws, "menu": [*menu]}
+    return UnitScores(
+        provenance=provenance(loaded, texts, seed=seed, arguments=arguments),
+        layers=loaded.layers,
+        grid=grid,
+        precisions=kinds,
+        errors=bank.description,
+        languages=statuses,
+        draws=draws,
+        bytes_=bytes_,
+        kl_nats=scores,
+        layer_bytes=layer_bytes,
+        other_bytes=other_bytes,
+    )
