@@ -26,6 +26,7 @@ from quant_fairness_plugin.model import resolve
 from quant_fairness_plugin.model import streamed as streamed_module
 from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.preflight import ModelSource
+from quant_fairness_plugin.quantize.stream import Workplace
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.texts.load import load_texts
 from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
@@ -310,14 +311,23 @@ def test_group_sizes_of_a_model_and_of_a_plan(tiny_model: Callable[..., Path], p
         uniform.following(plan)
 
 
-def test_a_model_that_stays_in_its_files_can_only_be_swept(planted_model: Path, planted_file: str) -> None:
-    config = make_config(group_size=32, texts=planted_file, draws=200)
-    streamed = FairQuantizer.from_source(ModelSource(str(planted_model)), config, memory_budget=10**9)
-    assert streamed.sweep(top=1).layers == LAYERS
-    plan = streamed.recommend()
-    for step in (streamed.measure, lambda: streamed.quantize(plan), lambda: streamed.evidence(plan)):
-        with pytest.raises(ConfigError, match="opened with a memory budget.*Open it without one"):
-            step()
+def test_a_model_that_stays_in_its_files_goes_the_whole_line_to_the_same_checkpoint(
+    quantizer: FairQuantizer, planted_model: Path, tmp_path: Path
+) -> None:
+    config = replace(quantizer.config, protect_layers=(PLANTED_LAYER,))
+    whole = FairQuantizer(quantizer.loaded, quantizer.texts, config).run(tmp_path / "whole")
+    place = Workplace(tmp_path / "work", memory_budget=10**9)
+    streamed = FairQuantizer.from_source(ModelSource(str(planted_model)), config, place=place)
+    found = streamed.run(tmp_path / "streamed")
+    weights = "model.safetensors"
+    assert found.record.files[weights] == whole.record.files[weights]
+    for ours, theirs in ((found.protected, whole.protected), (found.unprotected, whole.unprotected)):
+        for row, expected in zip(ours.languages, theirs.languages, strict=True):
+            # float32 sums in another order: 1e-5 nats a token.
+            assert row.kl_bits_per_byte.estimate == pytest.approx(expected.kl_bits_per_byte.estimate, abs=1e-4)
+            assert row.status == expected.status
+    with pytest.raises(ConfigError, match="block by block.*Open it without a memory budget"):
+        streamed.evidence(found.plan)
 
 
 def test_evidence_is_of_the_confirm_part_and_of_the_plan(quantizer: FairQuantizer, result: RunResult) -> None:
@@ -366,7 +376,7 @@ def test_columns_are_paid_measured_and_not_in_the_model_to_compare_with(
 @pytest.fixture
 def streamed(planted_model: Path, planted_file: str) -> FairQuantizer:
     config = make_config(group_size=32, texts=planted_file, draws=200, max_overhead=0.4)
-    return FairQuantizer.from_source(ModelSource(str(planted_model)), config, memory_budget=10**9)
+    return FairQuantizer.from_source(ModelSource(str(planted_model)), config, place=Workplace(memory_budget=10**9))
 
 
 def test_a_copy_of_a_model_that_stays_in_its_files_can_be_swept(streamed: FairQuantizer) -> None:
@@ -375,8 +385,8 @@ def test_a_copy_of_a_model_that_stays_in_its_files_can_be_swept(streamed: FairQu
     for other in (streamed.protecting("auto"), streamed.protecting([0]), streamed.following(plan)):
         assert other.sweep() is report
         assert other.sweep(combine=2, max_plans=3).combinations[2].evaluated == 3
-        with pytest.raises(ConfigError, match="opened with a memory budget"):
-            other.quantize()
+        with pytest.raises(ConfigError, match="block by block"):
+            other.evidence(plan)
 
 
 def test_a_new_sweep_forgets_the_plan_of_the_old_one(quantizer: FairQuantizer) -> None:

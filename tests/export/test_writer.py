@@ -21,8 +21,9 @@ from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.inspection import check_tensor_list, check_values, modules_by_tensors
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export import writer
-from quant_fairness_plugin.export.contents import INDEX, checkpoint_tensors, write_shards
+from quant_fairness_plugin.export.contents import checkpoint_tensors
 from quant_fairness_plugin.export.copies import Copies
+from quant_fairness_plugin.export.shards import INDEX, write_shards
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.headers import read_header
