@@ -1,7 +1,7 @@
 """Damage of each language under GPTQ, for no protection, the seeds' layers {0, 9, 11}, and three recommended layers.
 
     python benchmarks/protection_table.py measure          # about half an hour on two cores; writes the rows
-    python benchmarks/protection_table.py render           # rewrites the tables of README.md and docs/results.md
+    python benchmarks/protection_table.py render           # rewrites the tables of docs/results.md
 
 INT4 is measured on the exported checkpoint as read back from its files; INT3, which no server reads, in memory. The
 layers are recommended on the `search` part of the bundled sentences and everything is reported on the `confirm` part.
@@ -104,7 +104,7 @@ def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
 def render() -> None:
     rows = read_rows()
     tables = {f"{model}-int{bits}": table(rows, model, bits) for model in MODELS for bits in WIDTHS}
-    for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for path in (ROOT / "docs" / "results.md",):
         text = path.read_text(encoding="utf-8")
         for name, content in tables.items():
             pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
