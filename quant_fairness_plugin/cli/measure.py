@@ -21,16 +21,7 @@ from quant_fairness_plugin.cli.damage import (
 )
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
-from quant_fairness_plugin.cli.options import (
-    COMPUTE,
-    TEXTS,
-    Access,
-    Details,
-    Json,
-    ModelOption,
-    OutputFile,
-    Place,
-)
+from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, ModelOption, OutputFile, Place, Shown
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
@@ -56,13 +47,12 @@ def measure(
     access: Access,
     place: Place,
     how: HowToMeasure,
+    shown: Shown,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
     ] = None,
     model: ModelOption = None,
     output: OutputFile = None,
-    as_json: Json = False,
-    details: Details = False,
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
@@ -71,7 +61,7 @@ def measure(
         check_legacy(config, part=how.part != "confirm")
         if checkpoint is not None:
             check_original(checkpoint, source.resolve())
-        legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=as_json)
+        legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=shown.as_json)
         return
     checked = preflight(source, config)
     if checkpoint is not None:
@@ -82,9 +72,9 @@ def measure(
     from quant_fairness_plugin.quantize.stream import Workplace
 
     started = time.monotonic()
-    with progress() as shown:
+    with progress() as tell:
         quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget), stream=True
+            source, config, checked=checked, progress=tell, place=Workplace(place.work, budget), stream=True
         )
         measured = (
             quantizer.measure(part=how.part).measurements[BASELINE]
@@ -94,7 +84,7 @@ def measure(
     if output is not None:
         save(measured, output)
         save_run_record(output, seconds=time.monotonic() - started, device=measured.provenance.device, argv=sys.argv)
-    if as_json:
+    if shown.as_json:
         typer.echo(to_json(measured), nl=False)
         return None if checkpoint is None else check_gate(measured, config)
     sentences = f"{describe_part(measured)} of {measured.provenance.text_set}"
@@ -103,7 +93,7 @@ def measure(
         typer.echo("\n".join(language_notes(measured)))
         return
     show_verdict(measured, config)
-    table = detailed_damage_table if details else damage_table
+    table = detailed_damage_table if shown.details else damage_table
     show(table(measured, title=f"{checkpoint} {describe_original(measured, source.name)}: {sentences}"))
     typer.echo("\n".join(damage_notes(measured)))
     check_gate(measured, config)

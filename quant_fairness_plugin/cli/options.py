@@ -43,9 +43,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Output")
 ]
-Details = Annotated[
-    bool, typer.Option("--details", help="Every interval and column, in a wide table.", rich_help_panel="Output")
-]
 OutputFile = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Also save the result as JSON.", rich_help_panel="Output"),
@@ -118,6 +115,14 @@ class Access:
             ConfigError: no model was given.
         """
         return ModelSource(require_model(model), self.revision, self.trust_remote_code, self.allow_pickle)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """How a result is printed."""
+
+    as_json: Annotated[bool, Option("Print one JSON document instead of text.", "Output", flag="--json")] = False
+    details: Annotated[bool, Option("Every interval and column, in a wide table.", "Output", flag="--details")] = False
 
 
 def default_output(model: str) -> Path:

@@ -11,12 +11,11 @@ from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detaile
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
     Access,
-    Details,
-    Json,
     ModelArgument,
     OutputFolder,
     Overwrite,
     Place,
+    Shown,
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
@@ -34,18 +33,17 @@ def quantize_model(
     model: ModelArgument,
     output: OutputFolder = None,
     overwrite: Overwrite = False,
-    as_json: Json = False,
-    details: Details = False,
     config: FairConfig,
     plan: PlanFile = None,
     access: Access,
     place: Place,
+    shown: Shown,
 ) -> None:
     """Quantize MODEL, keep the protected layers in 16 bit, verify what was written and measure it."""
     saved, config = planned(plan, config)
     out = output or default_output(model)
     record = write_checkpoint(access.source(model), config, out, plan=saved, overwrite=overwrite, place=place)
-    report_checkpoint(record, out, config, as_json=as_json, details=details)
+    report_checkpoint(record, out, config, shown)
 
 
 quantize = options()(quantize_model)
@@ -70,9 +68,9 @@ def write_checkpoint(
     from quant_fairness_plugin.quantize.stream import Workplace
     from quant_fairness_plugin.steps import needs_no_sweep
 
-    with progress() as shown:
+    with progress() as tell:
         quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
+            source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
             stream=needs_no_sweep(config),
         )  # fmt: skip
         quantizer = quantizer if plan is None else quantizer.following(plan)
@@ -86,9 +84,7 @@ def write_checkpoint(
         return quantizer.save_pretrained(out, overwrite=overwrite, measure=measure)
 
 
-def report_checkpoint(
-    record: ExportRecord, out: Path, config: FairConfig, *, as_json: bool, details: bool = False
-) -> None:
+def report_checkpoint(record: ExportRecord, out: Path, config: FairConfig, shown: Shown) -> None:
     """Print what was written: the record as JSON, or verdict, table and a line; its calibration on stderr.
 
     Raises:
@@ -97,13 +93,13 @@ def report_checkpoint(
     typer.echo("\n".join(coverage_lines(record.calibration)), err=True)
     if record.experts is not None:
         typer.echo("\n".join(record.experts.lines()), err=True)
-    if as_json:
+    if shown.as_json:
         typer.echo(to_json(record), nl=False)
         return check_gate(record.measurement, config)
     if record.measurement is not None:
         show_verdict(record.measurement, config)
         title = f"{out}: damage against the 16-bit model, {describe_part(record.measurement)}"
-        show((detailed_damage_table if details else damage_table)(record.measurement, title=title))
+        show((detailed_damage_table if shown.details else damage_table)(record.measurement, title=title))
         typer.echo("\n".join(damage_notes(record.measurement)))
     more = singled_out(record.plan)
     typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}, verified; {extent(record)}")

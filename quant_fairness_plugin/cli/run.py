@@ -10,16 +10,7 @@ from quant_fairness_plugin.artifacts import Measurement, to_json
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import (
-    Access,
-    Details,
-    Json,
-    ModelOption,
-    OutputFolder,
-    Overwrite,
-    Place,
-    default_output,
-)
+from quant_fairness_plugin.cli.options import Access, ModelOption, OutputFolder, Overwrite, Place, Shown, default_output
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
@@ -36,12 +27,11 @@ def run(
     model: ModelOption = None,
     output: OutputFolder = None,
     overwrite: Overwrite = False,
-    as_json: Json = False,
-    details: Details = False,
     config: FairConfig,
     plan: PlanFile = None,
     access: Access,
     place: Place,
+    shown: Shown,
 ) -> None:
     """Measure, score, plan, quantize, export, verify, and print each language's damage before and after."""
     saved, config = planned(plan, config)
@@ -55,9 +45,9 @@ def run(
     from quant_fairness_plugin.quantize.stream import Workplace
     from quant_fairness_plugin.steps import needs_no_sweep
 
-    with progress() as shown:
+    with progress() as tell:
         quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
+            source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
             stream=needs_no_sweep(config),
         )  # fmt: skip
         quantizer = quantizer if saved is None else quantizer.following(saved)
@@ -68,10 +58,10 @@ def run(
 
         result = quantizer.run(out, overwrite=overwrite, report=report)
     typer.echo("\n".join(coverage_lines(result.record.calibration)), err=True)
-    if as_json:
+    if shown.as_json:
         typer.echo(to_json(result.record), nl=False)
     else:
-        _show(result, quantizer.config, out, details=details)
+        _show(result, quantizer.config, out, details=shown.details)
     check_gate(result.protected, quantizer.config)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether the module is a linear map that stores its weight transposed, `[in_features, out_features]`."""
+    from transformers.pytorch_utils import Conv1D  # loads Transformers, which a plan does without
+
     return isinstance(module, Conv1D)
 
 

@@ -22,7 +22,6 @@ from quant_fairness_plugin.checkpoint.inspection import check_tensor_list, check
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.export.contents import checkpoint_tensors
-from quant_fairness_plugin.export.copies import Copies
 from quant_fairness_plugin.export.shards import INDEX, write_shards
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
@@ -444,8 +443,8 @@ def test_what_was_written_is_compared_with_what_was_quantized(
 ) -> None:
     layout = checkpoint_format("compressed-tensors")
 
-    def one_nibble_off(quantized: QuantizedModel, _: object, copies: Copies) -> Any:
-        for name, tensor in checkpoint_tensors(quantized, layout, copies):
+    def one_nibble_off(quantized: QuantizedModel, _: object) -> Any:
+        for name, tensor in checkpoint_tensors(quantized, layout):
             yield (
                 name,
                 tensor ^ (tensor == tensor.flatten()[5]).int() if name.endswith("up_proj.weight_packed") else tensor,
@@ -516,10 +515,10 @@ def test_an_untied_copy_of_a_shared_tensor_is_stored_twice(small: QuantizedModel
     head = model.lm_head.weight
     try:
         model.lm_head.weight = model.model.embed_tokens.weight
-        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())]
+        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"))]
         assert "lm_head.weight" in names
         model.config.tie_word_embeddings = True
-        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"), Copies())]
+        names = [name for name, _ in checkpoint_tensors(small, checkpoint_format("fp16-twin"))]
         assert "lm_head.weight" not in names
     finally:
         model.lm_head.weight = head

@@ -54,7 +54,7 @@ AROUND: dict[str, Change] = {
     "version of transformers": _versions("transformers"),
     "processor": lambda patch: patch.setattr(platform, "machine", lambda: "pdp11"),
     "instructions": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NONE"),
-    "device": lambda patch: patch.setattr(jobs, "_device", lambda device: "abacus"),
+    "device": lambda patch: patch.setattr(jobs, "describe_device", lambda device: "abacus"),
     "precision of products": lambda patch: patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
 }
 
