@@ -59,7 +59,26 @@ _ROUTED = {
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+_TEXT = _IDS | _PLAIN
+_GEMMA3_EYE = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+_QWEN_EYE = {
+    "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
+    "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [],
+}  # fmt: skip
+_QWEN_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 _OWN: Mapping[str, Mapping[str, Any]] = {
+    "gemma3": {
+        "text_config": _TEXT | {"sliding_window": 16}, "vision_config": _GEMMA3_EYE, "mm_tokens_per_image": 4,
+        "image_token_index": 263, "boi_token_index": 262, "eoi_token_index": 261,
+    },
+    "qwen3_5": {
+        "text_config": _TEXT | _LINEAR | {"rope_parameters": _QWEN_ROTARY | {"partial_rotary_factor": 1.0}},
+        "vision_config": _QWEN_EYE, "image_token_id": 263, "video_token_id": 262, "vision_start_token_id": 261,
+        "vision_end_token_id": 260,
+    },
     "falcon": {"num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "glm": {"partial_rotary_factor": 0.5},

@@ -200,7 +200,7 @@ def render() -> None:
     parts = [PREFACE]
     for bits in WIDTHS:
         parts += [f"## GPTQ INT{bits}, groups of 128, model `{MODEL}`\n", table(rows, bits), verdict(rows, bits)]
-    parts += ["## Time\n", times(rows)]
+    parts += ["## Whether `mse` can be the default\n", defaults(rows), "## Time\n", times(rows)]
     PAGE.write_text("\n".join(parts), encoding="utf-8")
 
 
@@ -223,6 +223,24 @@ def table(rows: list[dict[str, Any]], bits: int) -> str:
     errors = [f"{1000 * mine[clip, 'all supported']['output_loss']:.2f}" for clip in CLIPS]
     lines.append("| GPTQ's own loss (thousandths of the output energy) | " + " | ".join(errors) + " |")
     return "\n".join([*lines, ""])
+
+
+def defaults(rows: list[dict[str, Any]]) -> str:
+    """The two rules on every model that was measured, and whether the second is better on all of them."""
+    mine = [row for row in rows if row["kind"] == "default"]
+    lines = ["| model | grid | worst KL | mean KL | gain over absmax |", "|---|---|---|---|---|"]
+    for row in mine:
+        gain = "" if row["gain_over_absmax"] is None else figure(row["gain_over_absmax"])
+        lines.append(
+            f"| {row['model']} | {row['grid']} | {figure(row['worst_kl'])} | {figure(row['mean_kl'])} | {gain} |"
+        )
+    gains = {row["model"]: row["gain_over_absmax"]["low"] for row in mine if row["gain_over_absmax"]}
+    lacking = [model for model in DEFAULTS if model not in gains]
+    failing = [model for model, low in gains.items() if low <= 0]
+    said = f"It does not measurably lower the worst language's KL on {', '.join(failing)}" if failing else ""
+    said += f"{'; ' if said else ''}not measured here: {', '.join(lacking)}" if lacking else ""
+    rule = "`mse` is the default where it lowers the worst language's KL on every model of the list: "
+    return "\n".join([*lines, "", f"{rule}{', '.join(DEFAULTS)}. {said or 'It does'}.", ""])
 
 
 def verdict(rows: list[dict[str, Any]], bits: int) -> str:

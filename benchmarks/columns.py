@@ -23,7 +23,7 @@ from pages import write_tables
 from quant_fairness_plugin.artifacts import Interval, package_versions, write_atomically
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.plans.costs import with_columns
-from quant_fairness_plugin.quantize.minimax import quantized_state
+from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.steps import plan_of_layers
 
 ROWS = Path(__file__).parent / "results" / "cpu" / "columns.jsonl"

@@ -23,7 +23,13 @@ from quant_fairness_plugin.artifacts import package_versions, write_atomically
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "experts_table.jsonl"
-STATES = (("rtn", None), ("gptq", "english"), ("gptq", "uniform"))
+STATES: tuple[tuple[str, str | None, int | None], ...] = (
+    ("rtn", None, None),
+    ("gptq", "english", None),  # all that the text has
+    ("gptq", "uniform", 53),  # as many tokens in all as English alone has
+    ("gptq", "uniform", None),
+)
+"""Method, calibration, tokens of each language."""
 WIDTHS = (4, 3)
 SEED = 0
 
@@ -39,14 +45,15 @@ def measure(model: Path) -> Iterator[dict[str, Any]]:
     training = json.loads((model / "training.json").read_text(encoding="utf-8"))
     quantizer = FairQuantizer.from_pretrained(model, protect_layers="none", seed=SEED)
     made = {
-        (bits, method, calibration): quantize(quantizer, bits, method, calibration)
+        (bits, method, calibration, tokens): quantize(quantizer, bits, method, calibration, tokens)
         for bits in WIDTHS
-        for method, calibration in STATES
+        for method, calibration, tokens in STATES
     }
     states = [unprotected_state(quantized)._replace(name=str(key)) for key, quantized in made.items()]
     measured = quantizer.measure(*states).measurements
-    for (bits, method, calibration), quantized in made.items():
-        yield row_of(quantized, measured[str((bits, method, calibration))]) | {
+    for key, quantized in made.items():
+        bits, method, calibration, _ = key
+        yield row_of(quantized, measured[str(key)]) | {
             "model": model.name,
             "bits": bits,
             "method": method,
@@ -60,12 +67,12 @@ def measure(model: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def quantize(quantizer: Any, bits: int, method: str, calibration: str | None) -> Any:
+def quantize(quantizer: Any, bits: int, method: str, calibration: str | None, tokens: int | None) -> Any:
     """Quantize every layer of the loaded model."""
     from quant_fairness_plugin import steps
 
     options: dict[str, Any] = {} if calibration is None else {"calibration": calibration}
-    config = replace(quantizer.config, bits=bits, method=method, **options)
+    config = replace(quantizer.config, bits=bits, method=method, tokens_per_language=tokens, **options)
     plan = steps.plan_of_layers(quantizer.loaded, config, ())
     return steps.quantize(quantizer.loaded, plan, quantizer.texts, config)
 

@@ -173,8 +173,9 @@ Written by `benchmarks/plan_table.py`; the rows (versions, machine, seed, comman
 `benchmarks/results/cpu/plan_table.jsonl`. KL to the 16-bit model in thousandths of a bit per byte, with 95 % bootstrap
 intervals over sentences. All states are GPTQ on the bundled calibration rows; there is one calibration draw, which the
 intervals say nothing about. In `auto` the units in 8 bit and all others are quantized together; the 16-bit layers are
-put back into `INT4`. SmolLM2-135M is dequantized from a 4-bit file, so that its figures are those of a second
-quantization.
+put back into `INT4`; none where one layer costs more than the budget. Scores, choice and comparison are of the `search`
+part. SmolLM2-135M is dequantized from a 4-bit
+file, so that its figures are those of a second quantization. Models without a table were not measured.
 """
 
 

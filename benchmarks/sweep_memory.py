@@ -28,7 +28,7 @@ from typing import Any
 
 from quant_fairness_plugin.artifacts import Precision, package_versions, write_atomically
 from quant_fairness_plugin.model.resolve import bundled_folder
-from quant_fairness_plugin.sweep.memory import parse_size, shown
+from quant_fairness_plugin.model.sizes import parse_size, shown
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "sweep_memory.jsonl"

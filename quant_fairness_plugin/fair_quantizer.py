@@ -41,7 +41,7 @@ from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ModelSource, configure, preflight
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace
 from quant_fairness_plugin.steps import EXPORTED, exported_state
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions
@@ -71,11 +71,12 @@ class FairQuantizer:
         *,
         progress: Progress | None = None,
         memory_budget: int | None = None,
+        work: Path | None = None,
     ) -> None:
         steps.check_config(config, loaded)
         self.loaded, self.texts, self.config = loaded, texts, steps.fit_config(config, loaded)
         self._progress = progress or (lambda step, done, total: None)
-        self._memory_budget = memory_budget
+        self._place = Workplace(folder=work, memory_budget=memory_budget)
         self._report: SweepReport | None = None
         self._bank: Path | None = None
         self._scores: UnitScores | None = None
@@ -132,16 +133,21 @@ class FairQuantizer:
         texts: TextSet | None = None,
         checked: Checked | None = None,
         progress: Progress | None = None,
-        memory_budget: int | None = None,
+        place: Workplace | None = None,
+        stream: bool = False,
     ) -> Self:
         """Load a model by name from a complete source and configuration; see `from_pretrained`.
 
-        With a memory budget (bytes) the model's blocks stay in their files: it can be swept, and nothing else.
-        `checked` is what `preflight` returned for the same source and configuration, which is then not run again.
+        With a memory budget (bytes), or on a CPU with `stream` where they can be read so, the model's blocks stay in
+        their files: everything but a comparison with controls and other tools works so. A folder to work in keeps what
+        is done, and an interrupted run goes on from there. `checked` is what `preflight` returned for the same source
+        and configuration, which is then not run again.
         """
-        checked = checked or preflight(source, config, texts=texts)
-        loaded = steps.load_checked(checked, source, config, memory_budget=memory_budget)
-        return cls(loaded, checked.texts, config, progress=progress, memory_budget=memory_budget)
+        checked, place = checked or preflight(source, config, texts=texts), place or Workplace()
+        loaded = steps.load_checked(checked, source, config, stream=stream, memory_budget=place.memory_budget)
+        return cls(
+            loaded, checked.texts, config, progress=progress, memory_budget=place.memory_budget, work=place.folder
+        )
 
     def protecting(self, layers: Sequence[int] | Literal["auto", "none"]) -> Self:
         """Return a copy with another protection; it remembers the sweep, and no plan."""
@@ -164,7 +170,8 @@ class FairQuantizer:
         Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
         """
         progress = partial(self._progress, f"measure {', '.join(state.name for state in states) or BASELINE}")
-        return steps.measure(self.loaded, self.texts, self.config, states, part=part, progress=progress)
+        kept = None if self._place.folder is None else self._place.folder / "measured"
+        return steps.measure(self.loaded, self.texts, self.config, states, part=part, kept=kept, progress=progress)
 
     def measure_folder(self, folder: Path | None = None, *, part: Part = "confirm") -> Measurement:
         """Measure a written checkpoint (None: the last export), read back from its files by our own dequantizer.
@@ -198,7 +205,7 @@ class FairQuantizer:
         options.setdefault("top", self.config.top or 3)
         config = SweepConfig.make(modes, **options)
         if self._report is None or bank != self._bank or not SweepConfig.of(self._report).covers(config):
-            run = Execution(work=work, executor=executor, memory_budget=self._memory_budget)
+            run = Execution(work=work, executor=executor, memory_budget=self._place.memory_budget)
             progress = partial(self._progress, "sweep")
             self._report = steps.sweep(
                 self.loaded, self.texts, self.config, config, bank=bank, execution=run, progress=progress
@@ -214,6 +221,7 @@ class FairQuantizer:
         """
         steps.check_whole(self.loaded, "scored by gradients")
         if self._scores is None:
+            planning.check_scorable(self.loaded)
             progress = partial(self._progress, "score")
             self._scores = planning.score(self.loaded, self.texts, self.config, self._scoring_bank(), progress=progress)
         return self._scores
@@ -239,7 +247,7 @@ class FairQuantizer:
         return self._plan
 
     def _measure_units(self) -> SweepReport | UnitScores:
-        if self.config.scores_units and self._memory_budget is None:
+        if self.config.scores_units and self._place.memory_budget is None:
             return self.score()
         if self.config.exhaustive:
             return self.sweep(granularity="unit", precisions=self.config.menu)
@@ -276,7 +284,6 @@ class FairQuantizer:
 
         A plan for another number of layers, or for another grid than the configuration's, is refused (ConfigError).
         """
-        steps.check_whole(self.loaded, "quantized")
         if plan is not None:
             self._remember_plan(plan)
         if self._quantized is None:
@@ -352,7 +359,8 @@ class FairQuantizer:
             self._plan, self._quantized, self._exported = plan, None, None
 
     def _quantize(self, plan: ProtectionPlan) -> QuantizedModel:
-        return steps.quantize(self.loaded, plan, self.texts, self.config, progress=partial(self._progress, "quantize"))
+        progress = partial(self._progress, "quantize")
+        return steps.quantize(self.loaded, plan, self.texts, self.config, workplace=self._place, progress=progress)
 
     def _exportable_plan(self) -> ProtectionPlan:
         """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""

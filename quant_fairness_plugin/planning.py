@@ -22,7 +22,7 @@ from quant_fairness_plugin.recommend import Limit
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.recommend.estimated import Demand, Planner
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
-from quant_fairness_plugin.sweep.fisher import spread
+from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
 from quant_fairness_plugin.sweep.unit_scores import score_units
 from quant_fairness_plugin.sweep.walk import score_plans
@@ -63,6 +63,15 @@ def menu_of(loaded: LoadedModel, config: FairConfig) -> tuple[tuple[Precision, .
 def _refused(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> bool:
     form, reader = config.format, config.reader
     return find_refusal(loaded.family, format=form, grid=config.grid, reader=reader, overrides=overrides) is not None
+
+
+def check_scorable(loaded: LoadedModel) -> None:
+    """Refuse a model that gradients cannot score, before anything is quantized for it.
+
+    Raises:
+        UnsupportedModelError: a unit holds a weight that belongs to no linear module.
+    """
+    check_linear(loaded, map_units(loaded))
 
 
 def scoring_bank(loaded: LoadedModel, config: FairConfig, bare: QuantizedModel | None) -> Bank:

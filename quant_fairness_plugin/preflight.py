@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quant_fairness_plugin.artifacts import TextSet, Unit
+from quant_fairness_plugin.artifacts import Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
@@ -128,7 +128,10 @@ def preflight(
     check_model(config, files)
     kind = str(files.config.get("model_type", ""))
     if out is not None and find_mixture(kind) is not None:
-        check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
+        layers = config.protect_layers if isinstance(config.protect_layers, tuple) else ()
+        kept: dict[str, Precision] = {str(Unit(layer)): "fp16" for layer in layers}
+        overrides = config.overrides | kept
+        check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
     if out is not None:
         _check_family_exportable(files, config)
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
@@ -173,12 +176,17 @@ def check_model(config: FairConfig, files: ModelFiles) -> None:
         InvalidLayerError: a layer or unit that the model lacks.
     """
     model_type = str(files.config.get("model_type", ""))
-    _check_backend(config, family=model_type)
-    _check_context(files)
-    if find_mixture(model_type) is not None:
-        check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
     if is_wrapper(files.config):
         _check_wrapper(config, files)
+    _check_backend(config, family=model_type)
+    _check_context(files)
+    if config.tokens_per_expert is not None and find_mixture(model_type) is None:
+        raise ConfigError(
+            f"tokens_per_expert {config.tokens_per_expert} has no effect on {files.name}, which is no mixture of "
+            "experts; leave it out"
+        )
+    if find_mixture(model_type) is not None:
+        check_experts(config.method, config.grid, columns=config.protect_columns, backend=config.backend)
     if isinstance(config.protect_layers, tuple):
         check_layers(config.protect_layers, files.layers)
     units = known_units(model_type)

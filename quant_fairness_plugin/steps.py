@@ -28,10 +28,11 @@ from quant_fairness_plugin.artifacts import (
 )
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
+from quant_fairness_plugin.checkpoint.in_blocks import stream_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
 from quant_fairness_plugin.checkpoint.readers import check_exportable, takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, UnsupportedModelError
 from quant_fairness_plugin.evidence import Rivals, gather_evidence
 from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.export.trial import try_architecture
@@ -40,28 +41,29 @@ from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.measure.measurement import Measured, measure_states
 from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
-from quant_fairness_plugin.measure.scoring import ModelState, fixed_state
+from quant_fairness_plugin.measure.scoring import ModelState, block_state, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
+from quant_fairness_plugin.model.architectures.experts import find_mixture
 from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
-from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, empty_model, load_model, load_tokenizer
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.storage import storage_dtype
-from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
+from quant_fairness_plugin.model.streamed import StreamedModel, largest_in_blocks, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.planning import limit_of
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.quantize.backends import NATIVE
-from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, build_calibration
-from quant_fairness_plugin.quantize.coverage import expert_coverage
+from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
+from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.selection import group_sizes
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace, quantize_model
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.serve.load import load_quantized
@@ -78,33 +80,59 @@ Progress = Callable[[int, int], None]
 
 
 def load_checked(
-    checked: Checked, source: ModelSource, config: FairConfig, *, memory_budget: int | None = None
+    checked: Checked,
+    source: ModelSource,
+    config: FairConfig,
+    *,
+    stream: bool = False,
+    memory_budget: int | None = None,
 ) -> LoadedModel:
     """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
 
-    With a memory budget its blocks stay in their files.
+    With a memory budget in bytes its blocks stay in their files; on a CPU with `stream` too, where they can be read so.
 
     Raises:
         ConfigError: a device that this machine does not have; before anything is read.
     """
     device = find_device(config.device)
     stored = str(storage_dtype(checked.files)).removeprefix("torch.")
-    compute, trust = getattr(torch, find_dtype(config.dtype, device, stored=stored)), source.trust_remote_code
-    loaded = (
-        load_model(
-            checked.files,
-            dtype=compute,
-            trust_remote_code=trust,
-            device=device,
-            sentences=probe_sentences(checked.texts),
-        )
-        if memory_budget is None
-        else open_streamed(checked.files, dtype=compute, trust_remote_code=trust, device=device)
+    compute = getattr(torch, find_dtype(config.dtype, device, stored=stored))
+    sentences, trust = probe_sentences(checked.texts), source.trust_remote_code
+    whole = partial(
+        load_model, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences
     )
+    in_blocks = partial(
+        open_streamed, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences
+    )
+    loaded: LoadedModel
+    if memory_budget is not None:
+        loaded = replace(in_blocks(), memory_budget=memory_budget)
+    elif stream and str(device).startswith("cpu") and _can_stream(checked.files):
+        try:
+            loaded = in_blocks()
+        except QuantFairnessError as err:
+            _logger.info("%s is loaded as a whole: %s", checked.files.name, err)
+            loaded = whole()  # what is wrong with the model itself is said again
+    else:
+        loaded = whole()
     _logger.info("%s: computed in %s on %s", checked.files.name, compute, describe_device(loaded.model.device))
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
+
+
+def _can_stream(files: ModelFiles) -> bool:
+    """Return whether blocks can be read from the files; experts are read with the whole model."""
+    readable = bool(files.weights) and files.weights[0].suffix == ".safetensors"
+    return readable and find_mixture(str(files.config.get("model_type", ""))) is None
+
+
+def needs_no_sweep(config: FairConfig) -> bool:
+    """Return whether a configuration's checkpoint is made without a sweep and without another tool.
+
+    Only these take the whole model, or are faster with it where it fits memory.
+    """
+    return config.protect_layers != "auto" and config.backend == NATIVE
 
 
 def probe_sentences(texts: TextSet) -> list[str]:
@@ -120,9 +148,23 @@ def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
 def open_in_memory(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: FairConfig, texts: TextSet | None
 ) -> tuple[LoadedModel, TextSet]:
-    """Copy a model that is in memory, check the configuration against it, and return it with the texts."""
+    """Copy a model that is in memory, check the configuration against it, and return it with the texts.
+
+    The copy is computed in float32, where the model is, or on the device that the configuration names.
+
+    Raises:
+        ConfigError: another dtype, a device that is not there, or a configuration that does not fit the model.
+    """
+    if config.dtype == "bfloat16":
+        raise ConfigError(
+            "dtype bfloat16 is accepted together with a model's name or folder; a model in memory is computed in "
+            "float32. Leave dtype out, or save the model and name its folder"
+        )
+    device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
+    if device is not None:
+        loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     check_model(config, loaded.files)
     check_tokens(loaded, sentences)
     return loaded, sentences
@@ -153,8 +195,8 @@ def check_whole(loaded: LoadedModel, step: str) -> None:
     """
     if isinstance(loaded, StreamedModel):
         raise ConfigError(
-            f"{loaded.files.name} was opened with a memory budget, so its blocks are in their files: it can be swept, "
-            f"and not {step}. Open it without one"
+            f"{loaded.files.name} was opened block by block, as with a memory budget: it can be swept, quantized and "
+            f"measured, and not {step}, which takes the whole model. Open it without a memory budget"
         )
 
 
@@ -165,11 +207,14 @@ def measure(
     states: Sequence[ModelState],
     *,
     part: Part,
+    kept: Path | None = None,
     progress: Progress | None = None,
 ) -> Measured:
-    """Measure states against the 16-bit model on one part of the texts; without a state, the 16-bit model itself."""
-    check_whole(loaded, "measured")
-    baseline = fixed_state(BASELINE, loaded.model)
+    """Measure states against the 16-bit model on one part of the texts; without a state, the 16-bit model itself.
+
+    What the 16-bit model's head is given stays in the folder `kept`, where its blocks are in files, for the next time.
+    """
+    baseline = block_state(BASELINE, loaded, kept=kept)
     return measure_states(
         baseline,
         states or (baseline,),
@@ -322,7 +367,8 @@ def check_exportable_plan(
     loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision], *, protected: Collection[int] = ()
 ) -> None:
     """Check precisions and group sizes against format and reader. Raises as `check_exportable_before_sweep`."""
-    check_whole(loaded, "quantized")
+    if isinstance(loaded, StreamedModel) and not _can_stream(loaded.files):
+        check_whole(loaded, "quantized, as it holds experts")
     check_exportable(
         loaded.family,
         format=config.format,
@@ -342,7 +388,11 @@ def try_export(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
     """
     if config.format in HALF_PRECISION_KERNELS and loaded.storage_dtype != torch.float16:
         rows = probe_rows(loaded.model, loaded.tokenizer, loaded.family, probe_sentences(texts))
-        largest = largest_activation(loaded.model, rows)
+        largest = (
+            largest_in_blocks(loaded, rows)
+            if isinstance(loaded, StreamedModel)
+            else largest_activation(loaded.model, rows)
+        )
         if largest > LARGEST_FLOAT16:
             raise UnsupportedModelError(
                 f"{loaded.files.name}: activations reach {largest:.3g}, and readers of {config.format} compute in "
@@ -402,7 +452,13 @@ def evidence(
 
 
 def quantize(
-    loaded: LoadedModel, plan: ProtectionPlan, texts: TextSet, config: FairConfig, *, progress: Progress | None = None
+    loaded: LoadedModel,
+    plan: ProtectionPlan,
+    texts: TextSet,
+    config: FairConfig,
+    *,
+    workplace: Workplace | None = None,
+    progress: Progress | None = None,
 ) -> QuantizedModel:
     """Quantize every layer that a plan does not protect, on the calibration part where the method has a calibration.
 
@@ -413,6 +469,7 @@ def quantize(
         plan: what keeps 16 bit, or gets 8.
         texts: the whole text set; `minimax` also measures on its search part.
         config: method, grid, backend, and how much each language counts.
+        workplace: where to go on from after an interruption, and a memory budget; for our own core.
         progress: called with (layers done, layers).
 
     Raises:
@@ -423,22 +480,16 @@ def quantize(
             f"dtype bfloat16 rounds the {str(loaded.storage_dtype).removeprefix('torch.')} weights of "
             f"{loaded.files.name}, so that others would be quantized; float32 is accepted. Use --dtype float32"
         )
-    calibration = None
-    if find_method(config.method).needs_calibration:
-        calibration = build_calibration(
-            loaded.tokenizer,
-            texts.part("calibrate"),
-            tokens_per_language=config.tokens_per_language,
-            row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
-            weighting=config.calibration,
-        )
+    calibration = _calibration(loaded, texts, config) if find_method(config.method).needs_calibration else None
     if config.backend != NATIVE and calibration is not None:
+        check_whole(loaded, f"quantized by {config.backend}")
         return quantize_with(config.backend, loaded, plan, method=config.method, calibration=calibration)
     with_our_core = partial(
         quantize_model,
         loaded,
         plan,
         method=config.method,
+        workplace=workplace,
         progress=progress,
     )
     if calibration is None:
@@ -446,6 +497,21 @@ def quantize(
     coverage = expert_coverage(loaded, calibration, texts)
     quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
     return quantized if coverage is None else replace(quantized, experts=coverage)
+
+
+def _calibration(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> CalibrationSet:
+    """Return the calibration rows of a configuration, with those that its experts still need."""
+    build = partial(
+        build_calibration,
+        loaded.tokenizer,
+        texts.part("calibrate"),
+        row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
+    )
+    calibration = build(tokens_per_language=config.tokens_per_language, weighting=config.calibration)
+    if config.tokens_per_expert is None:
+        return calibration
+    whole = build(languages=tuple(calibration.rows), weighting="proportional")
+    return reach_experts(loaded, calibration, whole, enough=config.tokens_per_expert)
 
 
 def write(
@@ -484,7 +550,7 @@ def compare(record: ExportRecord, measured: Measured) -> RunResult:
 
 def unprotected_state(bare: QuantizedModel) -> ModelState:
     """Return the state of a model that was quantized without protection, in memory."""
-    return ModelState(NONE, lambda: swapped(bare.loaded, bare.dense_weights()))
+    return quantized_state(NONE, bare)
 
 
 def check_folder(folder: Path, loaded: LoadedModel) -> bool:
@@ -499,8 +565,8 @@ def check_folder(folder: Path, loaded: LoadedModel) -> bool:
     on_disk = loaded.family.stored_name(name)
     checkpoint = open_checkpoint(folder)
     if on_disk in checkpoint.plain and recorded(folder) is not None:
-        stored, here = checkpoint.tensor(on_disk), loaded.model.get_parameter(name)
-        if not torch.equal(here.detach().to("cpu", stored.dtype), stored):
+        stored, here = checkpoint.tensor(on_disk), loaded.stored(name)
+        if not torch.equal(here.to(stored.dtype), stored):
             raise ConfigError(
                 f"{folder} was not made from {loaded.files.name}: their embeddings differ. Name the original"
             )
@@ -536,10 +602,20 @@ def measured_folder(
 def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -> ModelState:
     """Return the state of a written checkpoint, read back from its files by our own dequantizer.
 
-    It is computed where and in what the 16-bit model is, so that a difference is not one of devices or dtypes.
+    It is computed where and in what the 16-bit model is, so that a difference is not one of devices or dtypes; block
+    by block where the 16-bit model is, else as a whole.
     """
+    device = loaded.model.device
+    if isinstance(loaded, StreamedModel):
+        try:
+            streamed = stream_checkpoint(folder, loaded.tokenizer, dtype=loaded.compute, device=str(device))
+            return block_state(name, streamed)
+        except UnsupportedModelError as err:
+            if loaded.memory_budget is not None:
+                raise
+            _logger.info("%s is loaded as a whole: %s", folder, err)
     model = load_quantized(folder, kernel="reference")
     for parameter in model.parameters():  # and no buffer: positions stay exact in bfloat16
         parameter.data = parameter.data.to(loaded.model.dtype)
-    model.to(loaded.model.device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     return fixed_state(name, model)

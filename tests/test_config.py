@@ -40,6 +40,7 @@ CONFIGS = [
     {},
     {"protect_layers": (0, 9, 11), "languages": ("en", "no"), "reference": None, "max_overhead": 0.1 + 0.2},
     {"protect_layers": "none", "protect_units": ("3.down",), "int8_layers": (1, 2), "method": "awq", "symmetric": True},
+    {"target": "mean=0.1", "limits": {"he": 0.05}, "exhaustive": True},
     {"precisions": ("fp16", "int8"), "tokens_per_language": 500, "strict": True, "seed": 7, "quantize_rest_to": "INT4"},
 ]
 
@@ -117,6 +118,8 @@ def test_lists_become_tuples() -> None:
         ({"draws": 10}, "draws 10 are too few"),
         ({"method": "rtn", "calibration": "english"}, "calibration 'english' has no effect on method 'rtn'"),
         ({"calibration": "proportional", "tokens_per_language": 9}, "takes all tokens of every language, not 9 each"),
+        ({"tokens_per_expert": 0}, "tokens_per_expert 0 cannot be used with method 'gptq'"),
+        ({"tokens_per_expert": 9, "method": "rtn"}, "tokens_per_expert 9 cannot be used with method 'rtn'"),
         ({"colour": 1}, "known names: method, bits"),
     ],
 )
@@ -196,6 +199,35 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 def test_precisions_that_auto_cannot_choose_from(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(**chosen)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"max_size": 10**8, "target_bits": 4.5}, "max_size and target_bits exclude each other"),
+        ({"target": "worst=0.1", "top": 3}, "target and top exclude each other"),
+        ({"limits": {"he": 0.05}, "top": 3}, "limits of languages and top 3 exclude each other"),
+        ({"max_size": 0}, "max_size 0 is no size"),
+        ({"target_bits": 1.5}, "target_bits 1.5 is no width between 2 and 16"),
+        ({"target": "disparity=1.2"}, "a target is one of worst or mean; write worst=0.1"),
+        ({"target": "worst"}, "write a KL in bits per byte, such as 0.1 or worst=0.1"),
+        ({"target": "worst=-1"}, "give the largest KL to accept, in bits per byte, above 0"),
+        ({"limits": {"he": 0.0}}, "limit he=0.0: give the largest KL to accept"),
+    ],
+)
+def test_limits_that_no_plan_keeps_are_refused(chosen: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**chosen)
+
+
+def test_auto_scores_units_unless_a_sweep_is_asked_for() -> None:
+    assert FairConfig().scores_units
+    assert FairConfig().menu == FairConfig(exhaustive=True).menu == ("fp16", "int8")
+    assert FairConfig(bits=8).menu == ("fp16",)
+    swept = ({"precisions": ("fp16",)}, {"top": 3}, {"exhaustive": True}, {"objective": "disparity"})
+    assert not any(make_config(**values).scores_units for values in (*swept, {"protect_layers": "none"}))
+    assert FairConfig(top=3).menu == ("fp16",)
+    assert (FairConfig(target="mean=0.1").decides_by, FairConfig(target="0.1").decides_by) == ("mean", "worst")
 
 
 def test_the_group_size_is_left_to_the_model_unless_it_is_given(tiny_model: Callable[..., Path]) -> None:

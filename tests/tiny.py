@@ -12,7 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
     GemmaConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -29,7 +31,7 @@ from transformers import (
 )
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "gpt2", "bloom")
-MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe")
+MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "glm4_moe")
 """With four experts a layer, two for each token, of the width of the model."""
 VOCABULARY = 264
 END_OF_TEXT = "<|endoftext|>"
@@ -96,6 +98,13 @@ def _mixture_config(family: str, grouped: dict[str, Any], width: int) -> Pretrai
             return Qwen2MoeConfig(**plain, **sizes, num_experts=4)
         case "olmoe":
             return OlmoeConfig(**plain, num_experts=4)
+        case "deepseek_v3" | "glm4_moe":  # the first layer is dense
+            sizes = {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": width}
+            sizes |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+            if family == "glm4_moe":
+                return Glm4MoeConfig(**grouped, **routed, **sizes)
+            heads = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+            return DeepseekV3Config(**(plain | {"num_key_value_heads": 4}), **sizes, **heads, v_head_dim=8)
         case _:
             raise ValueError(f"unknown family {family!r}")
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForMultimodalLM, Gemma3Config, PretrainedConfig, PreTrainedModel, Qwen3VLConfig
+from transformers import (
+    AutoModelForMultimodalLM,
+    Gemma3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
 
 from tests.tiny import VOCABULARY, byte_tokenizer
 
@@ -35,6 +42,15 @@ def wrapper_config(kind: str, *, layers: int = 2, width: int = 32) -> Pretrained
                 "image_size": 28, "patch_size": 14,
             },
             mm_tokens_per_image=4, image_token_index=263, boi_token_index=262, eoi_token_index=261,
+        )  # fmt: skip
+    if kind == "qwen2_5_vl":
+        return Qwen2_5_VLConfig(
+            text_config=text | {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}},
+            vision_config={
+                "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": width,
+                "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "fullatt_block_indexes": [1],
+            },
+            image_token_id=263, video_token_id=262,
         )  # fmt: skip
     return Qwen3VLConfig(
         text_config=text

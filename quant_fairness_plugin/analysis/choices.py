@@ -5,12 +5,15 @@ A model chooses the option with the lowest negative log-likelihood of the whole 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import binomtest
 
+from quant_fairness_plugin.analysis.lm_eval import read_pair
 from quant_fairness_plugin.analysis.quantized import quantized_state
 from quant_fairness_plugin.analysis.questions import Question, read_questions
 from quant_fairness_plugin.analysis.request import Request
@@ -78,17 +81,24 @@ def analyse(request: Request) -> Choices:
         ConfigError: no questions were given, or a group of a single question.
         ArtifactError: a file that holds no questions.
     """
-    if request.options.questions is None:
-        raise ConfigError("analyze choices needs questions; name a JSONL file or a folder of CLAMS with --questions")
+    logs = request.options.lm_eval_samples
+    if (request.options.questions is None) == (logs is None):
+        raise ConfigError(
+            "analyze choices needs --questions (a file) or --lm-eval-samples (two logs); give one of them"
+        )
+    if logs is not None:
+        return of_logs(*logs, request)
+    assert request.options.questions is not None
     questions = read_questions(request.options.questions)
-    loaded = request.load()
-    state = quantized_state(loaded, request.config.fitted(loaded).grid, request.options.checkpoint)
     by_language: dict[str, list[Question]] = {}
     for question in questions:
         by_language.setdefault(question.language, []).append(question)
     wanted = {name: rows for name, rows in by_language.items() if name in request.texts.languages}
     if not wanted:
         raise ConfigError(f"the questions are in {', '.join(by_language)}, and none of these is in --langs; name one")
+    check_groups(wanted)
+    loaded = request.load()
+    state = quantized_state(loaded, request.config.fitted(loaded).grid, request.options.checkpoint)
     answers: dict[str, Outcomes] = {}
     for done, (name, rows) in enumerate(wanted.items()):
         answers[name] = answer(loaded, state, rows)
@@ -96,6 +106,27 @@ def analyse(request: Request) -> Choices:
             request.progress(done + 1, len(wanted))
     compared = compare(wanted, answers, state.name, request.config.bootstrap)
     return Choices(state.name, compared, {name: dict(found) for name, found in answers.items()})
+
+
+def of_logs(before: Path, after: Path, request: Request) -> Choices:
+    """Return the same figures for the answers that two logs of lm-eval hold; no model is run."""
+    questions, right = read_pair(before, after, request.texts.languages)
+    check_groups(questions)
+    state = after.name
+    answers = {name: {BASELINE: first, state: second} for name, (first, second) in right.items()}
+    return Choices(state, compare(questions, answers, state, request.config.bootstrap), answers)
+
+
+def check_groups(questions: Mapping[str, Sequence[Question]]) -> None:
+    """Refuse groups that cannot be resampled.
+
+    Raises:
+        ConfigError: a group of a single question; names it.
+    """
+    counts = Counter((row.language, row.group) for rows in questions.values() for row in rows)
+    if alone := [key for key, count in counts.items() if count < 2]:
+        language, group = alone[0]
+        raise ConfigError(f"group {group!r} has 1 question in {language}; give at least 2, or join it with another")
 
 
 def answer(loaded: LoadedModel, state: ModelState, questions: Sequence[Question]) -> dict[str, tuple[bool, ...]]:
@@ -119,11 +150,7 @@ def answer(loaded: LoadedModel, state: ModelState, questions: Sequence[Question]
 def compare(
     questions: Mapping[str, Sequence[Question]], answers: Mapping[str, Outcomes], state: str, bootstrap: Bootstrap
 ) -> tuple[ChoiceRow, ...]:
-    """Return a row for every language and group, and for each language as a whole.
-
-    Raises:
-        ConfigError: a group of a single question.
-    """
+    """Return a row for every language and group, and for each language as a whole."""
     found: dict[tuple[str, str], tuple[Array, Array]] = {}
     for language, rows in questions.items():
         right = np.array([answers[language][name] for name in (BASELINE, state)], dtype=np.float64)

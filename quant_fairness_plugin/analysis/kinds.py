@@ -60,7 +60,7 @@ ANALYSES: dict[str, Analysis] = {
         Analysis(
             "choices",
             "Does the quantized model still choose the right one of several texts, in every language?",
-            takes=("questions", "checkpoint"),
+            takes=("questions", "lm_eval_samples", "checkpoint"),
         ),
         Analysis(
             "hypotheses",

@@ -10,9 +10,9 @@ from quant_fairness_plugin.artifacts import Bootstrap, LanguageDamage, Number, S
 from quant_fairness_plugin.measure.damage import measure_damage, objective_draws, summarise
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
-from quant_fairness_plugin.measure.scoring import fixed_state, score_states
+from quant_fairness_plugin.measure.scoring import block_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.minimax import quantized_state
+from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 BASELINE, STATE = "16 bit", "quantized"
@@ -69,7 +69,7 @@ class Judge:
             quantized: the model.
         """
         # One state at a time: all of them at once would hold as many copies of the model.
-        states = [fixed_state(BASELINE, self.loaded.model), quantized_state(STATE, quantized)]
+        states = [block_state(BASELINE, self.loaded), quantized_state(STATE, quantized)]
         scores = score_states(states, self.loaded.tokenizer, self.texts)
         before, after = scores[BASELINE], scores[STATE]
         vocabulary = self.loaded.model.config.get_text_config().vocab_size

@@ -1,11 +1,12 @@
 """Questions with options, of which one is right; a minimal pair is one with two. Imports no torch.
 
-Two sources: JSONL, one question a line, and the folders of CLAMS (`he_evalset/simple_agrmt.txt`), where a line `True`
-and a sentence is followed by `False` and the same sentence with one word wrong.
+Three sources: JSONL, one question a line; the folders of CLAMS (`he_evalset/simple_agrmt.txt`), where a line `True` and
+a sentence is followed by `False` and the same sentence with one word wrong; and a TSV file of MultiBLiMP (`heb.tsv`).
 """
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,13 +33,14 @@ class Question:
 
 
 def read_questions(path: Path) -> tuple[Question, ...]:
-    """Read a JSONL file, or a folder of CLAMS.
+    """Read a JSONL file, a folder of CLAMS, or a TSV file of MultiBLiMP.
 
     Raises:
         ArtifactError: nothing there, or a line that is no question; names the line.
         UnknownLanguageError: a language that is none.
     """
-    found = tuple(_read_clams(path) if path.is_dir() else _read_jsonl(path))
+    read = _read_clams if path.is_dir() else _read_multiblimp if path.suffix == ".tsv" else _read_jsonl
+    found = tuple(read(path))
     if not found:
         raise ArtifactError(f"{path}: no question; expected lines {_FORM}, or a folder with he{_SUFFIX}/*.txt")
     return found
@@ -77,6 +79,17 @@ def _read_clams(folder: Path) -> Iterator[Question]:
             if (right, wrong) != ("True", "False") or not good or not bad:
                 raise ArtifactError(f"{file} line {number + 1}: expected True<TAB>text, then False<TAB>text")
             yield Question(language, file.stem, (good, bad), 0)
+
+
+def _read_multiblimp(file: Path) -> Iterator[Question]:
+    """The columns `sen` and `wrong_sen`; the group is `phenomenon`, where there is such a column."""
+    rows = list(csv.DictReader(_lines(file), delimiter="\t", quoting=csv.QUOTE_NONE))
+    language = normalise_language(file.stem)
+    for number, row in enumerate(rows, start=2):
+        good, bad = row.get("sen"), row.get("wrong_sen")
+        if not good or not bad:
+            raise ArtifactError(f"{file} line {number}: no sen and wrong_sen; expected a TSV file of MultiBLiMP")
+        yield Question(language, row.get("phenomenon") or "multiblimp", (good, bad), 0)
 
 
 def _lines(path: Path) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from quant_fairness_plugin.analysis.lm_eval import parse_pair
 from quant_fairness_plugin.artifacts import TextSet, package_versions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
@@ -39,7 +40,18 @@ class AnalysisOptions:
     ] = None
     questions: Annotated[
         Path | None,
-        Option("Questions with options, as JSONL, or a folder of CLAMS.", "Texts", metavar="PATH"),
+        Option(
+            "Questions with options: JSONL, a folder of CLAMS, or a TSV file of MultiBLiMP.", "Texts", metavar="PATH"
+        ),
+    ] = None
+    lm_eval_samples: Annotated[
+        tuple[Path, Path] | None,
+        Option(
+            "Sample logs of lm-eval to compare instead: the 16-bit model's and the quantized one's.",
+            "Texts",
+            parse=parse_pair,
+            metavar="A,B",
+        ),
     ] = None
     kinds: Annotated[
         tuple[str, ...] | None,
@@ -72,7 +84,7 @@ class Request:
 
     def provenance(self, *, reads_texts: bool) -> dict[str, Any]:
         """Return the provenance of the answer as plain data: versions, the model, and the texts where they are read."""
-        arguments = {name: str(getattr(self.options, name)) for name in self.options.given}
+        arguments = {name: _plain(getattr(self.options, name)) for name in self.options.given}
         known = {
             "versions": package_versions(),
             "model": self.files.name,
@@ -92,7 +104,17 @@ def check_options(name: str, taken: tuple[str, ...], options: AnalysisOptions) -
         ConfigError: names them.
     """
     if wrong := [given for given in options.given if given not in taken]:
-        flags = {"kinds": "--kind"}
-        named = ", ".join(flags.get(given, f"--{given}") for given in wrong)
-        accepted = ", ".join(flags.get(other, f"--{other}") for other in taken) or "none of them"
+        named = ", ".join(map(_flag, wrong))
+        accepted = ", ".join(map(_flag, taken)) or "none of them"
         raise ConfigError(f"analyze {name} does nothing with {named}; it takes {accepted}. Leave it out")
+
+
+def _flag(name: str) -> str:
+    return "--kind" if name == "kinds" else f"--{name.replace('_', '-')}"
+
+
+def _plain(value: object) -> Any:
+    """Paths become names: an answer must not differ by where its files lay."""
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value.resolve().name if isinstance(value, Path) else value

@@ -97,9 +97,9 @@ def prune_n_of_m(loaded: LoadedModel, units: UnitMap, kept: int, group: int) -> 
     """
 
     def prune(matrix: Tensor) -> Tensor:
-        if matrix.shape[1] % group:
+        if matrix.shape[-1] % group:
             raise UnsupportedModelError(
-                f"a matrix of {matrix.shape[1]} inputs, which groups of {group} do not divide; leave out --kind prune"
+                f"a matrix of {matrix.shape[-1]} inputs, which groups of {group} do not divide; leave out --kind prune"
             )
         groups = matrix.reshape(len(matrix), -1, group)
         least = groups.abs().argsort(dim=-1)[..., : group - kept]
@@ -157,7 +157,7 @@ def _masked(loaded: LoadedModel, units: UnitMap, limit: float | None, share: flo
 
 
 def _each_matrix(loaded: LoadedModel, units: UnitMap, change: Callable[[Tensor], Tensor]) -> Make:
-    """`change` takes and returns `[out_features, in_features]`."""
+    """`change` takes and returns `[out_features, in_features]`, of stacked experts `[experts, out, in]`."""
 
     def make(unit: str) -> dict[str, Tensor]:
         return dict(_changed(unit))

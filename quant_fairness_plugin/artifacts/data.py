@@ -311,6 +311,11 @@ class ProtectionPlan:
             if name not in whole and (name.count(".") > 1 or precision != self.quantized_precision)
         }
 
+    @property
+    def singled_out(self) -> dict[str, Precision]:
+        """Layers and units that get something else than the grid's own bits, whole layers in 16 bit included."""
+        return {name: kind for name, kind in self.units.items() if kind != self.quantized_precision}
+
     def overrides_in(self, layer: int) -> dict[str, Precision]:
         """Fusion groups of a layer with a precision of their own, by name within the layer."""
         prefix = f"layers.{layer}."

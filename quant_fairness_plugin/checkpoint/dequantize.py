@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
@@ -23,10 +22,10 @@ from quant_fairness_plugin.checkpoint.folder import check_headers, packed_module
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.model.experts import unfold_experts
 from quant_fairness_plugin.model.families import detect_family
-from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
+from quant_fairness_plugin.model.reading import Place, places_of_file, read_tensor
 from quant_fairness_plugin.model.unread import LoadedNames, sort_names
 from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
 
@@ -44,13 +43,17 @@ def read_dense_state(folder: Path) -> dict[str, Tensor]:
     return dict(iterate_dense(folder))
 
 
-def iterate_dense(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """As `read_dense_state`, one tensor at a time."""
+def iterate_dense(folder: Path, *, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """As `read_dense_state`, one tensor at a time; with `names`, no others are read."""
     checkpoint = open_checkpoint(folder)
     for name in checkpoint.plain:
+        if names is not None and name not in names:
+            continue
         tensor = checkpoint.tensor(name)
         yield name, tensor.float() if tensor.is_floating_point() else tensor
     for module in checkpoint.packed:
+        if names is not None and f"{checkpoint.stored_name(module)}.weight" not in names:
+            continue
         weight = checkpoint.dense(module)
         is_transposed = is_conv1d(checkpoint.bare.get_submodule(module))
         yield f"{checkpoint.stored_name(module)}.weight", weight.t().contiguous() if is_transposed else weight
@@ -69,8 +72,8 @@ class Checkpoint:
     """Quantized module → suffixes of its tensors. Modules have the names of the model, tensors those of the files."""
     input_scales: Mapping[str, Tensor]
     """Quantized module → what its inputs are divided by, with AutoAWQ."""
-    files: Mapping[str, Any]
-    """Tensor name → the open file that holds it."""
+    places: Mapping[str, Place]
+    """Tensor name → where it is. Nothing is mapped into memory, so that what was read can be given back."""
     wrapper: Wrapper | None = None
     """Where the text decoder is in a model of several parts."""
 
@@ -80,8 +83,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is stored."""
-        tensor: Tensor = self.files[name].get_tensor(name)
-        return tensor
+        return read_tensor(self.places[name])
 
     def parts(self, module: str) -> dict[str, Tensor]:
         """The tensors that stand for one quantized module's weight, by suffix."""
@@ -110,9 +112,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     layout = tensor_layout(quantization) if quantization else "compressed-tensors"
     bare = bare_model(folder)
     wrapper = find_wrapper(bare)
-    files: dict[str, Any] = {}
-    for path in weight_files(folder):
-        files |= dict.fromkeys(read_header(path), safe_open(path, framework="pt"))
+    places = {name: place for path in weight_files(folder) for name, place in places_of_file(path)}
 
     def loaded(name: str) -> str:
         return loaded_module(bare, name) if wrapper is None else wrapper.loaded_name(name)
@@ -133,8 +133,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         layout=layout,
         plain=tuple(plain),
         packed=packed,
-        input_scales=_input_scales({name: files[name].get_tensor(name) for name in extra}, bare),
-        files=files,
+        input_scales=_input_scales({name: read_tensor(places[name]) for name in extra}, bare),
+        places=places,
         wrapper=wrapper,
     )
 
@@ -178,8 +178,10 @@ def model_from_state(
     return model
 
 
-def bare_model(folder: Path) -> PreTrainedModel:
+def bare_model(folder: Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The unquantized architecture of an export, on the meta device, its experts unfolded.
+
+    Its dtype is the config's where none is given.
 
     Raises:
         ArtifactError: a config that Transformers cannot build a model from.
@@ -187,7 +189,8 @@ def bare_model(folder: Path) -> PreTrainedModel:
     try:
         with quiet_transformers(), torch.device("meta"):
             config = _plain_config(folder)
-            model: PreTrainedModel = auto_class(config.to_dict()).from_config(config)
+            build: Any = auto_class(config.to_dict()).from_config
+            model: PreTrainedModel = build(config, **({} if dtype is None else {"dtype": dtype}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as err:
         reason = " ".join(str(err).split())[:200]
         raise ArtifactError(

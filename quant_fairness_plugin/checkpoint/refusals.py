@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from quant_fairness_plugin.artifacts import Grid, Precision
-from quant_fairness_plugin.model.architectures.experts import EXPERTS
+from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
 
 TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
 STORED_BITS = 4
@@ -38,6 +38,21 @@ class Request:
 
     mixture: bool = False
     """Whether the model holds a mixture of experts."""
+
+    @property
+    def expert_names(self) -> tuple[str, ...]:
+        """What files call the matrices of an expert; empty where there are none."""
+        mixture = find_mixture(self.family or "")
+        return () if mixture is None else mixture.names
+
+    @property
+    def kept_experts(self) -> bool:
+        """Whether the experts of a layer keep 16 bit, as far as that is known."""
+        kept = any(
+            kind == "fp16" and (name.count(".") == 1 or name.endswith(f".{EXPERTS}"))
+            for name, kind in self.overrides.items()
+        )
+        return self.mixture and kept
 
     @property
     def int8_experts(self) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,11 +13,13 @@ from transformers import PreTrainedModel
 
 from quant_fairness_plugin.checkpoint.dequantize import bare_model, model_from_state, read_dense_state
 from quant_fairness_plugin.checkpoint.folder import read_config
-from quant_fairness_plugin.errors import ArtifactError
+from quant_fairness_plugin.checkpoint.in_blocks import BlockLogits
+from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.storage import announced_dtype
 
+_logger = logging.getLogger(__name__)
 SERVED_TOLERANCE = 0.7
 """Root mean square of what the dtype changes in the logits, over that of the logits less their mean.
 
@@ -45,9 +49,7 @@ def compare_served(folder: Path, rows: Sequence[Sequence[int]] = ()) -> str:
     bare = bare_model(folder)
     longest = longest_input(bare.config.to_dict())
     rows = [row[:longest] for row in (spread_ids(bare.config.get_text_config().vocab_size), *rows)]
-    expected, served = (_logits(_load(folder, bare, kind), rows) for kind in (torch.float32, dtype))
-    change = [found - logits for found, logits in zip(served, expected, strict=True)]
-    error = _rms(change) / _rms([logits - logits.mean(-1, keepdim=True) for logits in expected])
+    error = _relative_change(*(_logits(folder, bare, rows, kind) for kind in (torch.float32, dtype)))
     if not error <= SERVED_TOLERANCE:  # also when it is NaN
         what = f"logits that are {error:.3g} off" if error == error else "NaN or infinite values"
         raise ArtifactError(
@@ -57,15 +59,24 @@ def compare_served(folder: Path, rows: Sequence[Sequence[int]] = ()) -> str:
     return f"{name}: logits within {error:.2g} of float32 on {len(rows)} rows"
 
 
-def _load(folder: Path, bare: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the dequantized model as Transformers loads it in a dtype, tables that it computes included."""
-    return model_from_state(folder, bare, read_dense_state(folder), dtype=dtype)
+def _logits(folder: Path, bare: PreTrainedModel, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Iterable[Tensor]:
+    """Return the logits of the dequantized model in a dtype, as Transformers computes it, tables included."""
+    try:
+        return BlockLogits(folder, rows, dtype=dtype)
+    except UnsupportedModelError as err:
+        _logger.info("%s is run as a whole: %s", folder, err)
+        return _whole_logits(model_from_state(folder, bare, read_dense_state(folder), dtype=dtype), rows)
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+def _whole_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [model(input_ids=torch.tensor([row]), use_cache=False).logits.float() for row in rows]
 
 
-def _rms(values: Sequence[Tensor]) -> float:
-    return float(torch.cat([value.flatten() for value in values]).square().mean().sqrt())
+def _relative_change(expected: Iterable[Tensor], served: Iterable[Tensor]) -> float:
+    """Return the root mean square of the differences over that of the expected logits less their mean."""
+    change = spread = 0.0
+    for logits, found in zip(expected, served, strict=True):
+        change += float((found - logits).square().sum(dtype=torch.float64))
+        spread += float((logits - logits.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
+    return math.sqrt(change / spread) if spread else math.nan

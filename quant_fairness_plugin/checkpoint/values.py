@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from quant_fairness_plugin.checkpoint.dense_modules import WORD_BITS
 from quant_fairness_plugin.checkpoint.folder import weight_files
 from quant_fairness_plugin.checkpoint.formats.format import Format
-from quant_fairness_plugin.model.headers import read_header
+from quant_fairness_plugin.model.reading import places_of_file, read_tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,21 +39,20 @@ def read_values(folder: Path, form: Format, widths: Mapping[str, int]) -> Iterat
         widths: the bits of each quantized module.
     """
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in read_header(path):
-                tensor = file.get_tensor(name)
-                module, _, suffix = name.rpartition(".")
-                finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-                zeros = tensor if suffix == form.zeros and module in widths else None
-                symmetric, wrapped = (True, False) if zeros is None else _zero_points(zeros, widths[module], form)
-                yield TensorValues(
-                    name=name,
-                    where=f"{path}: {name}",
-                    finite=finite,
-                    symmetric=symmetric,
-                    wrapped=wrapped,
-                    groups=tensor if suffix == form.order and module in widths else None,
-                )
+        for name, place in places_of_file(path):
+            tensor = read_tensor(place)
+            module, _, suffix = name.rpartition(".")
+            finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+            zeros = tensor if suffix == form.zeros and module in widths else None
+            symmetric, wrapped = (True, False) if zeros is None else _zero_points(zeros, widths[module], form)
+            yield TensorValues(
+                name=name,
+                where=f"{path}: {name}",
+                finite=finite,
+                symmetric=symmetric,
+                wrapped=wrapped,
+                groups=tensor if suffix == form.order and module in widths else None,
+            )
 
 
 def _zero_points(words: Tensor, bits: int, form: Format) -> tuple[bool, bool]:

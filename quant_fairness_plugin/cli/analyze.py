@@ -118,8 +118,14 @@ def lines(result: object) -> Iterator[str | Table]:
 def _table(title: str, rows: tuple[Any, ...]) -> Table:
     columns = [field.name for field in fields(rows[0]) if not _per_sentence(getattr(rows[0], field.name))]
     table = Table(*(name.replace("_", " ") for name in columns), title=title)
+    reasons: dict[str, None] = {}
     for row in rows:
-        table.add_row(*(_cell(getattr(row, name)) for name in columns))
+        values = [getattr(row, name) for name in columns]
+        reasons |= {value.undefined: None for value in values if isinstance(value, Undefined)}
+        table.add_row(*("undefined" if isinstance(value, Undefined) else _cell(value) for value in values))
+    if reasons:
+        more = f" (and {len(reasons) - 1} other reasons, in --json)" if len(reasons) > 1 else ""
+        table.caption = f"undefined: {next(iter(reasons))}{more}"
     return table
 
 

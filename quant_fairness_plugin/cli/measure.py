@@ -21,7 +21,16 @@ from quant_fairness_plugin.cli.damage import (
 )
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
-from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Details, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.options import (
+    COMPUTE,
+    TEXTS,
+    Access,
+    Details,
+    Json,
+    ModelOption,
+    OutputFile,
+    Place,
+)
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
@@ -45,6 +54,7 @@ class HowToMeasure:
 def measure(
     config: FairConfig,
     access: Access,
+    place: Place,
     how: HowToMeasure,
     checkpoint: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
@@ -56,6 +66,7 @@ def measure(
 ) -> None:
     """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
     source = access.source(_base_model(checkpoint, model))
+    budget = place.bytes_
     if how.method == "legacy":
         check_legacy(config, part=how.part != "confirm")
         if checkpoint is not None:
@@ -68,10 +79,13 @@ def measure(
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.quantize.stream import Workplace
 
     started = time.monotonic()
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
+        quantizer = FairQuantizer.from_source(
+            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget), stream=True
+        )
         measured = (
             quantizer.measure(part=how.part).measurements[BASELINE]
             if checkpoint is None

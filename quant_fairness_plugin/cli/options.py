@@ -12,6 +12,7 @@ from quant_fairness_plugin.artifacts import Weighting
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.preflight import ModelSource
 
 TEXTS = ("languages", "reference", "texts", "seed")
@@ -49,6 +50,40 @@ OutputFile = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="FILE", help="Also save the result as JSON.", rich_help_panel="Output"),
 ]
+
+
+MemoryBudget = Annotated[
+    str | None,
+    Option(
+        "Read the model layer by layer, with at most this beside Python's own 0.4 GB: 1.5GB or 800MiB.",
+        "More",
+        metavar="SIZE",
+    ),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a run keeps what it has done, and how much memory it takes. Nothing of it changes a figure."""
+
+    work: Annotated[
+        Path | None,
+        Option(
+            "Keep finished layers and the 16-bit model's states in this folder: a run that was ended goes on there.",
+            "More",
+            metavar="DIR",
+        ),
+    ] = None
+    memory_budget: MemoryBudget = None
+
+    @property
+    def bytes_(self) -> int | None:
+        """The memory budget in bytes; None where none was given.
+
+        Raises:
+            ConfigError: not a size.
+        """
+        return None if self.memory_budget is None else parse_size(self.memory_budget)
 
 
 def parse_calibrations(text: str) -> tuple[Weighting, ...]:

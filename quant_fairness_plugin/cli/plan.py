@@ -11,8 +11,8 @@ import typer
 from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, ModelOption
-from quant_fairness_plugin.cli.sweep_options import MemoryBudget, PlansOptions
+from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, MemoryBudget, ModelOption
+from quant_fairness_plugin.cli.sweep_options import PlansOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import choice

@@ -16,6 +16,7 @@ from quant_fairness_plugin.cli.options import (
     ModelArgument,
     OutputFolder,
     Overwrite,
+    Place,
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
@@ -38,11 +39,12 @@ def quantize_model(
     config: FairConfig,
     plan: PlanFile = None,
     access: Access,
+    place: Place,
 ) -> None:
     """Quantize MODEL, keep the protected layers in 16 bit, verify what was written and measure it."""
     saved, config = planned(plan, config)
     out = output or default_output(model)
-    record = write_checkpoint(access.source(model), config, out, plan=saved, overwrite=overwrite)
+    record = write_checkpoint(access.source(model), config, out, plan=saved, overwrite=overwrite, place=place)
     report_checkpoint(record, out, config, as_json=as_json, details=details)
 
 
@@ -50,16 +52,29 @@ quantize = options()(quantize_model)
 
 
 def write_checkpoint(
-    source: ModelSource, config: FairConfig, out: Path, *, plan: ProtectionPlan | None = None, overwrite: bool
+    source: ModelSource,
+    config: FairConfig,
+    out: Path,
+    *,
+    plan: ProtectionPlan | None = None,
+    overwrite: bool,
+    place: Place | None = None,
 ) -> ExportRecord:
     """Check what can be checked without torch, then quantize, export, verify and measure."""
+    place = place or Place()
+    budget = place.bytes_
     checked = preflight(source, config, out=out, overwrite=overwrite)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.steps import needs_no_sweep
 
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
+        quantizer = FairQuantizer.from_source(
+            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
+            stream=needs_no_sweep(config),
+        )  # fmt: skip
         quantizer = quantizer if plan is None else quantizer.following(plan)
 
         def measure(folder: Path) -> Measurement:

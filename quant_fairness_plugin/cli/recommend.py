@@ -24,7 +24,7 @@ from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import Tool, plan_for_tool
 
 
-@options(config=("objective", *TEXTS, *COMPUTE, "strict"), file=False)
+@options(config=("objective", *TEXTS, *COMPUTE, "exhaustive", "strict"), file=False)
 def recommend(
     config: FairConfig,
     limits: Limits,
@@ -37,7 +37,8 @@ def recommend(
 ) -> None:
     """Print the layers to keep in 16 bit, as indices with commas between; for a sweep of units, as 3.down,5.qkv.
 
-    What gets another precision is printed with it: 0,3:int8.
+    What gets another precision is printed with it: 0,3:int8. A budget or a target without a saved sweep scores units by
+    gradients; the model is swept for a number of layers, for --weights, --verify and --frontier, and with --exhaustive.
     """
     if printed.as_ is not None and as_json:
         raise ConfigError("--as and --json exclude each other; give one, and --output to save the plan as well")
@@ -47,21 +48,17 @@ def recommend(
         legacy_recommend(access.source(model), config, limits.top or SEED_TOP, output=output, as_json=as_json)
         return
     config = limits.within(config)
-    swept = _sweep(access.source(model), config) if report is None else load(SweepReport, report)
-    if printed.frontier:
-        _print_frontier(swept, as_json=as_json)
-        return
-    share = config.max_overhead if limits.max_bytes is None and limits.target is None else None
-    plan = recommend_plan(
-        swept,
-        Limit(max_bytes=limits.max_bytes, target=limits.target, max_overhead=share),
-        objective=config.objective,
-        top=config.top,
-        weights=limits.weights,
-        strict=config.strict,
-    )
-    if printed.verify and plan_list(plan):
-        plan = verified(plan, swept, access.source(model or swept.provenance.model), config, evidence=printed.evidence)
+    if report is None and limits.is_budget and limits.weights is None and not (printed.frontier or printed.verify):
+        plan = _plan_by_scores(access.source(model), config)
+    else:
+        swept = _sweep(access.source(model), config) if report is None else load(SweepReport, report)
+        if printed.frontier:
+            _print_frontier(swept, as_json=as_json)
+            return
+        plan = _plan_by_sweep(swept, config, limits)
+        if printed.verify and plan_list(plan):
+            source = access.source(model or swept.provenance.model)
+            plan = verified(plan, swept, source, config, evidence=printed.evidence)
     if output is not None:
         save(plan, output)
     if as_json:
@@ -73,6 +70,18 @@ def recommend(
         typer.echo(text, nl=False)
     elif units := plan_list(plan):
         typer.echo(units)
+
+
+def _plan_by_sweep(swept: SweepReport, config: FairConfig, limits: Limits) -> ProtectionPlan:
+    share = config.max_overhead if limits.max_bytes is None and limits.target is None else None
+    return recommend_plan(
+        swept,
+        Limit(max_bytes=limits.max_bytes, target=limits.target, max_overhead=share),
+        objective=config.objective,
+        top=config.top,
+        weights=limits.weights,
+        strict=config.strict,
+    )
 
 
 def _say_why(plan: ProtectionPlan, *, by_number: bool) -> None:
@@ -112,4 +121,16 @@ def _sweep(source: ModelSource, config: FairConfig) -> SweepReport:
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
     with progress() as shown:
-        return FairQuantizer.from_source(source, config, checked=checked, progress=shown).sweep()
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
+        return quantizer.sweep(granularity="unit" if config.exhaustive else "layer", precisions=config.menu)
+
+
+def _plan_by_scores(source: ModelSource, config: FairConfig) -> ProtectionPlan:
+    """Return the plan that a run would take, which sweeps where the configuration asks for it."""
+    checked = preflight(source, config)
+
+    # Loads torch.
+    from quant_fairness_plugin.fair_quantizer import FairQuantizer
+
+    with progress() as shown:
+        return FairQuantizer.from_source(source, config, checked=checked, progress=shown).recommend()

@@ -9,6 +9,7 @@ from typing import Annotated
 from quant_fairness_plugin.cli.legacy import HowMeasured
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
+from quant_fairness_plugin.config.parsers import parse_numbers
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.recommend.tools import Tool
 
@@ -16,27 +17,8 @@ SEED_TOP = 3  # the research scripts' default: `recommend` alone prints three in
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Return the weight of each language. Whether the report has these languages is checked later.
-
-    Raises:
-        ConfigError: not LANGUAGE=NUMBER with commas between, or a language twice.
-
-    >>> parse_weights("en=1, fi=2")
-    {'en': 1.0, 'fi': 2.0}
-    """
-    weights: dict[str, float] = {}
-    for item in text.split(","):
-        name, _, value = (part.strip() for part in item.partition("="))
-        try:
-            number = float(value)
-        except ValueError as err:
-            raise ConfigError(
-                f"--weights {text!r}: write LANGUAGE=NUMBER with commas between, such as en=1,fi=2"
-            ) from err
-        if not name or name in weights:
-            raise ConfigError(f"--weights {text!r}: name each language once, such as en=1,fi=2")
-        weights[name] = number
-    return weights
+    """Return the weight of each language. Raises as `parse_numbers`."""
+    return parse_numbers(text, flag="--weights", example="en=1,fi=2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,11 +67,17 @@ class Limits:
         names = ("top", "max_overhead", "max_bytes", "target")
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
 
+    @property
+    def is_budget(self) -> bool:
+        """Return whether a budget or a target was given."""
+        return bool(self.given) and self.top is None
+
     def within(self, config: FairConfig) -> FairConfig:
         """Return the configuration with the number of layers, three without any limit, and the budget."""
         top = self.top if self.given else SEED_TOP
         budget = config.max_overhead if self.max_overhead is None else self.max_overhead
-        return replace(config, top=top, max_overhead=budget)
+        target = None if self.target is None else f"{self.target!r}"
+        return replace(config, top=top, max_overhead=budget, max_size=self.max_bytes, target=target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from quant_fairness_plugin.cli.options import (
     ModelOption,
     OutputFolder,
     Overwrite,
+    Place,
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
@@ -40,18 +41,25 @@ def run(
     config: FairConfig,
     plan: PlanFile = None,
     access: Access,
+    place: Place,
 ) -> None:
     """Measure, score, plan, quantize, export, verify, and print each language's damage before and after."""
     saved, config = planned(plan, config)
     source = access.source(model)
     out = output or default_output(source.name)
+    budget = place.bytes_
     checked = preflight(source, config, out=out, overwrite=overwrite)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.steps import needs_no_sweep
 
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
+        quantizer = FairQuantizer.from_source(
+            source, config, checked=checked, progress=shown, place=Workplace(place.work, budget),
+            stream=needs_no_sweep(config),
+        )  # fmt: skip
         quantizer = quantizer if saved is None else quantizer.following(saved)
 
         def report(folder: Path, unprotected: Measurement, protected: Measurement) -> None:

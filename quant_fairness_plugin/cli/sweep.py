@@ -66,6 +66,7 @@ def sweep(
 
     # Load torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.quantize.stream import Workplace
     from quant_fairness_plugin.sweep.make_executor import make_executor
 
     runner = None
@@ -73,7 +74,9 @@ def sweep(
         runner = make_executor(execution.executor, workers=execution.workers, spread=":" not in config.device)
     started = time.monotonic()
     with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown, memory_budget=budget)
+        quantizer = FairQuantizer.from_source(
+            source, config, checked=checked, progress=shown, place=Workplace(memory_budget=budget)
+        )
         report = quantizer.sweep(
             wanted.modes,
             granularity=wanted.granularity,

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from quant_fairness_plugin.artifacts import Granularity, Mode, Precision, SearchMethod
 from quant_fairness_plugin.cli.legacy import HowMeasured
+from quant_fairness_plugin.cli.options import MemoryBudget
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names, parse_precisions
@@ -15,15 +16,6 @@ from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.plan_set import MOST_COMBINATIONS
 from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.sweep.config import SweepConfig
-
-MemoryBudget = Annotated[
-    str | None,
-    Option(
-        "Read the model layer by layer, with at most this beside Python's own 0.4 GB: 1.5GB or 800MiB.",
-        "More",
-        metavar="SIZE",
-    ),
-]
 
 
 def parse_modes(text: str) -> tuple[Mode, ...]:

@@ -35,6 +35,7 @@ from quant_fairness_plugin.config.checks import (
     check_overrides,
     check_precisions,
     check_rest,
+    check_tokens_per_expert,
 )
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import (
@@ -250,6 +251,14 @@ class FairConfig:
         int | None,
         Option("Calibration tokens of each language. Default: what the language with the fewest has.", "Texts"),
     ] = None
+    tokens_per_expert: Annotated[
+        int | None,
+        Option(
+            "Add calibration rows, of whichever language reaches them, until every expert of a mixture has so many "
+            "tokens, as far as the text goes.",
+            "Texts",
+        ),
+    ] = None
     calibration: Annotated[Weighting, Option("How much each language counts in calibration:", "Texts")] = "uniform"
     backend: Annotated[
         str,
@@ -322,6 +331,7 @@ class FairConfig:
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
         check_calibration(self.calibration, method=self.method, tokens_per_language=self.tokens_per_language)
+        check_tokens_per_expert(self.tokens_per_expert, method=self.method)
 
     @property
     def grid(self) -> Grid:
@@ -450,6 +460,7 @@ class FairOptions(TypedDict, total=False):
     reference: str | None
     texts: str | Path | TextSet
     tokens_per_language: int | None
+    tokens_per_expert: int | None
     calibration: Weighting
     backend: str
     format: CheckpointFormat

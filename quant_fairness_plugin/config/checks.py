@@ -176,6 +176,21 @@ def check_calibration(calibration: Weighting, *, method: str, tokens_per_languag
         )
 
 
+def check_tokens_per_expert(tokens: int | None, *, method: str) -> None:
+    """Refuse a number of tokens that no expert can be given.
+
+    Raises:
+        ConfigError: below 1, or with a method that does not calibrate.
+    """
+    if tokens is None:
+        return
+    if tokens < 1 or not find_method(method).needs_calibration:
+        raise ConfigError(
+            f"tokens_per_expert {tokens} cannot be used with method {method!r}; use 1 or more, with method "
+            f"{method_names(lambda m: m.needs_calibration)}, or leave it out"
+        )
+
+
 def _is_unit(name: str) -> bool:
     try:
         unit = Unit.parse(name)

@@ -75,7 +75,7 @@ def _refusal(record: ExportRecord, reader: str) -> str | None:
         format=record.format,
         grid=record.plan.grid,
         reader=reader,
-        overrides=record.plan.overrides,
+        overrides=record.plan.singled_out,
         group_sizes=record.sizes.values(),
     )
     return refusal.reason if refusal is not None else None

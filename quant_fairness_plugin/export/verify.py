@@ -28,6 +28,7 @@ from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
 from quant_fairness_plugin.checkpoint.readers.running import find_python
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.sizes import shown
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.checkpoint.inspection import Inspection
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Outcome = Literal["passed", "not run"]
 HALF_PRECISION_KERNELS = frozenset({"awq"})
 """Methods whose plainest kernel computes in float16, so that logits differ from ours by what that does."""
+FLOAT32_BYTES = 4
 _logger = logging.getLogger(__name__)
 
 
@@ -84,6 +86,7 @@ def verify(
     reader: str | None = None,
     python: Path | None = None,
     rows: Sequence[Sequence[int]] = (),
+    memory_budget: int | None = None,
 ) -> VerifyReport:
     """Check a checkpoint folder of any origin, from file checksums to the numbers of a real reader.
 
@@ -94,6 +97,7 @@ def verify(
         python: the Python that has the reader; None looks in this one, then in the environment variable of the reader
             (see `checkpoint.readers`).
         rows: token ids on which it is also run in the dtype that it is served in, such as rows of its calibration.
+        memory_budget: bytes; a reader that nobody asked for is not run where the model in float32 exceeds them.
 
     Returns:
         The checks that passed, those that could not be run here with the reason, and what each reader would get wrong
@@ -117,7 +121,8 @@ def verify(
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise UnsupportedModelError(f"{folder}: no reader reads it right. {listed}. Try quant-fairness repair.")
     checks.append(_check_served(folder, rows))
-    checks.append(_check_reader(folder, case, reader, python, problems))
+    too_large = None if reader else _exceeding(folder, memory_budget)
+    checks.append(too_large or _check_reader(folder, case, reader, python, problems))
     for check in checks:
         _logger.info("%s: %s %s: %s", folder, check.name, check.outcome, check.detail)
     return VerifyReport(folder=str(folder), format=format_name, checks=tuple(checks), problems=problems)
@@ -227,6 +232,22 @@ def _check_reader(
         )
         return CheckResult("reader", "not run", problem or reason)
     return CheckResult("reader", "passed", compare_with_reader(folder, reader, python or find_python(reader)))
+
+
+def _exceeding(folder: Path, memory_budget: int | None) -> CheckResult | None:
+    """Say that the reader was not run, where it would hold more than the memory budget; None where it can be."""
+    if memory_budget is None:
+        return None
+    from quant_fairness_plugin.checkpoint.dequantize import bare_model
+
+    needed = FLOAT32_BYTES * sum(parameter.numel() for parameter in bare_model(folder).parameters())
+    if needed <= memory_budget:
+        return None
+    return CheckResult(
+        "reader", "not run",
+        f"Transformers holds the whole model, {shown(needed)} in float32, more than the memory budget of "
+        f"{shown(memory_budget)}; quant-fairness verify runs it without one",
+    )  # fmt: skip
 
 
 def _with_note(name: str) -> str:

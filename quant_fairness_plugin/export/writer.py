@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,18 @@ from quant_fairness_plugin.checkpoint.readers import check_exportable
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.companions import Companions, companions_of
-from quant_fairness_plugin.export.contents import checkpoint_tensors, write_shards
+from quant_fairness_plugin.export.contents import checkpoint_tensors
 from quant_fairness_plugin.export.copies import Copies, copies_of
+from quant_fairness_plugin.export.shards import write_shards
 from quant_fairness_plugin.export.source_card import SourceCard, read_source_card
 from quant_fairness_plugin.export.staging import check_output, staged_folder
-from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.export.verify import VerifyReport, verify
 from quant_fairness_plugin.model.activations import ROW_TOKENS
-from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
+from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.source_format import QUANTIZATION_KEYS
+from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
@@ -84,7 +87,7 @@ def export(
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
     sizes = {tensor.grid.group_size for tensor in quantized.tensors.values()}
     check_exportable(
-        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.overrides, group_sizes=sizes
+        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out, group_sizes=sizes
     )
     layout = checkpoint_format(format)
     check_output(out.resolve(), overwrite=overwrite)
@@ -99,7 +102,8 @@ def export(
         _copy_companions(loaded, companions, folder)
         record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
-        verify(folder, rows=_served_rows(quantized))
+        budget = loaded.memory_budget if isinstance(loaded, StreamedModel) else None
+        _say_what_was_left_out(out, verify(folder, rows=_served_rows(quantized), memory_budget=budget), budget)
         if measure is not None:
             measured = measure(folder)
             evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
@@ -109,6 +113,13 @@ def export(
         _logger.warning("%s: %s", out, copies.summary())
     _logger.info("%s: written and verified, %s", out, format)
     return record
+
+
+def _say_what_was_left_out(out: Path, report: VerifyReport, memory_budget: int | None) -> None:
+    """Warn of checks that a memory budget kept from being run."""
+    for check in report.checks:
+        if memory_budget is not None and check.outcome == "not run":
+            _logger.warning("%s: %s not run: %s", out, check.name, check.detail)
 
 
 def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, reader: str, seed: int) -> ExportRecord:
@@ -129,11 +140,11 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
         format=layout.name,
         plan=plan,
         family=loaded.family.name,
-        quantized_modules={name: tensor.grid.bits for name, tensor in quantized.tensors.items()},
+        quantized_modules=quantized.bits,
         group_sizes={
-            name: tensor.grid.group_size
-            for name, tensor in quantized.tensors.items()
-            if tensor.grid.group_size != plan.grid.group_size
+            name: grid.group_size
+            for name, grid in quantized.module_grids.items()
+            if grid.group_size != plan.grid.group_size
         },
         kept_modules=quantized.kept,
         linear_modules=sum(len(loaded.linears(layer)) for layer in range(loaded.layers)),
@@ -160,7 +171,7 @@ def _check_source(quantized: QuantizedModel, out: Path) -> None:
 
 def _check_space(quantized: QuantizedModel, folder: Path) -> None:
     """Refuse before writing what cannot fit. A tenth is added for scales, metadata and the file system."""
-    packed = sum(tensor.integers.numel() for tensor in quantized.tensors.values())
+    packed = sum(prod(quantized.loaded.matrix(name)) for name in quantized.tensors)
     parameters = sum(parameter.numel() for parameter in quantized.loaded.model.parameters())
     needed = int(1.1 * (2 * (parameters - packed) + packed))
     free = shutil.disk_usage(folder).free
@@ -180,8 +191,8 @@ def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies
     config = {key: value for key, value in loaded.files.config.items() if key not in QUANTIZATION_KEYS}
     config |= _dtypes(loaded) | _tying(loaded)
     if layout.packs:
-        bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
-        sizes = {name: tensor.grid.group_size for name, tensor in quantized.tensors.items()}
+        bits = own_widths(quantized.bits, quantized.grid)
+        sizes = {name: grid.group_size for name, grid in quantized.module_grids.items()}
         modules = module_map(
             loaded.model, loaded.family, quantized.tensors, bits=bits, sizes=sizes, unread=copies.roots
         )
@@ -234,9 +245,8 @@ def _describe(record: ExportRecord, source: SourceCard, folder: Path) -> ExportR
 def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """What the files say must be the integers that were quantized and the values that were folded, bit for bit."""
     expected = _expected_values(quantized, twin=not layout.packs)
-    for name, found in iterate_dense(folder):
-        value = expected.pop(name, None)
-        if value is not None and not torch.equal(found, value()):
+    for name, found in iterate_dense(folder, names=frozenset(expected)):
+        if not torch.equal(found, expected.pop(name)()):
             raise ArtifactError(f"{folder / name}: what was written is not what was quantized. Report this as a bug.")
     if expected:
         raise ArtifactError(
@@ -254,7 +264,8 @@ def _compare_columns(quantized: QuantizedModel, folder: Path) -> None:
         if kept is None or written is None or not torch.equal(kept.delta.cpu(), written.delta):
             raise ArtifactError(f"{folder}: the columns of {name} are not what was kept. Report this as a bug.")
         if not find_method(quantized.method).moves_scales:
-            weight = linear_weight(quantized.loaded.model.get_submodule(name)).cpu()
+            weight = quantized.loaded.stored(f"{name}.weight").float()
+            weight = weight.t() if is_conv1d(quantized.loaded.model.get_submodule(name)) else weight
             check_difference(name, written, weight, quantized.tensors[name].dequantize().cpu())
 
 

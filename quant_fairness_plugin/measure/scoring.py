@@ -1,36 +1,31 @@
-"""Per-sentence scores of model states; the only module of this package that runs models.
+"""Per-sentence scores of model states; the only module of this package that runs whole models.
 
 Takes model states and a `TextSet`; returns `StateScores`: negative log-likelihood, KL to the first state over the full
-vocabulary and top-1 flips of every sentence. Batches are the outer loop and states the inner one, so that the 16-bit
-model's probabilities of a batch serve all states and at most two [tokens, vocabulary] tensors are alive.
+vocabulary and top-1 flips of every sentence. A state is run up to its head; the heads of all states are then applied to
+a batch together, a piece of the vocabulary at a time (`streamed`), so that no distribution over it is ever held.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quant_fairness_plugin.artifacts import StateScores, TextSet
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.measure.rows import (
-    FLIPS,
-    KL,
-    NLL,
-    Array,
-    Batch,
-    sum_rows,
-    tokenize_for,
-)
+from quant_fairness_plugin.measure.layers import HeadInputs
+from quant_fairness_plugin.measure.rows import Batch, sum_rows, tokenize_for
+from quant_fairness_plugin.measure.streamed import FileHead, Head, score_hidden
 from quant_fairness_plugin.model.context import SMALLEST_CONTEXT
-from quant_fairness_plugin.model.devices import wide_dtype
-
-CHUNK_ELEMENTS = 1 << 22
-"""Probabilities are compared in pieces of so many elements (16 MiB in float32)."""
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.rehearsal import EnoughError, logit_rule, model_logit_rule
+from quant_fairness_plugin.model.streamed import StreamedModel
 
 
 class ModelState(NamedTuple):
@@ -38,11 +33,22 @@ class ModelState(NamedTuple):
 
     name: str
     applied: Callable[[], AbstractContextManager[PreTrainedModel]]
+    blocks: LoadedModel | None = None
+    """Where it is to be run block by block: the model, which is then not applied but for its vocabulary."""
+    kept: Path | None = None
+    """Block by block: a folder that keeps what the head is given, for the next time; None keeps nothing."""
 
 
 def fixed_state(name: str, model: PreTrainedModel) -> ModelState:
     """Return the state of a model that is used as it is: the 16-bit model, or an export that was loaded."""
     return ModelState(name, lambda: nullcontext(model))
+
+
+def block_state(name: str, loaded: LoadedModel, *, kept: Path | None = None) -> ModelState:
+    """Return the state of a model as it is; block by block where its blocks are in files (see `ModelState`)."""
+    return ModelState(
+        name, lambda: nullcontext(loaded.model), loaded if isinstance(loaded, StreamedModel) else None, kept
+    )
 
 
 def score_states(
@@ -78,12 +84,20 @@ def score_states(
         tokenized = tokenize_for(model, tokenizer, texts, context=context)
     batches = tokenized.batches(batch_tokens)
     totals = {state.name: tokenized.empty_totals() for state in states}
-    for number, batch in enumerate(batches):
-        for offset, (name, scores) in enumerate(_score_batch(states, batch, texts)):
-            for row, score in zip(batch.rows, scores, strict=True):
-                totals[name][row.language][:, row.sentence] += score
-            if progress is not None:
-                progress(number * len(states) + offset + 1, len(batches) * len(states))
+    done, total = 0, len(batches) * len(states)
+
+    def count() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    with ExitStack() as resources:
+        runs = _with_common_head([_Run.of(state, batches, count, resources) for state in states])
+        for number, batch in enumerate(batches):
+            for name, per_token in zip(totals, _score_batch(runs, number, batch), strict=True):
+                for row, score in zip(batch.rows, sum_rows(batch, per_token, name, texts), strict=True):
+                    totals[name][row.language][:, row.sentence] += score
     return {name: tokenized.state_scores(name, sums) for name, sums in totals.items()}
 
 
@@ -97,61 +111,109 @@ def _check_arguments(states: Sequence[ModelState], batch_tokens: int, context: i
         raise ConfigError(f"context={context}: a window needs at least {SMALLEST_CONTEXT} tokens; the default is 2048")
 
 
-def _score_batch(states: Sequence[ModelState], batch: Batch, texts: TextSet) -> Iterator[tuple[str, Array]]:
-    """Each state's name with its sums of NLL, KL and flips over the targets of each row: [rows, 3]."""
-    reference: Tensor | None = None
-    for state in states:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A state that is being scored."""
+
+    state: ModelState
+    head: Head
+    inputs: Callable[[int], Tensor]
+    """Batch → what the head is given where a token is predicted, `[targets, width]`."""
+
+    @classmethod
+    def of(cls, state: ModelState, batches: Sequence[Batch], count: Callable[[], None], resources: ExitStack) -> _Run:
+        """Return a run of a state; where it goes block by block, all batches are run now."""
+        if state.blocks is not None:
+            kept = HeadInputs(state.blocks, batches, state.kept)
+            resources.callback(kept.close)
+            kept.run(count)
+            return cls(state, find_head(state.blocks), kept.read)
+
+        def run(number: int) -> Tensor:
+            with state.applied() as model:
+                found = _head_inputs(model, batches[number], state.name)
+            count()
+            return found
+
         with state.applied() as model:
-            logits = _logits(model, batch, state.name)
-        if reference is None:
-            reference = torch.empty(len(batch.targets), logits.shape[-1], device=logits.device)
-            per_token = _score_reference(logits, batch, reference)
-        elif reference.shape[-1] != logits.shape[-1]:
+            return cls(state, _output_head(model), run)
+
+
+def find_head(loaded: LoadedModel) -> Head:
+    """Return a model's output head, which stays in its file where the model's tables do."""
+    module = loaded.model.get_submodule(loaded.family.head)
+    table = loaded.tables.get(f"{loaded.family.head}.weight") if isinstance(loaded, StreamedModel) else None
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    rule = logit_rule(loaded)
+    return Head(weight, bias, rule) if table is None else FileHead(weight, bias, rule, table=table)
+
+
+def _output_head(model: PreTrainedModel) -> Head:
+    module = _head_module(model)
+    # Detached, a weight stays what it is now, when the state that put it there is left.
+    weight, bias = module.get_parameter("weight").detach(), getattr(module, "bias", None)
+    return Head(weight, None if bias is None else bias.detach(), model_logit_rule(model, module))
+
+
+def _head_module(model: PreTrainedModel) -> nn.Module:
+    module: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return module
+
+
+def _with_common_head(runs: Sequence[_Run]) -> list[_Run]:
+    """Return the runs with the first one's head wherever theirs has the same values: it is then applied to all at once.
+
+    Raises:
+        UnsupportedModelError: a head with another number of tokens.
+    """
+    first, *others = runs
+    for run in others:
+        sizes = len(run.head.weight), len(first.head.weight)
+        if sizes[0] != sizes[1]:
             raise UnsupportedModelError(
-                f"state {state.name!r} has {logits.shape[-1]} logits and {states[0].name!r} {reference.shape[-1]}: "
+                f"state {run.state.name!r} has {sizes[0]} logits and {first.state.name!r} {sizes[1]}: "
                 "their distributions cannot be compared; score variants of one model"
             )
-        else:
-            per_token = _score_against(logits, batch, reference)
-        yield state.name, sum_rows(batch, per_token, state.name, texts)
+    return [first, *(replace(run, head=first.head) if run.head.equals(first.head) else run for run in others)]
 
 
-def _logits(model: PreTrainedModel, batch: Batch, name: str) -> Tensor:
-    """Flattened logits [rows · width, vocabulary]."""
+def _score_batch(runs: Sequence[_Run], number: int, batch: Batch) -> list[Tensor]:
+    """Each state's NLL, KL and flips on a batch, `[targets, 3]`; all states with the first one's head at once."""
+    first, *others = runs
+    reference = first.inputs(number)
+    given = [run.inputs(number).to(reference.device) for run in others]
+    targets = batch.targets.to(reference.device)
+    alone = [index for index, run in enumerate(others) if run.head is not first.head]
+    together = [index for index in range(len(others)) if index not in alone]
+    scores: dict[int, Tensor] = {}
+    nll = None
+    for indices, head in [(together, None), *(([index], others[index].head) for index in alone)]:
+        if indices or not others:
+            states = [given[index][None] for index in indices]
+            stacked = torch.cat([reference[None][:0], *states])
+            nll, found = score_hidden(reference, stacked, targets, first.head, state_head=head)
+            scores |= dict(zip(indices, found.cpu(), strict=True))
+    assert nll is not None
+    baseline = torch.zeros(len(targets), 3, dtype=torch.float64)
+    baseline[:, 0] = nll.cpu()
+    return [baseline, *(scores[index] for index in range(len(others)))]
+
+
+@torch.no_grad()
+def _head_inputs(model: PreTrainedModel, batch: Batch, name: str) -> Tensor:
+    """What the head of a model is given where a token is predicted, `[targets, width]`."""
     if model.training:
         raise ConfigError(f"state {name!r} is in training mode, where dropout makes scores random; call model.eval()")
-    with torch.no_grad():
-        ids, mask = batch.ids.to(model.device), batch.mask.to(model.device)
-        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return logits.flatten(0, 1)
+    found: list[Tensor] = []
 
+    def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
+        found.append(positional[0])
+        raise EnoughError
 
-def _chunks(logits: Tensor, batch: Batch) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Pieces of the targets: their slice, float32 log-probabilities [piece, vocabulary], and target ids [piece, 1]."""
-    size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    for start in range(0, len(batch.targets), size):
-        piece = slice(start, start + size)
-        predicting = logits[batch.positions[piece].to(logits.device)]
-        log_probabilities = torch.log_softmax(predicting.float(), dim=-1)
-        yield piece, log_probabilities, batch.targets[piece, None].to(logits.device)
-
-
-def _score_reference(logits: Tensor, batch: Batch, reference: Tensor) -> Tensor:
-    """Scores of the 16-bit model [targets, 3]; its log-probabilities are written to `reference`."""
-    scores = torch.zeros(len(batch.targets), 3, dtype=torch.float64)
-    for piece, log_probabilities, targets in _chunks(logits, batch):
-        reference[piece] = log_probabilities
-        scores[piece, NLL] = -log_probabilities.gather(1, targets)[:, 0].cpu().double()
-    return scores
-
-
-def _score_against(logits: Tensor, batch: Batch, reference: Tensor) -> Tensor:
-    """Scores of another state [targets, 3] against the 16-bit model's log-probabilities [targets, vocabulary]."""
-    scores = torch.zeros(len(batch.targets), 3, dtype=torch.float64)
-    for piece, log_probabilities, targets in _chunks(logits, batch):
-        expected = reference[piece].to(logits.device)
-        kl = torch.nn.functional.kl_div(log_probabilities, expected, reduction="none", log_target=True)
-        scores[piece, NLL] = -log_probabilities.gather(1, targets)[:, 0].cpu().double()
-        scores[piece, KL] = kl.sum(dim=-1, dtype=wide_dtype(kl.device)).cpu()
-        scores[piece, FLIPS] = (log_probabilities.argmax(dim=-1) != expected.argmax(dim=-1)).cpu().double()
-    return scores
+    handle = _head_module(model).register_forward_pre_hook(note)
+    try:
+        with suppress(EnoughError):
+            model(input_ids=batch.ids.to(model.device), attention_mask=batch.mask.to(model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return found[0].flatten(0, 1)[batch.positions.to(found[0].device)]

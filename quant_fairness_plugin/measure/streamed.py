@@ -8,13 +8,17 @@ term of the KL). Logits are read five times; pieces are so small that a CPU's ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from quant_fairness_plugin.model.devices import ByDevice, wide_dtype
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.streamed import Table  # loads Transformers, which a forecast does without
 
 PIECE_ELEMENTS = ByDevice(cpu=1 << 19, accelerator=1 << 26)
 """Logits that are held at once, all states together: 2 MiB in float32 on a CPU; on a GPU, launches cost more."""
@@ -29,11 +33,51 @@ class Head:
     weight: Tensor
     """`[vocabulary, width]`."""
     bias: Tensor | None
+    rule: Callable[[Tensor], Tensor] | None = None
+    """What the model does to the output, value by value; None where it is the logits."""
 
     def logits(self, hidden: Tensor, part: slice) -> Tensor:
         """Return logits of a slice of the vocabulary, float32 `[…, slice]`; a head in another type is converted."""
         bias = None if self.bias is None else self.bias[part].to(hidden.dtype)
-        return torch.nn.functional.linear(hidden, self.weight[part].to(hidden.dtype), bias).float()
+        found = torch.nn.functional.linear(hidden, self._rows(part).to(hidden.dtype), bias).float()
+        return found if self.rule is None else self.rule(found)
+
+    def equals(self, other: Head) -> bool:
+        """Return whether both give the same logits."""
+        if type(self) is not type(other) or self.weight.shape != other.weight.shape:
+            return False
+        return _equal(self.bias, other.bias) and self._same_rows(other)
+
+    def _rows(self, part: slice) -> Tensor:
+        return self.weight[part]
+
+    def _same_rows(self, other: Head) -> bool:
+        return _equal(self.weight, other.weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileHead(Head):
+    """A head that is read slice by slice; a slice stays in memory until the next one is read."""
+
+    table: Table
+    _last: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def _rows(self, part: slice) -> Tensor:
+        key = (part.start, part.stop)
+        if key not in self._last:
+            self._last.clear()
+            self._last[key] = self.table.part(part)
+        return self._last[key]
+
+    def _same_rows(self, other: Head) -> bool:
+        assert isinstance(other, FileHead)
+        return self.table is other.table or self.table.equals(other.table)
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (one.device == other.device and one.dtype == other.dtype and torch.equal(one, other))
 
 
 @dataclass(frozen=True, slots=True)

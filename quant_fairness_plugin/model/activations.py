@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,6 +41,34 @@ def probe_rows(
     return [row for row in rows if row]
 
 
+class ActivationWatch:
+    """The largest magnitude that was seen; infinity where a value was NaN."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+
+    def see(self, value: object) -> None:
+        """Look at a value, unless it is a mask or holds no floating-point numbers."""
+        if isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not _is_mask(value):
+            peak = float(value.abs().max())
+            self.largest = max(self.largest, peak if peak == peak else float("inf"))
+
+    @contextmanager
+    def over(self, root: nn.Module) -> Iterator[None]:
+        """Look at what all modules below one, itself included, are given and return."""
+
+        def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for value in (*inputs, *(output if isinstance(output, tuple) else (output,))):
+                self.see(value)
+
+        hooks = [module.register_forward_hook(note) for module in root.modules()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
 @torch.no_grad()
 def largest_activation(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> float:
     """Return the largest magnitude among what the modules of a model are given and return; infinity where one is NaN.
@@ -48,24 +77,11 @@ def largest_activation(model: PreTrainedModel, rows: Sequence[Sequence[int]]) ->
         model: in float32; not changed.
         rows: token ids, run one row at a time.
     """
-    largest = 0.0
-
-    def note(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        nonlocal largest
-        outputs = output if isinstance(output, tuple) else (output,)
-        for value in (*inputs, *outputs):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.numel() and not _is_mask(value):
-                peak = float(value.abs().max())
-                largest = max(largest, peak if peak == peak else float("inf"))
-
-    hooks = [module.register_forward_hook(note) for module in model.modules()]
-    try:
+    watch = ActivationWatch()
+    with watch.over(model):
         for row in rows:
             model(input_ids=torch.tensor([row], device=model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return largest
+    return watch.largest
 
 
 def _is_mask(value: Tensor) -> bool:
@@ -89,14 +105,22 @@ def fitting_dtype(
     """
     if storage != torch.float16 or not all(_fits(parameter) for parameter in model.parameters()):
         return storage
-    largest = largest_activation(model, rows)
+    return dtype_for(largest_activation(model, rows), files)
+
+
+def dtype_for(largest: float, files: ModelFiles) -> torch.dtype:
+    """Return float16 where the largest activation of a float16 model fits it, else bfloat16, and say so.
+
+    Raises:
+        ArtifactError: NaN or infinity was computed.
+    """
     if largest == float("inf"):
         raise ArtifactError(
             f"{files.folder}: the model computes NaN or infinite values in float32; expected finite ones. Get the "
             "files again."
         )
     if largest <= LARGEST_FLOAT16:
-        return storage
+        return torch.float16
     _logger.warning(
         "%s: activations reach %.3g, and float16 ends at %.5g: stored and served in bfloat16",
         files.name,

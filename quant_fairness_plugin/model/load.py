@@ -44,6 +44,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "quiet_transformers",
+    "say_untied",
     "set_linear_weight",
 ]
 
@@ -90,6 +91,11 @@ class LoadedModel:
         """Rows (outputs) and columns (inputs) of a linear module, by its full name."""
         rows, cols = linear_weight(self.model.get_submodule(module)).shape
         return rows, cols
+
+    def stored(self, name: str) -> Tensor:
+        """Return a parameter or buffer as an export stores it: on the CPU, floats in the storage dtype; a copy."""
+        value: Tensor = self.model.state_dict()[name]
+        return value.to("cpu", self.storage_dtype if value.is_floating_point() else value.dtype, copy=True)
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
         """Return the linear modules of a layer by full name, in forward order.
@@ -143,7 +149,7 @@ def load_model(
     model = _load_weights(files, trust_remote_code)
     family = detect_family(model)
     check_layer_count(files, model, family)
-    _say_untied(files, model, family)
+    say_untied(files, model, family)
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     if storage is None:
         storage = fitting_dtype(model, probe_rows(model, tokenizer, family, sentences), stored, files)
@@ -290,7 +296,8 @@ def _decoded(files: ModelFiles) -> dict[str, Tensor]:
     return {name: read_tensor(place) for name, place in find_tensors(files).items()}
 
 
-def _say_untied(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+def say_untied(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:
+    """Log where the file holds a head of its own although the config ties it to the embedding."""
     if getattr(model.config, "tie_word_embeddings", False) and not family.tied_head:
         _logger.warning(
             "%s: config.json says tie_word_embeddings, and the file holds a head of its own, other than the embedding: "

@@ -11,6 +11,9 @@ from quant_fairness_plugin.model.resolve import model_sha256
 if TYPE_CHECKING:
     from quant_fairness_plugin.model.load import LoadedModel
 
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
+
 
 def provenance(loaded: LoadedModel, texts: TextSet, *, seed: int, arguments: dict[str, Any]) -> Provenance:
     """Return the provenance of a result on one model and one text set, versions included.
@@ -34,3 +37,16 @@ def provenance(loaded: LoadedModel, texts: TextSet, *, seed: int, arguments: dic
         dtype=str(model.dtype).removeprefix("torch."),
         source="" if files.source is None else files.source.summary,
     )
+
+
+def model_identity(loaded: LoadedModel) -> dict[str, str]:
+    """Return the checksum that says which weights a model has, plain data.
+
+    A model in memory can have changed since it was wrapped, and its config is in no file; it is hashed as it stands.
+    """
+    from quant_fairness_plugin.model.storage import parameters_sha256
+
+    files = loaded.files
+    if files.weights:
+        return {"sha256": model_sha256(files)}
+    return {"sha256": parameters_sha256(loaded.model), "config": loaded.model.config.to_json_string()}

@@ -20,11 +20,12 @@ from torch import Tensor
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.headers import read_header
 
-_DTYPES = {
+DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
     "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
+"""Types as safetensors names them."""
 _READ_BYTES = 1 << 30
 """Linux reads at most 2 GiB at once."""
 
@@ -111,11 +112,11 @@ def places_of_file(path: Path) -> Iterator[tuple[str, Place]]:
     with _opened(path) as file:
         offset = 8 + int.from_bytes(file.read(8), "little")
     for name, (dtype, shape) in header.items():  # in the order of the data, without holes
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise ArtifactError(
-                f"{path}: {name} holds values of type {dtype}; expected {', '.join(_DTYPES)}. Get the files again."
+                f"{path}: {name} holds values of type {dtype}; expected {', '.join(DTYPES)}. Get the files again."
             )
-        place = Place(path, offset, _DTYPES[dtype], shape)
+        place = Place(path, offset, DTYPES[dtype], shape)
         yield name, place
         offset += prod(shape) * place.dtype.itemsize
 

@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from quant_fairness_plugin.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from quant_fairness_plugin.model.load import LoadedModel
 
 
@@ -98,6 +102,54 @@ def head_input(loaded: LoadedModel, ids: Tensor, mask: Tensor | None, hidden: Te
     finally:
         handle.remove()
     return found[0]
+
+
+Rule = Callable[[Tensor], Tensor]
+"""What a model does to the logits after its head, value by value."""
+
+
+def logit_rule(loaded: LoadedModel) -> Rule | None:
+    """Return what the model does to the output of its head; None where it is the logits. No block is run but the first.
+
+    Raises:
+        UnsupportedModelError: it is neither a factor nor a soft cap.
+    """
+    with _played_by(loaded, lambda layer, hidden, positional, named: hidden):
+        return model_logit_rule(loaded.model, loaded.model.get_submodule(loaded.family.head))
+
+
+@torch.no_grad()
+def model_logit_rule(model: PreTrainedModel, head: nn.Module) -> Rule | None:
+    """Return what a model does to the output of its head, seen on one token whose head output is known.
+
+    Raises:
+        UnsupportedModelError: it is neither a factor nor a soft cap.
+    """
+    weight = head.get_parameter("weight")
+    given = torch.linspace(-100, 100, len(weight)).to(model.device, model.dtype)
+    plain = head.__dict__.get("forward")
+    head.forward = lambda hidden: given.expand(*hidden.shape[:-1], -1)
+    try:
+        found = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits[0, -1]
+    finally:
+        del head.forward
+        if plain is not None:
+            head.forward = plain
+    known, seen = given.float(), found.float()
+    if torch.equal(known, seen):
+        return None
+    factor, cap = float(seen[-1] / known[-1]), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    rules: list[Rule] = [lambda logits: logits * factor]
+    if cap:
+        rules.append(lambda logits: torch.tanh(logits / cap) * cap)
+    # What the model computes in its own dtype differs from float32 by one rounding.
+    close = [rule for rule in rules if torch.allclose(rule(known), seen, rtol=torch.finfo(model.dtype).eps, atol=0)]
+    if not close:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} changes its logits after the head, and in another way than by a factor or a soft "
+            "cap, which are accepted. Use a model whose head gives the logits."
+        )
+    return close[0]
 
 
 def _run(loaded: LoadedModel, ids: Tensor, mask: Tensor | None) -> None:

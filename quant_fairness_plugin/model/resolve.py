@@ -87,7 +87,7 @@ def resolve_model(
     weights = find_weights(folder, allow_pickle=allow_pickle)
     if weights[0].suffix == ".safetensors":
         _refuse_quantized_tensors(folder, read_as(read_shapes(weights), source_format(config)))
-    return ModelFiles(label, folder, config, weights, _layer_count(folder, config), commit, runs_code=runs_code)
+    return ModelFiles(label, folder, config, weights, layer_count(folder, config), commit, runs_code=runs_code)
 
 
 def resolved(
@@ -306,8 +306,12 @@ def _refuse_quantized_tensors(folder: Path, shapes: TensorShapes) -> None:
             )
 
 
-def _layer_count(folder: Path, config: dict[str, Any]) -> int:
-    """Return how many layers the text model has, by its own part of the config where there is one."""
+def layer_count(folder: Path, config: dict[str, Any]) -> int:
+    """Return how many layers the text model has, by its own part of the config where there is one.
+
+    Raises:
+        ArtifactError: it says none, or more than one number.
+    """
     text = config.get("text_config")
     text = text if isinstance(text, dict) and is_wrapper(config) else config
     given = {key: text[key] for key in LAYER_KEYS if key in text}

@@ -7,17 +7,21 @@ and the head stay in the files: lookups read their rows, and the head is read by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quant_fairness_plugin.model.activations import dtype_for, probe_rows
 from quant_fairness_plugin.model.coded import find_tensors
-from quant_fairness_plugin.model.families import detect_family
+from quant_fairness_plugin.model.families import Family, detect_family
+from quant_fairness_plugin.model.in_blocks import largest_activation_by_blocks
 from quant_fairness_plugin.model.load import (
     LoadedModel,
     check_device,
@@ -25,14 +29,18 @@ from quant_fairness_plugin.model.load import (
     compute_dtype,
     empty_model,
     load_tokenizer,
+    say_untied,
 )
-from quant_fairness_plugin.model.reading import Place, read_parts, read_rows, read_tensor
+from quant_fairness_plugin.model.reading import Place, read_parts, read_rows, read_tensor, same_values
 from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
 from quant_fairness_plugin.model.storage import rounded, storage_dtype
 
 _PART_VALUES = 1 << 22
 """Values of a table that are checked at once."""
+_MMAP_THRESHOLD = -3
+"""glibc's name (malloc.h) for the size from which an allocation is a mapping of its own."""
+_LARGE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,12 @@ class Table:
         [values] = read_parts(self.place, [(part.start, part.stop)])
         return self._ready(values)
 
+    def equals(self, other: Table) -> bool:
+        """Return whether both hold the same values, compared in their files."""
+        if self.held is not None or other.held is not None:
+            return False
+        return self.compute == other.compute and same_values(self.place, other.place)
+
     def _ready(self, values: Tensor) -> Tensor:
         return values.to(self.storage).to(device=self.device, dtype=self.compute)
 
@@ -76,6 +90,8 @@ class StreamedModel(LoadedModel):
     """Parameter → where it is in the files."""
     tables: Mapping[str, Table]
     compute: torch.dtype
+    memory_budget: int | None = None
+    """Bytes for all that is held at once, beside the interpreter and its libraries; None sets no limit."""
     _resident: set[int] = field(default_factory=set)
 
     def fetch(self, layer: int) -> dict[str, Tensor]:
@@ -99,6 +115,13 @@ class StreamedModel(LoadedModel):
         if stream is not None:
             stream.synchronize()
         return values
+
+    def stored(self, name: str) -> Tensor:
+        """Return a parameter or buffer as an export stores it, read from its file where it has one."""
+        if name not in self.places:
+            return LoadedModel.stored(self, name)
+        value = self._read(name)
+        return value.to(self.storage_dtype) if value.is_floating_point() else value
 
     @contextmanager
     def resident(self, layer: int, fetched: dict[str, Tensor] | None = None) -> Iterator[None]:
@@ -142,6 +165,22 @@ class StreamedModel(LoadedModel):
             for name, original in originals.items():
                 parameters[name].data = original
 
+    def settle(self, device: torch.device) -> None:
+        """Read everything outside the blocks but tables, and let the rest rest; called once, after it was made."""
+        model, prefix = self.model, f"{self.family.blocks}."
+        own = [name for name, _ in model.named_parameters() if self.family.owns(name)]
+        others = [name for name, _ in model.named_parameters() if not self.family.owns(name)]
+        for name in own:
+            if name not in self.tables and not name.startswith(prefix):
+                put(model, name, self._read(name).to(device=device, dtype=self.compute))
+        blocks = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
+        _rest(model, others, self.compute, hollow=device)  # parts that are not text are never run
+        _rest(model, blocks, self.compute)
+        _rest(model, [name for name in blocks if name.startswith(f"{prefix}0.")], self.compute, hollow=device)
+        _rest(model, self.tables, self.compute, hollow=device)
+        _look_up_in_files(self)
+        model.train(False)
+
     def _read(self, name: str) -> Tensor:
         return rounded(read_tensor(self.places[name]), name, self.files, storage=self.storage_dtype)
 
@@ -154,8 +193,12 @@ def open_streamed(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     device: str = "cpu",
+    sentences: Sequence[str] | None = None,
+    storage: torch.dtype | None = None,
 ) -> StreamedModel:
     """Open a model to be run block by block. Arguments and errors are those of `load_model`.
+
+    The range of a float16 model's activations is looked at only where sentences are given: it reads every block once.
 
     Weights of a block are checked when it is read, all others now. Pickled weights are refused even with
     `allow_pickle`: they cannot be read one by one.
@@ -170,20 +213,104 @@ def open_streamed(
     compute = compute_dtype(dtype)
     check_device(device)
     files = resolved(name, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code)
-    storage = storage_dtype(files)
+    stored = storage_dtype(files) if storage is None else storage
     # Buffers are made in float32, as in a model that is loaded; parameters are replaced below.
     model = empty_model(files, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    family = detect_family(model)
-    places = match_tensors(model, family, files, find_tensors(files))
-    family = detect_family(model)  # a head of its own is known by now
-    check_layer_count(files, model, family)
-    place_buffers(model, family, files, places, device)
-    tables = _tables(model, files, places, storage, compute, device)
+    parts = find_parts(model, files, find_tensors(files), storage=stored, compute=compute, device=device)
+    check_layer_count(files, model, parts.family)
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
-    streamed = StreamedModel(files, model, tokenizer, family, storage, places, tables, compute)
-    _place_parameters(streamed, torch.device(device))
-    model.train(False)
+    streamed = StreamedModel(files, model, tokenizer, parts.family, stored, parts.places, parts.tables, compute)
+    streamed.settle(torch.device(device))
+    if storage is None and sentences is not None and stored == torch.float16:
+        rows = probe_rows(model, tokenizer, parts.family, sentences)
+        if dtype_for(largest_in_blocks(streamed, rows), files) != stored:
+            return open_streamed(
+                files, dtype=dtype, trust_remote_code=trust_remote_code, device=device, storage=torch.bfloat16
+            )
+    say_untied(files, model, parts.family)
     return streamed
+
+
+def largest_in_blocks(streamed: StreamedModel, rows: Sequence[Sequence[int]]) -> float:
+    """Return the largest activation of a model, as `largest_activation` does, one block at a time."""
+    table = streamed.tables.get(f"{streamed.family.head}.weight")
+    weight = streamed.model.get_submodule(streamed.family.head).get_parameter("weight")
+
+    def head_rows(part: slice) -> Tensor:
+        return weight[part] if table is None else table.part(part)
+
+    return largest_activation_by_blocks(streamed, rows, resident=streamed.resident, head_rows=head_rows)
+
+
+class Parts(NamedTuple):
+    """Where the parts of a model are."""
+
+    family: Family
+    places: dict[str, Place]
+    tables: dict[str, Table]
+
+
+def find_parts(
+    model: PreTrainedModel,
+    files: ModelFiles,
+    stored: Mapping[str, Place],
+    *,
+    storage: torch.dtype,
+    compute: torch.dtype,
+    device: str = "cpu",
+) -> Parts:
+    """Match the tensors of files with an empty model's parameters, and give the model its buffers.
+
+    Args:
+        model: on the meta device.
+        files: for errors.
+        stored: what the files hold.
+        storage: what the values of tables are rounded to.
+        compute: what is computed in.
+        device: where.
+
+    Raises:
+        ArtifactError, UnsupportedModelError: as `open_streamed`.
+    """
+    places = match_tensors(model, detect_family(model), files, stored)
+    family = detect_family(model)  # a head of its own is known by now
+    place_buffers(model, family, files, places, device)
+    return Parts(family, places, _tables(model, files, places, storage, compute, device))
+
+
+@contextmanager
+def block_feed(
+    loaded: LoadedModel, layers: Sequence[int], *, prefetch: bool
+) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
+    """Yield what makes one of these layers after the other resident; another thread reads the next one meanwhile.
+
+    Args:
+        loaded: the model.
+        layers: in the order in which they will be run.
+        prefetch: whether to read ahead.
+    """
+    if not isinstance(loaded, StreamedModel):
+        yield lambda layer: nullcontext()
+        return
+    _return_freed_memory()
+    model, following = loaded, dict(zip(layers, layers[1:], strict=False))
+    coming: dict[int, Future[dict[str, Tensor]]] = {}
+
+    @contextmanager
+    def resident(layer: int) -> Iterator[None]:
+        fetched = coming.pop(layer).result() if layer in coming else None
+        with model.resident(layer, fetched):
+            if prefetch and layer in following:
+                coming[following[layer]] = reader.submit(model.fetch, following[layer])
+            yield
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        yield resident
+
+
+def block_in_memory(loaded: LoadedModel, layer: int) -> AbstractContextManager[None]:
+    """Return a context in which a block has its parameters."""
+    return loaded.resident(layer) if isinstance(loaded, StreamedModel) else nullcontext()
 
 
 def _rest(
@@ -234,22 +361,6 @@ def _check_table(place: Place, name: str, files: ModelFiles, storage: torch.dtyp
     return torch.cat(checked_parts) if keep else None
 
 
-def _place_parameters(streamed: StreamedModel, device: torch.device) -> None:
-    """Everything outside the blocks but tables is read now; what is left rests."""
-    model, prefix = streamed.model, f"{streamed.family.blocks}."
-    own = [name for name, _ in model.named_parameters() if streamed.family.owns(name)]
-    others = [name for name, _ in model.named_parameters() if not streamed.family.owns(name)]
-    for name in own:
-        if name not in streamed.tables and not name.startswith(prefix):
-            put(model, name, streamed._read(name).to(device=device, dtype=streamed.compute))
-    blocks = [name for name, _ in model.named_parameters() if name.startswith(prefix)]
-    _rest(model, others, streamed.compute, hollow=device)  # parts that are not text are never run
-    _rest(model, blocks, streamed.compute)
-    _rest(model, [name for name in blocks if name.startswith(f"{prefix}0.")], streamed.compute, hollow=device)
-    _rest(model, streamed.tables, streamed.compute, hollow=device)
-    _look_up_in_files(streamed)
-
-
 def _look_up_in_files(streamed: StreamedModel) -> None:
     """Make the embedding read the rows that a call needs, unless its weights are in memory."""
     embedding = streamed.model.get_input_embeddings()
@@ -261,12 +372,13 @@ def _look_up_in_files(streamed: StreamedModel) -> None:
         if not _is_hollow(embedding.weight):
             return plain(ids, *positional, **named)
         used, places = torch.unique(ids, return_inverse=True)
-        hollow = embedding.weight.data
+        hollow, padding = embedding.weight.data, embedding.padding_idx
         try:
-            embedding.weight.data = table.rows(used)
+            # The padding token matters to gradients alone, and must not be beyond the rows that are there.
+            embedding.weight.data, embedding.padding_idx = table.rows(used), None
             return plain(places, *positional, **named)
         finally:
-            embedding.weight.data = hollow
+            embedding.weight.data, embedding.padding_idx = hollow, padding
 
     lookup: Callable[..., Any] = look_up
     embedding.forward = lookup  # type: ignore[method-assign] # calls of the module look it up on the instance first
@@ -274,3 +386,13 @@ def _look_up_in_files(streamed: StreamedModel) -> None:
 
 def _is_hollow(value: Tensor) -> bool:
     return value.stride() == (0, 0)
+
+
+def _return_freed_memory() -> None:
+    """Have the C library return large tensors to the system as soon as they are freed, from now on in this process.
+
+    By default glibc learns to keep allocations of up to 32 MiB for itself, and weights of one block then lie scattered
+    between those of the next: 0.3 GB more than was in use, and growing, for blocks of 60 million values (measured).
+    """
+    with suppress(AttributeError, OSError, TypeError):  # a C library without it, or no way to call it
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)

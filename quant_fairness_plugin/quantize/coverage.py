@@ -6,7 +6,7 @@ Routing is that of the 16-bit model: quantized layers route a little differently
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import ExpertCoverage, Part, TextSet, Unit
 from quant_fairness_plugin.artifacts.experts import Counts
+from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import position_limit, tokenize_for
 from quant_fairness_plugin.model.experts import Experts, expert_modules
 from quant_fairness_plugin.model.load import LoadedModel
@@ -71,6 +72,46 @@ def expert_coverage(
         },
         part=part,
     )
+
+
+def reach_experts(
+    loaded: LoadedModel, calibration: CalibrationSet, whole: CalibrationSet, *, enough: int
+) -> CalibrationSet:
+    """Return a calibration with rows added until every expert has enough tokens, as far as the text reaches them.
+
+    The rows whose tokens are missing most come first, of whichever language; the weights of the languages stay what
+    they were, so that a language with more rows counts no more.
+
+    Args:
+        loaded: the 16-bit model; not changed.
+        calibration: token rows.
+        whole: all rows that there are, of the same text in the same order.
+        enough: tokens that every expert of every layer should have, of all languages together.
+
+    Raises:
+        ConfigError: the model has no experts, or no such number of tokens.
+    """
+    if not _places(loaded) or enough < 1:
+        raise ConfigError(
+            f"tokens_per_expert {enough}: the model has {len(_places(loaded))} layers with experts; accepted are 1 or "
+            "more tokens for a mixture of experts. Leave it out"
+        )
+    spare = [(name, row) for name, rows in calibration.rows.items() for row in whole.rows[name][len(rows) :]]
+    chosen = [row for rows in calibration.rows.values() for row in rows]
+    missing = (enough - count_rows(loaded, chosen).tokens.sum(0)).clamp(min=0)
+    offered = count_rows(loaded, [row for _, row in spare]).tokens
+    added: dict[str, list[Row]] = {name: [] for name in calibration.rows}
+    while len(offered):
+        gains = offered.minimum(missing).sum((1, 2))
+        best = int(gains.argmax())
+        if not gains[best]:
+            break
+        missing = (missing - offered[best]).clamp(min=0)
+        name, row = spare[best]
+        added[name].append(row)
+        offered[best] = 0
+    rows = {name: (*rows, *added[name]) for name, rows in calibration.rows.items()}
+    return replace(calibration, rows=rows, weights=calibration.shares)
 
 
 def _places(loaded: LoadedModel) -> dict[str, Experts]:

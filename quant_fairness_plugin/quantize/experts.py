@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.experts import Experts, Routing
 from quant_fairness_plugin.model.rehearsal import EnoughError
-from quant_fairness_plugin.quantize.blocks import Batch
+from quant_fairness_plugin.quantize.blocks import Running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.moments import working_dtype
 
@@ -59,7 +59,7 @@ class RoutedRows:
 
 @torch.no_grad()
 def routed_rows(
-    block: nn.Module, experts: Experts, layer: int, batches: Sequence[Batch], calibration: CalibrationSet
+    block: nn.Module, experts: Experts, layer: int, batches: Sequence[Running], calibration: CalibrationSet
 ) -> RoutedRows:
     """Return what the experts of a layer are given, with their weights as they are.
 
@@ -93,7 +93,7 @@ def _energy(experts: Experts, routing: Routing) -> float:
     return float(experts(routing.hidden, routing.chosen, routing.weights).double().square().sum())
 
 
-def _routings(block: nn.Module, experts: Experts, layer: int, batches: Sequence[Batch]) -> Iterator[Routing]:
+def _routings(block: nn.Module, experts: Experts, layer: int, batches: Sequence[Running]) -> Iterator[Routing]:
     seen: list[Routing] = []
 
     def note(_: nn.Module, positional: tuple[Any, ...]) -> None:

@@ -20,9 +20,9 @@ from quant_fairness_plugin.artifacts import LanguageScores, TextSet
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure import guards, metrics
 from quant_fairness_plugin.measure.metrics import significant
-from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score_states
-from quant_fairness_plugin.model.exchange import swapped
+from quant_fairness_plugin.measure.scoring import block_state, score_states
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, MinimaxRound
+from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def calibration_damage(quantized: QuantizedModel, part: TextSet) -> dict[str, fl
     Raises:
         QualityGateError: it supports none of them.
     """
-    baseline = fixed_state("16 bit", quantized.loaded.model)
+    baseline = block_state("16 bit", quantized.loaded)
     scores = score_states([baseline, quantized_state("quantized", quantized)], quantized.loaded.tokenizer, part)
     before, after = scores["16 bit"].languages, scores["quantized"].languages
     counted = [name for name in part.languages if _supported(before[name], part.sentences[name])]
@@ -130,12 +130,6 @@ def calibration_damage(quantized: QuantizedModel, part: TextSet) -> dict[str, fl
         name: significant(metrics.kl_bits_per_byte(sum(after[name].kl_nats), sum(after[name].bytes_)))
         for name in counted
     }
-
-
-def quantized_state(name: str, quantized: QuantizedModel) -> ModelState:
-    """Return a quantized model as a model state; its weights are dequantized once and held."""
-    weights = quantized.dense_weights()
-    return ModelState(name, lambda: swapped(quantized.loaded, weights))
 
 
 def _supported(scores: LanguageScores, sentences: tuple[str, ...]) -> bool:

@@ -6,36 +6,48 @@ calibrated with quantized q, k, v). Modules of one fusion group share their inpu
 AWQ folds each group's input scale into the module in front of it, which may be quantized by then: its integers stay and
 its scales are divided.
 Protected layers run in 16 bit and are left alone. At any time at most one block differs from the model passed in.
+Of a `StreamedModel`, one block is in memory at a time; what is solved goes into files (`results`), and so do the rows
+that do not fit the memory budget. In a folder to work in, an interrupted run goes on from the last whole layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import ExpertCoverage, Grid, ProtectionPlan, Unit
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.artifacts import ExpertCoverage, Grid, ProtectionPlan, Unit, digest, package_versions
+from quant_fairness_plugin.errors import ConfigError, ResourceError
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.experts import Experts
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.blocks import Batch, first_inputs
+from quant_fairness_plugin.model.provenance import model_identity
+from quant_fairness_plugin.model.streamed import StreamedModel, block_feed
+from quant_fairness_plugin.quantize.blocks import Rows, Running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.columns import KeptColumns
 from quant_fairness_plugin.quantize.expert_rules import check_experts
 from quant_fairness_plugin.quantize.experts import expert_stages, routed_rows
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.quantize.memory import count_quantize_needs
 from quant_fairness_plugin.quantize.methods import check_method_grid, find_method, method_names
 from quant_fairness_plugin.quantize.methods.method import Method
 from quant_fairness_plugin.quantize.moments import FairMagnitude, MomentWatch, fair_moments, language_moments
+from quant_fairness_plugin.quantize.results import Results, StoredResults
 from quant_fairness_plugin.quantize.selection import Selection, select_modules
 from quant_fairness_plugin.quantize.solving import Inputs, Problem, Solved, dense_values, error_prefix
 
 BATCH_TOKENS = 2048
+ROWS_IN_MEMORY = 256 << 20
+"""Bytes of hidden states that a model read block by block has in memory where no budget is given."""
+SOLUTION_VERSION = 1
+"""Goes up whenever the same work would come out otherwise, so that an older folder is not gone on from."""
 Report = Callable[[int, int], None]
 
 
@@ -48,9 +60,9 @@ class QuantizedModel:
     """What it was made by."""
     method: str
     """A name of `methods.METHODS`."""
-    tensors: dict[str, QuantizedTensor]
+    tensors: Mapping[str, QuantizedTensor]
     """Full module name → integers, each with its grid (an INT8 unit has other bits than the plan's grid)."""
-    folded: dict[str, Tensor]
+    folded: Mapping[str, Tensor]
     """AWQ: full parameter name (`….input_layernorm.weight`, `….v_proj.bias`) → 16-bit value that replaces the model's,
     as the module stores it, float32 with values of the storage dtype; empty otherwise."""
     kept: dict[str, str]
@@ -66,8 +78,21 @@ class QuantizedModel:
     """Versions of the backend's packages; empty for our own core."""
     columns: Mapping[str, KeptColumns] = field(default_factory=dict)
     """Full module name → the input channels that keep 16 bit beside its integers."""
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    """Full module name → its grid; empty where only the tensors say."""
+
     experts: ExpertCoverage | None = None
     """Of a mixture of experts: how calibration reached them, where that was counted."""
+
+    @property
+    def module_grids(self) -> dict[str, Grid]:
+        """Full module name → its grid, without reading the integers where the grids are known."""
+        return {name: self.grids.get(name) or self.tensors[name].grid for name in self.tensors}
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Full module name → its bits."""
+        return {name: grid.bits for name, grid in self.module_grids.items()}
 
     @property
     def grid(self) -> Grid:
@@ -92,6 +117,16 @@ class QuantizedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class Workplace:
+    """Where a quantization keeps what it has done."""
+
+    folder: Path | None = None
+    """To go on from after an interruption; None keeps nothing beyond the run."""
+    memory_budget: int | None = None
+    """Bytes for all that it holds, beside the interpreter and its libraries; None sets no limit."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Work:
     """What stays the same from the first block to the last."""
 
@@ -100,6 +135,7 @@ class _Work:
     selection: Selection
     columns: float
     report: Report
+    results: Results
 
     def units(self, layer: int) -> Iterator[tuple[Unit, dict[str, nn.Module]]]:
         """Yield the fusion groups to quantize in a layer, in forward order, with their modules by full name."""
@@ -130,6 +166,7 @@ def quantize_model(
     calibration: CalibrationSet | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: Report | None = None,
+    workplace: Workplace | None = None,
 ) -> QuantizedModel:
     """Quantize the linear modules of all layers that a plan does not protect.
 
@@ -143,6 +180,7 @@ def quantize_model(
         calibration: token rows and language weights; None for a method that needs none.
         batch_tokens: most calibration tokens that are run at once.
         progress: called with (layers done, layers) after each layer.
+        workplace: a folder to go on from after an interruption, and a memory budget. Neither changes a bit.
 
     Raises:
         ConfigError: an unknown method, a calibration that is missing or not needed, a plan of another model, a grid
@@ -150,7 +188,9 @@ def quantize_model(
         InvalidLayerError: a protected layer that the model lacks, or all of them.
         ArtifactError: a weight holds NaN or infinity (names the module).
         UnsupportedModelError: a module cannot be solved (names it), or the method does not know the architecture.
+        ResourceError: a budget that is too small, or a folder that cannot be written.
     """
+    place = workplace or Workplace()
     solver = find_method(method) if isinstance(method, str) else method
     selection = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
     if plan.layers != loaded.layers:
@@ -161,15 +201,25 @@ def quantize_model(
     if any(group.routed for layer in range(loaded.layers) for group in loaded.family.units_of(layer)):
         check_experts(solver.name, plan.grid, columns=plan.protect_columns)
     solver.check_model(loaded)
-    work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None))
-    if calibration is None:
-        solved = _solve_from_weights(work)
-    else:
-        solved = _solve_on_inputs(work, calibration, batch_tokens=batch_tokens)
+    allowance = _rows_allowance(loaded, calibration, place, batch_tokens)
+    with ExitStack() as stack:
+        folder = _work_folder(loaded, plan, solver, calibration, place, batch_tokens)
+        in_files = folder is not None or isinstance(loaded, StreamedModel)
+        results = StoredResults(folder) if in_files else Results()
+        work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results)
+        if calibration is None:
+            _solve_from_weights(work)
+        else:
+            spill = folder or Path(stack.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
+            rows = Rows(
+                loaded, calibration, spill, batch_tokens=batch_tokens, allowance=allowance,
+                durable=place.folder is not None,
+            )  # fmt: skip
+            _solve_on_inputs(work, rows, calibration)
     return QuantizedModel(
-        loaded=loaded, plan=plan, method=solver.name, tensors=solved.tensors, folded=solved.folded,
-        kept=selection.kept, losses=solved.losses, damping=solved.damping, calibration=calibration,
-        columns=solved.columns,
+        loaded=loaded, plan=plan, method=solver.name, tensors=results.tensors, folded=results.folded,
+        kept=selection.kept, losses=results.losses, damping=results.damping, calibration=calibration,
+        columns=results.columns, grids=results.grids,
     )  # fmt: skip
 
 
@@ -195,33 +245,65 @@ def _check(method: Method, plan: ProtectionPlan, selection: Selection, calibrati
 
 
 @torch.no_grad()
-def _solve_from_weights(work: _Work) -> Solved:
+def _solve_from_weights(work: _Work) -> None:
     """Solve by a method without calibration, for which the model is not run."""
-    solved = Solved()
-    for layer in range(work.loaded.layers):
-        for unit, modules in work.units(layer):
-            weights = {name: linear_weight(module) for name, module in modules.items()}
-            work.solve(unit, weights, None, solved)
-        work.report(layer + 1, work.loaded.layers)
-    return solved
+    missing = [layer for layer in work.selection.units if not work.results.has(layer)]
+    with block_feed(work.loaded, missing, prefetch=True) as resident:
+        for layer in range(work.loaded.layers):
+            if layer in missing:
+                with resident(layer):
+                    solved = Solved()
+                    for unit, modules in work.units(layer):
+                        weights = {name: linear_weight(module) for name, module in modules.items()}
+                        work.solve(unit, weights, None, solved)
+                    work.results.add(layer, solved)
+            work.report(layer + 1, work.loaded.layers)
 
 
-def _solve_on_inputs(work: _Work, calibration: CalibrationSet, *, batch_tokens: int) -> Solved:
+def _solve_on_inputs(work: _Work, rows: Rows, calibration: CalibrationSet) -> None:
     """Solve by a method with calibration, block after block as the rows reach it."""
-    loaded, solved = work.loaded, Solved()
-    last = max(work.selection.units)
-    with _evaluating(loaded.model):
-        batches = first_inputs(loaded, calibration, batch_tokens=batch_tokens)
-        for layer in range(loaded.layers):
-            with _restored(loaded, layer):
-                solved.targets.clear()
-                for unit, modules in work.units(layer):
-                    solve = _solve_experts if work.routed(unit) else _solve_unit
-                    solve(work, unit, modules, batches, calibration, solved)
-                if layer < last:  # what follows the last quantized layer needs no inputs
-                    _advance(loaded, layer, batches)
-            work.report(layer + 1, loaded.layers)
-    return solved
+    loaded = work.loaded
+    to_solve = [layer for layer, units in work.selection.units.items() if units]
+    missing = [layer for layer in to_solve if not work.results.has(layer)]
+    done = 0
+    if missing:
+        with _evaluating(loaded.model):
+            reached = rows.layer
+            again = reached is None or reached > missing[0]
+            rows.enter(again=again)
+            layers = range(0 if again or reached is None else reached, to_solve[-1] + 1)
+            with block_feed(loaded, layers, prefetch=True) as resident:
+                for layer in layers:
+                    with resident(layer), _restored(loaded, layer):
+                        _solve_layer(work, layer, rows, calibration)
+                        if layer < layers[-1]:  # what follows the last quantized layer needs no inputs
+                            rows.advance(layer)
+                    done = layer + 1
+                    work.report(done, loaded.layers)
+    rows.forget()
+    if done < loaded.layers:
+        work.report(loaded.layers, loaded.layers)
+
+
+def _solve_layer(work: _Work, layer: int, rows: Rows, calibration: CalibrationSet) -> None:
+    """Leave a block as it is quantized: solved now, or by the run that this one goes on from."""
+    if work.results.has(layer):
+        _put_back(work, layer)
+        return
+    solved, batches = Solved(), rows.batches()
+    for unit, modules in work.units(layer):
+        solve = _solve_experts if work.routed(unit) else _solve_unit
+        solve(work, unit, modules, batches, calibration, solved)
+    work.results.add(layer, solved)
+
+
+@torch.no_grad()
+def _put_back(work: _Work, layer: int) -> None:
+    solved, modules = work.results.layer(layer), work.loaded.linears(layer)
+    for name in solved.tensors:
+        set_linear_weight(modules[name], solved.dense(name))
+    for name, value in solved.folded.items():
+        work.loaded.model.get_parameter(name).copy_(value)
 
 
 @torch.no_grad()
@@ -229,7 +311,7 @@ def _solve_unit(
     work: _Work,
     unit: Unit,
     modules: Mapping[str, nn.Module],
-    batches: list[Batch],
+    batches: Sequence[Running],
     calibration: CalibrationSet,
     solved: Solved,
 ) -> None:
@@ -250,7 +332,7 @@ def _solve_experts(
     work: _Work,
     unit: Unit,
     modules: Mapping[str, nn.Module],
-    batches: list[Batch],
+    batches: Sequence[Running],
     calibration: CalibrationSet,
     solved: Solved,
 ) -> None:
@@ -272,14 +354,65 @@ def _solve_experts(
             set_linear_weight(modules[name], solved.dense(name))
 
 
-@torch.no_grad()
-def _advance(loaded: LoadedModel, layer: int, batches: list[Batch]) -> None:
-    for batch in batches:
-        batch.hidden = batch.run(loaded.block(layer), layer)
+def _work_folder(
+    loaded: LoadedModel,
+    plan: ProtectionPlan,
+    method: Method,
+    calibration: CalibrationSet | None,
+    place: Workplace,
+    batch_tokens: int,
+) -> Path | None:
+    """Return the folder to go on from, which is named by all that the results depend on; None where none is wanted."""
+    if place.folder is None:
+        return None
+    depends = {
+        "version": SOLUTION_VERSION,
+        "model": model_identity(loaded),
+        "storage": str(loaded.storage_dtype),
+        "compute": str(loaded.model.dtype),
+        "device": str(loaded.model.device),
+        "threads": torch.get_num_threads(),
+        "method": [method.name, asdict(method) if is_dataclass(method) else {}],
+        "plan": [asdict(plan.grid), list(plan.protected_layers), dict(plan.overrides), plan.protect_columns],
+        "calibration": None if calibration is None else [calibration.sha256, calibration.shares],
+        "batch_tokens": batch_tokens,
+        "versions": package_versions(),
+    }
+    folder = place.folder / f"quantize-{digest(depends)[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise ResourceError(
+            f"{place.folder}: cannot be used ({err.strerror}); use a folder that can be written"
+        ) from err
+    return folder
+
+
+def _rows_allowance(
+    loaded: LoadedModel, calibration: CalibrationSet | None, place: Workplace, batch_tokens: int
+) -> int | None:
+    """Return how many bytes of hidden states are held in memory; None for all.
+
+    Raises:
+        ResourceError: a budget that does not hold a block and what solving it takes.
+    """
+    if place.memory_budget is None:
+        return ROWS_IN_MEMORY if isinstance(loaded, StreamedModel) else None
+    rows = [] if calibration is None else [len(row) for rows in calibration.rows.values() for row in rows]
+    needs = count_quantize_needs(
+        {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()},
+        blocks=loaded.family.blocks,
+        tokens=max(*rows, batch_tokens) if rows else 0,
+        hessians=calibration is not None,
+    )
+    return needs.left_for_states(place.memory_budget)
 
 
 @contextmanager
 def _restored(loaded: LoadedModel, layer: int) -> Iterator[None]:
+    if isinstance(loaded, StreamedModel):  # the block is read again from its file
+        yield
+        return
     parameters = list(loaded.block(layer).parameters())
     originals = [parameter.detach().clone() for parameter in parameters]
     try:

@@ -103,7 +103,7 @@ class Planner:
             if len(choices) > NEIGHBOURS:
                 break
             other = self._other(weights)
-            if other is not None and other not in choices:
+            if other is not None and other not in choices and not self._all_16_bit(other):
                 choices.append(other)
         names = ("the plan", *(f"neighbour {i}" for i in range(1, len(choices))))
         return tuple(self._candidate(name, choice) for name, choice in zip(names, choices, strict=True))
@@ -240,7 +240,26 @@ class Planner:
         found = self._allocate(self._options())
         if isinstance(found, Infeasible):
             raise QualityGateError(f"no plan by these limits: {found.reason}")
-        return self._choice(found)
+        choice = self._choice(found)
+        if not self._all_16_bit(choice):
+            return choice
+        if self.demand.limit.target is not None:
+            raise QualityGateError(
+                f"target {self.demand.limit.target:.4g} takes 16 bit for every unit, so that nothing would be "
+                "quantized: raise it"
+            )
+        # A budget that pays for everything still asks for a quantized model: of the unit that loses least.
+        least = min(self._free, key=self._worst_on_grid)
+        del choice[least]
+        if "int8" in self.demand.menu:
+            choice[least] = "int8"
+        return choice
+
+    def _all_16_bit(self, choice: Choice) -> bool:
+        return set(self._free) <= {unit for unit, kind in choice.items() if kind == "fp16"}
+
+    def _worst_on_grid(self, unit: str) -> float:
+        return max(self._kl(unit, precision_of_bits(self.scores.grid.bits), np.ones(self._sentences)).values())
 
     def _other(self, weights: Array) -> dict[str, Precision] | None:
         """The best choice by weighted sentences; None where there is none."""

@@ -34,6 +34,7 @@ from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
 from quant_fairness_plugin.measure.objectives import OBJECTIVES
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.streamed import block_in_memory
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.plans.plan_set import BASELINE, Plan, PlanSet, Score, around_plans, check_precisions
 from quant_fairness_plugin.plans.search import search_sets
@@ -45,7 +46,7 @@ from quant_fairness_plugin.sweep.bank import Bank, RtnBank, check_bank_fits, fit
 from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.jobs import BankRecipe
-from quant_fairness_plugin.sweep.streaming import block_in_memory, score_plans_layerwise
+from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 from quant_fairness_plugin.sweep.trials import score_plans_resumably
 from quant_fairness_plugin.sweep.walk import Progress, score_plans
 

@@ -21,6 +21,7 @@ from quant_fairness_plugin.artifacts import Precision, TextSet
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.measure.rows import Batch, Row, TokenRows, pad_rows, tokenize_for
+from quant_fairness_plugin.model.devices import wide_dtype
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.units import UnitMap
@@ -117,6 +118,17 @@ class Changes:
         return tuple(dict.fromkeys(key for errors in self.by_parameter.values() for key in errors))
 
 
+def check_linear(loaded: LoadedModel, units: UnitMap) -> None:
+    """Refuse a model some of whose units hold weights that belong to no linear module, before any work.
+
+    Raises:
+        UnsupportedModelError: names the weight, and what to do instead.
+    """
+    for unit in units.group_names():
+        for name in units.parameters[unit]:
+            _is_transposed(loaded, name)
+
+
 def slopes_of(
     loaded: LoadedModel, tokenized: TokenRows, changes: Changes, labels: Labels
 ) -> Iterator[tuple[Row, list[Slopes]]]:
@@ -157,7 +169,7 @@ class _Watch:
             embedding = loaded.model.get_input_embeddings()
             stack.callback(embedding.register_forward_hook(watch._start).remove)
             for name, errors in changes.by_parameter.items():
-                hook = watch._hook(_linear_module(loaded, name), errors)
+                hook = watch._hook(_is_transposed(loaded, name), errors)
                 module = loaded.model.get_submodule(name.removesuffix(".weight"))
                 stack.callback(module.register_forward_hook(hook).remove)
             yield watch
@@ -197,15 +209,19 @@ class _Watch:
 
             def add(gradient: Tensor) -> None:
                 for key, change in moved.items():
-                    self.slopes[key] += float((gradient * change).sum(dtype=torch.float64))
+                    self.slopes[key] += float((gradient * change).sum(dtype=wide_dtype(gradient.device)))
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 
 
-def _linear_module(loaded: LoadedModel, parameter: str) -> bool:
-    """Return whether the linear module of a weight stores it as `[in_features, out_features]`."""
+def _is_transposed(loaded: LoadedModel, parameter: str) -> bool:
+    """Return whether the linear module of a weight stores it as `[in_features, out_features]`.
+
+    Raises:
+        UnsupportedModelError: it belongs to no linear module.
+    """
     module = loaded.model.get_submodule(parameter.rpartition(".")[0])
     if not parameter.endswith(".weight") or not (isinstance(module, nn.Linear) or is_conv1d(module)):
         raise UnsupportedModelError(

@@ -20,8 +20,7 @@ from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import Row, pad_rows
 from quant_fairness_plugin.model.devices import describe_device
 from quant_fairness_plugin.model.load import LoadedModel, load_model
-from quant_fairness_plugin.model.resolve import model_sha256
-from quant_fairness_plugin.model.storage import parameters_sha256
+from quant_fairness_plugin.model.provenance import model_identity
 from quant_fairness_plugin.plans.tree import StateTree
 from quant_fairness_plugin.plans.units import UnitMap, map_units
 from quant_fairness_plugin.sweep.bank import Bank
@@ -96,7 +95,7 @@ def identity(job: Job) -> dict[str, Any]:
         "device": describe_device(model.device),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": job.threads,
-        "model": _model_identity(job.loaded),
+        "model": model_identity(job.loaded),
         "attention": str(model.config._attn_implementation),
         "storage_dtype": str(job.loaded.storage_dtype),
         "compute_dtype": str(model.dtype),
@@ -176,11 +175,3 @@ def _check_same(expected: Mapping[str, Any], actual: Mapping[str, Any]) -> None:
                 f"a worker would give other numbers: its {field} is {actual[field]}, here it is {value}; every worker "
                 "needs the same model files and versions. Make them equal, or use the local executor."
             )
-
-
-def _model_identity(loaded: LoadedModel) -> dict[str, str]:
-    files = loaded.files
-    if files.weights:
-        return {"sha256": model_sha256(files)}
-    # A model in memory can have changed since it was wrapped, and its config is in no file.
-    return {"sha256": parameters_sha256(loaded.model), "config": loaded.model.config.to_json_string()}

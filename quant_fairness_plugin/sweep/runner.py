@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.rows import Array, Batch, sum_rows
-from quant_fairness_plugin.measure.streamed import Head, score_hidden
+from quant_fairness_plugin.measure.streamed import FileHead, Head, score_hidden
 from quant_fairness_plugin.model.exchange import exchanged
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, head_input, rehearse
@@ -183,24 +183,7 @@ def find_head(loaded: LoadedModel, bank: Bank, variant: Variant) -> Head:
         return Head(changed[-1], bias)
     table = tables_of(loaded).get(name)
     weight = loaded.model.get_parameter(name)
-    return Head(weight, bias) if table is None else _FileHead(weight, bias, table)
-
-
-@dataclass(frozen=True, slots=True)
-class _FileHead(Head):
-    """A head that is read slice by slice; a slice stays in memory until the next one is read."""
-
-    table: Table
-    _last: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-    def logits(self, hidden: Tensor, part: slice) -> Tensor:
-        """Return the logits of a slice of the vocabulary, float32 `[…, slice]`."""
-        key = (part.start, part.stop)
-        if key not in self._last:
-            self._last.clear()
-            self._last[key] = self.table.part(part)
-        bias = None if self.bias is None else self.bias[part]
-        return torch.nn.functional.linear(hidden, self._last[key], bias).float()
+    return Head(weight, bias) if table is None else FileHead(weight, bias, table=table)
 
 
 def tables_of(loaded: LoadedModel) -> Mapping[str, Table]:

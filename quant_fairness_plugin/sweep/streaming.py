@@ -7,10 +7,8 @@ goes. `runner` runs the stages for both.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -24,7 +22,8 @@ from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import Batch
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.streamed import StreamedModel
+from quant_fairness_plugin.model.stacks import Stacks, batches_in_memory
+from quant_fairness_plugin.model.streamed import block_feed
 from quant_fairness_plugin.plans.tree import StateTree
 from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank, BlockBank
@@ -32,15 +31,11 @@ from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.jobs import Job
 from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, HEAD_TOKENS, STACK_TOKENS, Needs, count_needs
 from quant_fairness_plugin.sweep.runner import BatchScores, Inputs, TreeRunner, tables_of
-from quant_fairness_plugin.sweep.stacks import Stacks, batches_in_memory
 from quant_fairness_plugin.sweep.trials import Store, open_store, trial_key
 from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
 
 LAYERWISE_VERSION = 2
 """Goes up whenever the hidden states or scores of a sweep would come out otherwise."""
-_MMAP_THRESHOLD = -3
-"""glibc's name (malloc.h) for the size from which an allocation is a mapping of its own."""
-_LARGE_BYTES = 4 << 20
 
 
 @torch.no_grad()
@@ -186,41 +181,6 @@ def _open_stacks(folder: Path, store: Store | None, job: Job, batches: Sequence[
     )
 
 
-@contextmanager
-def block_feed(
-    loaded: LoadedModel, layers: Sequence[int], *, prefetch: bool
-) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
-    """Yield what makes one of these layers after the other resident; another thread reads the next one meanwhile.
-
-    Args:
-        loaded: the model.
-        layers: in the order in which they will be run.
-        prefetch: whether to read ahead.
-    """
-    if not isinstance(loaded, StreamedModel):
-        yield lambda layer: nullcontext()
-        return
-    _return_freed_memory()
-    model, following = loaded, dict(zip(layers, layers[1:], strict=False))
-    coming: dict[int, Future[dict[str, Tensor]]] = {}
-
-    @contextmanager
-    def resident(layer: int) -> Iterator[None]:
-        fetched = coming.pop(layer).result() if layer in coming else None
-        with model.resident(layer, fetched):
-            if prefetch and layer in following:
-                coming[following[layer]] = reader.submit(model.fetch, following[layer])
-            yield
-
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        yield resident
-
-
-def block_in_memory(loaded: LoadedModel, layer: int) -> AbstractContextManager[None]:
-    """Return a context in which a block has its parameters."""
-    return loaded.resident(layer) if isinstance(loaded, StreamedModel) else nullcontext()
-
-
 def sweep_needs(loaded: LoadedModel, tree: StateTree, units: UnitMap, tokens: int) -> Needs:
     """Return what a sweep of these states needs at once, beside the hidden states between two layers.
 
@@ -242,13 +202,3 @@ def sweep_needs(loaded: LoadedModel, tree: StateTree, units: UnitMap, tokens: in
         tokens=tokens,
         widened=sum(prod(place.shape) for place in places),
     )
-
-
-def _return_freed_memory() -> None:
-    """Have the C library return large tensors to the system as soon as they are freed, from now on in this process.
-
-    By default glibc learns to keep allocations of up to 32 MiB for itself, and weights of one block then lie scattered
-    between those of the next: 0.3 GB more than was in use, and growing, for blocks of 60 million values (measured).
-    """
-    with suppress(AttributeError, OSError, TypeError):  # a C library without it, or no way to call it
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)

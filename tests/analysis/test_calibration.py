@@ -24,7 +24,7 @@ from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.quantize.calibration import build_calibration
-from quant_fairness_plugin.quantize.minimax import quantized_state
+from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.recommend import explicit_plan
 from tests.planning import quantize_layers
 from tests.planted_model import PLANTED_LAYER, planted_texts

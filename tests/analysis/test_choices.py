@@ -83,6 +83,9 @@ def test_questions_are_asked_from_a_file(load: Callable[..., LoadedModel], tmp_p
         ("en", "all", 4),
         ("en", "spelling", 4),
     ]
+    path.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="'spelling' has 1 question in en"):
+        analyse(request_of(load("llama", layers=2), options={"questions": path}))
     with pytest.raises(ConfigError, match="--questions"):
         analyse(request_of(load("llama", layers=2)))
 
@@ -97,6 +100,15 @@ def test_clams_is_read_by_folder(tmp_path: Path) -> None:
         read_questions(tmp_path)
     with pytest.raises(ArtifactError, match="no question"):
         read_questions(tmp_path / "he_evalset")
+
+
+def test_multiblimp_is_read_by_its_two_columns(tmp_path: Path) -> None:
+    path = tmp_path / "heb.tsv"
+    path.write_text('phenomenon\tsen\twrong_sen\nSV-#\tהוא "רץ\tהוא רצים\n', encoding="utf-8")
+    assert read_questions(path) == (Question("he", "SV-#", ('הוא "רץ', "הוא רצים"), 0),)
+    path.write_text("sentence\tother\na\tb\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="line 2: no sen and wrong_sen"):
+        read_questions(path)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,16 @@ def test_a_planted_association_is_supported_and_chance_is_not() -> None:
     assert isinstance(claim("figure", 1, [], seed=0).rho, Undefined)
 
 
+def test_a_family_that_makes_the_association_alone_is_seen() -> None:
+    # Family "a" (every seventh item and the one after it) lies far out on both sides; the rest runs the other way.
+    values = [50.0 if i % 7 < 2 else float(i) for i in range(14)]
+    damage = [60.0 + i if i % 7 < 2 else -float(i) for i in range(14)]
+    found = claim("figure", 1, rows(values, damage), seed=0)
+    assert found.without_a_family[0] == -1.0
+    assert isinstance(found.rho, Interval)
+    assert found.rho.estimate > -0.5
+
+
 def test_a_verdict_needs_the_whole_interval() -> None:
     assert verdict(Interval(2.0, 1.6, 2.5), 1.5, 1) == "supported"
     assert verdict(Interval(2.0, 1.4, 2.5), 1.5, 1) == "undecided"

@@ -75,4 +75,5 @@ def test_tables_are_made_of_fields_without_sums_by_sentence() -> None:
     assert verdict == "verdict: yes"
     assert isinstance(table, Table)
     assert [column.header for column in table.columns] == ["language", "value"]
-    assert list(table.columns[1].cells) == ["1 [0.5, 2]", "undefined: no text"]
+    assert list(table.columns[1].cells) == ["1 [0.5, 2]", "undefined"]
+    assert table.caption == "undefined: no text"

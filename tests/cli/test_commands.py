@@ -156,6 +156,18 @@ def test_a_plan_that_no_checkpoint_holds_is_said_to_be_simulated(
     assert "int5 is simulated" in printed.err
 
 
+def test_a_budget_without_a_sweep_is_planned_by_scores(
+    planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.json"
+    given = ["recommend", "--model", str(planted_model), "--texts", planted_file, "--max-overhead", "0.1"]
+    assert run_guarded(typer.main.get_command(app), [*given, "-o", str(plan)], "quant-fairness") == 0
+    printed = capsys.readouterr()
+    assert "2.down:int8" in printed.out.strip().split(",")
+    assert "scored by one pass of gradients" in printed.err
+    assert load(ProtectionPlan, plan).overrides["layers.2.down"] == "int8"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -82,3 +82,18 @@ def test_a_budget_that_is_too_small_is_refused_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["4", "False"]
     assert re.search(r"need [0-9.]+ MB; raise the budget to that or more", done.stderr)
+
+
+def test_quantize_keeps_its_work_and_a_second_run_solves_nothing(
+    planted_model: Path, texts_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quant_fairness_plugin.quantize.results import StoredResults
+
+    asked = ["quantize", str(planted_model), "--texts", texts_file, "--group-size", "32", "--protect-layers", "none"]
+    asked += ["--memory-budget", "100MB", "--work", str(tmp_path / "work")]
+    assert run(*asked, "-o", str(tmp_path / "first")) == 0
+    monkeypatch.setattr(StoredResults, "add", lambda *given: pytest.fail("solved again"))
+    assert run(*asked, "-o", str(tmp_path / "second")) == 0
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+    assert run(*asked[:-4], "--memory-budget", "1KB", "-o", str(tmp_path / "third")) == 4

@@ -191,6 +191,17 @@ def test_a_search_is_one_of_three() -> None:
         SearchOptions(search="beam").to_search("bpb")
 
 
+def test_sizes_targets_and_limits_are_read() -> None:
+    declared = declared_fields(FairConfig)
+    assert declared["max_size"].parse("1.5 MB") == 1_500_000
+    assert declared["target"].parse("worst=0.1") == "worst=0.1"
+    assert declared["limits"].parse("he=0.05, zh=0.1") == {"he": 0.05, "zh": 0.1}
+    with pytest.raises(ConfigError, match="--limit 'he': write LANGUAGE=NUMBER"):
+        declared["limits"].parse("he")
+    with pytest.raises(ConfigError, match="size '12 apples' is none"):
+        declared["max_size"].parse("12 apples")
+
+
 def test_weights_are_numbers_by_language() -> None:
     assert parse_weights("en=1, fi = 2.5") == {"en": 1.0, "fi": 2.5}
     for text in ("", "en", "en=", "en=x", "en=1,"):

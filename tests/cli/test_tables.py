@@ -7,8 +7,15 @@ from itertools import combinations
 from rich.console import Console
 from rich.table import Table
 
-from quant_fairness_plugin.artifacts import Combinations, SearchRecord, SweepReport
-from quant_fairness_plugin.cli.tables import SHOWN, combination_lines, necessity_lines, sweep_table, synergy_tables
+from quant_fairness_plugin.artifacts import Combinations, Grid, ProtectionPlan, SearchRecord, SweepReport
+from quant_fairness_plugin.cli.tables import (
+    SHOWN,
+    combination_lines,
+    necessity_lines,
+    singled_out,
+    sweep_table,
+    synergy_tables,
+)
 from quant_fairness_plugin.statistics.synergy import EvaluatedSets
 from tests.planted import planted_sets
 
@@ -85,3 +92,12 @@ def test_whether_the_best_set_needs_its_members_is_one_line() -> None:
     judged = replace(swept, necessity=EvaluatedSets.of(swept, draws=200).necessity_tests([5]))
     (line,) = necessity_lines(judged, "worst")
     assert line == "0,1,2,3,4: an exchange for another clearly hurts for 1 of 1 (1 of 10 changes evaluated)"
+
+
+def test_what_a_plan_singles_out_is_listed_or_counted() -> None:
+    plain = ProtectionPlan.unprotected("m", 12, Grid())
+    assert singled_out(plain) == "no protection"
+    some = replace(plain, units=plain.units | {"layers.0": "fp16", "layers.3.down": "int8"}, protect_columns=0.01)
+    assert singled_out(some) == "layers 0 in 16 bit; 3.down in 8 bit; 1% of input channels in 16 bit"
+    many = replace(plain, units=plain.units | {f"layers.{i}.down": "int8" for i in range(11)})
+    assert singled_out(many) == "11 units in 8 bit"

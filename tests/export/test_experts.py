@@ -82,8 +82,8 @@ def test_lists_fit_the_names_of_transformers_and_of_servers(written: Callable[[s
 @pytest.mark.parametrize("family", [name for name in MIXTURES if name not in ("qwen3_moe", "mixtral")])
 def test_the_other_families_are_read_back(tiny_model: Model, tmp_path: Path, family: str) -> None:
     """`export` compares the logits of Transformers with those of our own dequantizer."""
-    overrides: dict[str, Precision] = {"layers.0.experts": "fp16", "layers.2.qkv": "int8"}
-    config = write(tiny_model(family, layers=3), tmp_path / "out", overrides=overrides)
+    overrides: dict[str, Precision] = {"layers.1.experts": "fp16", "layers.1.o": "int8"}
+    config = write(tiny_model(family, layers=3), tmp_path / "out", protected=(), overrides=overrides)
     first = next(iter(config["config_groups"].values()))
     assert first["targets"] == [r"re:.*\.experts\.\d+\..*"]
     assert first["weights"]["num_bits"] == 4
@@ -131,6 +131,21 @@ def test_what_no_reader_takes_is_refused(options: dict[str, Any], reason: str, r
     assert refusal is not None
     assert reason in refusal.reason
     assert find_refusal("llama", **(wanted | {"format": "compressed-tensors", "reader": None})) is None
+
+
+@pytest.mark.parametrize("name", ["layers.1", "layers.1.experts"])
+def test_readers_are_refused_where_they_were_not_right(name: str) -> None:
+    kept: dict[str, Precision] = {name: "fp16"}
+    wanted: dict[str, Any] = {"format": "compressed-tensors", "grid": Grid()}
+    refusal = find_refusal("mixtral", reader="vllm", overrides=kept, **wanted)
+    assert refusal is not None
+    assert "computes NaN" in refusal.reason
+    assert find_refusal("mixtral", reader="vllm", **wanted) is None
+    assert find_refusal("qwen3_moe", reader="vllm", overrides=kept, **wanted) is None
+    assert find_refusal("mixtral", reader="transformers", overrides=kept, **wanted) is None
+    for reader in ("gptqmodel", "sglang"):
+        assert "was not run on quantized experts" in str(find_refusal("qwen3_moe", reader=reader, **wanted))
+        assert "was not run on quantized experts" not in str(find_refusal("qwen3", reader=reader, **wanted))
 
 
 def test_int8_beside_experts_is_written() -> None:

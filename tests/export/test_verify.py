@@ -414,16 +414,24 @@ def test_a_loader_that_fills_gaps_at_random_is_caught_by_its_own_report_and_by_i
 def test_the_reader_check_catches_one_wrong_scale(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     from quant_fairness_plugin.checkpoint import dequantize
 
-    real = dequantize.read_dense_state
+    real, folder = dequantize.dense_weight, exported()
 
-    def one_group_off(folder: Path) -> Tensors:
-        state = real(folder)
-        state["model.layers.10.mlp.down_proj.weight"][3, :32] *= 1.5
-        return state
+    def one_group_off(module: str, *given: object) -> torch.Tensor:
+        weight = real(module, *given)
+        if module == "model.layers.10.mlp.down_proj":
+            weight[3, :32] *= 1.5
+        return weight
 
-    monkeypatch.setattr(dequantize, "read_dense_state", one_group_off)
+    monkeypatch.setattr(dequantize, "dense_weight", one_group_off)
     with pytest.raises(UnsupportedModelError, match="computes other logits than the files say"):
-        compare_with_transformers(exported())
+        compare_with_transformers(folder)
+
+
+def test_a_reader_that_exceeds_the_memory_budget_is_not_run_and_that_is_said(exported: Exported) -> None:
+    folder = exported()
+    within, beyond = (verify(folder, memory_budget=budget).checks[-1] for budget in (10**9, 1000))
+    assert (within.name, within.outcome, beyond.name, beyond.outcome) == ("reader", "passed", "reader", "not run")
+    assert "more than the memory budget of 1.00 KB" in beyond.detail
 
 
 def test_sglang_is_judged_by_its_documented_rules_and_not_run(exported: Exported, damaged: Exported) -> None:

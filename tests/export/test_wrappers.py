@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from transformers import AutoModelForImageTextToText
 
 from quant_fairness_plugin.artifacts import CheckpointFormat, ExportRecord
 from quant_fairness_plugin.checkpoint.dequantize import load_dense_model, read_dense_state
-from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.config import make_config
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.export.trial import try_architecture
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.load import from_loaded, quiet_transformers
+from quant_fairness_plugin.model.resolve import resolve_model
+from quant_fairness_plugin.preflight import check_model
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 from tests.export.build import GRID, TEXTS, quantize_tiny
 from tests.tiny import byte_tokenizer
@@ -114,6 +118,21 @@ def test_formats_that_no_reader_was_run_on_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedModelError, match="also sees or hears"):
         export(done[1][2], tmp_path / "out", texts=TEXTS, format=layout)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"format": "gptq"}, UnsupportedModelError, "also sees or hears"),
+        ({"backend": "llmcompressor", "method": "gptq"}, ConfigError, "takes a whole model"),
+    ],
+)
+def test_what_a_wrapper_cannot_have_is_refused_before_it_is_loaded(
+    done: tuple[str, Done], options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    _, (source, _, _, _) = done
+    with pytest.raises(error, match=words):
+        check_model(make_config(**options), resolve_model(str(source)))
 
 
 def test_a_wrapper_in_memory_survives_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:

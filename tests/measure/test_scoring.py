@@ -22,7 +22,7 @@ from transformers import (
 
 from quant_fairness_plugin.artifacts import StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
-from quant_fairness_plugin.measure import rows, scoring
+from quant_fairness_plugin.measure import rows, streamed
 from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score_states
 from tests.measure.samples import make_texts
 from tests.tiny import byte_tokenizer, tiny_config
@@ -140,6 +140,7 @@ def test_the_model_is_told_which_tokens_are_padding_and_keeps_no_cache(
 
     monkeypatch.setattr(llama.model, "forward", record)
     score_states([fixed_state("16 bit", llama.model)], llama.tokenizer, TEXTS)
+    calls = calls[1:]  # the first one shows what the model does to the output of its head, on one token
     lengths = sorted(len(sentence.encode()) + 1 for rows in TEXTS.sentences.values() for sentence in rows)
     assert sorted(row for call in calls for row in call["attention_mask"].sum(dim=1).tolist()) == lengths
     for call in calls:
@@ -157,7 +158,8 @@ def test_divergence_of_nearly_equal_states_is_never_negative(llama: Loaded) -> N
 
 def test_comparing_in_small_pieces_changes_nothing(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = score(llama)
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 7 * 264)
+    monkeypatch.setattr(streamed, "PIECE_ELEMENTS", {"cpu": 7 * 31})
+    monkeypatch.setattr(streamed, "SLICE_COLUMNS", {"cpu": 31})
     pieces = score(llama)
     for language in TEXTS.languages:
         found, expected = pieces[1].languages[language], whole[1].languages[language]
@@ -284,7 +286,8 @@ def test_each_state_is_applied_around_its_own_passes_and_left(llama: Loaded) -> 
         return ModelState(name, enter)
 
     score_states([state("16 bit", llama.model), state("none", llama.other)], llama.tokenizer, TEXTS, batch_tokens=200)
-    batches = applied[2:]
+    batches = applied[6:]  # before them, the tokens and each state's head are looked at
+    assert applied[:6] == ["+16 bit", "-16 bit"] * 2 + ["+none", "-none"]
     assert batches == ["+16 bit", "-16 bit", "+none", "-none"] * (len(batches) // 4)
     assert len(batches) // 4 > 1
 

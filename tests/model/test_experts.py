@@ -106,15 +106,27 @@ def test_a_model_in_memory_keeps_its_stacked_experts() -> None:
 def test_the_routed_experts_of_a_layer_are_one_unit(load: Load, family: str) -> None:
     found = load(family).family
     units = {unit.name: unit for unit in found.units_of(1)}
-    shared = ["shared_gate_up", "shared_down"] if family == "qwen2_moe" else []
-    assert list(units) == ["qkv", "o", "experts", *shared]
+    shared = ["shared_gate_up", "shared_down"] if family in ("qwen2_moe", "deepseek_v3", "glm4_moe") else []
+    attention = ["qkv"]
+    if family == "deepseek_v3":
+        attention = ["qkv_a", "self_attn.q_b_proj", "self_attn.kv_b_proj"]
+        assert units["qkv_a"].fused == "self_attn.fused_qkv_a_proj"
+    assert list(units) == [*attention, "o", "experts", *shared]
     assert [name for name, unit in units.items() if unit.routed] == ["experts"]
     assert len(units["experts"].modules) == 4 * 3
     assert units["experts"].fused == "mlp.experts"
-    assert units["qkv"].fused == "self_attn.qkv_proj"
+    assert attention != ["qkv"] or units["qkv"].fused == "self_attn.qkv_proj"
     if shared:
-        assert units["shared_gate_up"].fused == "mlp.shared_expert.gate_up_proj"
+        assert str(units["shared_gate_up"].fused).endswith(".gate_up_proj")
         assert not any("gate_up" in name or name.endswith("expert_gate") for name in found.modules(1))
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_leading_dense_layers_have_units_of_their_own(load: Load, family: str) -> None:
+    found = load(family).family
+    assert [unit.name for unit in found.units_of(0)][-3:] == ["o", "gate_up", "down"]
+    assert not any(unit.routed for unit in found.units_of(0))
+    assert any(unit.routed for unit in found.units_of(1))
 
 
 def test_names_on_disk_are_those_of_servers(load: Load) -> None:
@@ -137,7 +149,7 @@ def test_single_experts_are_refused_with_the_reason(load: Load) -> None:
     units = tuple(unit.name for unit in load("qwen3_moe").family.units)
     config = FairConfig(protect_layers="none", protect_units=("1.experts.3",))
     with pytest.raises(InvalidLayerError, match=r"1\.experts\.3 is not a unit of the model \(the routed experts of a"):
-        check_units(config, units=units, layers=2)
+        check_units(config, units=lambda layer: units, layers=2)
 
 
 def test_a_folder_and_its_outline_agree(tiny_model: Callable[..., Path]) -> None:
@@ -148,3 +160,13 @@ def test_a_folder_and_its_outline_agree(tiny_model: Callable[..., Path]) -> None
     twin = with_unfolded_experts(random_model("qwen2_moe"))
     assert outline.family.units == detect_family(twin).units
     assert outline.matrix("model.layers.1.mlp.experts.3.down_proj") == (32, 32)
+
+
+def test_routers_are_no_norms_of_a_sweep(load: Load) -> None:
+    from quant_fairness_plugin.plans.units import map_units
+
+    units = map_units(load("qwen2_moe")).parameters
+    assert len(units["layers.1.experts"]) == 4 * 3
+    assert set(units["layers.1.norms"]) == {
+        "model.layers.1.input_layernorm.weight", "model.layers.1.post_attention_layernorm.weight",
+    }  # fmt: skip

@@ -169,13 +169,11 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # model type → the experts' module of the first block that has them, and the config
     "qwen3_next": ("model.layers.0.mlp.experts", SMALL | {"num_experts": 4, "moe_intermediate_size": 16}),
     "deepseek_v2": ("model.layers.0.mlp.experts", SMALL | DEEPSEEK | ROUTED | {"n_group": 1, "topk_group": 1}),
-    "deepseek_v3": ("model.layers.0.mlp.experts", SMALL | DEEPSEEK | ROUTED | {"n_group": 1, "topk_group": 1}),
     "phimoe": ("model.layers.0.mlp.experts", SMALL | {"num_local_experts": 2}),
     "gpt_oss": ("model.layers.0.mlp.experts", SMALL | {"num_local_experts": 2, "head_dim": 8}),
     "jetmoe": ("model.layers.0.self_attention.experts", SMALL | {"num_local_experts": 2}),
     "granitemoe": ("model.layers.0.block_sparse_moe", SMALL | {"num_local_experts": 2}),
     "jamba": ("model.layers.1.feed_forward.experts", SMALL | {"num_experts": 4}),
-    "glm4_moe": ("model.layers.0.mlp.experts", SMALL | ROUTED | {"n_group": 1, "topk_group": 1}),
     "doge": ("model.layers.0.mlp", SMALL | {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2}),
 }
 

@@ -326,3 +326,31 @@ def test_what_no_code_computes_is_not_taken_from_memory(
     monkeypatch.setattr(LlamaForCausalLM, "__init__", with_more)
     with pytest.raises(UnsupportedModelError, match=r"nothing says what model\.scale.* should hold"):
         open_streamed(str(folder))
+
+
+def test_the_largest_activation_is_that_of_the_whole_model(tiny_model: Build) -> None:
+    from quant_fairness_plugin.model.activations import largest_activation
+    from quant_fairness_plugin.model.streamed import largest_in_blocks
+
+    for family in ("llama", "gpt2"):
+        folder, rows = str(tiny_model(family)), [[0, 5, 9, 200], [7]]
+        expected = largest_activation(load_model(folder).model, rows)
+        # float32 products in another order differ by about 1e-6.
+        assert largest_in_blocks(open_streamed(folder), rows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_activations_beyond_float16_are_stored_in_bfloat16_as_in_memory(tiny_model: Build, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "large"))
+    change(folder, **{NORM: torch.full((32,), 6e4).half()})
+    assert load_model(str(folder), sentences=["a"]).storage_dtype == torch.bfloat16
+    assert open_streamed(str(folder), sentences=["a"]).storage_dtype == torch.bfloat16
+    assert open_streamed(str(folder)).storage_dtype == torch.float16
+
+
+def test_a_padding_token_beyond_the_rows_that_are_looked_up_is_no_error(tiny_model: Build) -> None:
+    ours = open_streamed(str(tiny_model("llama")))
+    embedding = ours.model.get_input_embeddings()
+    expected = rehearse(ours, torch.tensor([[3]])).hidden
+    embedding.padding_idx = 200
+    assert torch.equal(rehearse(ours, torch.tensor([[3]])).hidden, expected)
+    assert embedding.padding_idx == 200

@@ -18,7 +18,7 @@ from tests.tiny import tiny_config
 from tests.wrappers import WRAPPERS, make_wrapper, write_wrapper
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("kind", [*WRAPPERS, "qwen2_5_vl"])
 def test_names_on_disk_are_those_that_transformers_saves(kind: str, tmp_path: Path) -> None:
     model = make_wrapper(kind)
     model.save_pretrained(tmp_path)

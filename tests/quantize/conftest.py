@@ -14,9 +14,8 @@ SENTENCES: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def texts() -> TextSet:
-    """Three sentences to calibrate on in three languages, and one that must not be calibrated on."""
+def small_texts() -> TextSet:
+    """Return three sentences to calibrate on in three languages, and one that must not be calibrated on."""
     return TextSet(
         name="small",
         sentences=SENTENCES,
@@ -26,6 +25,12 @@ def texts() -> TextSet:
         parallel=True,
         sha256="0" * 64,
     )
+
+
+@pytest.fixture(scope="session")
+def texts() -> TextSet:
+    """The small text set."""
+    return small_texts()
 
 
 @pytest.fixture

@@ -3,15 +3,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.calibration import CalibrationSet
-from quant_fairness_plugin.quantize.coverage import count_rows, expert_coverage
+from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.coverage import count_rows, expert_coverage, reach_experts
+from tests.tiny import byte_tokenizer
 
 Load = Callable[..., LoadedModel]
 
@@ -96,3 +99,46 @@ def test_the_worst_layer_of_a_language_is_said_in_words() -> None:
         "he uses 3 of 4 experts of layer 3; calibration reached 2 of them with fewer than 64 tokens (75% of its gate "
         "weights), 2 with fewer than 64 of its own (75%)"
     )
+
+
+def greedy(counts: torch.Tensor, missing: torch.Tensor) -> list[int]:
+    """Numbers of the rows that are added, one after another, by loops."""
+    taken: list[int] = []
+
+    def gain(number: int) -> int:
+        pairs = zip(counts[number].flatten().tolist(), missing.flatten().tolist(), strict=True)
+        return 0 if number in taken else sum(min(pair) for pair in pairs)
+
+    while True:
+        gains = [gain(number) for number in range(len(counts))]
+        if max(gains) == 0:
+            return taken
+        taken.append(gains.index(max(gains)))
+        missing = (missing - counts[taken[-1]]).clamp(min=0)
+
+
+def test_rows_are_added_until_every_expert_has_enough(load: Load, texts: TextSet) -> None:
+    loaded, enough = load("qwen3_moe"), 40
+    build = partial(build_calibration, byte_tokenizer(), texts, row_tokens=12)
+    calibration, whole = build(tokens_per_language=24), build(weighting="proportional")
+
+    def totals(some: CalibrationSet) -> torch.Tensor:
+        return count_rows(loaded, [row for rows in some.rows.values() for row in rows]).tokens.sum(0)
+
+    found = reach_experts(loaded, calibration, whole, enough=enough)
+    spare = [(name, row) for name in calibration.rows for row in whole.rows[name][2:]]
+    missing = (enough - totals(calibration)).clamp(min=0)
+    assert missing.sum() > 0
+    taken = greedy(count_rows(loaded, [row for _, row in spare]).tokens, missing)
+    added = [spare[number] for number in taken]
+    for name, rows in calibration.rows.items():
+        assert list(found.rows[name]) == [*rows, *(row for language, row in added if language == name)]
+    assert found.shares == calibration.shares
+    assert bool(((totals(found) >= enough) | (totals(found) == totals(whole))).all())
+    assert len(taken) < len(spare)
+    assert reach_experts(loaded, calibration, whole, enough=1).rows == calibration.rows
+
+
+def test_a_dense_model_has_no_experts_to_reach(load: Load, rows: CalibrationSet) -> None:
+    with pytest.raises(ConfigError, match="tokens_per_expert 9: the model has 0 layers with experts"):
+        reach_experts(load("llama"), rows, rows, enough=9)

@@ -14,11 +14,11 @@ from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.quantize import minimax
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
+from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.minimax import (
     calibration_damage,
     quantize_calibrated,
     quantize_minimax,
-    quantized_state,
     raised_weights,
 )
 from quant_fairness_plugin.quantize.stream import QuantizedModel

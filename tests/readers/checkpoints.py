@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from quant_fairness_plugin.artifacts import ProtectionPlan, Reader
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.export import writer
-from quant_fairness_plugin.export.contents import write_shards
+from quant_fairness_plugin.export.shards import write_shards
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.quantize.stream import QuantizedModel
 from tests.readers.matrix import BUNDLED, LAYERS, PROTECTED, WIDTH, Cell, Checkpoint

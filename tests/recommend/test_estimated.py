@@ -108,6 +108,17 @@ def test_a_target_takes_the_fewest_bytes_and_limits_of_languages_are_kept() -> N
         Planner(scores, Demand(limit=replace(limit, languages={"xx": 0.1}), menu=MENU)).candidates()
 
 
+def test_something_stays_quantized_whatever_the_budget() -> None:
+    scores = unit_scores(3)
+    demand = Demand(limit=Limit(max_bytes=10**6), menu=("fp16",))
+    candidates = Planner(scores, demand).candidates()
+    least = min(UNITS, key=lambda unit: max(by_hand(scores, {u: "fp16" for u in UNITS if u != unit})[1].values()))
+    assert candidates[0].choice == {unit: "fp16" for unit in UNITS if unit != least}
+    assert len(candidates) == 1
+    with pytest.raises(QualityGateError, match="target 1e-12 takes 16 bit for every unit"):
+        Planner(scores, Demand(limit=Limit(target=1e-12), menu=("fp16",))).candidates()
+
+
 def test_whole_layers_get_one_precision() -> None:
     demand = Demand(limit=Limit(max_bytes=OTHER + 2 * sum(SIZES.values()) + 104), menu=("int8",), whole_layers=True)
     chosen = Planner(unit_scores(), demand).candidates()[0]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.storage import parameters_sha256
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep.bank import RtnBank
-from quant_fairness_plugin.sweep.fisher import Changes, score_sentences, spread
+from quant_fairness_plugin.sweep.fisher import Changes, check_linear, score_sentences, spread
 from quant_fairness_plugin.sweep.walk import score_plans
 from tests.planted_model import planted_texts
 from tests.tiny import write_tiny_model
@@ -117,6 +119,16 @@ def test_a_weight_of_no_linear_module_is_refused(loaded: LoadedModel, texts: Tex
     changes = Changes({name: {("layers.0.norm", "int4"): loaded.model.get_parameter(name).detach()}})
     with pytest.raises(UnsupportedModelError, match="no weight of a linear module.*Use --exhaustive"):
         score_sentences(loaded, texts, changes)
+
+
+def test_units_of_other_modules_are_refused_before_the_work(loaded: LoadedModel) -> None:
+    units = map_units(loaded)
+    check_linear(loaded, units)
+    vector = next(name for name, value in loaded.model.named_parameters() if value.dim() == 1)
+    unit = units.group_names()[0]
+    other = replace(units, parameters={**units.parameters, unit: (vector,)})
+    with pytest.raises(UnsupportedModelError, match="no weight of a linear module"):
+        check_linear(loaded, other)
 
 
 def test_sentences_are_evenly_spread(texts: TextSet) -> None:

@@ -11,8 +11,8 @@ from quant_fairness_plugin.errors import ConfigError, ResourceError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.model.sizes import parse_size, shown
+from quant_fairness_plugin.model.stacks import batches_in_memory
 from quant_fairness_plugin.sweep.memory import check_budget, count_needs
-from quant_fairness_plugin.sweep.stacks import batches_in_memory
 
 
 @pytest.mark.parametrize(

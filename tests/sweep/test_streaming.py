@@ -18,10 +18,10 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
+from quant_fairness_plugin.model import stacks as stacks_module
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.plans.units import map_units
-from quant_fairness_plugin.sweep import stacks as stacks_module
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units

@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, ProtectionPlan, UnitScores, from_json, to_json
+from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, UnitScores, from_json, to_json
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.units import map_units
@@ -44,13 +45,19 @@ def test_scores_are_read_back_as_they_were_written(scores: UnitScores) -> None:
     assert from_json(UnitScores, to_json(scores), "scores") == scores
 
 
-def test_a_grid_that_fits_nothing_is_refused(loaded: LoadedModel) -> None:
-    units, grid = map_units(loaded), Grid(group_size=128)
-    with pytest.raises(ConfigError, match="fits no module of the model"):
-        score_units(
-            loaded, planted_texts().part("search"), grid=grid, menu=("fp16",), units=units,
-            bank=RtnBank(loaded, units, grid),
-        )  # fmt: skip
+class Nothing:
+    """A bank that leaves everything in 16 bit."""
+
+    description = "a bank of nothing"
+
+    def weights(self, unit: str, precision: Precision) -> dict[str, Tensor]:
+        return {}
+
+
+def test_a_bank_that_quantizes_nothing_is_refused(loaded: LoadedModel) -> None:
+    texts, units = planted_texts().part("search"), map_units(loaded)
+    with pytest.raises(ConfigError, match="a bank of nothing fits no module of the model"):
+        score_units(loaded, texts, grid=GRID, menu=("fp16",), units=units, bank=Nothing())
 
 
 def test_a_quantized_model_is_a_bank_of_its_own_weights(loaded: LoadedModel) -> None:

@@ -73,7 +73,8 @@ def check_exportable(
         format: one of `FORMATS`.
         grid: the integer grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
-        overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`.
+        overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`, or as in
+            `ProtectionPlan.singled_out` where it is known which layers keep 16 bit.
         group_sizes: those of the quantized modules; none while the model is not known.
         wrapped: whether the text decoder is a part of the model; a family map says so itself.
 

@@ -7,6 +7,7 @@ yardstick is therefore measured for each checkpoint: the same dequantized model,
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,8 +21,14 @@ import torch
 from torch import Tensor
 from transformers import GPTQConfig, PreTrainedModel
 
-from quant_fairness_plugin.checkpoint.dequantize import check_loading_info, load_dense_model, overlooked_keys
+from quant_fairness_plugin.checkpoint.dequantize import (
+    bare_model,
+    check_loading_info,
+    load_dense_model,
+    overlooked_keys,
+)
 from quant_fairness_plugin.checkpoint.folder import read_config
+from quant_fairness_plugin.checkpoint.in_blocks import BlockLogits
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
@@ -31,6 +38,7 @@ from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
 from quant_fairness_plugin.model.storage import announced_dtype
 
+_logger = logging.getLogger(__name__)
 PROMPT_LENGTHS = (1, 2, 17, 63)
 CONTINUED = 12
 """Tokens that a reader adds to a prompt."""
@@ -175,10 +183,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         ArtifactError: Transformers reports tensors that are missing or unexpected.
         UnsupportedModelError: it loads, and computes something else.
     """
-    dense = load_dense_model(folder)
-    _round_experts(dense, folder)
-    expected = _logits(dense)
-    del dense
+    expected = _dense_logits(folder)
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         loaded: Any = auto_class(read_config(folder)[0]).from_pretrained(
@@ -201,6 +206,17 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             f"allowed {tolerance:g}). Do not use this checkpoint with it; --format fp16-twin loads everywhere."
         )
     return difference
+
+
+def _dense_logits(folder: Path) -> list[Tensor]:
+    """Logits of the dequantized model on the fixed rows, one block of it in memory at a time where that can be."""
+    try:
+        return list(BlockLogits(folder, _rows(bare_model(folder))))
+    except UnsupportedModelError as err:
+        _logger.info("%s is run as a whole: %s", folder, err)
+        dense = load_dense_model(folder)
+        _round_experts(dense, folder)
+        return _logits(dense)
 
 
 def _round_experts(model: PreTrainedModel, folder: Path) -> None:
@@ -240,7 +256,10 @@ def _widen(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _logits(model: PreTrainedModel) -> list[Tensor]:
     """Logits of fixed token rows, float32. The rows run through the vocabulary in steps that do not divide it."""
-    vocabulary = model.config.get_text_config().vocab_size
-    rows = [torch.tensor([spread_ids(vocabulary, length)]) for length in _lengths(ROW_LENGTHS, model)]
     model.train(False)
-    return [model(input_ids=row).logits.float() for row in rows]
+    return [model(input_ids=torch.tensor([row])).logits.float() for row in _rows(model)]
+
+
+def _rows(model: PreTrainedModel) -> list[list[int]]:
+    vocabulary = model.config.get_text_config().vocab_size
+    return [spread_ids(vocabulary, length) for length in _lengths(ROW_LENGTHS, model)]

@@ -38,6 +38,14 @@ GPTQMODEL = Reader(
     problems=problems,
     rules=(
         (
+            lambda r: r.mixture,
+            Refusal(
+                "gptqmodel was not run on quantized experts, such as those of {r.family}",
+                "are readers transformers and vllm",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
+        (
             lambda r: r.conv1d and r.format == "compressed-tensors",
             Refusal(
                 "gptqmodel hands format 'compressed-tensors' to Transformers, which fills the Conv1D modules of "

@@ -26,7 +26,7 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     skipped_by_rule,
 )
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
-from quant_fairness_plugin.checkpoint.refusals import Refusal
+from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
 
 
 def _ignored(quantization: Quantization, name: str) -> bool:
@@ -91,6 +91,14 @@ SGLANG = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            lambda r: r.mixture,
+            Refusal(
+                "SGLang was not run on quantized experts, such as those of {r.family}",
+                "are readers transformers and vllm",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
         (
             lambda r: r.format == "compressed-tensors" and r.int8,
             Refusal(

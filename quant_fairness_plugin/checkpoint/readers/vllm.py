@@ -26,6 +26,7 @@ from quant_fairness_plugin.checkpoint.readers.case import (
 )
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
 from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
+from quant_fairness_plugin.model.architectures.experts import LINEAR_NAMES, find_mixture
 
 
 def _not_in_block_list(quantization: Quantization, name: str) -> bool:
@@ -58,6 +59,9 @@ METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
 def problems(case: Case) -> Iterator[str]:
     """Yield what vLLM would get wrong in a folder."""
     yield from metadata_in_config(case)
+    mixture = find_mixture(case.family.name)
+    if mixture is not None and mixture.names != LINEAR_NAMES and len(case.modules.routed) > 1:
+        yield "vLLM computes NaN where experts of this family keep 16 bit beside quantized ones, and does not say so"
     if case.family.name == "bloom":
         yield "vLLM cannot load a quantized BLOOM in any format"
     yield from WholeGroups("vLLM").problems(case.modules, case.quantization)
@@ -110,6 +114,15 @@ VLLM = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            # It looks for w13 and w2, and says nothing of what it did not find.
+            lambda r: r.kept_experts and r.expert_names != LINEAR_NAMES,
+            Refusal(
+                "vLLM computes NaN where experts of {r.family} keep 16 bit beside quantized ones, and does not say so",
+                "are quantized experts in every layer, or reader transformers",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
         (
             lambda r: r.family == "bloom",
             Refusal(

@@ -14,12 +14,15 @@ from quant_fairness_plugin.model.architectures.architecture import FusionGroup, 
 
 EXPERTS = "experts"
 """The unit of all routed experts of a layer. Servers give them one precision: single experts cannot have their own."""
+LINEAR_NAMES = ("gate_proj", "up_proj", "down_proj")
+"""What most files call the matrices of an expert: gate, up, down."""
 _COUNT_KEY = re.compile(r"(\w+_)?(n|num)_(\w+_)?experts")
 """`num_experts`, `num_local_experts`, `n_routed_experts`, `moe_num_experts`, …, but not `num_experts_per_tok`."""
 _WORDS = frozenset({"expert", "experts", "moe", "router"})
 """Parts of module names, between dots and underscores, such as `block_sparse_moe` or `shared_expert_gate`."""
 _ENDS = {
     ("q_proj", "k_proj", "v_proj"): ("qkv", "qkv_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"): ("qkv_a", "fused_qkv_a_proj"),
     ("gate_proj", "up_proj"): ("gate_up", "gate_up_proj"),
     ("o_proj",): ("o", None),
     ("down_proj",): ("down", None),
@@ -33,7 +36,7 @@ class Mixture:
 
     families: tuple[str, ...]
     """Values of `model_type`."""
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    names: tuple[str, str, str] = LINEAR_NAMES
     """Names of the matrices of one expert in files and servers: gate, up, down."""
     moved: tuple[str, str] | None = None
     """Name of the module around router and experts in Transformers, and in files and servers."""
@@ -53,7 +56,7 @@ class Mixture:
 
 
 MIXTURES = (
-    Mixture(families=("qwen3_moe", "qwen2_moe", "olmoe")),
+    Mixture(families=("qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "glm4_moe")),
     Mixture(families=("mixtral",), names=("w1", "w3", "w2"), moved=("mlp", "block_sparse_moe")),
 )
 _STACKED = ("granitemoe", "granitemoehybrid", "granitemoeshared", "gpt_oss", "llama4", "llama4_text", "gemma4_text")
@@ -107,9 +110,11 @@ def mixture_units(linears: Iterable[str], experts: str) -> tuple[FusionGroup, ..
     """
     if not experts:
         return tuple(_fused(list(linears)))
-    routed = tuple(name for name in linears if name.startswith(f"{experts}."))
+    routed = tuple(name for name in linears if experts and name.startswith(f"{experts}."))
     others = [name for name in linears if name not in routed and not names_experts(name.rpartition(".")[2])]
     units = list(_fused(others))
+    if not routed:
+        return tuple(units)
     last = max((i for i, unit in enumerate(units) if unit.modules[0].startswith("self_attn.")), default=-1)
     return (*units[: last + 1], FusionGroup(EXPERTS, routed, experts, routed=True), *units[last + 1 :])
 
