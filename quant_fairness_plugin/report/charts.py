@@ -51,9 +51,14 @@ class Point:
     harm: float
 
 
+def _inline(values: Sequence[dict[str, Any]]) -> Any:
+    data: Any = alt.Data  # its constructor has no types
+    return data(values=list(values))
+
+
 def _data(rows: Sequence[Any]) -> Any:
     values = [{name: getattr(row, name) for name in type(row).__slots__} for row in rows]
-    return alt.Data(values=values)
+    return _inline(values)
 
 
 def _fitted(width: int) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def intervals(dots: Sequence[Dot], *, states: Sequence[str], bound: float | None
     text = base.mark_text(align="left", dx=8).encode(x=alt.X("high", type="quantitative"), text=alt.Text("text:N"))
     layers = [rule, point, text]
     if bound is not None:
-        line = alt.Chart(alt.Data(values=[{"bound": bound, "text": f"bound {bound:g}"}]))
+        line = alt.Chart(_inline([{"bound": bound, "text": f"bound {bound:g}"}]))
         at = alt.X("bound", type="quantitative")
         layers += [
             line.mark_rule(strokeDash=[5, 4], color="var(--ink)").encode(x=at),
@@ -118,7 +123,7 @@ def bars(labels: Sequence[str], values: Sequence[float], *, title: str, width: i
     """Return a bar for each label, with its value beside it."""
     rows = [{"label": a, "value": b, "text": f"{b:,.0f}"} for a, b in zip(labels, values, strict=True)]
     reach = alt.Scale(domain=[0, max([*values, 1]) * 1.15], nice=False)
-    base = alt.Chart(alt.Data(values=rows)).encode(
+    base = alt.Chart(_inline(rows)).encode(
         y=_names("label", labels, labelLimit=LABELS),
         x=alt.X("value", type="quantitative", title=title, axis=alt.Axis(tickCount=_ticks(width)), scale=reach),
     )
@@ -135,7 +140,7 @@ def tiles(cells: Sequence[Tile], *, columns: Sequence[str], width: int) -> Any:
     width = max(width, 70 + _COLUMN * len(columns))
     step = (width - 70) / max(1, len(columns))
     axis = alt.Axis(orient="top", ticks=False, labelAngle=0 if step > 60 else -45, labelLimit=110)
-    base = alt.Chart(alt.Data(values=values)).encode(
+    base = alt.Chart(_inline(values)).encode(
         y=_names("row", rows, labelLimit=90),
         x=alt.X("column", type="nominal", sort=list(columns), title=None, axis=axis),
     )
@@ -183,7 +188,7 @@ def _panel(rows: Sequence[Point], roles: Sequence[str], rule: float | None) -> A
     )
     layers = [point]
     if rule is not None:
-        line = alt.Chart(alt.Data(values=[{"megabytes": rule}]))
+        line = alt.Chart(_inline([{"megabytes": rule}]))
         at = alt.X("megabytes", type="quantitative")
         layers.append(line.mark_rule(strokeDash=[5, 4], color="var(--before)", strokeWidth=2).encode(x=at))
     return alt.layer(*layers)
@@ -196,7 +201,7 @@ def strip(rows: Sequence[tuple[str, str, float]], *, title: str, width: int) -> 
     order = list(dict.fromkeys(line for line, _, _ in rows))
     drawn = [value for _, _, value in rows]
     spread = alt.Scale(domain=[min(0.0, *drawn), max(drawn) * 1.05], nice=False)
-    base = alt.Chart(alt.Data(values=values)).encode(
+    base = alt.Chart(_inline(values)).encode(
         y=_names("line", order, labelLimit=LABELS),
         x=alt.X("value", type="quantitative", title=title, scale=spread, axis=alt.Axis(tickCount=_ticks(width))),
         shape=alt.Shape("role", **_by_state(roles, ["diamond", "M0,-1L0,1", "circle"])),
@@ -205,7 +210,7 @@ def strip(rows: Sequence[tuple[str, str, float]], *, title: str, width: int) -> 
         size=alt.Size("role", **_by_state(roles, [200, 120, 50])),
     )
     ours = [{"value": value} for _, role, value in rows if role == "ours"]
-    line = alt.Chart(alt.Data(values=ours)).mark_rule(strokeDash=[4, 4], color="var(--before)")
+    line = alt.Chart(_inline(ours)).mark_rule(strokeDash=[4, 4], color="var(--before)")
     at = alt.X("value", type="quantitative")
     marks = base.mark_point(strokeWidth=1.5, opacity=1)
     return alt.layer(line.encode(x=at), marks).properties(height=alt.Step(26), **_fitted(width))

@@ -125,7 +125,7 @@ def _sections(sources: Sources, plan: ProtectionPlan | None, gate: Gate) -> Iter
 
 def _subtitle(sources: Sources, plan: ProtectionPlan | None) -> str:
     if sources.record is not None:
-        return f"{sources.record.method}, {sources.record.plan.grid}, {sources.record.format}"
+        return f"{sources.record.method}, {sources.record.grids}, {sources.record.format}"
     grid = plan.grid if plan is not None else sources.sweep.grid if sources.sweep is not None else None
     return "measured without a record" if grid is None else f"{grid}, not exported"
 

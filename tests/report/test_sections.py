@@ -58,6 +58,11 @@ def test_bits_are_those_of_the_record_and_16_where_the_plan_keeps_them() -> None
     assert "each group of 64 weights shares a scale" in section.lead
 
 
+def test_several_group_sizes_are_said() -> None:
+    made = replace(record(), group_sizes={"model.layers.2.mlp.down_proj": 32})
+    assert "int4 g64 sym absmax · 1 of 5 modules g32" in precision_section(PLAN, made).lead
+
+
 def test_experts_of_a_layer_share_a_cell() -> None:
     modules = {f"model.layers.0.mlp.experts.{e}.down_proj": 8 if e else 4 for e in range(3)}
     made = replace(record(), quantized_modules=modules, kept_modules={}, plan=plan_with(of=1))

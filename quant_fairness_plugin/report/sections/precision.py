@@ -39,7 +39,7 @@ def precision_section(plan: ProtectionPlan, record: ExportRecord | None) -> Sect
         name="precision",
         title="What got how many bits",
         level="practitioner",
-        lead=f"{plan_words(plan).capitalize()}. {_grid(plan.grid)} Embeddings, head and norms stay in 16 bit.",
+        lead=f"{plan_words(plan).capitalize()}. {_grid(plan.grid, record)} Embeddings, head and norms stay in 16 bit.",
         picture=Picture.of(
             lambda width: charts.tiles(cells, columns=list(names.values()), width=width),
             f"Map of {len(layers)} layers and their modules with the bits of each: {_counted(counts)}.",
@@ -98,7 +98,9 @@ def _counted(counts: Counter[int]) -> str:
     return ", ".join(f"{count} with {width} bit" for width, count in sorted(counts.items()))
 
 
-def _grid(grid: Grid) -> str:
+def _grid(grid: Grid, record: ExportRecord | None) -> str:
+    if record is not None and record.group_sizes:
+        return f"Several group sizes, as widths differ: {record.grids}."
     shared = "each output channel" if grid.group_size == -1 else f"each group of {grid.group_size} weights"
     kind = "symmetric" if grid.symmetric else "asymmetric"
     return f"In what is quantized, {shared} shares a scale ({kind} grid)."
