@@ -144,7 +144,7 @@ def _locate(
     name: str, revision: str | None, allow_pickle: bool, trust_remote_code: bool
 ) -> tuple[Path, str, str | None]:
     """Return the model's folder, its label, and the commit where it comes from the Hub."""
-    hint = f"Allowed are a bundled model ({', '.join(BUNDLED)}), a folder or .safetensors file on disk, or a Hub id."
+    hint = f"Accepted are a bundled model ({', '.join(BUNDLED)}), a folder or .safetensors file on disk, or a Hub id."
     local = _local_folder(name, hint)
     if local is not None:
         if revision is not None:

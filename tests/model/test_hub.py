@@ -81,7 +81,7 @@ def _http_error(kind: str) -> Exception:
         ("RepositoryNotFoundError", ConfigError, r"no such repository.*or it is private.*a bundled model \(demo"),
         ("RevisionNotFoundError", ConfigError, "no such revision 'v9' of the repository"),
         ("GatedRepoError", ExternalServiceError, r"accepted its terms\..*hf auth login"),
-        ("HfHubHTTPError", ExternalServiceError, r"did not answer \(server said no\)\. Allowed are"),
+        ("HfHubHTTPError", ExternalServiceError, r"did not answer \(server said no\)\. Accepted are"),
         ("ConnectError", ExternalServiceError, r"did not answer \(refused\)"),
         ("OSError", ExternalServiceError, "No space left on device"),
     ],

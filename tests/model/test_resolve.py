@@ -113,12 +113,12 @@ def test_an_unknown_name_lists_the_three_things_it_could_be(name: str) -> None:
 @pytest.mark.parametrize("name", ["", "  "])
 def test_an_empty_name_is_not_the_current_folder(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert "ConfigError: the model's name is empty. Allowed are a bundled model" in refused(name)
+    assert "ConfigError: the model's name is empty. Accepted are a bundled model" in refused(name)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "weights/pytorch_model.bin", "a.pt"])
 def test_a_weight_file_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
-    assert f"ArtifactError: {name}: no such file. Allowed are" in refused(name)
+    assert f"ArtifactError: {name}: no such file. Accepted are" in refused(name)
 
 
 def test_another_file_is_no_model(folder: Path) -> None:
