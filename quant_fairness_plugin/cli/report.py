@@ -14,6 +14,7 @@ from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, MissingExtraError
+from quant_fairness_plugin.report.drawing import check_extra
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.report.sources import Artifact
@@ -36,6 +37,9 @@ def report(
 ) -> None:
     """Write one HTML page, which opens offline, about saved artifacts of one model. No model is loaded."""
     _check_place(output)
+    check_extra()
+
+    # Loads Altair.
     from quant_fairness_plugin.report.page import render_report
     from quant_fairness_plugin.report.sources import read_sources
 
@@ -46,10 +50,13 @@ def report(
 
 def write_report(path: Path, artifacts: Iterable[Artifact], config: FairConfig) -> None:
     """Write a page beside a result, or say on stderr why there is none: the result must not be lost over it."""
-    from quant_fairness_plugin.report.page import render_report
-    from quant_fairness_plugin.report.sources import Sources
-
     try:
+        check_extra()
+
+        # Loads Altair.
+        from quant_fairness_plugin.report.page import render_report
+        from quant_fairness_plugin.report.sources import Sources
+
         write_atomically(path, render_report(Sources.of(artifacts), gate=_gate(config)).encode())
     except MissingExtraError as err:
         typer.echo(f"no {path.name} was written: {err}", err=True)

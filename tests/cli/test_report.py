@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,19 @@ def test_what_is_no_artifact_and_no_place_is_refused(tmp_path: Path, capsys: pyt
     save(measured(en=0.1), tmp_path / "m.json")
     assert run("report", tmp_path / "m.json", "-o", tmp_path) == 2
     assert "is a folder; name the file to write" in capsys.readouterr().err
+
+
+def test_without_the_extra_a_result_is_kept_and_a_line_says_what_is_missing(tmp_path: Path) -> None:
+    """In a process of its own, in which nothing has imported Altair before."""
+    code = (
+        "import sys\nsys.modules['altair'] = None\nfrom pathlib import Path\n"
+        "from quant_fairness_plugin.cli.report import write_report\n"
+        "from quant_fairness_plugin.config import FairConfig\n"
+        "write_report(Path('page.html'), [], FairConfig())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == (
+        'no page.html was written: a report needs altair; install: pip install "quant-fairness[report]"\n'
+    )
+    assert list(tmp_path.iterdir()) == []
