@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import sys
 import tempfile
 import warnings
@@ -25,6 +24,8 @@ from dataclasses import asdict, dataclass, fields
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from rows import conditions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -136,23 +137,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="these model types; the other rows stay as they are stored")
     options = parser.parse_args()
     rows = stored_rows() if options.only else {}
+    command = f"python benchmarks/architectures.py --only {' '.join(options.only)}" if options.only else "make coverage"
     for model_type in options.only or model_types():
         row = cover(model_type)
         sys.stderr.write(f"{row_text(row)}\n")
-        rows[model_type] = asdict(row) | conditions()
+        rows[model_type] = asdict(row) | conditions(command=command, seed=SEED)
     store(rows)
-
-
-def conditions() -> dict[str, Any]:
-    """What a row was made with."""
-    from quant_fairness_plugin.artifacts import package_versions
-
-    return {
-        "versions": package_versions(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU",
-        "seed": SEED,
-        "command": "make coverage",
-    }
 
 
 def stored_rows() -> dict[str, dict[str, Any]]:

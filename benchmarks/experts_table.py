@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from quant_fairness_plugin.artifacts import package_versions, write_atomically
+from rows import conditions
+
+from quant_fairness_plugin.artifacts import write_atomically
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "experts_table.jsonl"
@@ -53,18 +53,17 @@ def measure(model: Path) -> Iterator[dict[str, Any]]:
     measured = quantizer.measure(*states).measurements
     for key, quantized in made.items():
         bits, method, calibration, _ = key
-        yield row_of(quantized, measured[str(key)]) | {
-            "model": model.name,
-            "bits": bits,
-            "method": method,
-            "calibration": calibration,
-            "trained": {key: training[key] for key in ("command", "tokens", "steps", "test_bits_per_byte")},
-            "seed": SEED,
-            "versions": package_versions(),
-            "machine": f"{platform.machine()}, {platform.system()}, CPU, 1 thread",
-            "command": f"python benchmarks/experts_table.py {model.name}",
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        yield (
+            row_of(quantized, measured[str(key)])
+            | {
+                "model": model.name,
+                "bits": bits,
+                "method": method,
+                "calibration": calibration,
+                "trained": {key: training[key] for key in ("command", "tokens", "steps", "test_bits_per_byte")},
+            }
+            | conditions(command=f"python benchmarks/experts_table.py {model.name}", seed=SEED)
+        )
 
 
 def quantize(quantizer: Any, bits: int, method: str, calibration: str | None, tokens: int | None) -> Any:

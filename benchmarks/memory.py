@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import resource
 import shutil
@@ -21,12 +20,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import quant_fairness_plugin
-from quant_fairness_plugin.artifacts import package_versions, write_atomically
+from rows import conditions
+
+from quant_fairness_plugin.artifacts import write_atomically
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "memory.jsonl"
@@ -87,24 +86,14 @@ def measure(model: str, out: Path, options: argparse.Namespace) -> dict[str, Any
         "weights_bytes": sum(path.stat().st_size for path in Path(model).glob("*.safetensors")),
         "checkpoint_bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
         "checkpoint_sha256": json.loads((out / "quant_fairness.json").read_text())["files"],
-        "command": " ".join(["quant-fairness", *given[:1], Path(model).name, *given[2:]]),
-    }
+    } | conditions(command=" ".join(["quant-fairness", *given[:1], Path(model).name, *given[2:]]), seed=SEED)
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(quant_fairness_plugin.__file__).parent,
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    """Return which row it is."""
     return {
         "label": options.label,
         "model": f"random Llama, {options.layers} layers" if options.random else Path(options.model).name,
-        "revision": revision.stdout.strip(),
-        "seed": SEED,
-        "versions": package_versions(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

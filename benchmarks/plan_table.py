@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quant_fairness_plugin.artifacts import package_versions, write_atomically
+from rows import conditions
+
+from quant_fairness_plugin.artifacts import write_atomically
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "plan_table.jsonl"
@@ -40,15 +40,9 @@ def measure(name: str, folder: str, languages: str | None, sentences: int | None
     torch.set_num_threads(1)
     asked = {"--langs": languages, "--sentences": sentences}
     options = "".join(f" {flag} {value}" for flag, value in asked.items() if value)
-    common = {
-        "model": name,
-        "seed": SEED,
-        "versions": package_versions(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread",
-        "command": f"python benchmarks/plan_table.py measure {name}{options}",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    new = [common | row for row in measure_model(name, folder, languages, sentences)]
+    states = list(measure_model(name, folder, languages, sentences))
+    made = conditions(command=f"python benchmarks/plan_table.py measure {name}{options}", seed=SEED)
+    new = [{"model": name} | made | row for row in states]
     kept = [row for row in read_rows() if row["model"] != name] if ROWS.exists() else []
     rows = sorted(kept + new, key=lambda row: MODELS.index(row["model"]))
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -169,7 +163,7 @@ def figure(value: dict[str, Any]) -> str:
 
 PREFACE = """# Plans by one pass of gradients
 
-Written by `benchmarks/plan_table.py`; the rows (versions, machine, seed, command, checksums) are in
+Written by `benchmarks/plan_table.py`; the rows (versions, revision, machine, seed, command, checksums) are in
 `benchmarks/results/cpu/plan_table.jsonl`. KL to the 16-bit model in thousandths of a bit per byte, with 95 % bootstrap
 intervals over sentences. All states are GPTQ on the bundled calibration rows; there is one calibration draw, which the
 intervals say nothing about. In `auto` the units in 8 bit and all others are quantized together; the 16-bit layers are

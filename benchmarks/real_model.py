@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from pages import write_tables
+from rows import conditions
 
-from quant_fairness_plugin.artifacts import package_versions, write_atomically
+from quant_fairness_plugin.artifacts import write_atomically
 from quant_fairness_plugin.texts.languages import language_name
 
 ROOT = Path(__file__).parents[1]
@@ -93,30 +92,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         "peak_rss_bytes": 1024 * used.ru_maxrss,
         "model_sha256": record["provenance"]["model_sha256"],
         "text_sha256": record["provenance"]["text_sha256"],
-        "seed": record["provenance"]["seed"],
-        "versions": package_versions(),
-        "revision": revision(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU, {cores()} cores",
-        "command": shlex.join([*line[:2], "out/smollm2-135m", *options]),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def revision() -> str:
-    """Return the commit of the code, with a mark where the tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=True,
-    )
-    return described.stdout.strip()
-
-
-def cores() -> int:
-    """Return how many cores the process may use."""
-    return len(os.sched_getaffinity(0))
+    } | conditions(command=shlex.join([*line[:2], "out/smollm2-135m", *options]), seed=record["provenance"]["seed"])
 
 
 def tables() -> dict[str, str]:
