@@ -1,7 +1,7 @@
 """quant-fairness: INT4 quantization that is measured language by language.
 
 The eight steps, each a package or module that takes plain data and returns plain data (`fair_quantizer.py` takes them
-in this order; read it first, and `steps.py` for how a configuration becomes their arguments):
+in this order; read it first, and `steps` for how a configuration becomes their arguments):
 
     1 model      a model and the map of its layers      5 recommend  which layers keep 16 bit, and why
     2 texts      the same sentences in every language   6 quantize   GPTQ or round-to-nearest, all other layers

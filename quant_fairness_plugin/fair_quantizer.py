@@ -4,7 +4,7 @@
 
 Each step is a package of that name, takes plain data and returns plain data, and can be used alone. Here a step takes
 the result of the one before as an optional argument; without it, it uses the result that the quantizer remembers, or
-makes it first. How a configuration becomes the arguments of a step is in `steps.py`.
+makes it first. How a configuration becomes the arguments of a step is in `steps`.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class FairQuantizer:
         return self._plan
 
     def _measure_units(self) -> SweepReport | UnitScores:
-        if self.config.scores_units and self._place.memory_budget is None:
+        if steps.scores_units(self.config, memory_budget=self._place.memory_budget):
             return self.score()
         if self.config.exhaustive:
             return self.sweep(granularity="unit", precisions=self.config.menu)

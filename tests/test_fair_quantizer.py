@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quant_fairness_plugin import fair_quantizer, planning, preflight, steps
+from quant_fairness_plugin import fair_quantizer, planning, preflight
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, ProtectionPlan, Ranking, load
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.config import make_config
@@ -28,6 +28,7 @@ from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.quantize.stream import Workplace
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.steps import plans
 from quant_fairness_plugin.texts.load import load_texts
 from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
 
@@ -186,7 +187,7 @@ def scored(planted_model: Path, planted_file: str) -> FairQuantizer:
 def test_auto_gives_the_planted_unit_eight_bits_by_scores(
     scored: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *a, **k: pytest.fail("swept"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.work.sweep_units", lambda *a, **k: pytest.fail("swept"))
     result = scored.run(tmp_path / "out")
     assert result.plan.overrides[f"layers.{PLANTED_LAYER}.down"] == "int8"
     assert result.plan.overhead <= 0.1
@@ -242,7 +243,7 @@ def test_what_the_reader_cannot_load_is_left_out_of_the_menu(scored: FairQuantiz
 def test_precisions_that_the_reader_cannot_load_are_refused_before_the_sweep(
     planted_model: Path, planted_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *_, **__: pytest.fail("it was swept"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.work.sweep_units", lambda *_, **__: pytest.fail("it was swept"))
     given: dict[str, Any] = {"texts": planted_file, "group_size": 32, "format": "gptq"}
     quantizer = FairQuantizer.from_pretrained(str(planted_model), precisions=("fp16", "int8"), **given)
     with pytest.raises(UnsupportedModelError, match="8"):
@@ -266,7 +267,7 @@ def test_a_sweep_in_bfloat16_says_so_and_finds_the_planted_layer(planted_model: 
 def test_a_device_that_is_not_here_is_refused_before_the_weights_are_read(
     planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.opening.load_model", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(ConfigError, match=r"device cuda:97 is not here; torch finds .*cpu\. Use one of these"):
         FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, device="cuda:97")
 
@@ -280,8 +281,8 @@ def test_the_model_goes_to_the_device_of_the_configuration(
         given.update(options)
         raise ConfigError("stop here")
 
-    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", record)
-    monkeypatch.setattr("quant_fairness_plugin.steps.find_device", lambda name: f"{name}:0")
+    monkeypatch.setattr("quant_fairness_plugin.steps.opening.load_model", record)
+    monkeypatch.setattr("quant_fairness_plugin.steps.opening.find_device", lambda name: f"{name}:0")
     with pytest.raises(ConfigError, match="stop here"):
         FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, device="cuda")
     assert (given["device"], given["dtype"]) == ("cuda:0", torch.float32)  # its weights are stored in float16
@@ -340,7 +341,7 @@ def test_evidence_is_of_the_confirm_part_and_of_the_plan(quantizer: FairQuantize
 
 
 def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.steps.load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.opening.load_model", lambda *a, **k: pytest.fail("loaded"))
     with pytest.raises(InvalidLayerError, match=f"layer {LAYERS} does not exist"):
         FairQuantizer.from_pretrained(str(planted_model), protect_layers=[LAYERS])
 
@@ -352,8 +353,8 @@ def test_a_wrong_layer_fails_before_the_weights_are_read(planted_model: Path, mo
 def test_what_no_reader_loads_is_refused_before_anything_is_quantized(
     quantizer: FairQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr("quant_fairness_plugin.steps.quantize_model", lambda *a, **k: pytest.fail("quantized"))
-    monkeypatch.setattr("quant_fairness_plugin.steps.sweep_units", lambda *a, **k: pytest.fail("swept"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.work.quantize_model", lambda *a, **k: pytest.fail("quantized"))
+    monkeypatch.setattr("quant_fairness_plugin.steps.work.sweep_units", lambda *a, **k: pytest.fail("swept"))
     other = FairQuantizer(quantizer.loaded, quantizer.texts, replace(quantizer.config, **options))
     with pytest.raises(UnsupportedModelError, match=message):
         other.save_pretrained(tmp_path / "checkpoint")
@@ -481,7 +482,7 @@ def test_a_run_resolves_the_model_once_and_checks_what_is_known_of_its_plan(
 
         return call
 
-    for module in (fair_quantizer, steps, writer, preflight, resolve, load_module, streamed_module):
+    for module in (fair_quantizer, plans, writer, preflight, resolve, load_module, streamed_module):
         for name in ("check_exportable", "resolve_model"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, counted(name, getattr(module, name)))

@@ -80,7 +80,6 @@ class QuantizedModel:
     """Full module name → the input channels that keep 16 bit beside its integers."""
     grids: Mapping[str, Grid] = field(default_factory=dict)
     """Full module name → its grid; empty where only the tensors say."""
-
     experts: ExpertCoverage | None = None
     """Of a mixture of experts: how calibration reached them, where that was counted."""
 
@@ -193,14 +192,8 @@ def quantize_model(
     place = workplace or Workplace()
     solver = find_method(method) if isinstance(method, str) else method
     selection = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
-    if plan.layers != loaded.layers:
-        raise ConfigError(
-            f"the plan is for {plan.layers} layers, and the model has {loaded.layers}; use a plan of this model"
-        )
+    _check_model(loaded, plan, solver)
     _check(solver, plan, selection, calibration)
-    if any(group.routed for layer in range(loaded.layers) for group in loaded.family.units_of(layer)):
-        check_experts(solver.name, plan.grid, columns=plan.protect_columns)
-    solver.check_model(loaded)
     allowance = _rows_allowance(loaded, calibration, place, batch_tokens)
     with ExitStack() as stack:
         folder = _work_folder(loaded, plan, solver, calibration, place, batch_tokens)
@@ -221,6 +214,17 @@ def quantize_model(
         kept=selection.kept, losses=results.losses, damping=results.damping, calibration=calibration,
         columns=results.columns, grids=results.grids,
     )  # fmt: skip
+
+
+def _check_model(loaded: LoadedModel, plan: ProtectionPlan, method: Method) -> None:
+    """Refuse a plan of another model, and what the method does not do with this one."""
+    if plan.layers != loaded.layers:
+        raise ConfigError(
+            f"the plan is for {plan.layers} layers, and the model has {loaded.layers}; use a plan of this model"
+        )
+    if any(group.routed for layer in range(loaded.layers) for group in loaded.family.units_of(layer)):
+        check_experts(method.name, plan.grid, columns=plan.protect_columns)
+    method.check_model(loaded)
 
 
 def _check(method: Method, plan: ProtectionPlan, selection: Selection, calibration: CalibrationSet | None) -> None:

@@ -1,0 +1,69 @@
+"""Each step as a configuration says: a model, texts and a `FairConfig` in, the step's result out.
+
+Nothing is remembered here, and nothing is done in another order than it is called; that is `FairQuantizer`.
+"""
+
+from quant_fairness_plugin.steps.checkpoints import (
+    EXPORTED,
+    check_folder,
+    compare,
+    exported_state,
+    format_problems,
+    measured_folder,
+    try_export,
+    unprotected_state,
+    write,
+)
+from quant_fairness_plugin.steps.opening import (
+    check_config,
+    check_tokens,
+    check_whole,
+    fit_config,
+    load_checked,
+    needs_no_sweep,
+    open_in_memory,
+    probe_sentences,
+)
+from quant_fairness_plugin.steps.plans import (
+    check_exportable_before_sweep,
+    check_exportable_plan,
+    check_plan,
+    check_report,
+    plan_of_layers,
+    plan_of_quantized,
+    recommend,
+    scores_units,
+)
+from quant_fairness_plugin.steps.work import evidence, measure, quantize, sweep
+
+__all__ = [
+    "EXPORTED",
+    "check_config",
+    "check_exportable_before_sweep",
+    "check_exportable_plan",
+    "check_folder",
+    "check_plan",
+    "check_report",
+    "check_tokens",
+    "check_whole",
+    "compare",
+    "evidence",
+    "exported_state",
+    "fit_config",
+    "format_problems",
+    "load_checked",
+    "measure",
+    "measured_folder",
+    "needs_no_sweep",
+    "open_in_memory",
+    "plan_of_layers",
+    "plan_of_quantized",
+    "probe_sentences",
+    "quantize",
+    "recommend",
+    "scores_units",
+    "sweep",
+    "try_export",
+    "unprotected_state",
+    "write",
+]

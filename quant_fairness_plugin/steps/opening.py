@@ -1,0 +1,149 @@
+"""Opening: a model by name or in memory, with what is checked of it and its texts, and the steps that need it whole."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from quant_fairness_plugin.artifacts import TextSet
+from quant_fairness_plugin.checkpoint.readers import takes_one_group_size
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
+from quant_fairness_plugin.measure.rows import embedding_rows
+from quant_fairness_plugin.model.architectures.experts import find_mixture
+from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
+from quant_fairness_plugin.model.in_memory import copy_model
+from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.model.resolve import ModelFiles
+from quant_fairness_plugin.model.storage import storage_dtype
+from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
+from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
+from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
+from quant_fairness_plugin.quantize.backends import NATIVE
+
+_logger = logging.getLogger(__name__)
+
+
+def load_checked(
+    checked: Checked,
+    source: ModelSource,
+    config: FairConfig,
+    *,
+    stream: bool = False,
+    memory_budget: int | None = None,
+) -> LoadedModel:
+    """Load the model that `preflight` resolved, and check the tokenizer where that had to wait for Transformers.
+
+    With a memory budget in bytes its blocks stay in their files; on a CPU with `stream` too, where they can be read so.
+
+    Raises:
+        ConfigError: a device that this machine does not have; before anything is read.
+    """
+    device = find_device(config.device)
+    stored = str(storage_dtype(checked.files)).removeprefix("torch.")
+    compute = getattr(torch, find_dtype(config.dtype, device, stored=stored))
+    sentences, trust = probe_sentences(checked.texts), source.trust_remote_code
+    whole = partial(
+        load_model, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences
+    )
+    in_blocks = partial(
+        open_streamed, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences
+    )
+    loaded: LoadedModel
+    if memory_budget is not None:
+        loaded = replace(in_blocks(), memory_budget=memory_budget)
+    elif stream and str(device).startswith("cpu") and can_stream(checked.files):
+        try:
+            loaded = in_blocks()
+        except QuantFairnessError as err:
+            loaded = whole()  # where the model itself is wrong, this says so
+            _logger.warning("%s is loaded as a whole, which takes more memory: %s", checked.files.name, err)
+    else:
+        loaded = whole()
+    _logger.info("%s: computed in %s on %s", checked.files.name, compute, describe_device(loaded.model.device))
+    if not is_plain(checked.files):
+        check_tokens(loaded, checked.texts)
+    return loaded
+
+
+def can_stream(files: ModelFiles) -> bool:
+    """Return whether blocks can be read from the files; experts are read with the whole model."""
+    readable = bool(files.weights) and files.weights[0].suffix == ".safetensors"
+    return readable and find_mixture(str(files.config.get("model_type", ""))) is None
+
+
+def needs_no_sweep(config: FairConfig) -> bool:
+    """Return whether a configuration's checkpoint is made without a sweep and without another tool.
+
+    Only these take the whole model, or are faster with it where it fits memory.
+    """
+    return config.protect_layers != "auto" and config.backend == NATIVE
+
+
+def probe_sentences(texts: TextSet) -> list[str]:
+    """Return a sentence of every language of the calibration part, on which the range of activations is looked at."""
+    return [rows[0] for rows in texts.part("calibrate").sentences.values() if rows]
+
+
+def check_tokens(loaded: LoadedModel, texts: TextSet) -> None:
+    """Check that the model has an embedding for every token of the texts; see `check_vocabulary`."""
+    check_vocabulary(loaded.tokenizer, texts, rows=embedding_rows(loaded.model), name=loaded.files.name)
+
+
+def open_in_memory(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: FairConfig, texts: TextSet | None
+) -> tuple[LoadedModel, TextSet]:
+    """Copy a model that is in memory, check the configuration against it, and return it with the texts.
+
+    The copy is computed in float32, where the model is, or on the device that the configuration names.
+
+    Raises:
+        ConfigError: another dtype, a device that is not there, or a configuration that does not fit the model.
+    """
+    if config.dtype == "bfloat16":
+        raise ConfigError(
+            "dtype bfloat16 is accepted together with a model's name or folder; a model in memory is computed in "
+            "float32. Leave dtype out, or save the model and name its folder"
+        )
+    device = None if config.device == "auto" else find_device(config.device)
+    sentences = open_texts(config, texts)
+    loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
+    if device is not None:
+        loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    check_model(config, loaded.files)
+    check_tokens(loaded, sentences)
+    return loaded, sentences
+
+
+def check_config(config: FairConfig, loaded: LoadedModel) -> None:
+    """Refuse layers or units that the model lacks; warn of a group size that its units do not fit.
+
+    Raises:
+        InvalidLayerError: says which.
+        ConfigError: a stated group size that does not fit every unit, and the configuration is strict.
+    """
+    family = loaded.family
+    check_units(config, units=lambda layer: tuple(unit.name for unit in family.units_of(layer)), layers=loaded.layers)
+    config.check_group_size(loaded)
+
+
+def fit_config(config: FairConfig, loaded: LoadedModel) -> FairConfig:
+    """Return the configuration with the largest group size that units of the model, format and reader take."""
+    return config.fitted(loaded, uniform=takes_one_group_size(config.format, config.reader))
+
+
+def check_whole(loaded: LoadedModel, step: str) -> None:
+    """Refuse a step that needs the whole model in memory, for one whose blocks stay in their files.
+
+    Raises:
+        ConfigError: the model was opened with a memory budget.
+    """
+    if isinstance(loaded, StreamedModel):
+        raise ConfigError(
+            f"{loaded.files.name} was opened block by block, as with a memory budget: it can be swept, quantized and "
+            f"measured, and not {step}, which takes the whole model. Open it without a memory budget"
+        )
