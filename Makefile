@@ -86,7 +86,7 @@ test-browser: setup
 	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
 	$(BIN)/python -m pytest tests/report -m browser
 
-# Every architecture that the installed Transformers has, in small: half an hour on two cores.
+# Every architecture that the installed Transformers has, in small: some minutes.
 coverage: setup
 	$(BIN)/python benchmarks/architectures.py
 

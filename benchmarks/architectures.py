@@ -1,6 +1,6 @@
 """Which causal architectures of the installed Transformers are quantized here, and what becomes of the others.
 
-    make coverage                                         # all of them, half an hour; rows and docs/architectures.md
+    make coverage                                         # all of them, some minutes; rows and docs/architectures.md
     python benchmarks/architectures.py --only phi3 lfm2   # these rows anew, beside the stored ones
 
 Of every architecture a tiny model with random weights is made, written as a checkpoint, and taken through the code that

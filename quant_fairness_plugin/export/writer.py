@@ -85,7 +85,7 @@ def export(
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
-    sizes = {tensor.grid.group_size for tensor in quantized.tensors.values()}
+    sizes = {grid.group_size for grid in quantized.module_grids.values()}  # integers may be in files: not read for this
     check_exportable(
         loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out, group_sizes=sizes
     )
@@ -94,8 +94,8 @@ def export(
     _check_source(quantized, out)
     companions, copies = companions_of(loaded), copies_of(loaded)
     card = read_source_card(loaded.files, companions)
-    record = _new_record(quantized, texts, layout, reader=reader, seed=seed)
-    record = replace(record, copied_tensors=copies.checksums())
+    new = _new_record(quantized, texts, layout, reader=reader, seed=seed)
+    record = replace(new, copied_tensors=copies.checksums())
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
         _write_model(quantized, folder, layout, copies)
@@ -109,8 +109,8 @@ def export(
             evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
             record = _describe(replace(record, plan=evaluated, measurement=measured), card, folder)
             check_recorded_files(folder, record)
-    if copies.summary() and loaded.files.weights:
-        _logger.warning("%s: %s", out, copies.summary())
+    if (summary := copies.summary()) and loaded.files.weights:
+        _logger.warning("%s: %s", out, summary)
     _logger.info("%s: written and verified, %s", out, format)
     return record
 
