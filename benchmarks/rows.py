@@ -27,7 +27,13 @@ def conditions(*, command: str, seed: int) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Return the commit of the code that is imported, with `-dirty` where its tree differs from it."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    folder = Path(quant_fairness_plugin.__file__).parent
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True).stdout.strip()
+    """Return the commit of the code that is imported, with `-dirty` where that code differs from it."""
+    root = Path(quant_fairness_plugin.__file__).parents[1]
+    commit = _git(root, "describe", "--always", "--exclude", "*")
+    # Rows and pages change while they are measured; what they are measured with is the rest.
+    changed = _git(root, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs", ":!README.md")
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(root: Path, *command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, cwd=root, check=True).stdout.strip()
