@@ -26,7 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _torch_threads(pytestconfig: pytest.Config) -> None:
     import torch
 
-    torch.set_num_threads(pytestconfig.getoption("--torch-threads"))
+    threads = pytestconfig.getoption("--torch-threads")
+    torch.set_num_threads(threads)
+    # Processes that tests start count the same: work is gone on from by as many threads as it was begun with.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 @pytest.fixture(autouse=True)
