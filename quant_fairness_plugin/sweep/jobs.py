@@ -27,7 +27,7 @@ from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.runner import BatchScores, TreeRunner
 from quant_fairness_plugin.sweep.walk import score_batch
 
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 """Goes up whenever the same trial would give another number, or its file another form."""
 
 BankRecipe = Callable[[LoadedModel, UnitMap], Bank]
@@ -57,7 +57,7 @@ class Job:
     @property
     def runner(self) -> TreeRunner:
         """The model and its states, to run batches through."""
-        return TreeRunner(self.loaded, self.tree, self.bank)
+        return TreeRunner.of(self.loaded, self.tree, self.bank)
 
     def run(self, rows: Sequence[Row]) -> BatchScores:
         """Return the scores of one trial. The process has as many threads as before when it returns."""

@@ -18,7 +18,8 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.rows import Array, Batch, sum_rows
-from quant_fairness_plugin.measure.streamed import FileHead, Head, score_hidden
+from quant_fairness_plugin.measure.scoring import find_head
+from quant_fairness_plugin.measure.streamed import Head, score_hidden
 from quant_fairness_plugin.model.exchange import exchanged
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, head_input, rehearse
@@ -58,6 +59,13 @@ class TreeRunner:
     """In evaluation mode; bit-identical after every call."""
     tree: StateTree
     bank: Bank
+    head: Head
+    """Of the 16-bit model."""
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, tree: StateTree, bank: Bank) -> TreeRunner:
+        """Make the runner of a model, with what its head does."""
+        return cls(loaded, tree, bank, find_head(loaded))
 
     def inputs(self, batch: Batch) -> Inputs:
         """Return what the model is given for a batch."""
@@ -100,12 +108,12 @@ class TreeRunner:
             ArtifactError: a state predicts NaN or infinity.
         """
         positions, targets = batch.positions.to(inputs.ids.device), batch.targets.to(inputs.ids.device)
-        head, first = find_head(self.loaded, self.bank, ()), self.tree.leaves[BASELINE]
+        head, first = self.head, self.tree.leaves[BASELINE]
         reference = self._head_inputs([first], inputs, positions, read)[0]
         baseline = torch.zeros(len(targets), 3, dtype=torch.float64)
         scores: dict[int, Tensor] = {}
         for variant, leaves in self._leaves_by_head().items():
-            state_head = find_head(self.loaded, self.bank, variant) if variant else None
+            state_head = self._head_of(variant) if variant else None
             for piece in _pieces(leaves, together):
                 hidden = self._head_inputs(piece, inputs, positions, read)
                 nll, of_states = score_hidden(reference, hidden, targets, head, state_head=state_head)
@@ -120,6 +128,12 @@ class TreeRunner:
         for variant, leaves in self.tree.by_variant(len(self.tree.stages) - 1).items():
             groups.setdefault(tuple(pair for pair in variant if pair[0] == HEAD), []).extend(leaves)
         return groups
+
+    def _head_of(self, variant: Variant) -> Head:
+        """Return the head with the weight that a variant gives it."""
+        name = f"{self.loaded.family.head}.weight"
+        changed = variant_weights(self.bank, variant).get(name)
+        return self.head if changed is None else Head(changed, self.head.bias, self.head.rule)
 
     def _head_inputs(self, leaves: Sequence[int], inputs: Inputs, positions: Tensor, read: Read) -> Tensor:
         """Return what the head is given in some states where a token is predicted, `[states, targets, width]`."""
@@ -172,18 +186,6 @@ def _tile(once: Any, twice: Any, copies: int) -> Any:
     if not isinstance(once, Tensor) or once.shape == twice.shape or copies == 1:
         return once
     return once.repeat(copies, *[1] * (once.dim() - 1))
-
-
-def find_head(loaded: LoadedModel, bank: Bank, variant: Variant) -> Head:
-    """Return the output head with the weight that a variant gives it."""
-    name = f"{loaded.family.head}.weight"
-    bias = getattr(loaded.model.get_submodule(loaded.family.head), "bias", None)
-    changed = [weights[name] for unit, precision in variant if name in (weights := bank.weights(unit, precision))]
-    if changed:
-        return Head(changed[-1], bias)
-    table = tables_of(loaded).get(name)
-    weight = loaded.model.get_parameter(name)
-    return Head(weight, bias) if table is None else FileHead(weight, bias, table=table)
 
 
 def tables_of(loaded: LoadedModel) -> Mapping[str, Table]:

@@ -34,7 +34,7 @@ from quant_fairness_plugin.sweep.runner import BatchScores, Inputs, TreeRunner, 
 from quant_fairness_plugin.sweep.trials import Store, open_store, trial_key
 from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
 
-LAYERWISE_VERSION = 2
+LAYERWISE_VERSION = 3
 """Goes up whenever the hidden states or scores of a sweep would come out otherwise."""
 
 
@@ -87,7 +87,7 @@ def score_plans_layerwise(
         spill = execution.work or Path(resources.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
         stacks = _open_stacks(spill, store, job, batches, allowance)
         block_bank = BlockBank(loaded, units, bank)
-        sweep = _Sweep(TreeRunner(loaded, tree, block_bank), block_bank, texts, batches, stacks, store, progress)
+        sweep = _Sweep(TreeRunner.of(loaded, tree, block_bank), block_bank, texts, batches, stacks, store, progress)
         results = sweep.run(prefetch=execution.prefetch)
     return add_up(tokenized, tree, batches, results)
 

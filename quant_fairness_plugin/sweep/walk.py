@@ -56,7 +56,7 @@ def score_plans(
         ConfigError: a plan named like the 16-bit state, or a unit that the model does not have.
         ArtifactError: a plan predicts NaN or infinity.
     """
-    runner, tokenized = TreeRunner(loaded, plan_tree(plans, units), bank), tokenize_texts(loaded, texts)
+    runner, tokenized = TreeRunner.of(loaded, plan_tree(plans, units), bank), tokenize_texts(loaded, texts)
     batches, passes = tokenized.batches(batch_tokens), runner.tree.block_passes
     results: list[BatchScores] = []
     for number, batch in enumerate(batches):

@@ -18,7 +18,8 @@ from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.walk import plan_tree, score_plans
 from tests.planted_model import planted_texts
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, byte_tokenizer
+from tests.traced import traced_model
 
 Build = Callable[..., Path]
 GRID = Grid(group_size=32)
@@ -101,6 +102,20 @@ def test_every_plan_equals_its_naive_evaluation(tiny_model: Build, family: str) 
     found = score_plans(loaded, wanted, texts(), units=units, bank=RtnBank(loaded, units, GRID), batch_tokens=100)
     assert_close(found, naive_scores(folder, wanted))
     assert all(torch.equal(value, before[name]) for name, value in loaded.model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["cohere2", "gemma2", "granite"])
+def test_what_follows_the_head_is_part_of_every_plan(tmp_path: Path, architecture: str) -> None:
+    model = traced_model(architecture)
+    # As strong as in no checkpoint, so that scores without them are far off: these models come with 0.0625, 30 and 1.
+    model.config.update({"logit_scale": 0.05, "final_logit_softcapping": 0.5, "logits_scaling": 20.0})
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    units = map_units(loaded)
+    wanted: dict[str, Plan] = {"a layer": {"layers.1": "int3"}, "head": {"head": "int3"}}
+    bank = RtnBank(loaded, units, GRID)
+    assert_close(score_plans(loaded, wanted, texts(), units=units, bank=bank), naive_scores(tmp_path, wanted))
 
 
 def test_progress_counts_the_trees_block_passes(tiny_model: Build) -> None:
