@@ -219,7 +219,6 @@ class FairQuantizer:
 
         Scored are the errors of the method itself, where it has any of its own; see `planning.quantizes_first`.
         """
-        steps.check_whole(self.loaded, "scored by gradients")
         if self._scores is None:
             planning.check_scorable(self.loaded)
             progress = partial(self._progress, "score")
@@ -231,7 +230,7 @@ class FairQuantizer:
 
         Args:
             report: scores, or a sweep; None is the last sweep, whatever it singled out. Without one the units are
-                scored, or swept where the configuration or a memory budget asks for it.
+                scored, or swept where the configuration asks for it.
 
         Raises:
             ConfigError: a report of another model or grid, or beside layers that the configuration names.
@@ -247,7 +246,7 @@ class FairQuantizer:
         return self._plan
 
     def _measure_units(self) -> SweepReport | UnitScores:
-        if steps.scores_units(self.config, memory_budget=self._place.memory_budget):
+        if self.config.scores_units:
             return self.score()
         if self.config.exhaustive:
             return self.sweep(granularity="unit", precisions=self.config.menu)

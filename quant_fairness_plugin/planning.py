@@ -13,6 +13,7 @@ from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.streamed import budget_of
 from quant_fairness_plugin.plans.costs import bytes_at_bits, layers_budget, with_columns
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.backends import NATIVE
@@ -22,10 +23,11 @@ from quant_fairness_plugin.recommend import Limit
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.recommend.estimated import Demand, Planner
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
+from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 from quant_fairness_plugin.sweep.unit_scores import score_units
-from quant_fairness_plugin.sweep.walk import score_plans
 from quant_fairness_plugin.texts.parts import overlap
 
 EXACT_SENTENCES = 8
@@ -77,7 +79,7 @@ def check_scorable(loaded: LoadedModel) -> None:
 def scoring_bank(loaded: LoadedModel, config: FairConfig, bare: QuantizedModel | None) -> Bank:
     """Return the weights that scores are about: of a quantized model where there is one, else rounded to nearest."""
     units = map_units(loaded)
-    rounded = RtnBank(loaded, units, config.grid)
+    rounded = RtnBank(loaded, units, config.grid, keep=False)
     return rounded if bare is None else ModelBank(units, bare, rounded)
 
 
@@ -134,7 +136,10 @@ def plan_by_scores(
         some = spread(texts.part("search").choose(tuple(scores.bytes_)), EXACT_SENTENCES)
         grid = dict.fromkeys(scores.units, precision_of_bits(config.bits))
         plans = {candidate.name: {**grid, **_by_unit(scores, candidate.choice)} for candidate in candidates}
-        evaluated = score_plans(loaded, plans, some, units=map_units(loaded), bank=bank, progress=progress)
+        evaluated = score_plans_layerwise(
+            loaded, plans, some, units=map_units(loaded), bank=bank,
+            execution=Execution(memory_budget=budget_of(loaded)), progress=progress,
+        )  # fmt: skip
     plan = planner.plan(candidates, evaluated, replace(config.bootstrap, reference=None))
     return with_columns(plan, loaded, config.protect_columns)
 

@@ -66,12 +66,12 @@ def write_checkpoint(
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.quantize.stream import Workplace
-    from quant_fairness_plugin.steps import needs_no_sweep
+    from quant_fairness_plugin.steps import can_go_in_blocks
 
     with progress() as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
-            stream=needs_no_sweep(config),
+            stream=can_go_in_blocks(config),
         )  # fmt: skip
         quantizer = quantizer if plan is None else quantizer.following(plan)
 

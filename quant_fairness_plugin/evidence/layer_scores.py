@@ -13,8 +13,9 @@ from quant_fairness_plugin.measure.rows import tokenize_for
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.units import UnitMap
+from quant_fairness_plugin.sweep.backward import slopes_of
 from quant_fairness_plugin.sweep.bank import Bank
-from quant_fairness_plugin.sweep.fisher import Changes, score_sentences, slopes_of, spread
+from quant_fairness_plugin.sweep.fisher import Changes, score_sentences, spread
 from quant_fairness_plugin.sweep.memory import CONTEXT
 
 SENTENCES = 16
@@ -71,7 +72,7 @@ def gradient_scores(
         sentences: how many of each language.
     """
     some = spread(texts, sentences)
-    changes = Changes.of(loaded, units, {precision: bank}, units.group_names())
+    changes = Changes.of(loaded, units, bank, [precision])
     first = _slopes_of_the_loss(loaded, some, changes)
     second, bytes_ = score_sentences(loaded, some, changes)
     rows: dict[str, dict[str, dict[str, float]]] = {"gradient": {}, "fisher": {}}

@@ -24,7 +24,7 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import model_identity
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
 from quant_fairness_plugin.model.stacks import Stacks, batches_in_memory
-from quant_fairness_plugin.model.streamed import block_feed
+from quant_fairness_plugin.model.streamed import block_feed, budget_of
 
 STATES_IN_MEMORY = 128 << 20
 """Bytes of hidden states that are held in memory; what is more goes to files."""
@@ -107,7 +107,7 @@ class HeadInputs:
     def _stacks(
         self, folder: Path, names: Sequence[str], shapes: Sequence[tuple[int, ...]], *, durable: bool
     ) -> Stacks:
-        dtype, budget = self._loaded.model.dtype, getattr(self._loaded, "memory_budget", None)
+        dtype, budget = self._loaded.model.dtype, budget_of(self._loaded)
         allowance = STATES_IN_MEMORY if budget is None else min(STATES_IN_MEMORY, budget // BUDGET_SHARE)
         held = batches_in_memory([prod(shape) * dtype.itemsize for shape in shapes], allowance)
         return Stacks(folder, names, shapes, dtype, self._loaded.model.device, held, durable)

@@ -7,7 +7,7 @@ only note their arguments and pass the hidden state on, which costs an embedding
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,9 +76,29 @@ def rehearse(loaded: LoadedModel, ids: Tensor, mask: Tensor | None = None) -> Re
     return Rehearsal(entered[0], tuple(calls))
 
 
-@torch.no_grad()
+def check_independent(call: BlockCall) -> None:
+    """Refuse a call in which layers hand each other more than the hidden state, once they have run.
+
+    Raises:
+        UnsupportedModelError: a layer is given what earlier ones wrote down.
+    """
+    if any(_is_filled(value) for value in (*call.positional, *call.named.values())):
+        raise UnsupportedModelError(
+            "layers of this model take keys and values from earlier ones, which plans that differ there cannot share "
+            "in one walk; models whose layers only hand on a hidden state are swept. Name the layers to protect."
+        )
+
+
+def _is_filled(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return any(map(_is_filled, value))
+    return isinstance(value, MutableMapping) and bool(value)
+
+
 def head_input(loaded: LoadedModel, ids: Tensor, mask: Tensor | None, hidden: Tensor) -> Tensor:
     """What the output head is given where the last block's output is `hidden`, `[rows, tokens, width]`.
+
+    Gradients flow through it where they are enabled.
 
     Args:
         loaded: the model.

@@ -313,6 +313,11 @@ def block_in_memory(loaded: LoadedModel, layer: int) -> AbstractContextManager[N
     return loaded.resident(layer) if isinstance(loaded, StreamedModel) else nullcontext()
 
 
+def budget_of(loaded: LoadedModel) -> int | None:
+    """Return the memory budget of a model whose blocks stay in their files, in bytes; None where there is none."""
+    return loaded.memory_budget if isinstance(loaded, StreamedModel) else None
+
+
 def _rest(
     model: PreTrainedModel, names: Iterable[str], compute: torch.dtype, *, hollow: torch.device | None = None
 ) -> None:

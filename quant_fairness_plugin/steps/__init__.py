@@ -15,12 +15,12 @@ from quant_fairness_plugin.steps.checkpoints import (
     write,
 )
 from quant_fairness_plugin.steps.opening import (
+    can_go_in_blocks,
     check_config,
     check_tokens,
     check_whole,
     fit_config,
     load_checked,
-    needs_no_sweep,
     open_in_memory,
     probe_sentences,
 )
@@ -32,7 +32,6 @@ from quant_fairness_plugin.steps.plans import (
     plan_of_layers,
     plan_of_quantized,
     recommend,
-    scores_units,
 )
 from quant_fairness_plugin.steps.work import evidence, measure, quantize, sweep
 
@@ -54,14 +53,13 @@ __all__ = [
     "load_checked",
     "measure",
     "measured_folder",
-    "needs_no_sweep",
+    "can_go_in_blocks",
     "open_in_memory",
     "plan_of_layers",
     "plan_of_quantized",
     "probe_sentences",
     "quantize",
     "recommend",
-    "scores_units",
     "sweep",
     "try_export",
     "unprotected_state",

@@ -76,12 +76,12 @@ def can_stream(files: ModelFiles) -> bool:
     return readable and find_mixture(str(files.config.get("model_type", ""))) is None
 
 
-def needs_no_sweep(config: FairConfig) -> bool:
-    """Return whether a configuration's checkpoint is made without a sweep and without another tool.
+def can_go_in_blocks(config: FairConfig) -> bool:
+    """Return whether a configuration's checkpoint is made block by block as fast as with the whole model in memory.
 
-    Only these take the whole model, or are faster with it where it fits memory.
+    Sweeps are faster with it, and other tools take it.
     """
-    return config.protect_layers != "auto" and config.backend == NATIVE
+    return config.backend == NATIVE and (config.protect_layers != "auto" or config.scores_units)
 
 
 def probe_sentences(texts: TextSet) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 
 from quant_fairness_plugin.artifacts import Precision, ProtectionPlan, SweepReport, UnitScores
@@ -18,19 +17,6 @@ from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.steps.opening import can_stream, check_whole
-
-_logger = logging.getLogger(__name__)
-
-
-def scores_units(config: FairConfig, *, memory_budget: int | None) -> bool:
-    """Return whether `auto` scores units by gradients, which takes the whole model; what it does instead is said."""
-    if config.scores_units and memory_budget is not None:
-        _logger.warning(
-            "with a memory budget 'auto' sweeps whole layers and cannot give single units 8 bits: gradients take the "
-            "whole model. Leave --memory-budget out to score every unit"
-        )
-        return False
-    return config.scores_units
 
 
 def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | None) -> ProtectionPlan:

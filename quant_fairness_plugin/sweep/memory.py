@@ -103,6 +103,10 @@ def check_budget(outline: Outline, budget: int, *, precisions: int) -> None:
     count_needs(outline.shapes, blocks=outline.family.blocks, precisions=precisions).left_for_states(budget)
 
 
+STATES_IN_MEMORY = 256 << 20
+"""Bytes of hidden states between two layers that are held without a memory budget; beyond, they go to files."""
+
+
 BATCH_TOKENS = 512
 """Tokens of a batch, padding included. Its hidden states are held for every prefix at once."""
 

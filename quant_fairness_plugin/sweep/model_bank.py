@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -20,12 +20,12 @@ class ModelBank:
 
     It was quantized as a whole, so its blocks saw quantized inputs: exchanged one by one its units are an approximation
     of what quantizing them one by one would give. A model whose scales moved between modules (AWQ) is no such bank.
+    Weights are made again each time they are asked for, so that no more than a block's are held.
     """
 
     units: UnitMap
     quantized: QuantizedModel
     others: Bank
-    _made: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     @property
     def description(self) -> str:
@@ -36,12 +36,10 @@ class ModelBank:
         """Parameter → value as the model stores it; parameters that stay in 16 bit are left out."""
         if precision != self.quantized.plan.quantized_precision:
             return self.others.weights(unit, precision)
-        if unit not in self._made:
-            names = [name.removesuffix(".weight") for name in self.units.parameters[unit]]
-            model = self.quantized.loaded.model
-            self._made[unit] = {
-                f"{name}.weight": stored_form(model.get_submodule(name), self.quantized.dense_weight(name))
-                for name in names
-                if name in self.quantized.tensors
-            }
-        return self._made[unit]
+        names = [name.removesuffix(".weight") for name in self.units.parameters[unit]]
+        model = self.quantized.loaded.model
+        return {
+            f"{name}.weight": stored_form(model.get_submodule(name), self.quantized.dense_weight(name))
+            for name in names
+            if name in self.quantized.tensors
+        }

@@ -7,7 +7,7 @@ put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import TextSet
-from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.rows import Array, Batch, sum_rows
 from quant_fairness_plugin.measure.scoring import find_head
 from quant_fairness_plugin.measure.streamed import Head, score_hidden
 from quant_fairness_plugin.model.exchange import exchanged
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.rehearsal import BlockCall, head_input, rehearse
+from quant_fairness_plugin.model.rehearsal import BlockCall, check_independent, head_input, rehearse
 from quant_fairness_plugin.model.streamed import StreamedModel, Table
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.plans.tree import StateTree, Variant
@@ -171,6 +170,7 @@ def repeated(once: BlockCall, twice: BlockCall, copies: int) -> BlockCall:
     Raises:
         UnsupportedModelError: a layer is given what earlier ones wrote down.
     """
+    check_independent(once)
     positional = tuple(_tile(a, b, copies) for a, b in zip(once.positional, twice.positional, strict=True))
     return BlockCall(positional, {name: _tile(value, twice.named[name], copies) for name, value in once.named.items()})
 
@@ -178,11 +178,6 @@ def repeated(once: BlockCall, twice: BlockCall, copies: int) -> BlockCall:
 def _tile(once: Any, twice: Any, copies: int) -> Any:
     if isinstance(once, tuple):
         return tuple(_tile(a, b, copies) for a, b in zip(once, twice, strict=True))
-    if isinstance(once, MutableMapping) and once:
-        raise UnsupportedModelError(
-            "layers of this model take keys and values from earlier ones, which plans that differ there cannot share "
-            "in one walk; models whose layers only hand on a hidden state are swept. Name the layers to protect."
-        )
     if not isinstance(once, Tensor) or once.shape == twice.shape or copies == 1:
         return once
     return once.repeat(copies, *[1] * (once.dim() - 1))

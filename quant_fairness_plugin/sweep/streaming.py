@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet
-from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import Batch
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.stacks import Stacks, batches_in_memory
@@ -29,7 +28,14 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank, BlockBank
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.jobs import Job
-from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, HEAD_TOKENS, STACK_TOKENS, Needs, count_needs
+from quant_fairness_plugin.sweep.memory import (
+    BATCH_TOKENS,
+    HEAD_TOKENS,
+    STACK_TOKENS,
+    STATES_IN_MEMORY,
+    Needs,
+    count_needs,
+)
 from quant_fairness_plugin.sweep.runner import BatchScores, Inputs, TreeRunner, tables_of
 from quant_fairness_plugin.sweep.trials import Store, open_store, trial_key
 from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
@@ -46,7 +52,7 @@ def score_plans_layerwise(
     *,
     units: UnitMap,
     bank: Bank,
-    execution: Execution,
+    execution: Execution = Execution(),
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> dict[str, StateScores]:
@@ -61,8 +67,8 @@ def score_plans_layerwise(
         texts: the sentences.
         units: the model's units.
         bank: their weights. It should hold none (`RtnBank(keep=False)`), as what a block needs is held here.
-        execution: its `memory_budget`, for all that the sweep holds (see `memory`), `work` and `prefetch`. `work` keeps
-            the hidden states after every layer, and the scores of finished batches.
+        execution: its `memory_budget`, for all that the sweep holds (see `memory`; None bounds hidden states alone),
+            `work` and `prefetch`. `work` keeps the hidden states after every layer, and the scores of finished batches.
         batch_tokens: tokens of a batch.
         progress: called with (block passes done, in all).
 
@@ -70,16 +76,16 @@ def score_plans_layerwise(
         `16 bit` and every plan → its scores.
 
     Raises:
-        ConfigError: no memory budget, a unit that does not exist, or a `work` that is no folder.
+        ConfigError: a unit that does not exist, or a `work` that is no folder.
         ArtifactError: a block cannot be read, or a plan predicts NaN or infinity.
         ResourceError: the budget is too small, or hidden states cannot be written.
     """
-    if execution.memory_budget is None:
-        raise ConfigError("a sweep layer by layer without a memory budget; give Execution a memory_budget in bytes")
     tree, tokenized = plan_tree(plans, units), tokenize_texts(loaded, texts)
     batches = tokenized.batches(batch_tokens)
     most = max(STACK_TOKENS.on(loaded.model.device.type), *(batch.ids.numel() for batch in batches))
-    allowance = sweep_needs(loaded, tree, units, most).left_for_states(execution.memory_budget)
+    allowance, budget = STATES_IN_MEMORY, execution.memory_budget
+    if budget is not None:
+        allowance = sweep_needs(loaded, tree, units, most).left_for_states(budget)
     job, store = Job(loaded, tree, bank, texts, torch.get_num_threads()), None
     if execution.work is not None:
         store = open_store(execution.work, job, layerwise=LAYERWISE_VERSION, batch_tokens=batch_tokens)

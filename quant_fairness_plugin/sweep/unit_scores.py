@@ -6,15 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from quant_fairness_plugin.artifacts import Grid, Precision, TextSet, UnitScores, precision_of_bits
-from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
+from quant_fairness_plugin.model.streamed import budget_of
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.plans.units import UnitMap
-from quant_fairness_plugin.sweep.bank import Bank
+from quant_fairness_plugin.sweep.bank import Bank, check_bank_fits
 from quant_fairness_plugin.sweep.engine import support_of
+from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.fisher import DRAWS, SENTENCES, Changes, score_sentences, spread
-from quant_fairness_plugin.sweep.walk import score_plans
+from quant_fairness_plugin.sweep.memory import count_needs
+from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 
 
 def score_units(
@@ -44,19 +46,24 @@ def score_units(
         sentences: how many of each language.
         draws: labels drawn for each token.
         seed: of the labels.
-        progress: called with (sentences done, in all).
+        progress: called with (steps done, in all).
 
     Raises:
         ConfigError: the bank quantizes nothing.
         UnsupportedModelError: a unit holds a weight that belongs to no linear module.
         QualityGateError: the 16-bit model supports none of the languages.
+        ResourceError: a memory budget that does not hold a block in every precision.
     """
     quantized = precision_of_bits(grid.bits)
     kinds: tuple[Precision, ...] = (quantized, *(kind for kind in menu if kind not in ("fp16", quantized)))
-    changes = Changes.of(loaded, units, dict.fromkeys(kinds, bank), units.group_names())
-    if not changes.keys:
-        raise ConfigError(f"{bank.description} fits no module of the model; use another group size, or -1")
-    statuses = support_of(loaded, texts, partial(score_plans, loaded, units=units, bank=bank))
+    changes = Changes.of(loaded, units, bank, kinds)
+    check_bank_fits(bank, units, quantized)
+    execution = Execution(memory_budget=budget_of(loaded))
+    if execution.memory_budget is not None:
+        shapes = {name: tuple(value.shape) for name, value in loaded.model.named_parameters()}
+        count_needs(shapes, blocks=loaded.family.blocks, precisions=len(kinds)).left_for_states(execution.memory_budget)
+    scorer = partial(score_plans_layerwise, loaded, units=units, bank=bank, execution=execution)
+    statuses = support_of(loaded, texts, scorer)
     supported = [language for language, status in statuses.items() if status == "supported"]
     some = spread(texts.choose(supported), sentences)
     scores, bytes_ = score_sentences(loaded, some, changes, draws=draws, seed=seed, progress=progress)

@@ -78,7 +78,7 @@ def test_the_first_order_is_the_slope_of_the_loss_in_the_worst_language(loaded: 
 
 def test_the_second_order_is_the_sum_of_the_units_scores(loaded: LoadedModel, texts: TextSet) -> None:
     units = map_units(loaded)
-    changes = Changes.of(loaded, units, {"int4": RtnBank(loaded, units, GRID)}, units.group_names())
+    changes = Changes.of(loaded, units, RtnBank(loaded, units, GRID), ["int4"])
     by_unit, bytes_ = score_sentences(loaded, texts, changes)
     found = scores(loaded, texts)["fisher"]
     for layer in range(LAYERS):

@@ -9,7 +9,9 @@ from quant_fairness_plugin.artifacts import Grid, TextSet
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.storage import parameters_sha256
+from quant_fairness_plugin.model.streamed import open_streamed
 from quant_fairness_plugin.plans.units import map_units
+from quant_fairness_plugin.sweep import backward
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.fisher import Changes, check_linear, score_sentences, spread
 from quant_fairness_plugin.sweep.walk import score_plans
@@ -34,7 +36,7 @@ def texts() -> TextSet:
 def changes_of(loaded: LoadedModel) -> Changes:
     units = map_units(loaded)
     bank = RtnBank(loaded, units, GRID)
-    return Changes.of(loaded, units, {"int4": bank, "int8": bank}, units.group_names())
+    return Changes.of(loaded, units, bank, ["int4", "int8"])
 
 
 def test_a_score_is_half_the_mean_squared_product_of_gradient_and_error(loaded: LoadedModel, texts: TextSet) -> None:
@@ -84,13 +86,36 @@ def test_a_score_is_the_measured_divergence_where_the_error_is_small(loaded: Loa
     draws, units = 200, map_units(loaded)
     bank = RtnBank(loaded, units, GRID)
     unit = units.group_names()[-1]
-    changes = Changes.of(loaded, units, {"int8": bank}, [unit])
+    changes = Changes(loaded, bank, {unit: units.parameters[unit]}, ("int8",))
     (scores,) = score_sentences(loaded, texts, changes, draws=draws)[0].values()
     measured = score_plans(loaded, {"one": {unit: "int8"}}, texts, units=units, bank=bank)["one"]
     for language in texts.languages:
         # 400 squared normal variates: their mean is off by more than 25 % (3.5 standard errors) once in 2000 draws.
         exact = sum(measured.languages[language].kl_nats)
         assert sum(scores["int8"][language]) == pytest.approx(exact, rel=0.25)
+
+
+def test_blocks_read_from_their_files_give_the_same_scores(loaded: LoadedModel, texts: TextSet) -> None:
+    streamed = open_streamed(str(loaded.files.folder))
+    units = map_units(streamed)
+    changes = Changes.of(streamed, units, RtnBank(streamed, units, GRID, keep=False), ["int4", "int8"])
+    # Parameters that are not in memory read as NaN, so that a block that is run without its own shows.
+    assert score_sentences(streamed, texts, changes) == score_sentences(loaded, texts, changes_of(loaded))
+
+
+def test_scores_do_not_depend_on_which_rows_run_together(
+    loaded: LoadedModel, texts: TextSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, _ = score_sentences(loaded, texts, changes_of(loaded))
+    monkeypatch.setattr(backward, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(backward, "HEAD_VALUES", 1)
+    monkeypatch.setattr(backward, "HEAD_ROWS", 7)
+    alone, _ = score_sentences(loaded, texts, changes_of(loaded))
+    for unit, kinds in alone.items():
+        for kind, languages in kinds.items():
+            for language, expected in languages.items():
+                # float32 sums in another order
+                assert together[unit][kind][language] == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
 def test_eight_bits_hurt_far_less_than_four(loaded: LoadedModel, texts: TextSet) -> None:
@@ -115,8 +140,9 @@ def test_the_same_seed_draws_the_same_labels(loaded: LoadedModel, texts: TextSet
 
 
 def test_a_weight_of_no_linear_module_is_refused(loaded: LoadedModel, texts: TextSet) -> None:
-    name = next(name for name, value in loaded.model.named_parameters() if value.dim() == 1)
-    changes = Changes({name: {("layers.0.norm", "int4"): loaded.model.get_parameter(name).detach()}})
+    name = map_units(loaded).parameters["layers.0.norms"][0]
+    bank = RtnBank(loaded, map_units(loaded), GRID)
+    changes = Changes(loaded, bank, {"layers.0.norms": (name,)}, ("int4",))
     with pytest.raises(UnsupportedModelError, match="no weight of a linear module.*Use --exhaustive"):
         score_sentences(loaded, texts, changes)
 
