@@ -41,7 +41,8 @@ from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 from quant_fairness_plugin.preflight import Checked, ModelSource, configure, preflight
-from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.workplace import Workplace
 from quant_fairness_plugin.steps import EXPORTED, exported_state
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.config import SweepConfig, SweepOptions

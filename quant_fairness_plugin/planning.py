@@ -17,7 +17,7 @@ from quant_fairness_plugin.plans.costs import bytes_at_bits, layers_budget, with
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.methods import find_method
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.recommend import Limit
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.recommend.estimated import Demand, Planner

@@ -65,7 +65,7 @@ def write_checkpoint(
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.steps import needs_no_sweep
 
     with progress() as tell:

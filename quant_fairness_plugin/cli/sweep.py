@@ -66,7 +66,7 @@ def sweep(
 
     # Load torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.sweep.make_executor import make_executor
 
     runner = None

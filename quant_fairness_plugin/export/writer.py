@@ -47,7 +47,7 @@ from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.source_format import QUANTIZATION_KEYS
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.quantize.methods import find_method
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 _logger = logging.getLogger(__name__)
 

@@ -26,7 +26,9 @@ from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSe
 from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
-from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace, quantize_model
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.stream import quantize_model
+from quant_fairness_plugin.quantize.workplace import Workplace
 from quant_fairness_plugin.steps.opening import check_whole
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
 from quant_fairness_plugin.sweep.config import SweepConfig
