@@ -15,7 +15,10 @@ from quant_fairness_plugin.model import tracing
 from quant_fairness_plugin.model.architectures import Fold, FusionGroup
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_linear, linear_weight
-from quant_fairness_plugin.model.tracing import STEERS, trace_blocks
+from quant_fairness_plugin.model.tracing import trace_blocks
+from quant_fairness_plugin.model.tracing.folds import is_proved
+from quant_fairness_plugin.model.tracing.steering import STEERS
+from quant_fairness_plugin.model.tracing.trial import Trial
 from tests.traced import CONFIGS, traced_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the models' own code warns
@@ -172,12 +175,12 @@ def test_what_cannot_be_run_is_said_and_not_guessed(monkeypatch: pytest.MonkeyPa
 
 def test_what_counts_for_nothing_proves_nothing() -> None:
     """A scale behind weights of zero leaves every logit, whatever the module in front is divided by."""
-    trial = tracing._Trial(traced_model("olmo2").double(), "model.layers")
+    trial = Trial(traced_model("olmo2").double(), "model.layers")
     down, fold = FusionGroup("down", ("mlp.down_proj",), None), Fold("down", "mlp.gate_proj")
-    assert not tracing._is_proved(trial, [0], down, fold)  # SiLU lies between
+    assert not is_proved(trial, [0], down, fold)  # SiLU lies between
     trial.blocks[0].get_submodule("post_feedforward_layernorm").weight.data.zero_()  # type: ignore[union-attr,operator]
     trial.logits = trial.run()
-    assert not tracing._is_proved(trial, [0], down, fold)
+    assert not is_proved(trial, [0], down, fold)
 
 
 def blocks(model: PreTrainedModel, family: Family) -> list[nn.Module]:
