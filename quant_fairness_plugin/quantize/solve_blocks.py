@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import Unit
+from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.experts import Experts
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.streamed import StreamedModel, block_feed
+from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.quantize.blocks import Rows, Running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.experts import expert_stages, routed_rows
