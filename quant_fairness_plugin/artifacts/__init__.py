@@ -29,12 +29,7 @@ from quant_fairness_plugin.artifacts.files import (
     write_atomically,
 )
 from quant_fairness_plugin.artifacts.grids import Grid
-from quant_fairness_plugin.artifacts.measurements import (
-    LanguageDamage,
-    LanguageScores,
-    Measurement,
-    StateScores,
-)
+from quant_fairness_plugin.artifacts.measurements import LanguageDamage, LanguageScores, Measurement, StateScores
 from quant_fairness_plugin.artifacts.names import (
     CheckpointFormat,
     Clip,

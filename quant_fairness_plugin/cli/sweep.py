@@ -9,14 +9,7 @@ from dataclasses import replace
 
 import typer
 
-from quant_fairness_plugin.artifacts import (
-    SweepReport,
-    Undefined,
-    precision_of_bits,
-    save,
-    save_run_record,
-    to_json,
-)
+from quant_fairness_plugin.artifacts import SweepReport, Undefined, precision_of_bits, save, save_run_record, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile

@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import (
-    CheckpointFormat,
-    ExportRecord,
-    Measurement,
-    TextSet,
-    save,
-)
+from quant_fairness_plugin.artifacts import CheckpointFormat, ExportRecord, Measurement, TextSet, save
 from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files

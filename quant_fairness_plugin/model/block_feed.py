@@ -9,9 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 
 from torch import Tensor
 
-from quant_fairness_plugin.model.load import (
-    LoadedModel,
-)
+from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
 
 _MMAP_THRESHOLD = -3
