@@ -24,7 +24,7 @@ from quant_fairness_plugin.recommend.estimated import Demand, Planner
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
 from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
-from quant_fairness_plugin.sweep.unit_scores import score_units
+from quant_fairness_plugin.sweep.unit_scores import Sampling, score_units
 from quant_fairness_plugin.sweep.walk import score_plans
 from quant_fairness_plugin.texts.parts import overlap
 
@@ -99,8 +99,8 @@ def score(
     kinds = tuple(dict.fromkeys((*menu, *config.overrides.values())))
     units = map_units(loaded)
     scores = score_units(
-        loaded, texts.part("search"), grid=config.grid, menu=kinds, units=units, bank=bank, seed=config.seed,
-        progress=progress,
+        loaded, texts.part("search"), grid=config.grid, menu=kinds, units=units, bank=bank,
+        sampling=Sampling(seed=config.seed), progress=progress,
     )  # fmt: skip
     return replace(scores, condition=overlap(texts))
 

@@ -88,8 +88,7 @@ def export(
     _check_source(quantized, out)
     companions, copies = companions_of(loaded), copies_of(loaded)
     card = read_source_card(loaded.files, companions)
-    new = _new_record(quantized, texts, layout, reader=reader, seed=seed)
-    record = replace(new, copied_tensors=copies.checksums())
+    record = _new_record(quantized, texts, layout, copies, reader=reader, seed=seed)
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
         _write_model(quantized, folder, layout, copies)
@@ -116,7 +115,9 @@ def _say_what_was_left_out(out: Path, report: VerifyReport, memory_budget: int |
             _logger.warning("%s: %s not run: %s", out, check.name, check.detail)
 
 
-def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, reader: str, seed: int) -> ExportRecord:
+def _new_record(
+    quantized: QuantizedModel, texts: TextSet, layout: Format, copies: Copies, *, reader: str, seed: int
+) -> ExportRecord:
     """Return what is known of a checkpoint before its files are written."""
     loaded, plan = quantized.loaded, quantized.plan
     arguments: dict[str, Any] = {
@@ -146,6 +147,7 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
         experts=quantized.experts,
+        copied_tensors=copies.checksums(),
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
     )
 
