@@ -48,7 +48,8 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import bundled_folder
 from quant_fairness_plugin.quantize.backends import Backend, backend_versions, find_backend
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.texts.load import load_texts
 
 log = logging.getLogger("backends")

@@ -61,7 +61,8 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import model_sha256
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.texts.load import load_texts
 
 log = logging.getLogger("gptq_parity")

@@ -18,7 +18,7 @@ from quant_fairness_plugin.plans.costs import bytes_at_bits, layers_budget, with
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.methods import find_method
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.recommend import Limit
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.recommend.estimated import Demand, Planner
@@ -27,7 +27,7 @@ from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
-from quant_fairness_plugin.sweep.unit_scores import score_units
+from quant_fairness_plugin.sweep.unit_scores import Sampling, score_units
 from quant_fairness_plugin.texts.parts import overlap
 
 EXACT_SENTENCES = 8
@@ -101,8 +101,8 @@ def score(
     kinds = tuple(dict.fromkeys((*menu, *config.overrides.values())))
     units = map_units(loaded)
     scores = score_units(
-        loaded, texts.part("search"), grid=config.grid, menu=kinds, units=units, bank=bank, seed=config.seed,
-        progress=progress,
+        loaded, texts.part("search"), grid=config.grid, menu=kinds, units=units, bank=bank,
+        sampling=Sampling(seed=config.seed), progress=progress,
     )  # fmt: skip
     return replace(scores, condition=overlap(texts))
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, precision_of_bits
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.stream import quantize_model
 
 
 def plan_of_layers(

@@ -29,6 +29,7 @@ RANKS = [
     {"serve"},
     {"forecast", "planning", "preflight", "report"},
     {"steps"},
+    {"opened"},
     {"fair_quantizer", "seeds"},
     {"analysis"},
     {"__init__"},
@@ -125,6 +126,44 @@ def test_a_circle_would_be_seen() -> None:
         "p": "",
     }
     assert circles(planted) == ["p.a → p.b → p.c → p.a"]
+
+
+LINES, PARAMETERS, FILE_LINES = 60, 8, 400
+SELVES = (["self"], ["cls"])
+
+
+def oversized(source: str) -> list[str]:
+    """Functions of a source that are too long or take too many arguments, `self` and `cls` not counted."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    found = []
+    for node in functions:
+        given = node.args
+        names = [each.arg for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        count = len(names) + sum(each is not None for each in (given.vararg, given.kwarg)) - (names[:1] in SELVES)
+        lines = (node.end_lineno or 0) - node.lineno + 1
+        if lines > LINES or count > PARAMETERS:
+            found.append(f"{node.name}: {lines} lines, {count} parameters")
+    return found
+
+
+def test_functions_and_files_can_be_read_at_once() -> None:
+    ours = {path: path.read_text(encoding="utf-8") for path in (ROOT / PACKAGE).rglob("*.py")}
+    assert {str(path): found for path, source in ours.items() if (found := oversized(source))} == {}
+    assert {str(path): lines for path, source in ours.items() if (lines := source.count("\n")) > FILE_LINES} == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def f(a, b, c, d, e, g, h, *, i): ...", []),
+        ("def f(a, b, c, d, e, g, h, *, i, **j): ...", ["f: 1 lines, 9 parameters"]),
+        ("class C:\n    def f(self, a, b, c, d, e, g, h, i): ...", []),
+        ("def f():\n" + "    x = 1\n" * 60, ["f: 61 lines, 0 parameters"]),
+    ],
+    ids=["eight", "nine", "method", "long"],
+)
+def test_an_oversized_function_would_be_seen(source: str, found: list[str]) -> None:
+    assert oversized(source) == found
 
 
 @pytest.mark.parametrize("name", ["utils", "helpers", "common", "misc"])

@@ -26,7 +26,7 @@ from quant_fairness_plugin.model import resolve
 from quant_fairness_plugin.model import streamed as streamed_module
 from quant_fairness_plugin.plans.search import Search
 from quant_fairness_plugin.preflight import ModelSource
-from quant_fairness_plugin.quantize.stream import Workplace
+from quant_fairness_plugin.quantize.workplace import Workplace
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.steps import plans
 from quant_fairness_plugin.texts.load import load_texts

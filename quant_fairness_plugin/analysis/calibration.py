@@ -25,7 +25,8 @@ from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.texts.parts import overlap
 
 ALL: tuple[Weighting, ...] = ("english", "uniform", "minimax")

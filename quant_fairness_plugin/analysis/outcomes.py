@@ -13,7 +13,7 @@ from quant_fairness_plugin.measure.metrics import Array
 from quant_fairness_plugin.measure.scoring import block_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.in_blocks import quantized_state
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 BASELINE, STATE = "16 bit", "quantized"
 

@@ -7,36 +7,7 @@ An artifact holds only what is reproducible byte for byte; what differs from run
 a sibling `*.run.json` (`save_run_record`).
 """
 
-from quant_fairness_plugin.artifacts.data import (
-    NO_SURPRISES,
-    RECORD_NAME,
-    Bootstrap,
-    CheckpointFormat,
-    Clip,
-    ExportRecord,
-    FileRecord,
-    Granularity,
-    Grid,
-    Interval,
-    LanguageDamage,
-    LanguageScores,
-    Measurement,
-    Mode,
-    Number,
-    Part,
-    Precision,
-    ProtectionPlan,
-    Provenance,
-    Reader,
-    SearchMethod,
-    StateScores,
-    Status,
-    TextSet,
-    Undefined,
-    Weighting,
-    bits_of_precision,
-    precision_of_bits,
-)
+from quant_fairness_plugin.artifacts.checkpoints import RECORD_NAME, ExportRecord, FileRecord
 from quant_fairness_plugin.artifacts.evidence import (
     Comparison,
     Evidence,
@@ -57,6 +28,25 @@ from quant_fairness_plugin.artifacts.files import (
     to_json,
     write_atomically,
 )
+from quant_fairness_plugin.artifacts.grids import Grid
+from quant_fairness_plugin.artifacts.measurements import LanguageDamage, LanguageScores, Measurement, StateScores
+from quant_fairness_plugin.artifacts.names import (
+    CheckpointFormat,
+    Clip,
+    Granularity,
+    Mode,
+    Part,
+    Precision,
+    Reader,
+    SearchMethod,
+    Status,
+    Weighting,
+    bits_of_precision,
+    precision_of_bits,
+)
+from quant_fairness_plugin.artifacts.numbers import Bootstrap, Interval, Number, Undefined
+from quant_fairness_plugin.artifacts.plans import ProtectionPlan
+from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import (
     Combinations,
@@ -69,6 +59,7 @@ from quant_fairness_plugin.artifacts.sweeps import (
     Synergy,
     SynergyMatrix,
 )
+from quant_fairness_plugin.artifacts.texts import TextSet
 from quant_fairness_plugin.artifacts.units import Unit
 
 __all__ = [

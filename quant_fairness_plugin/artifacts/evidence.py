@@ -7,18 +7,13 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from quant_fairness_plugin.artifacts.data import (
-    NO_SURPRISES,
-    ExportRecord,
-    Grid,
-    Interval,
-    Measurement,
-    Number,
-    Precision,
-    ProtectionPlan,
-    Provenance,
-    Undefined,
-)
+from quant_fairness_plugin.artifacts.checkpoints import ExportRecord
+from quant_fairness_plugin.artifacts.grids import Grid
+from quant_fairness_plugin.artifacts.measurements import Measurement
+from quant_fairness_plugin.artifacts.names import Precision
+from quant_fairness_plugin.artifacts.numbers import Interval, Number, Undefined
+from quant_fairness_plugin.artifacts.plans import ProtectionPlan
+from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 
 Outcome = Literal["beaten", "not beaten", "better", "undefined"]
 """Of a control, against the plan: `not beaten` means that the sentences cannot tell the two apart."""

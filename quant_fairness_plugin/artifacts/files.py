@@ -17,9 +17,11 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan
+from quant_fairness_plugin.artifacts.checkpoints import ExportRecord
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.measurements import Measurement
+from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.errors import ArtifactError

@@ -7,7 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from quant_fairness_plugin.artifacts.data import NO_SURPRISES, Grid, Precision, Provenance, Status
+from quant_fairness_plugin.artifacts.grids import Grid
+from quant_fairness_plugin.artifacts.names import Precision, Status
+from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

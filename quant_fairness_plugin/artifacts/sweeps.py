@@ -7,21 +7,11 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from quant_fairness_plugin.artifacts.data import (
-    NO_SURPRISES,
-    Granularity,
-    Grid,
-    LanguageDamage,
-    Mode,
-    Number,
-    Precision,
-    Provenance,
-    SearchMethod,
-    StateScores,
-    Status,
-    Undefined,
-    precision_of_bits,
-)
+from quant_fairness_plugin.artifacts.grids import Grid
+from quant_fairness_plugin.artifacts.measurements import LanguageDamage, StateScores
+from quant_fairness_plugin.artifacts.names import Granularity, Mode, Precision, SearchMethod, Status, precision_of_bits
+from quant_fairness_plugin.artifacts.numbers import Number, Undefined
+from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 from quant_fairness_plugin.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,9 +43,9 @@ def check_legacy(config: FairConfig, **given: object) -> None:
         ConfigError: names them.
     """
     default = FairConfig()
-    counted = [name for name in config.__slots__ if name not in _FREE]
-    fields = [name for name in counted if getattr(config, name) != getattr(default, name)]
-    others = [name.replace("_", " ") for name in (*fields, *(name for name, value in given.items() if value))]
+    counted = [field.name for field in fields(config) if field.name not in _FREE]
+    changed = [name for name in counted if getattr(config, name) != getattr(default, name)]
+    others = [name.replace("_", " ") for name in (*changed, *(name for name, value in given.items() if value))]
     if others:
         raise ConfigError(
             f"--method legacy measures as the research scripts do, so it takes a model, texts, languages and a "

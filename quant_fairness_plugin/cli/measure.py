@@ -69,7 +69,7 @@ def measure(
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.quantize.workplace import Workplace
 
     started = time.monotonic()
     with progress() as tell:

@@ -42,7 +42,7 @@ def run(
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.steps import can_go_in_blocks
 
     with progress() as tell:

@@ -6,17 +6,11 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import typer
 
-from quant_fairness_plugin.artifacts import (
-    SweepReport,
-    Undefined,
-    precision_of_bits,
-    save,
-    save_run_record,
-    to_json,
-)
+from quant_fairness_plugin.artifacts import SweepReport, Undefined, precision_of_bits, save, save_run_record, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile
@@ -66,7 +60,7 @@ def sweep(
 
     # Load torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.quantize.stream import Workplace
+    from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.sweep.make_executor import make_executor
 
     runner = None
@@ -91,15 +85,19 @@ def sweep(
             executor=runner,
         )
     if output is not None:
-        save(report, output)
-        write_report(output.with_suffix(".html"), [report], config)
-        save_run_record(output, seconds=time.monotonic() - started, device=report.provenance.device, argv=sys.argv)
+        _save(report, output, config, seconds=time.monotonic() - started)
     counts = combination_lines(report, config.objective)
     if as_json:
         typer.echo("\n".join(counts), err=True)
         typer.echo(to_json(report), nl=False)
         return
     _show(report, config.objective, counts, bank=execution.bank is not None)
+
+
+def _save(report: SweepReport, output: Path, config: FairConfig, *, seconds: float) -> None:
+    save(report, output)
+    write_report(output.with_suffix(".html"), [report], config)
+    save_run_record(output, seconds=seconds, device=report.provenance.device, argv=sys.argv)
 
 
 def _show(report: SweepReport, objective: str, counts: Sequence[str], *, bank: bool) -> None:

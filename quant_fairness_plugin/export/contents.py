@@ -11,7 +11,7 @@ from quant_fairness_plugin.checkpoint.experts import kept_experts, owner_of, sta
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.model.linear import is_conv1d
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 
 def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tuple[str, Tensor]]:

@@ -31,8 +31,8 @@ from quant_fairness_plugin.quantize.backends import Job, backend_versions, check
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 from quant_fairness_plugin.quantize.methods import find_method
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.selection import Selection, select_modules
-from quant_fairness_plugin.quantize.stream import QuantizedModel
 
 _AGAIN = "Use --backend native, or report it to the tool."
 

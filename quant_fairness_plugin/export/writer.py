@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import (
-    CheckpointFormat,
-    ExportRecord,
-    Measurement,
-    TextSet,
-    save,
-)
+from quant_fairness_plugin.artifacts import CheckpointFormat, ExportRecord, Measurement, TextSet, save
 from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
@@ -47,7 +41,7 @@ from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.source_format import QUANTIZATION_KEYS
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.quantize.methods import find_method
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 _logger = logging.getLogger(__name__)
 
@@ -94,8 +88,7 @@ def export(
     _check_source(quantized, out)
     companions, copies = companions_of(loaded), copies_of(loaded)
     card = read_source_card(loaded.files, companions)
-    new = _new_record(quantized, texts, layout, reader=reader, seed=seed)
-    record = replace(new, copied_tensors=copies.checksums())
+    record = _new_record(quantized, texts, layout, copies, reader=reader, seed=seed)
     with staged_folder(out, overwrite=overwrite) as folder:
         _check_space(quantized, folder)
         _write_model(quantized, folder, layout, copies)
@@ -122,7 +115,9 @@ def _say_what_was_left_out(out: Path, report: VerifyReport, memory_budget: int |
             _logger.warning("%s: %s not run: %s", out, check.name, check.detail)
 
 
-def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, reader: str, seed: int) -> ExportRecord:
+def _new_record(
+    quantized: QuantizedModel, texts: TextSet, layout: Format, copies: Copies, *, reader: str, seed: int
+) -> ExportRecord:
     """Return what is known of a checkpoint before its files are written."""
     loaded, plan = quantized.loaded, quantized.plan
     arguments: dict[str, Any] = {
@@ -152,6 +147,7 @@ def _new_record(quantized: QuantizedModel, texts: TextSet, layout: Format, *, re
         calibration=quantized.calibration.summary() if quantized.calibration is not None else {},
         measurement=None,
         experts=quantized.experts,
+        copied_tensors=copies.checksums(),
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
     )
 

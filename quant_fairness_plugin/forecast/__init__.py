@@ -130,10 +130,7 @@ def forecast(
     precisions = len(sweep.precisions)
     least, most = (count_work(outline, groups, walks, text, precisions=precisions) for walks in trees)
     return Forecast(
-        model=files.name,
-        family=outline.family.name,
-        layers=files.layers,
-        parameters=outline.parameters,
+        model=files.name, family=outline.family.name, layers=files.layers, parameters=outline.parameters,
         plans=sum(len(tree.leaves) - 1 for tree in trees[1]),
         kept_groups=kept_groups(outline, groups),
         text=text,
@@ -145,7 +142,7 @@ def forecast(
         streamed=streamed(outline, trees[1], text, precisions=precisions, budget=memory_budget),
         disk=count_disk(outline, config.grid, protected),
         readers=_verdicts(outline, config, formats, readers),
-    )
+    )  # fmt: skip
 
 
 def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[list[StateTree], list[StateTree]]:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import digest, package_versions
 from quant_fairness_plugin.measure.rows import Batch
+from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import model_identity
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
 from quant_fairness_plugin.model.stacks import Stacks, batches_in_memory
-from quant_fairness_plugin.model.streamed import block_feed, budget_of
+from quant_fairness_plugin.model.streamed import budget_of
 
 STATES_IN_MEMORY = 128 << 20
 """Bytes of hidden states that are held in memory; what is more goes to files."""

@@ -12,15 +12,14 @@ from quant_fairness_plugin.artifacts import (
     Bootstrap,
     Interval,
     Measurement,
-    Part,
     Provenance,
     StateScores,
-    TextSet,
     Undefined,
 )
 from quant_fairness_plugin.measure.damage import count_sentences, measure_damage, objective_draws, summarise
 from quant_fairness_plugin.measure.intervals import Resamples, interval
 from quant_fairness_plugin.measure.scoring import ModelState, score_states
+from quant_fairness_plugin.texts.parts import Sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,12 +58,10 @@ def measure_states(
     baseline: ModelState,
     states: Sequence[ModelState],
     tokenizer: PreTrainedTokenizerBase,
-    texts: TextSet,
+    sample: Sample,
     *,
-    part: Part,
     provenance: Callable[[dict[str, Any]], Provenance],
     bootstrap: Bootstrap,
-    condition: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
     """Return the damage of model states against the 16-bit model, language by language, all scored in one pass.
@@ -73,11 +70,9 @@ def measure_states(
         baseline: the 16-bit model.
         states: the models to judge; the baseline may be one of them, for its figures against itself.
         tokenizer: the tokenizer of all.
-        texts: the sentences of `part`.
-        part: its name, for the record.
+        sample: the sentences, and what the record says of them.
         provenance: makes the provenance of a result from its resolved arguments.
         bootstrap: resamples of the sentences, and the reference of excess and disparity.
-        condition: what keeps the sentences from being held out, for the record; empty where nothing does.
         progress: called with (batches done, batches in all).
 
     Raises:
@@ -85,27 +80,27 @@ def measure_states(
         ConfigError: fewer than two sentences.
     """
     others = [state for state in states if state.name != baseline.name]
-    scores = score_states([baseline, *others], tokenizer, texts, progress=progress)
+    scores = score_states([baseline, *others], tokenizer, sample.texts, progress=progress)
     with baseline.applied() as model:
         vocabulary = int(model.config.get_text_config().vocab_size)
     before = scores[baseline.name]
-    arguments = {"part": part, "reference": bootstrap.reference, "draws": bootstrap.draws}
+    arguments = {"part": sample.part, "reference": bootstrap.reference, "draws": bootstrap.draws}
 
     def judge(name: str) -> Measurement:
         after = scores[name]
-        damage = measure_damage(before, after, texts, vocabulary=vocabulary, bootstrap=bootstrap)
+        damage = measure_damage(before, after, sample.texts, vocabulary=vocabulary, bootstrap=bootstrap)
         summary = summarise(before, after, damage, bootstrap=bootstrap)
         return Measurement(
             provenance=provenance({"state": name} | arguments),
             state=name,
-            part=part,
+            part=sample.part,
             reference=bootstrap.reference,
             languages=damage,
             worst_kl=summary.worst_kl,
             mean_kl=summary.mean_kl,
             mean_delta_bpb=summary.mean_delta_bpb,
-            held_out=not condition,
-            condition=condition,
+            held_out=not sample.condition,
+            condition=sample.condition,
         )
 
     return Measured({state.name: judge(state.name) for state in states}, scores, baseline.name, bootstrap)

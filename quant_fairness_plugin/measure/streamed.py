@@ -18,7 +18,7 @@ from torch import Tensor
 from quant_fairness_plugin.model.devices import ByDevice, wide_dtype
 
 if TYPE_CHECKING:
-    from quant_fairness_plugin.model.streamed import Table  # loads Transformers, which a forecast does without
+    from quant_fairness_plugin.model.tables import Table  # loads Transformers, which a forecast does without
 
 PIECE_ELEMENTS = ByDevice(cpu=1 << 19, accelerator=1 << 26)
 """Logits that are held at once, all states together: 2 MiB in float32 on a CPU; on a GPU, launches cost more."""

@@ -137,10 +137,6 @@ class Family:
             if unit.fused is not None
         }
 
-    def fused_names(self, layer: int) -> tuple[str, ...]:
-        """Return the full names under which servers know a layer's merged modules."""
-        return tuple(self.fused_modules(layer))
-
 
 def detect_family(model: PreTrainedModel) -> Family:
     """Return the map of a model, read from the modules that it is made of. The model may live on the meta device.

@@ -7,15 +7,13 @@ and the head stay in the files: lookups read their rows, and the head is read by
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from quant_fairness_plugin.model.activations import dtype_for, probe_rows
@@ -31,50 +29,11 @@ from quant_fairness_plugin.model.load import (
     load_tokenizer,
     say_untied,
 )
-from quant_fairness_plugin.model.reading import Place, read_parts, read_rows, read_tensor, same_values
+from quant_fairness_plugin.model.reading import Place, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
 from quant_fairness_plugin.model.storage import rounded, storage_dtype
-
-_PART_VALUES = 1 << 22
-"""Values of a table that are checked at once."""
-_MMAP_THRESHOLD = -3
-"""glibc's name (malloc.h) for the size from which an allocation is a mapping of its own."""
-_LARGE_BYTES = 4 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A matrix with a row per token of the vocabulary, left in its file (on an accelerator: held there in 16 bit)."""
-
-    name: str
-    place: Place
-    storage: torch.dtype
-    compute: torch.dtype
-    device: torch.device
-    held: Tensor | None
-
-    def rows(self, indices: Tensor) -> Tensor:
-        """Return some rows, `[indices, width]`, in the compute dtype."""
-        if self.held is not None:
-            return self.held[indices].to(self.compute)
-        return self._ready(read_rows(self.place, indices.tolist()))
-
-    def part(self, part: slice) -> Tensor:
-        """Return consecutive rows, `[rows, width]`, in the compute dtype."""
-        if self.held is not None:
-            return self.held[part].to(self.compute)
-        [values] = read_parts(self.place, [(part.start, part.stop)])
-        return self._ready(values)
-
-    def equals(self, other: Table) -> bool:
-        """Return whether both hold the same values, compared in their files."""
-        if self.held is not None or other.held is not None:
-            return False
-        return self.compute == other.compute and same_values(self.place, other.place)
-
-    def _ready(self, values: Tensor) -> Tensor:
-        return values.to(self.storage).to(device=self.device, dtype=self.compute)
+from quant_fairness_plugin.model.tables import Table, look_up_in_files, tables_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +137,7 @@ class StreamedModel(LoadedModel):
         _rest(model, blocks, self.compute)
         _rest(model, [name for name in blocks if name.startswith(f"{prefix}0.")], self.compute, hollow=device)
         _rest(model, self.tables, self.compute, hollow=device)
-        _look_up_in_files(self)
+        look_up_in_files(model, self.tables)
         model.train(False)
 
     def _read(self, name: str) -> Tensor:
@@ -275,42 +234,7 @@ def find_parts(
     places = match_tensors(model, detect_family(model), files, stored)
     family = detect_family(model)  # a head of its own is known by now
     place_buffers(model, family, files, places, device)
-    return Parts(family, places, _tables(model, files, places, storage, compute, device))
-
-
-@contextmanager
-def block_feed(
-    loaded: LoadedModel, layers: Sequence[int], *, prefetch: bool
-) -> Iterator[Callable[[int], AbstractContextManager[None]]]:
-    """Yield what makes one of these layers after the other resident; another thread reads the next one meanwhile.
-
-    Args:
-        loaded: the model.
-        layers: in the order in which they will be run.
-        prefetch: whether to read ahead.
-    """
-    if not isinstance(loaded, StreamedModel):
-        yield lambda layer: nullcontext()
-        return
-    _return_freed_memory()
-    model, following = loaded, dict(zip(layers, layers[1:], strict=False))
-    coming: dict[int, Future[dict[str, Tensor]]] = {}
-
-    @contextmanager
-    def resident(layer: int) -> Iterator[None]:
-        fetched = coming.pop(layer).result() if layer in coming else None
-        with model.resident(layer, fetched):
-            if prefetch and layer in following:
-                coming[following[layer]] = reader.submit(model.fetch, following[layer])
-            yield
-
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        yield resident
-
-
-def block_in_memory(loaded: LoadedModel, layer: int) -> AbstractContextManager[None]:
-    """Return a context in which a block has its parameters."""
-    return loaded.resident(layer) if isinstance(loaded, StreamedModel) else nullcontext()
+    return Parts(family, places, tables_of(model, files, places, storage, compute, device))
 
 
 def budget_of(loaded: LoadedModel) -> int | None:
@@ -330,74 +254,3 @@ def _rest(
 
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _tables(
-    model: PreTrainedModel,
-    files: ModelFiles,
-    places: Mapping[str, Place],
-    storage: torch.dtype,
-    compute: torch.dtype,
-    device: str,
-) -> dict[str, Table]:
-    """Return the token embedding and the head, by all their names, with their values checked."""
-    tables: dict[int, Table] = {}
-    owners = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
-    shared = {id(owner.weight) for owner in owners}
-    names: dict[str, Table] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in shared:
-            continue
-        if id(parameter) not in tables:
-            held = _check_table(places[name], name, files, storage, keep=device != "cpu")
-            held = None if held is None else held.to(device)
-            tables[id(parameter)] = Table(name, places[name], storage, compute, torch.device(device), held)
-        names[name] = tables[id(parameter)]
-    return names
-
-
-def _check_table(place: Place, name: str, files: ModelFiles, storage: torch.dtype, *, keep: bool) -> Tensor | None:
-    rows, size = place.shape[0], max(1, _PART_VALUES // max(1, place.shape[1]))
-    parts = read_parts(place, ((start, min(start + size, rows)) for start in range(0, rows, size)))
-    checked_parts: list[Tensor] = []
-    for values in parts:
-        checked = rounded(values, name, files, storage=storage)
-        checked_parts += [checked] if keep else []
-    return torch.cat(checked_parts) if keep else None
-
-
-def _look_up_in_files(streamed: StreamedModel) -> None:
-    """Make the embedding read the rows that a call needs, unless its weights are in memory."""
-    embedding = streamed.model.get_input_embeddings()
-    assert isinstance(embedding, nn.Embedding)
-    [name] = [f"{path}.weight" for path, module in streamed.model.named_modules() if module is embedding]
-    table, plain = streamed.tables[name], embedding.forward
-
-    def look_up(ids: Tensor, *positional: Any, **named: Any) -> Any:
-        if not _is_hollow(embedding.weight):
-            return plain(ids, *positional, **named)
-        used, places = torch.unique(ids, return_inverse=True)
-        hollow, padding = embedding.weight.data, embedding.padding_idx
-        try:
-            # The padding token matters to gradients alone, and must not be beyond the rows that are there.
-            embedding.weight.data, embedding.padding_idx = table.rows(used), None
-            return plain(places, *positional, **named)
-        finally:
-            embedding.weight.data, embedding.padding_idx = hollow, padding
-
-    lookup: Callable[..., Any] = look_up
-    embedding.forward = lookup  # type: ignore[method-assign] # calls of the module look it up on the instance first
-
-
-def _is_hollow(value: Tensor) -> bool:
-    return value.stride() == (0, 0)
-
-
-def _return_freed_memory() -> None:
-    """Have the C library return large tensors to the system as soon as they are freed, from now on in this process.
-
-    By default glibc learns to keep allocations of up to 32 MiB for itself, and weights of one block then lie scattered
-    between those of the next: 0.3 GB more than was in use, and growing, for blocks of 60 million values (measured).
-    """
-    with suppress(AttributeError, OSError, TypeError):  # a C library without it, or no way to call it
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)

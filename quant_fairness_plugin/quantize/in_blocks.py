@@ -10,7 +10,7 @@ from quant_fairness_plugin.measure.scoring import ModelState, block_state
 from quant_fairness_plugin.model.exchange import swapped
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.streamed import StreamedModel
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.measure.scoring import block_state, score_states
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, MinimaxRound
 from quant_fairness_plugin.quantize.in_blocks import quantized_state
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 log = logging.getLogger(__name__)
 

@@ -46,11 +46,6 @@ class Allocation:
     reason: str
     predicted: Literal[True] = True
 
-    @property
-    def worst_language(self) -> str:
-        """The language with the largest predicted damage, unweighted; the first of equals."""
-        return max(self.damage, key=lambda language: self.damage[language])
-
 
 @dataclass(frozen=True, slots=True)
 class Infeasible:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from quant_fairness_plugin.artifacts import ProtectionPlan
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
@@ -28,18 +28,6 @@ if TYPE_CHECKING:
     from quant_fairness_plugin.quantize.selection import Selection
 
 Tool = Literal["gptqmodel", "llmcompressor", "autoround", "optimum", "llama.cpp"]
-TOOLS: tuple[Tool, ...] = get_args(Tool)
-
-
-def check_tool(name: str) -> Tool:
-    """Return the name of a tool that a plan can be written for.
-
-    Raises:
-        ConfigError: another name.
-    """
-    if name not in TOOLS:
-        raise ConfigError(f"--as {name!r} is unknown; use {', '.join(TOOLS)}")
-    return name
 
 
 def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_remote_code: bool = False) -> str:

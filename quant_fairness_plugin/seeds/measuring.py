@@ -19,7 +19,7 @@ from quant_fairness_plugin.seeds.computing import in_float32
 from quant_fairness_plugin.seeds.disparity import Groups, disparity, perplexities
 from quant_fairness_plugin.seeds.simulation import is_simulated, original_weights
 from quant_fairness_plugin.seeds.texts import Method, one_text_each, text_set
-from quant_fairness_plugin.texts.parts import overlap, true_part
+from quant_fairness_plugin.texts.parts import Sample
 
 SIMULATED = "simulated"
 
@@ -110,9 +110,7 @@ def _measure_simulated(
         ModelState(BASELINE, lambda: original_weights(loaded.model)),
         [fixed_state(SIMULATED, loaded.model)],
         tokenizer,
-        texts.part("confirm"),
-        part=true_part(texts, "confirm"),
-        condition=overlap(texts),
+        Sample.of(texts, "confirm"),
         provenance=lambda given: provenance(loaded, texts, seed=0, arguments=given),
         bootstrap=Bootstrap(reference),
     ).measurements[SIMULATED]

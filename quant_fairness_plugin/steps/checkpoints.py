@@ -27,7 +27,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.streamed import StreamedModel, largest_in_blocks
 from quant_fairness_plugin.plans.plan_set import NONE
 from quant_fairness_plugin.quantize.in_blocks import quantized_state
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.steps.opening import probe_sentences
 from quant_fairness_plugin.texts.parts import used_before

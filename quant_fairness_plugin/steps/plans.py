@@ -12,8 +12,8 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.planning import limit_of
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.selection import group_sizes
-from quant_fairness_plugin.quantize.stream import QuantizedModel
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.steps.opening import can_stream, check_whole

@@ -26,13 +26,15 @@ from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSe
 from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
-from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace, quantize_model
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.stream import quantize_model
+from quant_fairness_plugin.quantize.workplace import Workplace
 from quant_fairness_plugin.steps.opening import check_whole
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe
 from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.engine import sweep_units
 from quant_fairness_plugin.sweep.execution import Execution
-from quant_fairness_plugin.texts.parts import overlap, true_part, used_before
+from quant_fairness_plugin.texts.parts import Sample, overlap
 
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
@@ -52,15 +54,13 @@ def measure(
 
     What the 16-bit model's head is given stays in the folder `kept`, where its blocks are in files, for the next time.
     """
-    baseline = block_state(BASELINE, loaded, kept=kept)
+    baseline, sample = block_state(BASELINE, loaded, kept=kept), Sample.of(texts, part)
     return measure_states(
         baseline,
         states or (baseline,),
         loaded.tokenizer,
-        texts.part(part),
-        part=true_part(texts, part),
         # Nothing is selected for the 16-bit model itself, so that all sentences are new to it.
-        condition=used_before(texts, part) if states else "",
+        sample if states else replace(sample, condition=""),
         provenance=lambda given: provenance(loaded, texts, seed=config.seed, arguments=given),
         bootstrap=config.bootstrap,
         progress=progress,

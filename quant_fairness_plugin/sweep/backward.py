@@ -24,11 +24,11 @@ from quant_fairness_plugin.errors import ResourceError, UnsupportedModelError
 from quant_fairness_plugin.measure.rows import Batch, Row, TokenRows, pad_rows
 from quant_fairness_plugin.measure.scoring import find_head
 from quant_fairness_plugin.measure.streamed import Head
+from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.devices import wide_dtype
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, check_independent, head_input, rehearse
-from quant_fairness_plugin.model.streamed import block_feed
 
 BATCH_TOKENS = 256
 """Tokens of a batch, padding included: a block's graph is held for one batch, at about ten values a weight's output."""

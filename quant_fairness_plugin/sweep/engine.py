@@ -32,9 +32,9 @@ from quant_fairness_plugin.errors import QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS
 from quant_fairness_plugin.measure.objectives import OBJECTIVES
+from quant_fairness_plugin.model.block_feed import block_in_memory
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
-from quant_fairness_plugin.model.streamed import block_in_memory
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.plans.plan_set import BASELINE, Plan, PlanSet, Score, around_plans, check_precisions
 from quant_fairness_plugin.plans.search import search_sets

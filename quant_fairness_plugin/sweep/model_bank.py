@@ -10,7 +10,7 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.plans.units import UnitMap
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.sweep.bank import Bank
 
 

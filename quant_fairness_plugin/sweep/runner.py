@@ -22,7 +22,8 @@ from quant_fairness_plugin.measure.streamed import Head, score_hidden
 from quant_fairness_plugin.model.exchange import exchanged
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, check_independent, head_input, rehearse
-from quant_fairness_plugin.model.streamed import StreamedModel, Table
+from quant_fairness_plugin.model.streamed import StreamedModel
+from quant_fairness_plugin.model.tables import Table
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.plans.tree import StateTree, Variant
 from quant_fairness_plugin.plans.units import HEAD

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet
 from quant_fairness_plugin.measure.rows import Batch
+from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.stacks import Stacks, batches_in_memory
-from quant_fairness_plugin.model.streamed import block_feed
 from quant_fairness_plugin.plans.tree import StateTree
 from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank, BlockBank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from quant_fairness_plugin.artifacts import Grid, Precision, TextSet, UnitScores, precision_of_bits
@@ -19,6 +20,18 @@ from quant_fairness_plugin.sweep.memory import count_needs
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """What scores are estimated from."""
+
+    sentences: int = SENTENCES
+    """Of each language."""
+    draws: int = DRAWS
+    """Labels drawn for each token."""
+    seed: int = 0
+    """Of the labels."""
+
+
 def score_units(
     loaded: LoadedModel,
     texts: TextSet,
@@ -27,9 +40,7 @@ def score_units(
     menu: Sequence[Precision],
     units: UnitMap,
     bank: Bank,
-    sentences: int = SENTENCES,
-    draws: int = DRAWS,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),
     progress: Callable[[int, int], None] | None = None,
 ) -> UnitScores:
     """Return what the rounding error of every unit alone does to every language, at each precision.
@@ -43,9 +54,7 @@ def score_units(
         menu: what a unit can get instead; 16 bit needs no score.
         units: the model's units.
         bank: their weights at the grid's precision and at those of the menu.
-        sentences: how many of each language.
-        draws: labels drawn for each token.
-        seed: of the labels.
+        sampling: how many sentences and labels the scores are estimated from.
         progress: called with (steps done, in all).
 
     Raises:
@@ -65,7 +74,8 @@ def score_units(
     scorer = partial(score_plans_layerwise, loaded, units=units, bank=bank, execution=execution)
     statuses = support_of(loaded, texts, scorer)
     supported = [language for language, status in statuses.items() if status == "supported"]
-    some = spread(texts.choose(supported), sentences)
+    some = spread(texts.choose(supported), sampling.sentences)
+    draws, seed = sampling.draws, sampling.seed
     scores, bytes_ = score_sentences(loaded, some, changes, draws=draws, seed=seed, progress=progress)
     layer_bytes, other_bytes = count_bytes(loaded, grid, kinds)
     arguments = {"grid": str(grid), "bank": bank.description, "sentences": len(some), "draws": draws, "menu": [*menu]}

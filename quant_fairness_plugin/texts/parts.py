@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from quant_fairness_plugin.artifacts import Part, TextSet
 
@@ -66,3 +67,19 @@ def used_before(texts: TextSet, part: Part) -> str:
 def true_part(texts: TextSet, part: Part) -> Part:
     """Return the name of a part; `all` where the set was not split, so that each part is the whole of it."""
     return "all" if set(texts.parts) == {"all"} else part
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The sentences of one part, with what a record of their measurement says of them."""
+
+    texts: TextSet
+    part: Part
+    """`all` where the set was not split."""
+    condition: str
+    """What keeps them from being held out; empty where nothing does."""
+
+    @classmethod
+    def of(cls, texts: TextSet, part: Part) -> Sample:
+        """Return the sample of a part of a whole set."""
+        return cls(texts.part(part), true_part(texts, part), used_before(texts, part))

@@ -23,7 +23,7 @@ from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.resolve import model_sha256, resolve_model
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from tests.export.build import TEXTS, quantize_tiny, quantize_with_columns
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -18,8 +18,8 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
-from quant_fairness_plugin.quantize.stream import QuantizedModel
 from tests.planning import quantize_layers
 from tests.tiny import byte_tokenizer
 

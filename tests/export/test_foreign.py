@@ -16,7 +16,7 @@ from quant_fairness_plugin.export.foreign import quantize_with
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.model.load import LoadedModel, from_loaded, load_model
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.texts.load import load_texts
 from tests.export.fake_tool import FakeTool, Tensors, register
 from tests.planning import quantize_layers

@@ -16,7 +16,7 @@ from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.load import load_model
-from quant_fairness_plugin.model.tracing import STEERS
+from quant_fairness_plugin.model.tracing.steering import STEERS
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.walk import score_plans

@@ -22,7 +22,7 @@ from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.load import from_loaded, quiet_transformers
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import check_model
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from tests.export.build import GRID, TEXTS, quantize_tiny
 from tests.tiny import byte_tokenizer
 from tests.wrappers import WRAPPERS, make_wrapper, write_wrapper

@@ -27,7 +27,8 @@ from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.load import from_loaded, load_model
-from quant_fairness_plugin.quantize.stream import QuantizedModel, quantize_model
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.stream import quantize_model
 from tests.export.build import GRID, TEXTS, measurement, quantize_tiny
 from tests.export.conftest import Exported, rewrite_json
 from tests.planning import plan_of_layers, quantize_layers

@@ -108,14 +108,14 @@ def test_one_record_makes_an_architecture_a_full_member(toy: Path, monkeypatch: 
     assert known_units("toy") == ("qkv", "o", "gate_up", "down")
     assert family.modules(2)[-1] == "mlp.down_proj.linear"
     assert family.full_names(2)[-1] == "model.layers.2.mlp.down_proj.linear"
-    assert family.fused_names(1) == ("model.layers.1.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj")
+    assert tuple(family.fused_modules(1)) == ("model.layers.1.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj")
     assert {unit: fold.source for unit, fold in model_folds(loaded).items()} == {
         "qkv": "input_layernorm",
         "gate_up": "post_attention_layernorm",
         "down": "mlp.down_proj.inner_norm",
     }
     modules = module_map(loaded.model, family, family.full_names(0))
-    assert set(modules.fused) == {name for layer in range(3) for name in family.fused_names(layer)}
+    assert set(modules.fused) == {name for layer in range(3) for name in family.fused_modules(layer)}
     assert stored_name("lm_head.weight", family) == "toy_out.weight"
     assert modules.aliases == ("toy_out",)
 

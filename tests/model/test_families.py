@@ -99,15 +99,15 @@ def test_layer_1_of_12_does_not_take_10_and_11_with_it() -> None:
         f"model.layers.1.{name}"
         for name in (*ATTENTION, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     )
-    assert found.fused_names(1) == ("model.layers.1.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj")
+    assert tuple(found.fused_modules(1)) == ("model.layers.1.self_attn.qkv_proj", "model.layers.1.mlp.gate_up_proj")
     assert not set(found.full_names(1)) & set(found.full_names(11))
 
 
 @pytest.mark.parametrize(("family", "fused"), [("opt", 1), ("gpt2", 0), ("gpt_neox", 0), ("bloom", 0), ("qwen3", 2)])
 def test_fused_names_are_only_those_that_servers_merge(family: str, fused: int) -> None:
     found = detect_family(tiny(family))
-    assert len(found.fused_names(0)) == fused
-    assert not set(found.fused_names(0)) & set(found.full_names(0))
+    assert len(found.fused_modules(0)) == fused
+    assert not found.fused_modules(0).keys() & set(found.full_names(0))
 
 
 def test_structure_decides_and_the_model_type_only_picks_among_equals() -> None:
@@ -148,7 +148,7 @@ def test_equal_blocks_that_cannot_be_traced_get_a_generic_map() -> None:
     found = detect_family(hand_made())  # type: ignore[arg-type] # it has no config to build a small one by
     assert found.generic
     assert [unit.modules for unit in found.units_of(1)] == [("mlp.0",), ("mlp.1",)]
-    assert found.fused_names(0) == ()
+    assert found.fused_modules(0) == {}
     assert (found.embeddings, found.kinds) == (("embed",), ())
 
 

@@ -20,6 +20,7 @@ from quant_fairness_plugin.errors import (
     UnsupportedModelError,
 )
 from quant_fairness_plugin.model import streamed as module
+from quant_fairness_plugin.model import tables
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
@@ -182,13 +183,13 @@ def test_a_fetched_block_is_not_read_again(folder: Path, monkeypatch: pytest.Mon
 def test_an_embedding_is_read_by_the_rows_that_a_text_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = open_streamed(str(folder))
     read: list[list[int]] = []
-    plain = module.read_rows
+    plain = tables.read_rows
 
     def watched(place: Any, rows: Any) -> torch.Tensor:
         read.append(list(rows))
         return plain(place, rows)
 
-    monkeypatch.setattr(module, "read_rows", watched)
+    monkeypatch.setattr(tables, "read_rows", watched)
     rehearse(ours, torch.tensor([[9, 5, 9, 77]]))
     assert read[-1] == [5, 9, 77]
     assert ours.model.get_parameter(EMBEDDING).isnan().all()
@@ -207,8 +208,8 @@ def test_tables_can_be_held_whole_for_a_while(folder: Path) -> None:
 
 def test_tables_are_held_in_16_bit_where_they_are_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator, which this machine need not have."""
-    whole, plain = load_model(str(folder)), module._check_table
-    monkeypatch.setattr(module, "_check_table", lambda *args, keep: plain(*args, keep=True))
+    whole, plain = load_model(str(folder)), tables._check_table
+    monkeypatch.setattr(tables, "_check_table", lambda *args, keep: plain(*args, keep=True))
     ours = open_streamed(str(folder))
     assert {table.held.dtype for table in ours.tables.values() if table.held is not None} == {torch.float16}
     assert all(table.held is not None for table in ours.tables.values())

@@ -15,7 +15,10 @@ from quant_fairness_plugin.model import tracing
 from quant_fairness_plugin.model.architectures import Fold, FusionGroup
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_linear, linear_weight
-from quant_fairness_plugin.model.tracing import STEERS, trace_blocks
+from quant_fairness_plugin.model.tracing import trace_blocks
+from quant_fairness_plugin.model.tracing.folds import is_proved
+from quant_fairness_plugin.model.tracing.steering import STEERS
+from quant_fairness_plugin.model.tracing.trial import Trial
 from tests.traced import CONFIGS, traced_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the models' own code warns
@@ -145,7 +148,7 @@ def test_layers_that_take_keys_from_others_have_queries_only() -> None:
     family = detect_family(traced_model("gemma4_text"))
     assert family.units_of(3)[0].modules == ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     assert family.units_of(4)[0].modules == ("self_attn.q_proj",)
-    assert family.fused_names(4)[0] == "model.layers.4.self_attn.qkv_proj"
+    assert next(iter(family.fused_modules(4))) == "model.layers.4.self_attn.qkv_proj"
 
 
 @pytest.mark.parametrize("model_type", ["olmo2", "cohere2", "gemma3_text"])
@@ -172,12 +175,12 @@ def test_what_cannot_be_run_is_said_and_not_guessed(monkeypatch: pytest.MonkeyPa
 
 def test_what_counts_for_nothing_proves_nothing() -> None:
     """A scale behind weights of zero leaves every logit, whatever the module in front is divided by."""
-    trial = tracing._Trial(traced_model("olmo2").double(), "model.layers")
+    trial = Trial(traced_model("olmo2").double(), "model.layers")
     down, fold = FusionGroup("down", ("mlp.down_proj",), None), Fold("down", "mlp.gate_proj")
-    assert not tracing._is_proved(trial, [0], down, fold)  # SiLU lies between
+    assert not is_proved(trial, [0], down, fold)  # SiLU lies between
     trial.blocks[0].get_submodule("post_feedforward_layernorm").weight.data.zero_()  # type: ignore[union-attr,operator]
     trial.logits = trial.run()
-    assert not tracing._is_proved(trial, [0], down, fold)
+    assert not is_proved(trial, [0], down, fold)
 
 
 def blocks(model: PreTrainedModel, family: Family) -> list[nn.Module]:

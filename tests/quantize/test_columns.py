@@ -16,7 +16,7 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.columns import choose_columns, decoupled
 from quant_fairness_plugin.quantize.grid_rules import column_bytes, column_count
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from tests.planning import quantize_layers
 from tests.quantize.test_stream import assert_untouched, state
 from tests.quantize.test_stream_awq import make_loud

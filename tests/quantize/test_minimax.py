@@ -21,7 +21,7 @@ from quant_fairness_plugin.quantize.minimax import (
     quantize_minimax,
     raised_weights,
 )
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from tests.planning import quantize_layers
 from tests.planted_model import planted_texts
 

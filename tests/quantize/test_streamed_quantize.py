@@ -13,9 +13,11 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.model.streamed import open_streamed
-from quant_fairness_plugin.quantize import stream
 from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_calibration
-from quant_fairness_plugin.quantize.stream import QuantizedModel, Workplace
+from quant_fairness_plugin.quantize.memory import count_quantize_needs
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.results import StoredResults
+from quant_fairness_plugin.quantize.workplace import Workplace
 from tests.planning import quantize_layers
 from tests.tiny import write_tiny_model
 
@@ -74,7 +76,7 @@ def test_hidden_states_beyond_the_budget_go_to_files(folder: Path, rows: Calibra
     given = {"grid": GRID, "method": "gptq", "calibration": rows, "batch_tokens": 48}
     with pytest.raises(ResourceError, match="raise the budget"):
         quantize_layers(streamed, [], workplace=Workplace(memory_budget=1000), **given)
-    least = stream.count_quantize_needs(
+    least = count_quantize_needs(
         {name: tuple(value.shape) for name, value in streamed.model.named_parameters()},
         blocks=streamed.family.blocks,
         tokens=48,
@@ -119,9 +121,9 @@ def test_a_killed_run_goes_on_from_its_last_whole_layer(
     child = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path), "1", method], check=False)
     assert child.returncode == KILLED
     solved: list[int] = []
-    plain = stream.StoredResults.add
+    plain = StoredResults.add
     monkeypatch.setattr(
-        stream.StoredResults, "add", lambda self, layer, given: (solved.append(layer), plain(self, layer, given))[1]
+        StoredResults, "add", lambda self, layer, given: (solved.append(layer), plain(self, layer, given))[1]
     )
     found = quantize_in(folder, tmp_path, method)
     assert solved == [2]

@@ -34,7 +34,7 @@ from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.quantize.backends.running import running
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
-from quant_fairness_plugin.recommend.tools import check_tool, plan_for_tool
+from quant_fairness_plugin.recommend.tools import plan_for_tool
 from quant_fairness_plugin.texts.load import load_texts
 
 GROUP = 32
@@ -145,7 +145,7 @@ def main() -> None:
         record = export(quantized, request["out"], texts=texts)
         recipe = {}
         if config.method == "gptq":
-            text = plan_for_tool(check_tool(config.backend), plan, loaded.files)
+            text = plan_for_tool(config.backend, plan, loaded.files)
             rows = [row for rows in calibration.rows.values() for row in rows]
             recipe = with_printed_plan(config.backend, text, request["model"], rows, Path(other))
     answer = {

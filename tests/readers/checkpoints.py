@@ -16,7 +16,7 @@ from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.export.shards import write_shards
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from tests.readers.matrix import BUNDLED, LAYERS, PROTECTED, WIDTH, Cell, Checkpoint
 from tests.tiny import write_tiny_model
 

@@ -22,7 +22,7 @@ from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.exchange import swapped
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.serve.load import load_quantized
 from tests.export.build import TEXTS, quantize_with_columns
 

@@ -22,7 +22,7 @@ from quant_fairness_plugin.measure.scoring import fixed_state, score_states
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.calibration import build_calibration
-from quant_fairness_plugin.quantize.stream import QuantizedModel
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.bank_rules import check_bank
 from quant_fairness_plugin.sweep.checkpoint_bank import bank_recipe, open_bank

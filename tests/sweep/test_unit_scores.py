@@ -12,7 +12,7 @@ from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.model_bank import ModelBank
-from quant_fairness_plugin.sweep.unit_scores import score_units
+from quant_fairness_plugin.sweep.unit_scores import Sampling, score_units
 from tests.planted_model import IDLE_LAYER, PLANTED_LAYER, planted_texts
 
 GRID = Grid(group_size=32)
@@ -28,7 +28,8 @@ def scores(loaded: LoadedModel) -> UnitScores:
     units = map_units(loaded)
     bank = RtnBank(loaded, units, GRID)
     texts = planted_texts().part("search")
-    return score_units(loaded, texts, grid=GRID, menu=("int8", "fp16"), units=units, bank=bank, sentences=4, draws=4)
+    sampling = Sampling(sentences=4, draws=4)
+    return score_units(loaded, texts, grid=GRID, menu=("int8", "fp16"), units=units, bank=bank, sampling=sampling)
 
 
 def test_the_planted_unit_hurts_its_language_most(scores: UnitScores) -> None:

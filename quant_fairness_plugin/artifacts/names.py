@@ -1,0 +1,41 @@
+"""The names that results use, for precisions, parts, modes and the like. Plain types, no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from quant_fairness_plugin.errors import ConfigError
+
+Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
+Part = Literal["calibrate", "search", "confirm", "all"]
+Status = Literal["supported", "unsupported", "collapsed"]
+Mode = Literal["protect-one", "quantize-one"]
+"""What a sweep singles units out for: to keep them in 16 bit, or to quantize nothing but them."""
+Granularity = Literal["layer", "unit"]
+"""What a sweep singles out: whole layers, or the fusion groups in them."""
+SearchMethod = Literal["greedy", "backward", "beam"]
+"""How sets of units are looked for: one more at a time, one fewer from all, or as `greedy` with the best few kept."""
+Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
+Weighting = Literal["uniform", "proportional", "english", "minimax"]
+"""How much each language counts in calibration."""
+Reader = str
+"""A name in `checkpoint.readers.READERS`, which checks it."""
+CheckpointFormat = str
+"""A name in `checkpoint.formats.FORMATS`, which checks it: a new format touches no type."""
+
+
+def precision_of_bits(bits: int) -> Precision:
+    """The name of a bit width in a plan.
+
+    Raises:
+        ConfigError: a width without one (7).
+    """
+    names: dict[int, Precision] = {2: "int2", 3: "int3", 4: "int4", 5: "int5", 6: "int6", 8: "int8", 16: "fp16"}
+    if bits not in names:
+        raise ConfigError(f"{bits} bits have no name in a plan; use one of {', '.join(map(str, names))}")
+    return names[bits]
+
+
+def bits_of_precision(precision: Precision) -> int:
+    """`int4` → 4, `fp16` → 16."""
+    return 16 if precision == "fp16" else int(precision.removeprefix("int"))

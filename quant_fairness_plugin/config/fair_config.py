@@ -1,0 +1,212 @@
+"""The one configuration class: what a user can choose, and what is refused before loading.
+
+Its fields stand in a file for each box of `--help`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, Unit
+from quant_fairness_plugin.artifacts.gates import Gate
+from quant_fairness_plugin.config.checks import (
+    bits_of_rest,
+    check_always_16_bit,
+    check_calibration,
+    check_columns,
+    check_limits,
+    check_overrides,
+    check_precisions,
+    check_rest,
+    check_tokens_per_expert,
+)
+from quant_fairness_plugin.config.languages import LanguageFields
+from quant_fairness_plugin.config.output import OutputFields
+from quant_fairness_plugin.config.parsers import read_target
+from quant_fairness_plugin.config.protection import ProtectionFields
+from quant_fairness_plugin.config.quantizing import QuantizingFields
+from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.measure.objectives import find_objective
+from quant_fairness_plugin.model.devices import check_device_name
+from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
+from quant_fairness_plugin.quantize.methods import find_method
+from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes
+
+_logger = logging.getLogger(__name__)
+
+
+# Fields of the last base come first.
+@dataclass(frozen=True, kw_only=True)
+class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingFields):
+    """Everything that the whole line (measure, sweep, recommend, quantize, export, verify) is configured by."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        find_method(self.method)
+        find_objective(self.objective)
+        check_device_name(self.device)
+        check_bits(self.bits)
+        check_rest(self.quantize_rest_to, bits=self.bits)
+        if self.group_size != "auto":
+            check_group_size(self.group_size)
+        if not 0 <= self.max_overhead <= 4:
+            raise ConfigError(
+                f"max_overhead {self.max_overhead} is no share of the all-quantized size; use 0.2 for 20 % extra bytes"
+            )
+        check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
+        check_precisions(self.precisions, bits=self.bits, top=self.top)
+        check_limits(self.max_size, self.target_bits, self.target, self.limits, top=self.top)
+        check_columns(self.protect_columns, method=self.method, backend=self.backend)
+        check_always_16_bit(protect_biases=self.protect_biases, protect_final_ln=self.protect_final_ln)
+        if self.gate is not None:
+            Gate.parse(self.gate)
+        if self.draws < 100:
+            raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
+        check_calibration(self.calibration, method=self.method, tokens_per_language=self.tokens_per_language)
+        check_tokens_per_expert(self.tokens_per_expert, method=self.method)
+
+    @property
+    def grid(self) -> Grid:
+        """Return the integer grid of the quantized layers.
+
+        Its group size is the largest that `auto` can come to, until `fitted` knows the model.
+        """
+        symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
+        group_size = AUTO_GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
+        return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=self.clip)
+
+    def fitted(self, model: Modules, *, uniform: bool = False) -> FairConfig:
+        """Return the same configuration with the largest group size that the units of a model take.
+
+        Where none fits any of them, `auto` is one scale for a whole row.
+
+        Args:
+            model: the model, or its outline.
+            uniform: all units take one size, because the format or its reader knows one.
+        """
+        if self.group_size == -1:
+            return self
+        largest = fitting_group_size(model, self.grid.group_size, uniform=uniform)
+        if largest is None:
+            return replace(self, group_size=-1) if self.group_size == "auto" else self
+        return replace(self, group_size=largest)
+
+    def check_group_size(self, model: Modules) -> None:
+        """Warn of units that a stated group size does not fit, and of the sizes that they take.
+
+        Raises:
+            ConfigError: there are some, and the configuration is strict.
+        """
+        if self.group_size in ("auto", -1):
+            return
+        sizes = group_sizes(model, self.grid)
+        others = {unit: size for unit, size in sizes.items() if size != self.group_size}
+        if not others:
+            return
+        message = (
+            f"group size {self.group_size} does not divide the input channels of {len(others)} of {len(sizes)} units, "
+            f"first {next(iter(others))}"
+        )
+        names = " or ".join(map(str, sorted(set(others.values()), reverse=True)))
+        if self.strict:
+            raise ConfigError(f"{message}; they would take {names}. Use --group-size auto, or leave --strict out")
+        _logger.warning("%s: they take %s", message, names)
+
+    @property
+    def decides_by(self) -> str:
+        """Return the objective of the plan: that of `target`, else `objective`."""
+        return self.objective if self.target is None else read_target(self.target)[0] or self.objective
+
+    @property
+    def scores_units(self) -> bool:
+        """Return whether `auto` scores units by gradients; else it sweeps."""
+        swept = self.exhaustive or self.top is not None or self.precisions == ("fp16",)
+        return self.protect_layers == "auto" and not swept and find_objective(self.decides_by).adds_up
+
+    @property
+    def menu(self) -> tuple[Precision, ...]:
+        """Return what `auto` may give instead of the grid's precision, before format and reader are asked."""
+        if self.precisions is not None:
+            return self.precisions
+        return ("fp16", "int8") if self.bits < 8 and (self.exhaustive or self.scores_units) else ("fp16",)
+
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """Return how intervals and tests are made."""
+        return Bootstrap(self.reference, self.draws, self.seed)
+
+    @property
+    def overrides(self) -> dict[str, Precision]:
+        """Return what `protect_units` and `int8_layers` say, as in `ProtectionPlan.overrides`."""
+        layers: dict[str, Precision] = {str(Unit(layer)): "int8" for layer in self.int8_layers}
+        return layers | {str(Unit.parse(name)): "fp16" for name in self.protect_units}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as JSON and YAML write it: tuples become lists. `from_dict` reads it back."""
+        values = {name: getattr(self, name) for name in _names()}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> FairConfig:
+        """Return the configuration of a decoded JSON or YAML document; fields that it lacks keep their defaults.
+
+        Raises:
+            ConfigError: an unknown field or a value of the wrong type ("4" is no number); says which.
+        """
+        values = _complete(document)
+        try:
+            # JSON mode is strict about types and reads a list as a tuple. What JSON lacks, such as a date, is text.
+            return TypeAdapter(cls).validate_json(json.dumps(values, default=str), strict=True)
+        except ValidationError as err:
+            raise ConfigError(_explain(err)) from err
+
+
+def make_config(**values: Any) -> FairConfig:
+    """Return a `FairConfig` from loosely typed values (keyword arguments, a parsed command line).
+
+    Raises:
+        ConfigError: an unknown name or a value of the wrong type; names the field and what is accepted.
+    """
+    try:
+        return TypeAdapter(FairConfig).validate_python(_complete(values), strict=False)
+    except ValidationError as err:
+        raise ConfigError(_explain(err)) from err
+
+
+def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with `bits` where only `quantize_rest_to` says it.
+
+    Integers are checked here, before pydantic turns True into 1 and "4" into 4.
+    """
+    rest = values.get("quantize_rest_to")
+    derived = {"bits": bits_of_rest(rest)} if isinstance(rest, str) and "bits" not in values else {}
+    if "bits" in values:
+        check_bits(values["bits"])
+    if values.get("group_size", "auto") != "auto":
+        check_group_size(values["group_size"])
+    return {**values, **derived}
+
+
+def _explain(err: ValidationError) -> str:
+    first = err.errors()[0]
+    where = str(first["loc"][0]) if first["loc"] else "configuration"
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return str(cause)
+    hint = ""
+    if first["type"] == "unexpected_keyword_argument":
+        hint = f"; known names: {', '.join(_names())}"
+    elif where == "protect_layers":
+        hint = ", or a list of layer indices such as [0, 9, 11]"
+    return f"{where} {first['input']!r}: {first['msg']}{hint}"
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(field.name for field in fields(FairConfig))

@@ -1,0 +1,70 @@
+"""Output and more: what is written, what fails, where it is computed, and what draws depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from quant_fairness_plugin.artifacts import CheckpointFormat, Reader
+from quant_fairness_plugin.config.option import Option
+from quant_fairness_plugin.model.devices import Dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputFields:
+    """The fields of `FairConfig` that say what is written, and how it is computed."""
+
+    format: Annotated[CheckpointFormat, Option("Checkpoint format:", "Output")] = "compressed-tensors"
+    reader: Annotated[Reader, Option("Reader that must be able to load the checkpoint:", "Output")] = "transformers"
+    gate: Annotated[
+        str | None,
+        Option(
+            "Exit with status 6 unless the KL stays below a bound in every language, such as worst=0.05, or mean=0.05.",
+            "Output",
+            metavar="NAME=BOUND",
+        ),
+    ] = None
+    protect_biases: Annotated[
+        bool,
+        Option(
+            "Biases stay in 16 bit: always the case, so this changes nothing.",
+            "More",
+            flag="--protect-biases/--no-protect-biases",
+        ),
+    ] = True
+    protect_final_ln: Annotated[
+        bool,
+        Option(
+            "The final norm stays in 16 bit: always the case, so this changes nothing.",
+            "More",
+            flag="--protect-final-ln/--no-protect-final-ln",
+        ),
+    ] = True
+    device: Annotated[
+        str,
+        Option(
+            "Where to compute: cpu, cuda, cuda:1, mps, xpu, or auto: the first accelerator that is there, else cpu.",
+            "More",
+            metavar="NAME",
+            names=("auto", "cpu", "cuda", "mps", "xpu"),
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        Dtype,
+        Option(
+            "What to compute in; auto is bfloat16 for weights stored in it, on an accelerator and where this CPU "
+            "multiplies faster in it, else float32:",
+            "More",
+        ),
+    ] = "auto"
+    draws: Annotated[int, Option("Bootstrap resamples behind every interval.", "More")] = 2000
+    seed: Annotated[int, Option("Seed of every random draw.", "More")] = 0
+    strict: Annotated[
+        bool,
+        Option(
+            "An unstable ranking or a failed gate is an error (exit status 6), and so is a --group-size that does not "
+            "fit every unit (exit status 2), not a warning.",
+            "More",
+            flag="--strict/--no-strict",
+        ),
+    ] = False

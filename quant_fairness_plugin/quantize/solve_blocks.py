@@ -1,0 +1,195 @@
+"""Solve one block after another, each fusion group on the inputs that it will get in the quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quant_fairness_plugin.artifacts import Unit
+from quant_fairness_plugin.model.block_feed import block_feed
+from quant_fairness_plugin.model.experts import Experts
+from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.streamed import StreamedModel
+from quant_fairness_plugin.quantize.blocks import Rows, Running
+from quant_fairness_plugin.quantize.calibration import CalibrationSet
+from quant_fairness_plugin.quantize.experts import expert_stages, routed_rows
+from quant_fairness_plugin.quantize.methods.method import Method
+from quant_fairness_plugin.quantize.moments import FairMagnitude, MomentWatch, fair_moments, language_moments
+from quant_fairness_plugin.quantize.results import Results
+from quant_fairness_plugin.quantize.selection import Selection
+from quant_fairness_plugin.quantize.solving import Inputs, Problem, Solved, error_prefix
+
+Report = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What stays the same from the first block to the last."""
+
+    loaded: LoadedModel
+    method: Method
+    selection: Selection
+    columns: float
+    report: Report
+    results: Results
+
+    def units(self, layer: int) -> Iterator[tuple[Unit, dict[str, nn.Module]]]:
+        """Yield the fusion groups to quantize in a layer, in forward order, with their modules by full name."""
+        modules = self.loaded.linears(layer)
+        family = self.loaded.family
+        names = {f"{family.blocks}.{layer}.{unit.modules[0]}": unit.name for unit in family.units_of(layer)}
+        for group in self.selection.units.get(layer, ()):
+            yield Unit(layer, names[group[0]]), {name: modules[name] for name in group}
+
+    def routed(self, unit: Unit) -> bool:
+        """Return whether a unit is that of a layer's routed experts."""
+        return any(group.routed and group.name == unit.group for group in self.loaded.family.units_of(unit.layer))
+
+    def solve(self, unit: Unit, weights: Mapping[str, Tensor], measured: Inputs | None, solved: Solved) -> None:
+        """Hand a fusion group to the method."""
+        problem = Problem(
+            loaded=self.loaded, unit=unit, weights=weights, grids=self.selection.grids, columns=self.columns,
+            measured=measured,
+        )  # fmt: skip
+        self.method.solve(problem, solved)
+
+
+@torch.no_grad()
+def solve_from_weights(work: Work) -> None:
+    """Solve by a method without calibration, for which the model is not run."""
+    missing = [layer for layer in work.selection.units if not work.results.has(layer)]
+    with block_feed(work.loaded, missing, prefetch=True) as resident:
+        for layer in range(work.loaded.layers):
+            if layer in missing:
+                with resident(layer):
+                    solved = Solved()
+                    for unit, modules in work.units(layer):
+                        weights = {name: linear_weight(module) for name, module in modules.items()}
+                        work.solve(unit, weights, None, solved)
+                    work.results.add(layer, solved)
+            work.report(layer + 1, work.loaded.layers)
+
+
+def solve_on_inputs(work: Work, rows: Rows, calibration: CalibrationSet) -> None:
+    """Solve by a method with calibration, block after block as the rows reach it."""
+    loaded = work.loaded
+    to_solve = [layer for layer, units in work.selection.units.items() if units]
+    missing = [layer for layer in to_solve if not work.results.has(layer)]
+    done = 0
+    if missing:
+        with _evaluating(loaded.model):
+            reached = rows.layer
+            again = reached is None or reached > missing[0]
+            rows.enter(again=again)
+            layers = range(0 if again or reached is None else reached, to_solve[-1] + 1)
+            with block_feed(loaded, layers, prefetch=True) as resident:
+                for layer in layers:
+                    with resident(layer), _restored(loaded, layer):
+                        _solve_layer(work, layer, rows, calibration)
+                        if layer < layers[-1]:  # what follows the last quantized layer needs no inputs
+                            rows.advance(layer)
+                    done = layer + 1
+                    work.report(done, loaded.layers)
+    rows.forget()
+    if done < loaded.layers:
+        work.report(loaded.layers, loaded.layers)
+
+
+def _solve_layer(work: Work, layer: int, rows: Rows, calibration: CalibrationSet) -> None:
+    """Leave a block as it is quantized: solved now, or by the run that this one goes on from."""
+    if work.results.has(layer):
+        _put_back(work, layer)
+        return
+    solved, batches = Solved(), rows.batches()
+    for unit, modules in work.units(layer):
+        solve = _solve_experts if work.routed(unit) else _solve_unit
+        solve(work, unit, modules, batches, calibration, solved)
+    work.results.add(layer, solved)
+
+
+@torch.no_grad()
+def _put_back(work: Work, layer: int) -> None:
+    solved, modules = work.results.layer(layer), work.loaded.linears(layer)
+    for name in solved.tensors:
+        set_linear_weight(modules[name], solved.dense(name))
+    for name, value in solved.folded.items():
+        work.loaded.model.get_parameter(name).copy_(value)
+
+
+@torch.no_grad()
+def _solve_unit(
+    work: Work,
+    unit: Unit,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Running],
+    calibration: CalibrationSet,
+    solved: Solved,
+) -> None:
+    """Solve the modules of one fusion group and leave their dequantized weights in the block."""
+    weights = {name: linear_weight(module) for name, module in modules.items()}
+    first, module = next(iter(modules.items()))
+    magnitude, groups = FairMagnitude(calibration.shares), MomentWatch(weights, work.selection.grids)
+    with error_prefix(first):
+        moments = language_moments(work.loaded.block(unit.layer), module, unit.layer, batches, calibration)
+        hessians = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
+    work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
+    for name in modules:
+        set_linear_weight(modules[name], solved.dense(name))
+
+
+@torch.no_grad()
+def _solve_experts(
+    work: Work,
+    unit: Unit,
+    modules: Mapping[str, nn.Module],
+    batches: Sequence[Running],
+    calibration: CalibrationSet,
+    solved: Solved,
+) -> None:
+    """Solve the routed experts of a layer one by one and leave their dequantized weights in the block."""
+    prefix = next(iter(modules)).rsplit(".", 2)[0]
+    experts = work.loaded.model.get_submodule(prefix)
+    assert isinstance(experts, Experts), "a routed unit is that of unfolded experts"
+    with error_prefix(prefix):
+        rows = routed_rows(work.loaded.block(unit.layer), experts, unit.layer, batches, calibration)
+    for stage in expert_stages(experts, prefix, rows):
+        weights = {name: linear_weight(modules[name]) for name in stage.names}
+        inputs = Inputs(
+            hessians=dict.fromkeys(weights, stage.hessian),
+            magnitude=torch.zeros(0),  # for AWQ alone, which is refused for experts
+            groups=MomentWatch(weights, work.selection.grids),
+        )
+        work.solve(unit, weights, inputs, solved)
+        for name in stage.names:
+            set_linear_weight(modules[name], solved.dense(name))
+
+
+@contextmanager
+def _restored(loaded: LoadedModel, layer: int) -> Iterator[None]:
+    if isinstance(loaded, StreamedModel):  # the block is read again from its file
+        yield
+        return
+    parameters = list(loaded.block(layer).parameters())
+    originals = [parameter.detach().clone() for parameter in parameters]
+    try:
+        yield
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.detach().copy_(original)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Set evaluation mode for a while; every submodule gets back the mode that it had."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
