@@ -30,7 +30,7 @@ RANKS = [
     {"forecast", "planning", "preflight", "report"},
     {"steps"},
     {"fair_quantizer", "seeds"},
-    {"analysis"},
+    {"analysis", "claims"},
     {"__init__"},
     {"cli"},
 ]
