@@ -31,7 +31,7 @@ RANKS = [
     {"steps"},
     {"opened"},
     {"fair_quantizer", "seeds"},
-    {"analysis"},
+    {"analysis", "claims"},
     {"__init__"},
     {"cli"},
 ]

@@ -6,6 +6,7 @@ Every result is a frozen dataclass. `kinds` lists the questions that `analyze` a
 - `tokens`: fertility by language; `segmentation`: token boundaries against morphemes
 - `collect`: one pass with hooks over two models; on it `representations` and `clipping`; `quantized`: the second model
 - `interventions`: plans of `changes`, made of `variants` of the weights; `causes`: what follows from their damage
+- `configurations`: the seeds' plans, which `named_plans` makes at any depth, with their bytes and labels
 - `choices`: right answers before and after; `questions`, `lm_eval`: where they come from
 - `hypotheses`: the seeds' claims of what goes with damage; `correlations`: of few items
 

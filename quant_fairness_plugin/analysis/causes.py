@@ -44,6 +44,18 @@ class LayerShare:
     """That over the KL of everything quantized; the layers' shares add up to 1."""
 
 
+@dataclass(frozen=True, slots=True)
+class HeadLayer:
+    """What leaving out one attention head of a layer does on average."""
+
+    layer: int
+    heads: int
+    mean_kl: Number
+    """Bits per byte, over heads and languages."""
+    low_over_high: Number
+    """Low-resource languages over high-resource ones: the seeds' "sensitivity" of a layer."""
+
+
 def kl_series(state: StateScores, languages: Sequence[str], weights: Array) -> dict[str, Array]:
     """Return KL in bits per byte of every language under every weighting of the sentences `[rows, sentences]`."""
     series = {}
@@ -75,6 +87,25 @@ def rate_slopes(by_bits: Mapping[int, Series]) -> tuple[RateSlope, ...]:
         if np.all(values > 0):
             slope = interval(np.asarray(centred @ np.log(values) / (centred**2).sum()))
         rows.append(RateSlope(language, slope, RATE_SLOPE, LEGACY_RATE_SLOPE))
+    return tuple(rows)
+
+
+def head_layers(plans: Mapping[str, Series]) -> tuple[HeadLayer, ...]:
+    """Return the mean over the heads of every layer.
+
+    Args:
+        plans: name, which ends in `LAYER.HEAD` → what leaving that head out does.
+    """
+    by_layer: dict[int, list[Series]] = {}
+    for name, series in plans.items():
+        by_layer.setdefault(int(name.rpartition(" ")[2].partition(".")[0]), []).append(series)
+    rows = []
+    for layer, members in sorted(by_layer.items()):
+        mean = {language: np.mean([series[language] for series in members], axis=0) for language in members[0]}
+        kl: Number = Undefined("the 16-bit model supports no language")
+        if mean:
+            kl = interval(np.mean(list(mean.values()), axis=0))
+        rows.append(HeadLayer(layer, len(members), kl, low_over_high(mean)))
     return tuple(rows)
 
 

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from quant_fairness_plugin.analysis.causes import (
+    HeadLayer,
     LayerShare,
     RateSlope,
     Series,
+    head_layers,
     kl_series,
     layer_shares,
     low_over_high,
@@ -75,6 +77,8 @@ class Interventions:
     """Of `bits`; empty without it."""
     layers: tuple[LayerShare, ...]
     """Of `prefix`; empty without it."""
+    head_layers: tuple[HeadLayer, ...]
+    """Of `heads`; empty without it."""
     scores: dict[str, StateScores]
     """Plan → per-sentence scores, on the search part."""
 
@@ -135,6 +139,7 @@ def judge(
         tuple(languages),
         rate_slopes(by_bits) if by_bits else (),
         layer_shares(prefixes) if prefixes else (),
+        head_layers({plan: series[plan] for plan, kind in kinds.items() if kind == "heads"}),
         scores,
     )
 

@@ -67,6 +67,10 @@ ANALYSES: dict[str, Analysis] = {
             "Which figures of the languages (tokens, morphemes, outliers, training share) go with their damage?",
             takes=("gold", "checkpoint"),
         ),
+        Analysis(
+            "configurations",
+            "What do the research scripts' configurations cost and do, and which of them are worth their bytes?",
+        ),
         Analysis("clipping", "Would one clipping threshold for all languages hurt some of them, layer by layer?"),
     )
 }

@@ -23,6 +23,8 @@ COMMANDS = {
     "quantize": "quant-fairness quantize demo --protect-layers 0,9,11 -o demo-int4",
     "compare": "quant-fairness compare --model demo --calibrations english,uniform",
     "analyze": "quant-fairness analyze weights demo-gpt2 --json > weights.json",
+    "reproduce": "quant-fairness reproduce S4-20 S4-33 S2-6",
+    "cite": "quant-fairness cite frantar2022",
     "verify": "quant-fairness verify demo-int4-fair",
     "report": "quant-fairness report demo-int4-fair sweep.json -o report.html",
     "repair": "quant-fairness repair DIR --dry-run",

@@ -1,7 +1,8 @@
-"""The seeds' `simulate_int4`, bit for bit, and a way back.
+"""The seeds' simulation of low precision, bit for bit, and a way back.
 
-One scale per whole tensor, changed in place: scale = max|W| / (2^(bits-1) - 1), round half to even, clamp. Which
-parameters are taken is decided by substrings of their names. Three variants are in use in the seeds:
+`simulate(model, rule)` is all of it: one scale per whole tensor, scale = max|W| / (2^(bits-1) - 1), round half to even,
+clamp, in place; the rule says by a parameter's name how many bits it gets, or None. `simulate_int4` is that with the
+seeds' own rules, which go by substrings of the names. Three variants are in use:
 
 - `Q1` (`protect_layers=`): every name with `weight`, but for names with `ln_f` and those with `h.<i>.` or `layers.<i>.`
   of a protected layer.
@@ -17,8 +18,9 @@ pattern `h.`, so that `exclude=` protects nothing there. New work should use `qu
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -33,6 +35,8 @@ from quant_fairness_plugin.model.families import detect_family
 log = logging.getLogger(__name__)
 
 Variant = Literal["Q1", "Q2", "Q3"]
+Rule = Callable[[str], int | None]
+"""Name of a parameter → the bits that it gets; None leaves it alone."""
 _ATTRIBUTE = "_quant_fairness_simulation"
 
 
@@ -43,6 +47,31 @@ class _Simulation:
     originals: dict[str, Tensor] = field(default_factory=dict)
     """Name → weight before the first simulation, on the CPU; only those that were changed."""
     registered: frozenset[int] = frozenset()
+
+
+def simulate(model: PreTrainedModel, rule: Rule, *, keep_largest: float = 0.0) -> None:
+    """Round a model's parameters in place, each by the bits that a rule gives its name; `undo_simulation` undoes it.
+
+    Args:
+        model: a causal language model. Carries its original weights afterwards, on the CPU.
+        rule: name → bits from 2 to 8, or None.
+        keep_largest: share of the weights that stay as they are in spite of the rule: the largest of all that it takes
+            together. What a tensor's scale is does not change by that.
+
+    Raises:
+        ConfigError: bits that are not a whole number from 2 to 8, or a share that is not from 0 to 1.
+    """
+    if not 0 <= keep_largest <= 1:
+        raise ConfigError(f"keep_largest {keep_largest!r} is no share; use a number from 0 to 1")
+    widths = {name: bits for name, _ in model.named_parameters() if (bits := rule(name)) is not None}
+    for bits in set(widths.values()):
+        _check_bits(bits, None)
+    limit = _limit([model.get_parameter(name) for name in widths], keep_largest)
+    originals = _state(model).originals
+    for name, bits in widths.items():
+        parameter = model.get_parameter(name)
+        originals.setdefault(name, parameter.detach().to("cpu", copy=True))
+        _round_in_place(parameter, bits, limit)
 
 
 def simulate_int4(
@@ -84,20 +113,20 @@ def simulate_int4(
         )
     if not protect_biases:
         log.warning("protect_biases=False changes nothing: the seeds' simulation takes no parameter that is a bias")
-    state = _state(model)
-    layers = _check_layers(model, protect_layers or exclude or ()) | state.registered
+    layers = _check_layers(model, protect_layers or exclude or ()) | _state(model).registered
     final_norm = _final_norm(model) if protect_final_ln else None
     marks = _layer_marks(list(model.state_dict()), variant, layers)
-    for name in [name for name, _ in model.named_parameters()]:
-        if not _takes(name, variant, biases=not protect_biases, final_norm=protect_final_ln is False):
-            continue
+
+    def rule(name: str) -> int | None:
+        if not takes(name, variant, biases=not protect_biases, final_norm=protect_final_ln is False):
+            return None
         if any(mark in name for mark in marks):
-            continue
+            return None
         if protect_final_ln and ("ln_f" in name or name.startswith(f"{final_norm}.")):
-            continue
-        parameter = model.get_parameter(name)
-        state.originals.setdefault(name, parameter.detach().to("cpu", copy=True))
-        _round_in_place(parameter, bits)
+            return None
+        return bits
+
+    simulate(model, rule)
 
 
 def protect_layers(model: PreTrainedModel, layers: Collection[int]) -> tuple[int, ...]:
@@ -210,7 +239,7 @@ def _shows_layers(name: str) -> bool:
     return "model.layers." in name or "h." in name
 
 
-def _takes(name: str, variant: Variant, *, biases: bool, final_norm: bool) -> bool:
+def takes(name: str, variant: Variant, *, biases: bool = False, final_norm: bool = False) -> bool:
     """Whether a variant quantizes a parameter of this name, layers aside."""
     if "weight" not in name:
         return False
@@ -224,12 +253,23 @@ def _takes(name: str, variant: Variant, *, biases: bool, final_norm: bool) -> bo
 
 
 @torch.no_grad()
-def _round_in_place(parameter: nn.Parameter, bits: int) -> None:
+def _round_in_place(parameter: nn.Parameter, bits: int, limit: float) -> None:
     largest = 2 ** (bits - 1) - 1
     peak = parameter.abs().max()
     if peak > 0:  # all zeros, or NaN: stays as it is
         scale = peak / largest
-        parameter.copy_(torch.round(parameter / scale).clamp_(-largest - 1, largest) * scale)
+        rounded = torch.round(parameter / scale).clamp_(-largest - 1, largest) * scale
+        parameter.copy_(rounded if math.isinf(limit) else torch.where(parameter.abs() >= limit, parameter, rounded))
+
+
+@torch.no_grad()
+def _limit(parameters: list[nn.Parameter], share: float) -> float:
+    """Return the magnitude from which on so large a share of all these weights lies."""
+    count = round(share * sum(parameter.numel() for parameter in parameters))
+    if not count:
+        return math.inf
+    sizes = torch.cat([parameter.abs().flatten() for parameter in parameters])
+    return float(sizes.topk(count, sorted=False).values.min())
 
 
 def _state(model: PreTrainedModel) -> _Simulation:

@@ -38,6 +38,17 @@ SERIES_TEXTS: Mapping[str, str] = MappingProxyType(
 )
 """The texts of the seeds' phase-4 series, which their published GPT-2 and OPT figures (214x, 153x) belong to."""
 
+LEDGER_TEXTS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "one word": MappingProxyType({"en": "Fox.", "he": "שועל."}),
+        "three words": MappingProxyType({"en": "The fox jumps.", "he": "השועל קופץ."}),
+        "series": SERIES_TEXTS,
+        "package": MappingProxyType({language: DEFAULT_TEXTS[language] for language in SEED_LANGUAGES}),
+        "ten": DEFAULT_TEXTS,
+    }
+)
+"""The texts of the seeds' experiments by name. "one word" leaves one English token to predict, in GPT-2's tokens."""
+
 
 def text_set(texts: Mapping[str, str] | TextSet | None, reference: str) -> TextSet:
     """Return the texts of a rigorous measurement: the given set, or the bundled one in the seeds' languages.

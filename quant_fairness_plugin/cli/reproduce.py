@@ -1,0 +1,146 @@
+"""`quant-fairness reproduce`: claims of the research scripts, by their rule and by ours, side by side."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from quant_fairness_plugin.artifacts import package_versions, write_atomically
+from quant_fairness_plugin.claims.ledger import Claim, read_ledger
+from quant_fairness_plugin.claims.reproduction import Finding, Reproduction
+from quant_fairness_plugin.cli.options import Json, OutputFile
+from quant_fairness_plugin.cli.tables import show
+from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
+from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256, resolve_model
+from quant_fairness_plugin.plans.controls import gateway_layers
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel
+
+
+def reproduce(
+    context: typer.Context,
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Claims; all where none is named. --list names them.")
+    ] = None,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="As everywhere.", rich_help_panel="Model")] = "demo-gpt2",
+    every: Annotated[
+        bool, typer.Option("--list", help="Print the claims and run nothing.", rich_help_panel="Output")
+    ] = False,
+    output: OutputFile = None,
+    as_json: Json = False,
+) -> None:
+    """Run claims of the research scripts: their figure, the same by their rule on this model, and ours.
+
+    A command that answers several claims runs once.
+    """
+    ledger = read_ledger()
+    claims = ledger.chosen(ids or ())
+    if every:
+        _list(claims, as_json=as_json)
+        return
+    files = resolve_model(model)
+    with _reproduction(context, files, model) as reproduction:
+        findings = []
+        for number, claim in enumerate(claims, start=1):
+            typer.echo(f"{claim.id} ({number} of {len(claims)}) …", err=True)
+            findings.append(reproduction.reproduce(claim))
+    seconds = {name: round(value, 1) for name, value in reproduction.seconds.items()}
+    _print(files, findings, seconds, output, as_json=as_json)
+
+
+@contextmanager
+def _reproduction(context: typer.Context, files: ModelFiles, model: str) -> Iterator[Reproduction]:
+    with tempfile.TemporaryDirectory(prefix="quant-fairness-") as work:
+        layers = ",".join(map(str, gateway_layers(files.layers)))
+        yield Reproduction(
+            read_ledger(),
+            run=lambda arguments: _run(context, arguments),
+            legacy=_Legacy(files),
+            places={"model": model, "work": work, "gateways": layers},
+        )
+
+
+class _Legacy:
+    """Figures by the scripts' rules; the model is loaded when the first is wanted."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self._files, self._figures = files, None
+
+    def figure(self, spec: str) -> Any:
+        """Return the figure that a spec names."""
+        if self._figures is None:
+            # Loads torch.
+            from quant_fairness_plugin.claims.legacy import LegacyFigures
+
+            loaded = self._load()
+            self._figures = LegacyFigures(lambda: loaded)
+        return self._figures.figure(spec)
+
+    def _load(self) -> LoadedModel:
+        from quant_fairness_plugin.model.load import load_model
+
+        return load_model(self._files, device="cpu")  # as the scripts did: in float32
+
+
+def _run(context: typer.Context, arguments: list[str]) -> str:
+    """Run another command of this program and return its stdout.
+
+    Raises:
+        QuantFairnessError: what the command raises; a `ConfigError` where its arguments are wrong.
+    """
+    assert context.parent is not None
+    held = io.StringIO()
+    try:
+        with redirect_stdout(held):
+            status = context.parent.command.main(arguments, prog_name="quant-fairness", standalone_mode=False)
+    except typer.TyperException as err:
+        raise ConfigError(f"{err.format_message()} ({' '.join(arguments)})") from err
+    if status:
+        raise QuantFairnessError(f"exit status {status}: {' '.join(arguments)}")
+    return held.getvalue()
+
+
+def _list(claims: Sequence[Claim], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps([asdict(claim) for claim in claims], ensure_ascii=False, indent=1))
+        return
+    for claim in claims:
+        typer.echo(f"{claim.id:<8} {claim.here:<10} {claim.says}")
+
+
+def _print(
+    files: ModelFiles, findings: Sequence[Finding], seconds: dict[str, float], output: Path | None, *, as_json: bool
+) -> None:
+    known = {"versions": package_versions(), "model": files.name, "model_sha256": model_sha256(files)}
+    document = {"schema_version": 1, "kind": "reproduction", "provenance": known, "seconds": seconds}
+    rows = {"findings": [asdict(finding) for finding in findings]}
+    text = json.dumps(document | rows, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    if output is not None:
+        write_atomically(output, text.encode())
+    if as_json:
+        typer.echo(text, nl=False)
+        return
+    show(table(files.name, findings))
+
+
+def table(model: str, findings: Sequence[Finding]) -> Table:
+    """Return the findings: the scripts' figure, theirs again by their rule, ours."""
+    result = Table(title=f"claims on {model}; damage is KL in bits per byte", show_lines=True)
+    result.add_column("id", no_wrap=True)
+    result.add_column("claim", ratio=3)
+    for name, ratio in (("seed", 2), ("legacy", 2), ("rigorous", 4)):
+        result.add_column(name, ratio=ratio)
+    for row in findings:
+        seed = f"{row.seed} ({row.origin})" if row.seed else row.origin
+        result.add_row(row.id, row.says, seed, row.legacy_text, row.rigorous_text)
+    return result
