@@ -86,7 +86,7 @@ def test_a_name_that_is_listed_twice_is_refused_where_the_library_takes_the_last
     entry = b'{"dtype":"F16","shape":[1],"data_offsets":[0,2]}'
     path = write(tmp_path / "twice.safetensors", b'{"a":' + entry + b',"a":' + entry + b"}", data=2)
     assert library_accepts(path)
-    with pytest.raises(ArtifactError, match="'a' is listed twice"):
+    with pytest.raises(ArtifactError, match="'a' is there twice"):
         read_header(path)
 
 
