@@ -12,6 +12,10 @@ from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.artifacts.units import Unit
 
 
+_MOST_BYTES = 2**62
+"""Sums of them are computed with 64 bits."""
+
+
 def check(artifact: Any) -> None:
     """Refuse an artifact whose fields contradict each other.
 
@@ -45,8 +49,16 @@ def _check_experts(coverage: ExpertCoverage) -> None:
                 raise ValueError(f"{name}.{layer}: does not have a figure for each of {coverage.experts} experts")
 
 
+def _check_calibration(calibration: Mapping[str, Any]) -> None:
+    for name in ("tokens_per_language", "rows_per_language", "weights"):
+        table = calibration.get(name, {})
+        if not isinstance(table, dict) or not all(type(value) in (int, float) for value in table.values()):
+            raise ValueError(f"calibration.{name}: is no table from languages to numbers")
+
+
 def _check_record(record: ExportRecord) -> None:
     _check_plan(record.plan)
+    _check_calibration(record.calibration)
     if record.experts is not None:
         _check_experts(record.experts)
 
@@ -56,7 +68,55 @@ def _check_evidence(evidence: Evidence) -> None:
 
 
 def _check_sweep(report: SweepReport) -> None:
-    pass
+    if report.provenance.seed < 0:
+        raise ValueError(f"provenance.seed: {report.provenance.seed} is below 0")
+    _check_sizes(report)
+    _check_rows(report)
+    _check_scores(report)
+
+
+def _check_sizes(report: SweepReport) -> None:
+    sizes = report.layer_bytes
+    if not {"fp16", "quantized"} <= sizes.keys() or report.layers < 1:
+        raise ValueError("layer_bytes: does not have the bytes of every layer as fp16 and quantized")
+    for name, row in sizes.items():
+        if len(row) != report.layers or not all(0 <= size < _MOST_BYTES for size in row):
+            raise ValueError(f"layer_bytes.{name[:50]}: is not a size for each of {report.layers} layers")
+    if not 0 <= report.other_bytes < _MOST_BYTES:
+        raise ValueError(f"other_bytes: {report.other_bytes} is no size")
+
+
+def _check_rows(report: SweepReport) -> None:
+    modes = {row.mode for row in report.rows} - {None}
+    if not modes or not any(len(row.units) == 1 for row in report.rows):
+        raise ValueError("rows: single out no unit")
+    for row in (*report.rows, *report.around):
+        if {damage.language for damage in row.damage} != report.languages.keys():
+            raise ValueError(f"rows: {row.plan[:50]!r} is not about the languages of the sweep")
+        if row.plan not in report.scores:
+            raise ValueError(f"scores: lacks {row.plan[:50]!r}")
+    for row in report.rows:
+        if bool(row.units) != (row.mode is not None) or bool(row.units) != (row.precision is not None):
+            raise ValueError(f"rows: {row.plan[:50]!r} does not say what its units get")
+        for name in row.units:
+            if not Unit.is_name(name) or Unit.parse(name).layer >= report.layers:
+                raise ValueError(f"rows: {name[:50]!r} is no unit of {report.layers} layers")
+
+
+def _check_scores(report: SweepReport) -> None:
+    sentences = {
+        len(row)
+        for state in report.scores.values()
+        for scores in state.languages.values()
+        for row in (scores.nll_nats, scores.tokens, scores.bytes_, scores.kl_nats, scores.flips)
+    }
+    if len(sentences) != 1 or sentences == {0}:
+        raise ValueError("scores: states and languages do not have the same number of sentences, at least one")
+    for name, state in report.scores.items():
+        if state.languages.keys() != report.languages.keys():
+            raise ValueError(f"scores.{name[:50]}: is not about the languages of the sweep")
+        if any(min(scores.bytes_) < 1 for scores in state.languages.values()):
+            raise ValueError(f"scores.{name[:50]}: a sentence has no bytes")
 
 
 _RULES: Mapping[type[Any], Callable[[Any], None]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
     names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if not name.endswith(suffix) or re.search(r"[/\\:\x00]", name) or name.startswith("."):
+        if not name.endswith(suffix) or re.search(r"[/\\:\x00]", name) or name.startswith(".") or len(name) > 200:
             raise ArtifactError(
-                f"{index}: names the file {name!r}; expected names of {suffix} files in the same folder. "
+                f"{index}: names the file {reprlib.repr(name)}; expected names of {suffix} files in the same folder. "
                 "Get the model again from a source that you trust."
             )
     absent = [name for name in names if not (index.parent / name).is_file()]

@@ -31,7 +31,7 @@ CARD = "---\nlicense: mit\nlanguage: [en, no]\nbase_model: a/b\ntags:\n  - x\n--
 
 def small_sweep() -> SweepReport:
     """Three plans of two layers on a few sentences: small enough to be read thousands of times."""
-    report = planted_sets({("layers.0",): 1.0, ("layers.1",): 2.0}, others={"int8": {"layers.1": 0.5}})
+    report = planted_sets({("layers.0",): 1.0, ("layers.1",): 2.0}, others={"int8": {"layers.0": 0.25, "layers.1": 0.5}})
     scores = {
         name: replace(
             state,
