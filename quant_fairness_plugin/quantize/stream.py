@@ -12,7 +12,8 @@ that do not fit the memory budget. In a folder to work in, an interrupted run go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import ExpertCoverage, Grid, ProtectionPlan, Unit, digest, package_versions
-from quant_fairness_plugin.errors import ConfigError, ResourceError
+from quant_fairness_plugin.errors import ConfigError, ResourceError, UnsolvableError, UnsupportedModelError
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.experts import Experts
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
@@ -43,10 +44,12 @@ from quant_fairness_plugin.quantize.results import Results, StoredResults
 from quant_fairness_plugin.quantize.selection import Selection, select_modules
 from quant_fairness_plugin.quantize.solving import Inputs, Problem, Solved, dense_values, error_prefix
 
+_logger = logging.getLogger(__name__)
+
 BATCH_TOKENS = 2048
 ROWS_IN_MEMORY = 256 << 20
 """Bytes of hidden states that a model read block by block has in memory where no budget is given."""
-SOLUTION_VERSION = 1
+SOLUTION_VERSION = 2
 """Goes up whenever the same work would come out otherwise, so that an older folder is not gone on from."""
 Report = Callable[[int, int], None]
 
@@ -135,6 +138,8 @@ class _Work:
     columns: float
     report: Report
     results: Results
+    strict: bool
+    """Stop at a module that cannot be solved, instead of keeping its fusion group in 16 bit."""
 
     def units(self, layer: int) -> Iterator[tuple[Unit, dict[str, nn.Module]]]:
         """Yield the fusion groups to quantize in a layer, in forward order, with their modules by full name."""
@@ -154,7 +159,18 @@ class _Work:
             loaded=self.loaded, unit=unit, weights=weights, grids=self.selection.grids, columns=self.columns,
             measured=measured,
         )  # fmt: skip
-        self.method.solve(problem, solved)
+        try:
+            self.method.solve(problem, solved)
+        except UnsolvableError as err:
+            self.keep(weights, err, solved)
+
+    def keep(self, names: Iterable[str], err: UnsolvableError, solved: Solved) -> None:
+        """Leave the modules of a fusion group in 16 bit, as servers merge them into one matrix; or stop."""
+        if self.strict:
+            raise err
+        reason = str(err).partition(";")[0]
+        _logger.warning("%s. It keeps 16 bit", reason)
+        solved.kept |= dict.fromkeys(names, reason)
 
 
 def quantize_model(
@@ -166,6 +182,7 @@ def quantize_model(
     batch_tokens: int = BATCH_TOKENS,
     progress: Report | None = None,
     workplace: Workplace | None = None,
+    strict: bool = False,
 ) -> QuantizedModel:
     """Quantize the linear modules of all layers that a plan does not protect.
 
@@ -174,19 +191,22 @@ def quantize_model(
     Args:
         loaded: the model; changed one block at a time while the work lasts.
         plan: which layers and units keep which precision, the grid of the others, and the share of input channels that
-            keep 16 bit. Modules that their grid does not fit stay in 16 bit and are listed in `kept`.
+            keep 16 bit. Modules that their grid does not fit, or that cannot be solved on this calibration text (their
+            inputs held NaN), stay in 16 bit and are listed in `kept`.
         method: a name of `methods.METHODS`, or a method with other options, such as `Gptq(damp=0.1)`.
         calibration: token rows and language weights; None for a method that needs none.
         batch_tokens: most calibration tokens that are run at once.
         progress: called with (layers done, layers) after each layer.
         workplace: a folder to go on from after an interruption, and a memory budget. Neither changes a bit.
+        strict: stop at a module that cannot be solved.
 
     Raises:
         ConfigError: an unknown method, a calibration that is missing or not needed, a plan of another model, a grid
             that fits no module, or one that the method cannot be used with.
         InvalidLayerError: a protected layer that the model lacks, or all of them.
         ArtifactError: a weight holds NaN or infinity (names the module).
-        UnsupportedModelError: a module cannot be solved (names it), or the method does not know the architecture.
+        UnsupportedModelError: no module can be solved, or with `strict` one of them (names it); or the method does not
+            know the architecture.
         ResourceError: a budget that is too small, or a folder that cannot be written.
     """
     place = workplace or Workplace()
@@ -199,7 +219,7 @@ def quantize_model(
         folder = _work_folder(loaded, plan, solver, calibration, place, batch_tokens)
         in_files = folder is not None or isinstance(loaded, StreamedModel)
         results = StoredResults(folder) if in_files else Results()
-        work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results)
+        work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results, strict)
         if calibration is None:
             _solve_from_weights(work)
         else:
@@ -209,9 +229,11 @@ def quantize_model(
                 durable=place.folder is not None,
             )  # fmt: skip
             _solve_on_inputs(work, rows, calibration)
+    if not results.tensors:
+        raise UnsupportedModelError(f"nothing could be quantized: {next(iter(results.kept.values()))}")
     return QuantizedModel(
         loaded=loaded, plan=plan, method=solver.name, tensors=results.tensors, folded=results.folded,
-        kept=selection.kept, losses=results.losses, damping=results.damping, calibration=calibration,
+        kept=selection.kept | results.kept, losses=results.losses, damping=results.damping, calibration=calibration,
         columns=results.columns, grids=results.grids,
     )  # fmt: skip
 
@@ -328,7 +350,8 @@ def _solve_unit(
         hessians = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
     work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
     for name in modules:
-        set_linear_weight(modules[name], solved.dense(name))
+        if name in solved.tensors:
+            set_linear_weight(modules[name], solved.dense(name))
 
 
 @torch.no_grad()
@@ -346,6 +369,10 @@ def _solve_experts(
     assert isinstance(experts, Experts), "a routed unit is that of unfolded experts"
     with error_prefix(prefix):
         rows = routed_rows(work.loaded.block(unit.layer), experts, unit.layer, batches, calibration)
+        if not torch.isfinite(rows.hidden).all():
+            # All of them: readers take the experts of a layer for quantized, or for none.
+            error = UnsolvableError(f"{prefix}: the inputs of the experts held NaN or infinity on the calibration text")
+            return work.keep(modules, error, solved)
     for stage in expert_stages(experts, prefix, rows):
         weights = {name: linear_weight(modules[name]) for name in stage.names}
         inputs = Inputs(
