@@ -11,7 +11,6 @@ from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.artifacts.units import Unit
 
-
 _MOST_BYTES = 2**62
 """Sums of them are computed with 64 bits."""
 

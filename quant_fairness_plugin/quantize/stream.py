@@ -219,7 +219,9 @@ def quantize_model(
         folder = _work_folder(loaded, plan, solver, calibration, place, batch_tokens)
         in_files = folder is not None or isinstance(loaded, StreamedModel)
         results = StoredResults(folder) if in_files else Results()
-        work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results, strict)
+        work = _Work(
+            loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results, strict
+        )
         if calibration is None:
             _solve_from_weights(work)
         else:

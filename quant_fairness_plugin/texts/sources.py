@@ -96,7 +96,9 @@ def read_tsv(path: Path) -> RawTexts:
     """Read a table with tabs between cells and the language tags in its first line; quotes are ordinary characters."""
     header, *lines = [line.split("\t") for line in _lines(path)] or [[]]
     if len(set(header)) < len(header):
-        raise ArtifactError(f"{path}: column {reprlib.repr(first_repeated(header))} occurs twice; name each column once")
+        raise ArtifactError(
+            f"{path}: column {reprlib.repr(first_repeated(header))} occurs twice; name each column once"
+        )
     rows: list[Row] = []
     for number, cells in enumerate(lines, start=2):
         where = f"{path} line {number}"

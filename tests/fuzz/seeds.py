@@ -31,7 +31,9 @@ CARD = "---\nlicense: mit\nlanguage: [en, no]\nbase_model: a/b\ntags:\n  - x\n--
 
 def small_sweep() -> SweepReport:
     """Three plans of two layers on a few sentences: small enough to be read thousands of times."""
-    report = planted_sets({("layers.0",): 1.0, ("layers.1",): 2.0}, others={"int8": {"layers.0": 0.25, "layers.1": 0.5}})
+    report = planted_sets(
+        {("layers.0",): 1.0, ("layers.1",): 2.0}, others={"int8": {"layers.0": 0.25, "layers.1": 0.5}}
+    )
     scores = {
         name: replace(
             state,
@@ -85,7 +87,11 @@ def write_folder(path: Path) -> None:
 def main() -> None:
     one = {"dtype": "F16", "shape": [2, 3], "data_offsets": [0, 12]}
     shard = safetensors({"__metadata__": {"format": "pt"}, "a": one}, 12)
-    for target in ("header/good", "index/around/model-00001-of-00001.safetensors", "model-config/around/model.safetensors"):
+    for target in (
+        "header/good",
+        "index/around/model-00001-of-00001.safetensors",
+        "model-config/around/model.safetensors",
+    ):
         write(target, shard)
     index = {"metadata": {"total_size": 12}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}
     write("index/good", json.dumps(index))

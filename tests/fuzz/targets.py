@@ -19,7 +19,7 @@ from unittest.mock import patch
 from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
-from quant_fairness_plugin.artifacts import ExportRecord, ProtectionPlan, SweepReport, load, to_json
+from quant_fairness_plugin.artifacts import ExportRecord, SweepReport, load, to_json
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, load_record
 from quant_fairness_plugin.cli.config_file import read_config_file
 from quant_fairness_plugin.cli.saved_plan import planned
