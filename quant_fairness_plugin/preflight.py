@@ -24,7 +24,7 @@ from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokeni
 from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
 from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
-from quant_fairness_plugin.quantize.methods import check_method
+from quant_fairness_plugin.quantize.methods import check_method, find_method
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 

@@ -76,11 +76,7 @@ def _report(message: str, status: int) -> int:
 
 
 def harmless(text: str) -> str:
-    """Return a text that a terminal shows and does not obey: names in files can hold escape sequences.
-
-    >>> harmless("a name\\x1b[2J")
-    'a name\\\\x1b[2J'
-    """
+    """Return a text that a terminal shows and does not obey: names in files can hold escape sequences."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

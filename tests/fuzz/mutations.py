@@ -11,13 +11,13 @@ MOST = 64_000
 """Bytes of a mutated file."""
 _VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**400, 0.5, -0.5, 1e308, 5e-324, float("nan"), float("inf"),
-    "", "0", "layers.0", "layers.99.down", "fp16", "int4", "..", "../x", "/etc/passwd", "a" * 999, "\ud800", "\x00\x1b[2J",
-    "http://x/y", "‮", [], {}, [[]], [None], {"": None}, [0] * 50,
+    "", "0", "layers.0", "layers.99.down", "fp16", "int4", "..", "../x", "/etc/passwd", "a" * 999, "\ud800", 
+    "\x00\x1b[2J", "http://x/y", "\u202e", [], {}, [[]], [None], {"": None}, [0] * 50,
 )  # fmt: skip
 _FRAGMENTS = (
     b"NaN", b"1e999", b"-", b"{", b"}", b"[", b"]", b"\"", b",", b":", b"\\ud800", b"\x00", b"\xff", b"\xef\xbb\xbf",
-    b"&a ", b"*a", b"<<: ", b"!!int ", b"!!python/object:os.system ", b"---\n", b"\n", b"\t", b"\r", b"? ", b"- ", b"1:1:1",
-    b"[" * 200, b"{\"a\":" * 100, b"9" * 5000, b"0x" + b"f" * 500, b"\xcc\x81" * 99, b"2020-99-99",
+    b"&a ", b"*a", b"<<: ", b"!!int ", b"!!python/object:os.system ", b"---\n", b"\n", b"\t", b"\r", b"? ",
+    b"- ", b"1:1:1", b"[" * 200, b"{\"a\":" * 100, b"9" * 5000, b"0x" + b"f" * 500, b"\xcc\x81" * 99, b"2020-99-99",
 )  # fmt: skip
 
 
