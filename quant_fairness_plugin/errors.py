@@ -36,6 +36,10 @@ class UnsupportedModelError(QuantFairnessError):
     exit_code = 3
 
 
+class UnsolvableError(UnsupportedModelError):
+    """A module that a method cannot quantize on this calibration text: it can keep 16 bit, and the others go on."""
+
+
 class ResourceError(QuantFairnessError):
     """Not enough memory or disk."""
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from quant_fairness_plugin.artifacts import Precision, TextSet, Unit
+from quant_fairness_plugin.artifacts import Part, Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
@@ -24,7 +24,7 @@ from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokeni
 from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
 from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
-from quant_fairness_plugin.quantize.methods import check_method
+from quant_fairness_plugin.quantize.methods import check_method, find_method
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
@@ -136,6 +136,8 @@ def preflight(
         _check_family_exportable(files, config)
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
+    if out is not None:
+        _check_sentences(sentences, config)
     _check_tokens(files, sentences)
     return Checked(files, sentences)
 
@@ -148,6 +150,19 @@ def _check_family_exportable(files: ModelFiles, config: FairConfig) -> None:
     )
     if find_architecture(model_type) is not None and refusal is not None:
         raise UnsupportedModelError(str(refusal))
+
+
+def _check_sentences(texts: TextSet, config: FairConfig) -> None:
+    """Refuse, before the work, a text set on which a checkpoint could not be calibrated or measured after it."""
+    least = {"confirm": 2, "search": 2 if config.protect_layers == "auto" else 0}
+    least["calibrate"] = 1 if find_method(config.method).needs_calibration else 0
+    for part, count in least.items():
+        held = len(texts.part(cast(Part, part)))
+        if held < count:
+            raise ConfigError(
+                f"text set {texts.name} has {held} sentence(s) in the part {part!r}, and {count} or more are needed "
+                f"({SMALLEST_SPLIT} in all to mean something). Give more sentences, or a part to each row"
+            )
 
 
 def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "quant_fairness_plugin"
 RANKS = [
-    {"quant_fairness_kernels", "errors"},
+    {"quant_fairness_kernels", "documents", "errors"},
     {"artifacts"},
     {"model", "texts"},
     {"measure"},

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quant_fairness_plugin.config import make_config
-from quant_fairness_plugin.errors import ArtifactError, InvalidLayerError, UnsupportedModelError
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.preflight import ModelSource, check_units, known_units, preflight
 from tests.tiny import byte_tokenizer, tiny_config
@@ -105,3 +105,34 @@ def test_a_token_outside_of_the_embedding_is_refused_before_the_work(
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(ArtifactError, match=message):
         FairQuantizer.from_pretrained(model, tokenizer=tokenizer, protect_layers="none")
+
+
+@pytest.mark.parametrize(
+    ("rows", "chosen", "message"),
+    [
+        ([{"en": "One.", "he": "אחת."}], {}, r"1 sentence\(s\) in the part 'confirm', and 2 or more are needed"),
+        (
+            [{"part": "confirm", "en": f"Row {i}.", "he": f"שורה {i}."} for i in range(4)],
+            {"protect_layers": "none"},
+            r"0 sentence\(s\) in the part 'calibrate', and 1 or more",
+        ),
+        (
+            [
+                {"part": part, "en": f"Row {part}{i}.", "he": f"{i} {part}"}
+                for i in range(4)
+                for part in ("calibrate", "confirm")
+            ],
+            {},
+            r"0 sentence\(s\) in the part 'search', and 2 or more",
+        ),
+    ],
+)
+def test_texts_that_are_too_few_are_refused_before_the_work(
+    rows: list[dict[str, str]], chosen: dict[str, Any], message: str, tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    source = ModelSource(str(tiny_model("llama")))
+    with pytest.raises(ConfigError, match=message):
+        preflight(source, make_config(texts=str(texts), **chosen), out=tmp_path / "out")
+    preflight(source, make_config(texts=str(texts), **chosen))  # nothing is to be written: only looked at

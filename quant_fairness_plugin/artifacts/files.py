@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,18 +19,25 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from quant_fairness_plugin.artifacts.checkpoints import ExportRecord
+from quant_fairness_plugin.artifacts.consistency import check
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.artifacts.measurements import Measurement
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
+from quant_fairness_plugin.documents import parse_json, read_text
 from quant_fairness_plugin.errors import ArtifactError
 
 A = TypeVar("A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage)
 
 
-def _adapter(kind: type[A]) -> TypeAdapter[A]:
+MOST_ARTIFACT_BYTES = 256_000_000
+"""A sweep of a hundred plans on ten languages takes a tenth of it."""
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -47,16 +55,23 @@ def from_json(kind: type[A], text: str, source: str) -> A:
     """Read an artifact of the given kind.
 
     Raises:
-        ArtifactError: not JSON, another kind or schema version, or a field that does not fit. Names the field.
+        ArtifactError: not JSON, another kind or schema version, a field that does not fit (names it), or fields that
+            contradict each other.
     """
     try:
-        return _adapter(kind).validate_json(text)
+        artifact: A = _adapter(kind).validate_python(parse_json(text))
+        check(artifact)
     except ValidationError as err:
-        first = err.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "document"
-        raise ArtifactError(
-            f"{source}: {where}: {first['msg']}; expected a {kind.__name__} written by this version. Make it again."
-        ) from err
+        first = err.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))[:200] or "document"
+        raise _unreadable(kind, source, f"{where}: {first['msg']}") from err
+    except ValueError as err:
+        raise _unreadable(kind, source, str(err)) from err
+    return artifact
+
+
+def _unreadable(kind: type[A], source: str, what: str) -> ArtifactError:
+    return ArtifactError(f"{source}: {what}; expected a {kind.__name__} written by this version. Make it again.")
 
 
 def save(artifact: A, path: Path) -> None:
@@ -71,8 +86,8 @@ def load(kind: type[A], path: Path) -> A:
         ArtifactError: the file is missing, unreadable or of another kind.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
+        text = read_text(path, most=MOST_ARTIFACT_BYTES)
+    except (OSError, ValueError) as err:
         raise ArtifactError(f"{path}: cannot be read ({err}); expected a {kind.__name__} file") from err
     return from_json(kind, text, str(path))
 

@@ -26,6 +26,8 @@ class LanguageScores:
     """KL(p16 ‖ p) over the full vocabulary, summed over the scored tokens; 0 for the 16-bit state itself."""
     flips: tuple[int, ...]
     """Scored tokens whose most likely next token differs from the 16-bit model's."""
+    unknown: int = 0
+    """Tokens of all sentences that stand for text which the tokenizer cannot spell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

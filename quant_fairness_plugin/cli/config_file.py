@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.documents import parse_json, parse_yaml, read_text
 from quant_fairness_plugin.errors import ConfigError
 
 
@@ -33,48 +31,14 @@ def _decode(path: Path) -> Any:
     if path.suffix.lower() not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"--config {path} is neither YAML nor JSON by its name; use a file NAME.yaml or NAME.json")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
+        text = read_text(path)
+    except (OSError, ValueError) as err:
         raise ConfigError(f"--config {path} cannot be read: {getattr(err, 'strerror', None) or err}") from err
     try:
-        if path.suffix.lower() == ".json":
-            return json.loads(text, object_pairs_hook=_once)
-        # PyYAML's loaders are the documented way to safe_load with other rules.
-        return yaml.load(text, Loader=_Loader)
-    except ConfigError as err:
-        raise ConfigError(f"{path}: {err}") from err
-    except (ValueError, yaml.YAMLError, RecursionError) as err:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {' '.join(str(err).split())}") from err
-
-
-def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return the pairs as a table. Both formats would silently take the last of two."""
-    table: dict[Any, Any] = {}
-    for key, value in pairs:
-        if key in table:
-            raise ConfigError(f"{key!r} is there twice; leave one of the two out")
-        table[key] = value
-    return table
+        return parse_json(text) if path.suffix.lower() == ".json" else parse_yaml(text)
+    except ValueError as err:
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {err}") from err
 
 
 def _kind(document: Any) -> str:
     return "nothing" if document is None else f"a {type(document).__name__}"
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
-    """Plain data only, with the truth values of YAML 1.2: `no` is Norwegian, and not false."""
-
-
-def _table(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    return _once(
-        [(loader.construct_object(key), loader.construct_object(value, deep=True)) for key, value in node.value]
-    )
-
-
-_BOOLEAN = "tag:yaml.org,2002:bool"
-_Loader.add_constructor("tag:yaml.org,2002:map", _table)
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN or first in "tTfF"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}

@@ -33,6 +33,9 @@ COMMANDS = {
 }
 """Every command, with the example at the end of its help."""
 
+MOST_CHARACTERS = 2000
+"""Of an error: a value from a file can be as long as the file."""
+
 app = typer.Typer(
     name="quant-fairness",
     help="Quantize a language model to INT4 without hurting some languages more than others.",
@@ -48,7 +51,9 @@ def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) 
 
     `QUANT_FAIRNESS_VERBOSE=1` adds the traceback.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Harmless("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         status = command(args=list(argv), prog_name=name, standalone_mode=False)
         return status if isinstance(status, int) else 0
@@ -68,8 +73,28 @@ def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) 
 def _report(message: str, status: int) -> int:
     if os.environ.get("QUANT_FAIRNESS_VERBOSE"):
         traceback.print_exc()
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.write(f"error: {_shortened(harmless(' '.join(message.split())))}\n")
     return status
+
+
+def harmless(text: str) -> str:
+    """Return a text that a terminal shows and does not obey: names in files can hold escape sequences."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shortened(message: str) -> str:
+    if len(message) <= MOST_CHARACTERS:
+        return message
+    half = MOST_CHARACTERS // 2
+    return f"{message[:half]} … {message[-half:]}"
+
+
+class _Harmless(logging.Formatter):
+    """Log lines that a terminal does not obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line."""
+        return harmless(super().format(record))
 
 
 def main() -> None:

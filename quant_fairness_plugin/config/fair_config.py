@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -163,7 +165,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         values = _complete(document)
         try:
             # JSON mode is strict about types and reads a list as a tuple. What JSON lacks, such as a date, is text.
-            return TypeAdapter(cls).validate_json(json.dumps(values, default=str), strict=True)
+            return _adapter().validate_json(json.dumps(values, default=str), strict=True)
         except ValidationError as err:
             raise ConfigError(_explain(err)) from err
 
@@ -175,9 +177,14 @@ def make_config(**values: Any) -> FairConfig:
         ConfigError: an unknown name or a value of the wrong type; names the field and what is accepted.
     """
     try:
-        return TypeAdapter(FairConfig).validate_python(_complete(values), strict=False)
+        return _adapter().validate_python(_complete(values), strict=False)
     except ValidationError as err:
         raise ConfigError(_explain(err)) from err
+
+
+@cache
+def _adapter() -> TypeAdapter[FairConfig]:
+    return TypeAdapter(FairConfig)
 
 
 def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,7 +212,7 @@ def _explain(err: ValidationError) -> str:
         hint = f"; known names: {', '.join(_names())}"
     elif where == "protect_layers":
         hint = ", or a list of layer indices such as [0, 9, 11]"
-    return f"{where} {first['input']!r}: {first['msg']}{hint}"
+    return f"{where} {reprlib.repr(first['input'])}: {first['msg']}{hint}"
 
 
 def _names() -> tuple[str, ...]:

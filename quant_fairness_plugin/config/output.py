@@ -62,8 +62,8 @@ class OutputFields:
     strict: Annotated[
         bool,
         Option(
-            "An unstable ranking or a failed gate is an error (exit status 6), and so is a --group-size that does not "
-            "fit every unit (exit status 2), not a warning.",
+            "An unstable ranking or a failed gate is an error (exit status 6), and so are a --group-size that does not "
+            "fit every unit (2) and a module that cannot be quantized (3), not a warning.",
             "More",
             flag="--strict/--no-strict",
         ),

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from quant_fairness_plugin.documents import parse_yaml, read_text
 from quant_fairness_plugin.export.companions import SOURCE_CARD, Companions
 from quant_fairness_plugin.model.resolve import ModelFiles
 
@@ -41,7 +40,7 @@ NO_CARD = SourceCard()
 def read_source_card(files: ModelFiles, companions: Companions) -> SourceCard:
     """Return what the card of a model says. Front matter that is malformed is said in the log, and left out."""
     path = companions.files.get(SOURCE_CARD)
-    matter = _front_matter(path) if path is not None else {}
+    matter = front_matter(path) if path is not None else {}
     base, relation = matter.get("base_model"), matter.get("base_model_relation")
     if files.revision is not None:
         base, relation = files.name, "quantized"
@@ -55,30 +54,21 @@ def read_source_card(files: ModelFiles, companions: Companions) -> SourceCard:
     )
 
 
-def _front_matter(path: Path) -> dict[str, Any]:
+def front_matter(path: Path) -> dict[str, Any]:
+    """Return the YAML at the head of a card; nothing where there is none. A malformed one is logged."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         match = re.match(r"---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(\r?\n|$)", text, re.DOTALL)
         if match is None:
             return {}
-        content = yaml.load(match[1], Loader=_Plain)
+        content = parse_yaml(match[1])
         if not isinstance(content, dict):
             raise ValueError("it is no mapping")
         return {str(key): value for key, value in content.items()}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as err:
+    except (OSError, ValueError) as err:
         reason = " ".join(str(err).split())[:150]
         _logger.warning("%s: its front matter cannot be read (%s); the export's card says no licence", path, reason)
         return {}
-
-
-class _Plain(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
-    """Reads only strings, numbers and booleans as such: `no` stays Norwegian, dates stay text."""
-
-
-_Plain.yaml_implicit_resolvers = {
-    letter: [(tag, pattern) for tag, pattern in rules if tag.rpartition(":")[2] in ("int", "float", "null", "merge")]
-    for letter, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def _words(value: object) -> list[str]:

@@ -80,8 +80,8 @@ def measure_damage(
 ) -> tuple[LanguageDamage, ...]:
     """Return what `state` costs each language against `baseline`, with intervals and a status.
 
-    Every language of the text set is reported. `unsupported` (the 16-bit model does not know it) and `collapsed` (the
-    quantized model is no better than chance) mean that its figures must not be summarised or ranked.
+    Every language of the text set is reported. `unsupported` (the 16-bit model or its tokenizer does not know it) and
+    `collapsed` (the quantized model is no better than chance) mean that its figures must not be summarised or ranked.
 
     Args:
         baseline: scores of the 16-bit model.
@@ -101,7 +101,8 @@ def measure_damage(
             "Name one of these, or none to report damage only."
         )
     sums = _weighted_sums(baseline, state, languages, Resamples.of(bootstrap, len(texts)).weights)
-    statuses = [_status(sums, i, texts.sentences[name], vocabulary) for i, name in enumerate(languages)]
+    unknown = [baseline.languages[name].unknown for name in languages]
+    statuses = [_status(sums, i, texts.sentences[name], vocabulary, unknown[i]) for i, name in enumerate(languages)]
     figures = _Figures.of(sums, len(texts), _against_reference(sums, languages, statuses, reference))
     return tuple(_row(sums, figures, i, language, statuses[i]) for i, language in enumerate(languages))
 
@@ -272,10 +273,11 @@ def _change_of(language: str | None) -> str:
     return f"the change of {language} in bits per byte"
 
 
-def _status(sums: _Sums, column: int, sentences: Sequence[str], vocabulary: int) -> tuple[Status, str]:
+def _status(sums: _Sums, column: int, sentences: Sequence[str], vocabulary: int, unknown: int) -> tuple[Status, str]:
     """Support comes first: a language that the 16-bit model does not know cannot be said to have collapsed."""
     before, after, bytes_, tokens = _levels(sums, column)
-    reason = guards.support(metrics.bits_per_byte(before, bytes_), guards.byte_unigram_bpb(sentences))
+    reason = guards.spelling(unknown, round(tokens))
+    reason = reason or guards.support(metrics.bits_per_byte(before, bytes_), guards.byte_unigram_bpb(sentences))
     if reason:
         return "unsupported", reason
     reason = guards.collapse(

@@ -16,6 +16,7 @@ from quant_fairness_plugin.measure.metrics import Array
 CHANCE_SHARE = 0.9
 UNIFORM_BITS_PER_BYTE = 8.0
 PERPLEXITY_FACTOR = 10.0
+UNKNOWN_SHARE = 0.1
 SMOOTHING = 0.5
 """Krichevsky-Trofimov: close to the best that a byte count can do on a text of unknown length."""
 
@@ -54,6 +55,17 @@ def support(baseline_bpb: float, unigram_bpb: float) -> str | None:
         f"the 16-bit model needs {baseline_bpb:.2f} bits per byte, no better than counting bytes ({unigram_bpb:.2f}): "
         "there is nothing to lose"
     )
+
+
+def spelling(unknown: int, tokens: int) -> str | None:
+    """Return why nothing can be said of a language that the tokenizer cannot spell, or None.
+
+    A token for unknown text is easy to predict, whatever the text was: the model seems to know the language well.
+    """
+    share = unknown / tokens
+    if share <= UNKNOWN_SHARE:
+        return None
+    return f"{share:.0%} of its tokens stand for text that the tokenizer cannot spell"
 
 
 def collapse(

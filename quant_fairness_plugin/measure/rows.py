@@ -41,6 +41,7 @@ class _Text(NamedTuple):
     ids: tuple[int, ...]
     skipped: int
     bytes_: int
+    unknown: int
 
 
 class Row(NamedTuple):
@@ -164,8 +165,9 @@ def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet) -
             )
         if skipped:
             bytes_ -= _first_token_bytes(tokenizer, sentence, ids, encoding["offset_mapping"][index])
-        encoded.append(_Text(ids, skipped, bytes_))
-    _warn_of_unknown_tokens(tokenizer, language, encoded)
+        unknown = 0 if tokenizer.unk_token_id is None else ids.count(tokenizer.unk_token_id)
+        encoded.append(_Text(ids, skipped, bytes_, unknown))
+    _warn_of_unknown_tokens(language, encoded)
     return encoded
 
 
@@ -179,11 +181,8 @@ def _first_token_bytes(
     return 1 if token.startswith("<0x") else len(token)
 
 
-def _warn_of_unknown_tokens(tokenizer: PreTrainedTokenizerBase, language: str, texts: Sequence[_Text]) -> None:
-    if tokenizer.unk_token_id is None:
-        return
-    unknown = sum(text.ids.count(tokenizer.unk_token_id) for text in texts)
-    share = unknown / sum(len(text.ids) for text in texts)
+def _warn_of_unknown_tokens(language: str, texts: Sequence[_Text]) -> None:
+    share = sum(text.unknown for text in texts) / sum(len(text.ids) for text in texts)
     if share > UNKNOWN_SHARE:
         logger.warning(
             "%s: %.1f %% of the tokens are unknown to the tokenizer; its scores mean little", language, 100 * share
@@ -253,6 +252,7 @@ def _finish(totals: dict[str, Array], encoded: dict[str, list[_Text]]) -> dict[s
             # Rounding can push the KL of two nearly equal states a little below its bound.
             kl_nats=tuple(significant(max(0.0, value)) for value in sums[KL].tolist()),
             flips=tuple(round(value) for value in sums[FLIPS].tolist()),
+            unknown=sum(text.unknown for text in encoded[language]),
         )
         for language, sums in totals.items()
     }

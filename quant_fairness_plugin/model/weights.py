@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
+from quant_fairness_plugin.documents import parse_json, read_text
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.model.headers import TensorShapes, read_header
 
-MAX_JSON_BYTES = 64_000_000
 _SHARD = re.compile(r"(pytorch_)?model(-[0-9]+-of-[0-9]+)?\.safetensors", re.ASCII)
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
@@ -86,12 +86,10 @@ def read_json(path: Path) -> dict[str, Any]:
         ArtifactError: missing, too large, not UTF-8, or no JSON object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path), finite=False)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as err:
+    except (OSError, ValueError) as err:
         raise ArtifactError(f"{path}: cannot be read as a JSON object ({err}). Restore the model's file.") from err
     return value
 
@@ -99,9 +97,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _shards(index: Path, suffix: str) -> tuple[Path, ...]:
     names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if not name.endswith(suffix) or re.search(r"[/\\:\x00]", name) or name.startswith("."):
+        if not name.endswith(suffix) or re.search(r"[/\\:\x00]", name) or name.startswith(".") or len(name) > 200:
             raise ArtifactError(
-                f"{index}: names the file {name!r}; expected names of {suffix} files in the same folder. "
+                f"{index}: names the file {reprlib.repr(name)}; expected names of {suffix} files in the same folder. "
                 "Get the model again from a source that you trust."
             )
     absent = [name for name in names if not (index.parent / name).is_file()]

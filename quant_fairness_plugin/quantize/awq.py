@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.errors import UnsolvableError
 from quant_fairness_plugin.quantize.gptq import output_loss
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, quantize_rtn, to_integers
 
@@ -68,7 +68,8 @@ def solve_awq(
     Raises:
         ConfigError: a grid that is not a grid, or whose group does not divide the columns.
         ArtifactError: a weight holds NaN or infinity.
-        UnsupportedModelError: the Hessian holds NaN or infinity, or a scale is too large for `scale_dtype`.
+        UnsolvableError: the Hessian holds NaN or infinity.
+        UnsupportedModelError: a scale is too large for `scale_dtype`.
     """
     check_hessians(hessians)
     wide = {name: weight.float() for name, weight in weights.items()}
@@ -91,10 +92,10 @@ def check_hessians(hessians: Mapping[str, Tensor]) -> None:
     """Refuse inputs that were not finite.
 
     Raises:
-        UnsupportedModelError: a Hessian holds NaN or infinity.
+        UnsolvableError: a Hessian holds NaN or infinity.
     """
     if not all(bool(torch.isfinite(hessian).all()) for hessian in hessians.values()):
-        raise UnsupportedModelError(
+        raise UnsolvableError(
             "the inputs of the module held NaN or infinity on the calibration text; "
             "quantize with method 'rtn', or protect the layer"
         )

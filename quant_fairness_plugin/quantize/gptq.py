@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.errors import ConfigError, UnsolvableError
 from quant_fairness_plugin.model.devices import wide_dtype
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
 from quant_fairness_plugin.quantize.moments import GroupMoments, working_dtype
@@ -67,7 +67,7 @@ def solve_gptq(
         ConfigError: an argument that cannot be used, a Hessian of another shape than the weight's columns, or clip
             `minimax` without inputs.
         ArtifactError: the weight holds NaN or infinity.
-        UnsupportedModelError: the Hessian holds NaN or infinity, or no damping makes it positive definite.
+        UnsolvableError: the Hessian holds NaN or infinity, or no damping makes it positive definite.
     """
     _check(weight, hessian, damp=damp, block=block)
     work = weight.to(working_dtype(weight.device), copy=True)
@@ -106,7 +106,7 @@ def _check(weight: Tensor, hessian: Tensor, *, damp: float, block: int) -> None:
     if block < 1:
         raise ConfigError(f"block {block!r} cannot be used; use a number of columns, such as 128")
     if not torch.isfinite(hessian).all():
-        raise UnsupportedModelError(
+        raise UnsolvableError(
             "the inputs of the module held NaN or infinity on the calibration text; "
             "quantize with method 'rtn', or protect the layer"
         )
@@ -139,7 +139,7 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
             if not failed:
                 return upper, damp
         damp *= 10
-    raise UnsupportedModelError(
+    raise UnsolvableError(
         f"the Hessian is not positive definite at any damping up to {MAX_DAMP:g}; "
         "give more calibration text, quantize with method 'rtn', or protect the layer"
     )

@@ -74,6 +74,8 @@ class Results:
     losses: dict[str, float] = field(default_factory=dict)
     damping: dict[str, float] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    """Module that could not be solved → reason."""
 
     def has(self, layer: int) -> bool:
         """Return whether a layer was solved by an earlier run."""
@@ -85,6 +87,7 @@ class Results:
             assert isinstance(mine, dict)
             mine |= its
         self._note(solved.losses, solved.damping, {name: tensor.grid for name, tensor in solved.tensors.items()})
+        self.kept |= solved.kept
 
     def layer(self, layer: int) -> Solved:
         """Return what an earlier run solved in a layer."""
@@ -147,6 +150,7 @@ class StoredResults(Results):
             columns={name: self.columns[name] for name in facts[_COLUMNS]},
             losses=facts["losses"],
             damping=facts["damping"],
+            kept=facts["kept"],
         )
 
     def _take(self, path: Path) -> None:
@@ -170,6 +174,7 @@ class StoredResults(Results):
         for name in facts[_COLUMNS]:
             columns.add(name, partial(_kept, places, name))
         self._note(facts["losses"], facts["damping"], grids)
+        self.kept |= facts["kept"]
 
 
 def _facts(layer: int, solved: Solved) -> dict[str, Any]:
@@ -180,6 +185,7 @@ def _facts(layer: int, solved: Solved) -> dict[str, Any]:
         _COLUMNS: list(solved.columns),
         "losses": solved.losses,
         "damping": solved.damping,
+        "kept": solved.kept,
     }
 
 

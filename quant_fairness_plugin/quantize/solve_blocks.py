@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import Unit
+from quant_fairness_plugin.errors import UnsolvableError
 from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.experts import Experts
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
@@ -24,6 +26,7 @@ from quant_fairness_plugin.quantize.results import Results
 from quant_fairness_plugin.quantize.selection import Selection
 from quant_fairness_plugin.quantize.solving import Inputs, Problem, Solved, error_prefix
 
+_logger = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
 
 
@@ -37,6 +40,8 @@ class Work:
     columns: float
     report: Report
     results: Results
+    strict: bool
+    """Stop at a module that cannot be solved, instead of keeping its fusion group in 16 bit."""
 
     def units(self, layer: int) -> Iterator[tuple[Unit, dict[str, nn.Module]]]:
         """Yield the fusion groups to quantize in a layer, in forward order, with their modules by full name."""
@@ -56,7 +61,18 @@ class Work:
             loaded=self.loaded, unit=unit, weights=weights, grids=self.selection.grids, columns=self.columns,
             measured=measured,
         )  # fmt: skip
-        self.method.solve(problem, solved)
+        try:
+            self.method.solve(problem, solved)
+        except UnsolvableError as err:
+            self.keep(weights, err, solved)
+
+    def keep(self, names: Iterable[str], err: UnsolvableError, solved: Solved) -> None:
+        """Leave the modules of a fusion group in 16 bit, as servers merge them into one matrix; or stop."""
+        if self.strict:
+            raise err
+        reason = str(err).partition(";")[0]
+        _logger.warning("%s. It keeps 16 bit", reason)
+        solved.kept |= dict.fromkeys(names, reason)
 
 
 @torch.no_grad()
@@ -139,7 +155,8 @@ def _solve_unit(
         hessians = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
     work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
     for name in modules:
-        set_linear_weight(modules[name], solved.dense(name))
+        if name in solved.tensors:
+            set_linear_weight(modules[name], solved.dense(name))
 
 
 @torch.no_grad()
@@ -157,6 +174,10 @@ def _solve_experts(
     assert isinstance(experts, Experts), "a routed unit is that of unfolded experts"
     with error_prefix(prefix):
         rows = routed_rows(work.loaded.block(unit.layer), experts, unit.layer, batches, calibration)
+        if not torch.isfinite(rows.hidden).all():
+            # All of them: readers take the experts of a layer for quantized, or for none.
+            error = UnsolvableError(f"{prefix}: the inputs of the experts held NaN or infinity on the calibration text")
+            return work.keep(modules, error, solved)
     for stage in expert_stages(experts, prefix, rows):
         weights = {name: linear_weight(modules[name]) for name in stage.names}
         inputs = Inputs(

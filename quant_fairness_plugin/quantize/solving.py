@@ -78,6 +78,8 @@ class Solved:
     damping: dict[str, float] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
     columns: dict[str, KeptColumns] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    """Module that could not be solved, and so keeps 16 bit → reason."""
     targets: dict[str, Target] = field(default_factory=dict)
     """Of the modules of the block at hand that keep channels."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from quant_fairness_plugin.artifacts import ProtectionPlan
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.quantize.blocks import Rows
@@ -43,6 +43,7 @@ def quantize_model(
     batch_tokens: int = BATCH_TOKENS,
     progress: Report | None = None,
     workplace: Workplace | None = None,
+    strict: bool = False,
 ) -> QuantizedModel:
     """Quantize the linear modules of all layers that a plan does not protect.
 
@@ -51,19 +52,22 @@ def quantize_model(
     Args:
         loaded: the model; changed one block at a time while the work lasts.
         plan: which layers and units keep which precision, the grid of the others, and the share of input channels that
-            keep 16 bit. Modules that their grid does not fit stay in 16 bit and are listed in `kept`.
+            keep 16 bit. Modules that their grid does not fit, or that cannot be solved on this calibration text (their
+            inputs held NaN), stay in 16 bit and are listed in `kept`.
         method: a name of `methods.METHODS`, or a method with other options, such as `Gptq(damp=0.1)`.
         calibration: token rows and language weights; None for a method that needs none.
         batch_tokens: most calibration tokens that are run at once.
         progress: called with (layers done, layers) after each layer.
         workplace: a folder to go on from after an interruption, and a memory budget. Neither changes a bit.
+        strict: stop at a module that cannot be solved.
 
     Raises:
         ConfigError: an unknown method, a calibration that is missing or not needed, a plan of another model, a grid
             that fits no module, or one that the method cannot be used with.
         InvalidLayerError: a protected layer that the model lacks, or all of them.
         ArtifactError: a weight holds NaN or infinity (names the module).
-        UnsupportedModelError: a module cannot be solved (names it), or the method does not know the architecture.
+        UnsupportedModelError: no module can be solved, or with `strict` one of them (names it); or the method does not
+            know the architecture.
         ResourceError: a budget that is too small, or a folder that cannot be written.
     """
     place = workplace or Workplace()
@@ -76,7 +80,9 @@ def quantize_model(
         folder = work_folder(loaded, plan, solver, calibration, place, batch_tokens)
         in_files = folder is not None or isinstance(loaded, StreamedModel)
         results = StoredResults(folder) if in_files else Results()
-        work = Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results)
+        work = Work(
+            loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results, strict
+        )
         if calibration is None:
             solve_from_weights(work)
         else:
@@ -86,9 +92,11 @@ def quantize_model(
                 durable=place.folder is not None,
             )  # fmt: skip
             solve_on_inputs(work, rows, calibration)
+    if not results.tensors:
+        raise UnsupportedModelError(f"nothing could be quantized: {next(iter(results.kept.values()))}")
     return QuantizedModel(
         loaded=loaded, plan=plan, method=solver.name, tensors=results.tensors, folded=results.folded,
-        kept=selection.kept, losses=results.losses, damping=results.damping, calibration=calibration,
+        kept=selection.kept | results.kept, losses=results.losses, damping=results.damping, calibration=calibration,
         columns=results.columns, grids=results.grids,
     )  # fmt: skip
 

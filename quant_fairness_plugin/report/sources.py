@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,8 @@ from quant_fairness_plugin.artifacts import (
     SweepReport,
     from_json,
 )
+from quant_fairness_plugin.artifacts.files import MOST_ARTIFACT_BYTES
+from quant_fairness_plugin.documents import parse_json, read_text
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 
@@ -102,9 +103,9 @@ def read_artifact(path: Path) -> Artifact:
     """
     file = path / RECORD_NAME if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
-        content = json.loads(text)
-    except (OSError, ValueError) as err:  # bad UTF-8 and bad JSON are both ValueErrors
+        text = read_text(file, most=MOST_ARTIFACT_BYTES)
+        content = parse_json(text)
+    except (OSError, ValueError) as err:
         raise ArtifactError(
             f"{file}: cannot be read ({' '.join(str(err).split())}); expected a checkpoint folder of this program or a "
             "JSON file that it saved. Check the path"

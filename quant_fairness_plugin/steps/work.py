@@ -155,6 +155,7 @@ def quantize(
         method=config.method,
         workplace=workplace,
         progress=progress,
+        strict=config.strict,
     )
     if calibration is None:
         return with_our_core()

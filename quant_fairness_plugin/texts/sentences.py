@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 # A novel is about a million characters: whatever is longer in one piece is a file that lost its line ends.
 MAX_CHARACTERS = 1_000_000
+MAX_MARKS = 30
+"""Combining marks in a row: Unicode's stream-safe text format (UAX #15) has no more, and no language has. Bringing
+thousands of them in order takes time that grows with their square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +43,7 @@ def clean_sentence(text: object, where: str) -> str:
     Raises:
         ArtifactError: not text, empty, longer than `MAX_CHARACTERS`, or with a character that no clean text holds:
             a NUL or other control character (tabs and line ends are allowed), a lone surrogate, a noncharacter, or
-            U+FFFD, which earlier damage left behind.
+            U+FFFD, which earlier damage left behind; or with more than `MAX_MARKS` combining marks in a row.
     """
     if not isinstance(text, str):
         raise ArtifactError(f"{where}: {type(text).__name__} instead of text; every language needs a sentence here")
@@ -49,7 +52,11 @@ def clean_sentence(text: object, where: str) -> str:
             f"{where}: {len(text):,} characters in one piece; accepted are {MAX_CHARACTERS:,}. Split it."
         )
     unix = text.replace("\r\n", "\n")
+    marks = 0
     for character in unix:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > MAX_MARKS:
+            raise ArtifactError(f"{where}: more than {MAX_MARKS} combining marks in a row; remove the surplus ones")
         if fault := _fault(character):
             raise ArtifactError(f"{where}: {fault} U+{ord(character):04X} in the text; remove it or mend the file")
     clean = unicodedata.normalize("NFC", unix).strip()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
 from quant_fairness_plugin.artifacts import Part
+from quant_fairness_plugin.documents import first_repeated, parse_json
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
 from quant_fairness_plugin.texts.columns import (
     META,
@@ -95,8 +95,10 @@ def parse_jsonl(content: bytes, source: str) -> RawTexts:
 def read_tsv(path: Path) -> RawTexts:
     """Read a table with tabs between cells and the language tags in its first line; quotes are ordinary characters."""
     header, *lines = [line.split("\t") for line in _lines(path)] or [[]]
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise ArtifactError(f"{path}: column {reprlib.repr(twice[0])} occurs twice; name each column once")
+    if len(set(header)) < len(header):
+        raise ArtifactError(
+            f"{path}: column {reprlib.repr(first_repeated(header))} occurs twice; name each column once"
+        )
     rows: list[Row] = []
     for number, cells in enumerate(lines, start=2):
         where = f"{path} line {number}"
@@ -195,8 +197,8 @@ def _ids(given: Sequence[object], source: str) -> tuple[str, ...]:
         )
     ids = tuple(str(row_id) for row_id in given)
     if len(set(ids)) < len(ids):
-        twice = next(row_id for row_id in ids if ids.count(row_id) > 1)
-        raise ArtifactError(f"{source}: id {reprlib.repr(twice)} occurs more than once; give every row a different id")
+        twice = reprlib.repr(first_repeated(ids))
+        raise ArtifactError(f"{source}: id {twice} occurs more than once; give every row a different id")
     return ids
 
 
@@ -253,17 +255,9 @@ def _split_lines(text: str) -> list[str]:
 
 def _parse(text: str, where: str) -> object:
     try:
-        return json.loads(text, object_pairs_hook=_without_repeated_keys)
-    except (ValueError, RecursionError) as err:
+        return parse_json(text)
+    except ValueError as err:
         raise ArtifactError(f"{where}: not valid JSON ({err}); mend the file") from err
-
-
-def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {reprlib.repr(twice)} occurs twice")
-    return dict(pairs)
 
 
 def _shown(names: Iterable[str]) -> str:

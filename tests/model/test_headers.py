@@ -86,7 +86,7 @@ def test_a_name_that_is_listed_twice_is_refused_where_the_library_takes_the_last
     entry = b'{"dtype":"F16","shape":[1],"data_offsets":[0,2]}'
     path = write(tmp_path / "twice.safetensors", b'{"a":' + entry + b',"a":' + entry + b"}", data=2)
     assert library_accepts(path)
-    with pytest.raises(ArtifactError, match="'a' is listed twice"):
+    with pytest.raises(ArtifactError, match="'a' is there twice"):
         read_header(path)
 
 
@@ -94,7 +94,7 @@ def test_a_header_at_the_bound_is_not_read_into_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "big.safetensors", b"{}", length=MAX_HEADER_BYTES + 1)
     with path.open("r+b") as file:
         file.truncate(MAX_HEADER_BYTES + 100)  # sparse: takes no space
-    with pytest.raises(ArtifactError, match="a header of 100000001 bytes"):
+    with pytest.raises(ArtifactError, match=f"a header of {MAX_HEADER_BYTES + 1} bytes"):
         read_header(path)
 
 

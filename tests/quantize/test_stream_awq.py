@@ -166,7 +166,7 @@ def test_awq_refuses_what_it_does_not_know(load: Load, rows: CalibrationSet) -> 
     with torch.no_grad():
         loaded.model.get_parameter("model.layers.1.input_layernorm.weight").fill_(math.nan)
     with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.self_attn\.q_proj: the inputs .* NaN"):
-        quantize_layers(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows)
+        quantize_layers(loaded, (), method="awq", grid=ASYMMETRIC, calibration=rows, strict=True)
     loaded.model.config.model_type = "granite"
     try:
         with pytest.raises(UnsupportedModelError, match="granite: it is not known where AWQ's scales can be folded"):

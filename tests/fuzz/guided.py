@@ -1,0 +1,50 @@
+"""Fuzz one target for a while, guided by coverage: `python -m tests.fuzz.guided TARGET SECONDS FOLDER`. Needs atheris.
+
+What reached new code is added to FOLDER, what went wrong lies there as `crash-…`. The last line on stdout is the number
+of executions.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from random import Random
+
+import atheris
+
+with atheris.instrument_imports(include=["quant_fairness_plugin"]):
+    from tests.fuzz.targets import CORPUS, opened
+
+from tests.fuzz.mutations import MOST, mutated
+
+_SHARE_OF_DOCUMENTS = 3
+"""Of four mutations, so many are of the document's values; the others are libFuzzer's, of bytes."""
+
+
+def mutate(content: bytes, most: int, seed: int) -> bytes:
+    """Return a changed copy of a file, as libFuzzer asks for it."""
+    if seed % 4 < _SHARE_OF_DOCUMENTS:
+        return mutated(content, Random(seed))[:most]
+    changed: bytes = atheris.Mutate(content, most)
+    return changed
+
+
+def main() -> None:
+    name, seconds, folder = sys.argv[1:]
+    logging.disable(logging.CRITICAL)
+    with opened(name) as target:
+        runs = 0
+
+        def read(content: bytes) -> None:
+            nonlocal runs
+            runs += 1
+            target(content)
+
+        options = [f"-max_total_time={seconds}", f"-max_len={MOST}", f"-artifact_prefix={folder}/", "-verbosity=0"]
+        options += ["-rss_limit_mb=0", "-timeout=60"]  # the target measures both itself
+        atheris.Setup([sys.argv[0], *options, folder, str(CORPUS / name)], read, custom_mutator=mutate)
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
