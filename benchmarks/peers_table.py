@@ -1,13 +1,14 @@
 """Our checkpoints beside those of other tools: the same model, calibration rows and evaluation text.
 
-    make peers                                                     # once: an environment for each tool
-    python benchmarks/peers_table.py make --model out/smollm2-135m # one process a variant, minutes each; goes on where
-    python benchmarks/peers_table.py measure --model out/smollm2-135m  # it stopped; then one pass over all, some minutes
-    python benchmarks/peers_table.py render                        # writes the tables of docs/peers.md
+    make real peers                           # once: the model, and an environment for each tool
+    python benchmarks/peers_table.py make     # one process a variant, minutes each; goes on where it stopped
+    python benchmarks/peers_table.py measure  # one pass over all, some minutes; writes the rows
+    python benchmarks/peers_table.py render   # writes the tables of docs/peers.md
 
-A variant is one tool with one calibration; all get the same token rows. `make` leaves a folder or GGUF file of each
-under `--work`, with what it cost; `measure` reads all of them with our own dequantizer, in float32, and scores them on
-the `confirm` sentences, which no calibration saw. Differences between two checkpoints are paired, sentence by sentence.
+A variant is one tool with one calibration; all get the same token rows. `make` leaves a folder of each under `--work`,
+with what it cost, and makes no variant twice; `measure` reads all with our own dequantizer, in float32, and scores them
+on the `confirm` sentences, which no calibration saw. Differences between two checkpoints are paired, sentence by
+sentence.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ def measure(model: Path, work: Path, names: list[str]) -> None:
     """Measure every checkpoint that was made in one pass, and write the rows in place of the old ones."""
     import torch
 
+    from quant_fairness_plugin.checkpoint.others import readable_folder
     from quant_fairness_plugin.config import FairConfig
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.preflight import ModelSource
@@ -237,7 +239,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         own = row["variant"] == OURS
         beyond = ["", ""] if own else [signed(row["beyond_ours"][key]) for key in ("worst", "mean")]
-        calibration = row["calibration"] + (f", {row['request']['tokens']} tokens" if "tokens" in row["request"] else "")
+        calibration = row["calibration"] + (
+            f", {row['request']['tokens']} tokens" if "tokens" in row["request"] else ""
+        )
         cells = [row["variant"].removesuffix(", English").removesuffix(", no calibration"), calibration]
         cells += [f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"]), *beyond]
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,6 +1,6 @@
 """Makes our checkpoint for the peers' table, as the command line would; see `peers_table`.
 
-    python benchmarks/peers/ours_quantize.py MODEL REQUEST.json OUT
+python benchmarks/peers/ours_quantize.py MODEL REQUEST.json OUT
 """
 
 from __future__ import annotations

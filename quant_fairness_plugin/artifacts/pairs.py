@@ -12,10 +12,10 @@ from quant_fairness_plugin.artifacts.data import NO_SURPRISES, Interval, Measure
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointPair:
-    """The damage of two checkpoints on the same sentences, and its differences: second minus first, above 0 is worse.
+    """The damage of two checkpoints on the same sentences, and its differences: second minus first: above 0 is worse.
 
-    Differences are of KL to the 16-bit model in bits per byte, sentence by sentence: what makes a sentence hard for both
-    is in neither interval.
+    They are of KL to the 16-bit model in bits per byte, sentence by sentence: what makes a sentence hard for both
+    widens no interval.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = NO_SURPRISES

@@ -1,10 +1,10 @@
 """One quantized module read in the plainest way: its tensors in, its float32 weight `[rows, cols]` out.
 
-Knows the layouts that the public tools write: `compressed-tensors` (packed integers of 4 and 8 bits; 8-bit integers and
-floats as they are; NVFP4 and MXFP4), `gptq` versions 1 and 2 (AutoGPTQ, gptqmodel, AutoRound, optimum; act-order through
-`g_idx`), `awq` gemm (AutoAWQ, gptqmodel, AutoRound), `fp8` in blocks, and `bitsandbytes` (NF4, FP4, 8 bits). How a module
-is stored is read from its tensors, so modules of several kinds stand side by side. Shares no code with the packing that
-writes our files, nor with any loader.
+Knows the layouts that public tools write: `compressed-tensors` (packed integers of 4 and 8 bits; 8-bit integers and
+floats as they are; NVFP4 and MXFP4), `gptq` versions 1 and 2 (AutoGPTQ, gptqmodel, AutoRound, optimum; act-order
+through `g_idx`), `awq` gemm (AutoAWQ, gptqmodel, AutoRound), `fp8` in blocks, and `bitsandbytes` (NF4, FP4, 8 bits).
+How a module is stored is read from its tensors, so modules of several kinds stand side by side. Shares no code with the
+packing that writes our files, nor with any loader.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ MARKERS: Mapping[Layout, tuple[str, ...]] = {
 """Suffixes of tensors of which a quantized module has one, and no other module has any."""
 WORD_BITS = 32
 _BITS = (4, 8)
-_CT_FORMATS = frozenset(
-    {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
-     "mxfp4-pack-quantized", "mixed-precision", "dense"}
+_CT_FORMATS = (
+    "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
 )  # fmt: skip
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of a float of 4 bits; the highest bit is its sign."""
@@ -94,20 +94,27 @@ def dense_weight(module: str, parts: Mapping[str, Tensor], layout: Layout) -> Te
 
 
 def _compressed_tensors_layout(quantization: Mapping[str, Any]) -> Layout:
-    """Refuse what has a format that is not read, sparse ones among them: a wrong reading would be silent."""
-    groups = quantization.get("config_groups") or {}
-    named = [quantization.get("format"), *(group.get("format") for group in groups.values())]
+    """Refuse what would be read wrongly without a word: other formats, sparse ones among them, and other widths."""
+    groups = list((quantization.get("config_groups") or {}).values())
     sparse = (quantization.get("sparsity_config") or {}).get("format")
-    for form in [*named, sparse]:
+    for form in (quantization.get("format"), *(group.get("format") for group in groups), sparse):
         if form is not None and form not in _CT_FORMATS:
-            raise _unknown(f"compressed-tensors format {form!r}", ", ".join(sorted(_CT_FORMATS)))
+            raise _unknown(f"compressed-tensors format {form!r}", ", ".join(_CT_FORMATS))
     if quantization.get("transform_config"):
-        raise _unknown("compressed-tensors with a transform_config", "weights that no transform turns while they run")
+        raise _unknown(
+            "compressed-tensors with a transform_config", "formats whose weights are used as they are stored"
+        )
+    for weights in (group.get("weights") or {} for group in groups):
+        if weights.get("type", "int") == "int" and weights.get("num_bits", 4) not in _BITS:
+            raise _unknown(f"compressed-tensors of {weights['num_bits']} bits", "integers of 4 or 8 bits")
     return "compressed-tensors"
 
 
 def _gptq_layout(quantization: Mapping[str, Any]) -> Layout:
     """AutoGPTQ wrote no `checkpoint_format` for a long time: absent is version 1."""
+    bits = quantization.get("bits", 4)
+    if bits not in _BITS:
+        raise _unknown(f"gptq of {bits} bits", "4 and 8 bits")
     named = str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq").lower()
     if quantization.get("is_marlin_format"):
         named = "marlin"
@@ -147,9 +154,9 @@ def _awq(parts: Mapping[str, Tensor]) -> Tensor:
 
 def _compressed_tensors(parts: Mapping[str, Tensor]) -> Tensor:
     if "weight_packed" not in parts:
-        values = parts["weight"].float()
         zeros = parts.get("weight_zero_point")
-        return _scaled(values, parts["weight_scale"].float(), None if zeros is None else zeros.float())
+        scales = _exponents(parts["weight_scale"])
+        return _scaled(parts["weight"].float(), scales, None if zeros is None else zeros.float())
     if parts["weight_packed"].dtype == torch.uint8:
         return _packed_floats(parts)
     rows, cols = parts["weight_shape"].tolist()
@@ -184,24 +191,27 @@ def _spread(scales: Tensor | None, shape: torch.Size) -> Tensor:
 
 
 def _block(numbers: int, scales: int) -> int:
-    """How many numbers share a scale: equal shares, else blocks of a power of two of which the last one is cut."""
-    if numbers % scales == 0:
-        return numbers // scales
-    fitting = [size for size in (32, 64, 128, 256) if -(-numbers // size) == scales]
-    if len(fitting) != 1:
+    """How many numbers share a scale: all, or a power of two, of which the last block may be cut."""
+    sizes = [numbers] if scales == 1 else [2**i for i in range(10) if -(-numbers // 2**i) == scales]
+    if len(sizes) != 1:
         raise ValueError(f"{scales} scales for {numbers} numbers")
-    return fitting[0]
+    return sizes[0]
 
 
 def _packed_floats(parts: Mapping[str, Tensor]) -> Tensor:
-    """NVFP4 (scales are FP8, over one of the tensor) and MXFP4 (scales are exponents): two numbers a byte, low first."""
+    """NVFP4 (scales are FP8, over one of the tensor), MXFP4 (scales are exponents); two numbers a byte, low first."""
     packed, scales = parts["weight_packed"], parts["weight_scale"]
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).long()
     magnitudes = torch.tensor(_FP4)[codes & 7]
     values = torch.where(codes >= 8, -magnitudes, magnitudes)
     if scales.dtype == torch.uint8:
-        return _scaled(values, torch.exp2(scales.float() - _E8M0_BIAS))
+        return _scaled(values, _exponents(scales))
     return _scaled(values, scales.float() / parts["weight_global_scale"].float())
+
+
+def _exponents(scales: Tensor) -> Tensor:
+    """Scales in float32; of the MX formats bytes hold their exponents."""
+    return torch.exp2(scales.float() - _E8M0_BIAS) if scales.dtype == torch.uint8 else scales.float()
 
 
 def _bitsandbytes(parts: Mapping[str, Tensor]) -> Tensor:

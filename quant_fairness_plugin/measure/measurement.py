@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +46,10 @@ class Measured:
             return Undefined(f"no language is supported and intact under both {before!r} and {after!r}")
         return self._difference(after, before, languages, "worst")
 
+    def described(self, measurements: Mapping[str, Measurement]) -> Measured:
+        """Return the same with measurements that say more of how they came about."""
+        return replace(self, measurements=self.measurements | dict(measurements))
+
     def pair(self, first: str, second: str) -> CheckpointPair:
         """Return two states against each other: what the second loses beyond the first, sentences paired."""
         languages = self._intact(first, second)
@@ -67,7 +71,9 @@ class Measured:
         baseline = self.scores[self.baseline]
         weights = Resamples.of(self.bootstrap, count_sentences(baseline)).weights
         old, new = (
-            objective_draws(baseline, self.scores[name], languages, objective=objective, reference=None, weights=weights)
+            objective_draws(
+                baseline, self.scores[name], languages, objective=objective, reference=None, weights=weights
+            )
             for name in (first, second)
         )
         return interval(np.asarray(new - old))
