@@ -46,11 +46,18 @@ class Variant:
     """One tool with one calibration."""
 
     tool: str
-    """Its script is `peers/TOOL_quantize.py`, its environment `.venv-peers-TOOL`; ours runs in this one."""
+    """Its script is `peers/TOOL_quantize.py`."""
     calibration: Calibration
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+ENVIRONMENTS = {
+    "gptqmodel": ".venv-gptqmodel",
+    "llmcompressor": ".venv-gptqmodel",
+    "autoround": ".venv-peers-autoround",
+    "llamacpp": ".venv-peers-llamacpp",
+}
+"""Tool → its environment; ours runs in this one."""
 AUTOROUND = {"iters": 20}
 """Its default of 200 takes ten times as long."""
 VARIANTS = {
@@ -120,8 +127,8 @@ def run(model: Path, work: Path, name: str) -> dict[str, Any]:
     asked = request(model, variant)
     request_file = work / f"{slug(name)}.request.json"
     request_file.write_text(json.dumps(asked), encoding="utf-8")
-    own = variant.tool == "ours"
-    python = Path(sys.executable) if own else ROOT / f".venv-peers-{variant.tool}" / "bin" / "python"
+    home = ENVIRONMENTS.get(variant.tool)
+    python = Path(sys.executable) if home is None else ROOT / home / "bin" / "python"
     script = ROOT / "benchmarks" / "peers" / f"{variant.tool}_quantize.py"
     if not python.exists():
         raise SystemExit(f"{python} is missing: make peers")

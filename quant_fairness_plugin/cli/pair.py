@@ -12,7 +12,7 @@ from quant_fairness_plugin.artifacts import Interval, Number, save, to_json
 from quant_fairness_plugin.artifacts.pairs import CheckpointPair
 from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.checkpoint.others import readable_folder
-from quant_fairness_plugin.cli.damage import damage_notes
+from quant_fairness_plugin.cli.damage import language_notes
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
 from quant_fairness_plugin.config import FairConfig
@@ -131,9 +131,10 @@ def _show(pair: CheckpointPair, verdict: PairVerdict, checkpoints: list[Path], m
     ):
         table.add_row(name, "", _figure(first_figure), _figure(second_figure), *_cells(difference))
     show(table)
-    typer.echo("In thousandths of a bit per byte; * = the 95 % interval of the paired difference excludes 0")
-    notes = [note for measured in (pair.first, pair.second) for note in damage_notes(measured)[1:]]
-    typer.echo("\n".join(dict.fromkeys(notes)))
+    typer.echo("KL in thousandths of a bit per byte; * = the paired difference's interval excludes 0")
+    notes = [note for measured in (pair.first, pair.second) for note in language_notes(measured)]
+    for note in dict.fromkeys(notes):
+        typer.echo(note)
 
 
 def _cells(difference: Number) -> list[str]:
