@@ -279,7 +279,12 @@ def costs(rows: list[dict[str, Any]]) -> str:
 
 def package_names(tool: str) -> tuple[str, ...]:
     """Return the packages whose versions the page names."""
-    named = {"autoround": "auto-round", "llmcompressor": "llmcompressor", "llamacpp": "llama.cpp"}
+    named = {
+        "ours": "quant-fairness",
+        "autoround": "auto-round",
+        "llmcompressor": "llmcompressor",
+        "llamacpp": "llama-cpp-python",
+    }
     return named.get(tool, tool), "transformers", "torch"
 
 

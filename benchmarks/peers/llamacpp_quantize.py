@@ -32,7 +32,10 @@ def quantize(folder: str, texts: list[str], out: Path) -> None:
     for made in (full, matrix):
         made.unlink(missing_ok=True)
     settings = {"type": "Q4_K_M", "imatrix": bool(texts)}
-    peer = {"versions": {"llama-cpp-python": metadata.version("llama-cpp-python-src")}, "settings": settings}
+    source = (TOOLS / "src").resolve().parents[1].name.rpartition("-")[2]
+    names = ("torch", "transformers")
+    versions = {"llama-cpp-python": source} | {name: metadata.version(name) for name in names}
+    peer = {"versions": versions, "settings": settings}
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
 
 

@@ -34,7 +34,7 @@ from quant_fairness_plugin.steps.plans import (
     recommend,
     scores_units,
 )
-from quant_fairness_plugin.steps.work import evidence, measure, quantize, sweep
+from quant_fairness_plugin.steps.work import evidence, importance, measure, quantize, sweep
 
 __all__ = [
     "EXPORTED",
@@ -52,6 +52,7 @@ __all__ = [
     "fit_config",
     "format_problems",
     "load_checked",
+    "importance",
     "measure",
     "measured_folder",
     "needs_no_sweep",
