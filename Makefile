@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage clean
+.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage tables peers clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -16,6 +16,8 @@ help:
 	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
 	@echo "make test-browser  open the HTML report in a real Chromium"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
+	@echo "make tables        every table of the documentation again from its stored rows, and how old these are"
+	@echo "make peers         an environment for each tool that benchmarks/peers_table.py compares us with"
 	@echo "make clean         remove environments and outputs"
 
 setup: $(STAMP)
@@ -90,5 +92,33 @@ test-browser: setup
 coverage: setup
 	$(BIN)/python benchmarks/architectures.py
 
+tables: setup
+	$(BIN)/python benchmarks/tables.py
+
+# What benchmarks/peers_table.py runs beside us; gptqmodel and llm-compressor share an environment.
+peers: $(VENV)/.real .venv-gptqmodel/.installed .venv-peers-autoround/.installed .venv-peers-llamacpp/.installed
+
+.venv-peers-autoround/.installed:
+	test -x .venv-peers-autoround/bin/python || $(PYTHON) -m venv .venv-peers-autoround
+	.venv-peers-autoround/bin/python $(PIP) $(TORCH)
+	.venv-peers-autoround/bin/python $(PIP) $(TORCH) auto-round==0.16.1 transformers==5.17.0
+	touch $@
+
+# llama.cpp's own tools, built from the source that llama-cpp-python ships: some ten minutes of CPU. The source package
+# lacks ggml.pc.in, which the build wants to see.
+LLAMA_CPP := llama_cpp_python-0.3.36
+.venv-peers-llamacpp/.installed:
+	test -x .venv-peers-llamacpp/bin/python || $(PYTHON) -m venv .venv-peers-llamacpp
+	.venv-peers-llamacpp/bin/python $(PIP) $(TORCH)
+	.venv-peers-llamacpp/bin/python $(PIP) $(TORCH) transformers==5.17.0 sentencepiece scikit-build-core cmake
+	cd .venv-peers-llamacpp && bin/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation \
+		llama-cpp-python==0.3.36 && tar xzf $(LLAMA_CPP).tar.gz && touch $(LLAMA_CPP)/vendor/llama.cpp/ggml/ggml.pc.in
+	ln -sfn $(LLAMA_CPP)/vendor/llama.cpp .venv-peers-llamacpp/src
+	cd .venv-peers-llamacpp && bin/cmake -S src -B build -DCMAKE_BUILD_TYPE=Release -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF \
+		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
+		-DBUILD_SHARED_LIBS=OFF && bin/cmake --build build --parallel 2 --target llama-quantize llama-imatrix
+	cp .venv-peers-llamacpp/build/bin/llama-quantize .venv-peers-llamacpp/build/bin/llama-imatrix .venv-peers-llamacpp/bin
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gptqmodel out build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* out build dist *.egg-info

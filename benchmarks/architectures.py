@@ -157,7 +157,14 @@ def store(rows: Mapping[str, Mapping[str, Any]]) -> None:
 
     lines = [json.dumps(rows[name], ensure_ascii=False) + "\n" for name in sorted(rows)]
     write_atomically(ROWS, "".join(lines).encode())
-    write_atomically(PAGE, page(rows).encode())
+    render()
+
+
+def render() -> None:
+    """Write the page from the rows."""
+    from quant_fairness_plugin.artifacts import write_atomically
+
+    write_atomically(PAGE, page(stored_rows()).encode())
 
 
 def model_types() -> list[str]:

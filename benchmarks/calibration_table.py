@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -21,6 +20,8 @@ from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from pages import write_tables
 
 from quant_fairness_plugin.artifacts import Bootstrap, Interval, Undefined, package_versions, write_atomically
 
@@ -121,12 +122,7 @@ def matrix_rows(matrix: Any) -> Iterator[dict[str, Any]]:
 
 
 def render() -> None:
-    rows = read_rows(ROWS)
-    text = PAGE.read_text(encoding="utf-8")
-    for name, content in tables(rows).items():
-        pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda found, content=content: found[1] + content + found[2], text, flags=re.DOTALL)
-    PAGE.write_text(text, encoding="utf-8")
+    write_tables(PAGE, tables(read_rows(ROWS)))
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, str]:

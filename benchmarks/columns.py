@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = [measure(options, bits, share) for bits in BITS for share in SHARES]
     keep(rows)
-    write_tables(PAGE, tables())
+    render()
 
 
 def measure(options: argparse.Namespace, bits: int, share: float) -> dict[str, Any]:
@@ -90,6 +90,11 @@ def keep(rows: list[dict[str, Any]]) -> None:
     kept = [row for row in old if key(row) not in fresh] + rows
     ROWS.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+
+
+def render() -> None:
+    """Write the tables into their page."""
+    write_tables(PAGE, tables())
 
 
 def tables() -> dict[str, str]:

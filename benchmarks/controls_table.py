@@ -109,6 +109,11 @@ def measure_grid(model: str, bits: int, group: int) -> Iterator[dict[str, Any]]:
     } | origin
 
 
+def render() -> None:
+    """Write the tables into their page."""
+    write_tables(PAGE, tables())
+
+
 def tables() -> dict[str, str]:
     """Name → lines of Markdown."""
     return {
@@ -249,7 +254,7 @@ def main() -> int:
             [int(group) for group in chosen.groups.split(",")],
         )
     else:
-        write_tables(PAGE, tables())
+        render()
     return 0
 
 

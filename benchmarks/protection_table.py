@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,10 +22,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from pages import write_tables
+
 from quant_fairness_plugin.artifacts import package_versions, write_atomically
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "protection_table.jsonl"
+PAGE = ROOT / "docs" / "results.md"
 SEED_LAYERS = (0, 9, 11)
 PLANS = ("none", "0,9,11", "recommended")
 MODELS = ("demo", "demo-gpt2")
@@ -104,12 +106,7 @@ def measure_model(model: str, bits: int) -> Iterator[dict[str, Any]]:
 def render() -> None:
     rows = read_rows()
     tables = {f"{model}-int{bits}": table(rows, model, bits) for model in MODELS for bits in WIDTHS}
-    for path in (ROOT / "docs" / "results.md",):
-        text = path.read_text(encoding="utf-8")
-        for name, content in tables.items():
-            pattern = rf"(<!-- table {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda found, content=content: found[1] + content + found[2], text, flags=re.DOTALL)
-        path.write_text(text, encoding="utf-8")
+    write_tables(PAGE, tables)
 
 
 def table(rows: list[dict[str, Any]], model: str, bits: int) -> str:

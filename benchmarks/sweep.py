@@ -256,6 +256,11 @@ def identity(one: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(one.get(key) for key in ("benchmark", "shape", "rounding", "dtype", "model", "objective", "threads"))
 
 
+def render() -> None:
+    """Write the tables into their page."""
+    write_tables(PAGE, tables())
+
+
 def tables() -> dict[str, str]:
     """The table of the page, from the rows."""
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
@@ -291,7 +296,7 @@ def main() -> int:
         for shape in chosen.shapes.split(","):
             keep(measure_speed(shape, chosen.rounding, chosen.repeats))
     elif chosen.what == "render":
-        write_tables(PAGE, tables())
+        render()
     elif chosen.what == "pairs":
         keep(measure_pairs(chosen.repeats))
     else:

@@ -1,13 +1,15 @@
 """One quantized module read in the plainest way: its tensors in, its float32 weight `[rows, cols]` out.
 
-Knows the layouts that the public tools write: `compressed-tensors` pack-quantized, `gptq` versions 1 and 2 (AutoGPTQ,
-gptqmodel, AutoRound, optimum; act-order through `g_idx`) and `awq` gemm (AutoAWQ, gptqmodel, AutoRound). How many bits
-a module has is read from the shapes of its tensors, so modules of 4 and 8 bits stand side by side. Shares no code with
-the packing that writes our files, nor with any loader.
+Knows the layouts that public tools write: `compressed-tensors` (packed integers of 4 and 8 bits; 8-bit integers and
+floats as they are; NVFP4 and MXFP4), `gptq` versions 1 and 2 (AutoGPTQ, gptqmodel, AutoRound, optimum; act-order
+through `g_idx`), `awq` gemm (AutoAWQ, gptqmodel, AutoRound), `fp8` in blocks, and `bitsandbytes` (NF4, FP4, 8 bits).
+How a module is stored is read from its tensors, so modules of several kinds stand side by side. Shares no code with the
+packing that writes our files, nor with any loader.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,9 +18,28 @@ from torch import Tensor
 
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 
-Layout = Literal["compressed-tensors", "gptq", "gptq_v2", "awq"]
+Layout = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "bitsandbytes"]
+READ = "compressed-tensors, gptq, awq, fp8, bitsandbytes"
+"""Values of `quant_method` that are read."""
+MARKERS: Mapping[Layout, tuple[str, ...]] = {
+    "compressed-tensors": ("weight_packed", "weight_scale"),
+    "gptq": ("qweight",),
+    "gptq_v2": ("qweight",),
+    "awq": ("qweight",),
+    "fp8": ("weight_scale_inv",),
+    "bitsandbytes": ("weight.absmax", "SCB"),
+}
+"""Suffixes of tensors of which a quantized module has one, and no other module has any."""
 WORD_BITS = 32
 _BITS = (4, 8)
+_CT_FORMATS = (
+    "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
+)  # fmt: skip
+_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""The magnitudes of a float of 4 bits; the highest bit is its sign."""
+_E8M0_BIAS = 127
+_BNB_STATE = "weight.quant_state.bitsandbytes__"
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Nibble i of a word of an `awq` file holds column `8c + _AWQ_ORDER[i]`."""
 
@@ -31,7 +52,7 @@ def tensor_layout(quantization: Mapping[str, Any]) -> Layout:
     """
     method = quantization.get("quant_method")
     if method == "compressed-tensors":
-        return "compressed-tensors"
+        return _compressed_tensors_layout(quantization)
     if method == "gptq":
         return _gptq_layout(quantization)
     if method == "awq":
@@ -39,7 +60,11 @@ def tensor_layout(quantization: Mapping[str, Any]) -> Layout:
         if version.lower() != "gemm":
             raise _unknown(f"awq version {version!r}", "gemm")
         return "awq"
-    raise _unknown(f"quant_method {method!r}", "compressed-tensors, gptq, awq")
+    if method == "fp8":
+        return "fp8"
+    if method == "bitsandbytes":
+        return "bitsandbytes"
+    raise _unknown(f"quant_method {method!r}", READ)
 
 
 def dense_weight(module: str, parts: Mapping[str, Tensor], layout: Layout) -> Tensor:
@@ -58,14 +83,38 @@ def dense_weight(module: str, parts: Mapping[str, Tensor], layout: Layout) -> Te
             return _compressed_tensors(parts)
         if layout == "awq":
             return _awq(parts)
+        if layout == "fp8":
+            return _scaled(parts["weight"].float(), parts["weight_scale_inv"].float())
+        if layout == "bitsandbytes":
+            return _bitsandbytes(parts)
         return _gptq(parts, zero_offset=1 if layout == "gptq" else 0)
-    except (KeyError, RuntimeError, IndexError, ValueError, ZeroDivisionError) as err:
+    except (KeyError, RuntimeError, IndexError, ValueError, ZeroDivisionError, StopIteration) as err:
         reason = f"{err} is missing" if isinstance(err, KeyError) else " ".join(str(err).split())
         raise ArtifactError(f"{module}: its tensors do not fit together ({reason}). Export again.") from err
 
 
+def _compressed_tensors_layout(quantization: Mapping[str, Any]) -> Layout:
+    """Refuse what would be read wrongly without a word: other formats, sparse ones among them, and other widths."""
+    groups = list((quantization.get("config_groups") or {}).values())
+    sparse = (quantization.get("sparsity_config") or {}).get("format")
+    for form in (quantization.get("format"), *(group.get("format") for group in groups), sparse):
+        if form is not None and form not in _CT_FORMATS:
+            raise _unknown(f"compressed-tensors format {form!r}", ", ".join(_CT_FORMATS))
+    if quantization.get("transform_config"):
+        raise _unknown(
+            "compressed-tensors with a transform_config", "formats whose weights are used as they are stored"
+        )
+    for weights in (group.get("weights") or {} for group in groups):
+        if weights.get("type", "int") == "int" and weights.get("num_bits", 4) not in _BITS:
+            raise _unknown(f"compressed-tensors of {weights['num_bits']} bits", "integers of 4 or 8 bits")
+    return "compressed-tensors"
+
+
 def _gptq_layout(quantization: Mapping[str, Any]) -> Layout:
     """AutoGPTQ wrote no `checkpoint_format` for a long time: absent is version 1."""
+    bits = quantization.get("bits", 4)
+    if bits not in _BITS:
+        raise _unknown(f"gptq of {bits} bits", "4 and 8 bits")
     named = str(quantization.get("checkpoint_format") or quantization.get("format") or "gptq").lower()
     if quantization.get("is_marlin_format"):
         named = "marlin"
@@ -104,6 +153,12 @@ def _awq(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 def _compressed_tensors(parts: Mapping[str, Tensor]) -> Tensor:
+    if "weight_packed" not in parts:
+        zeros = parts.get("weight_zero_point")
+        scales = _exponents(parts["weight_scale"])
+        return _scaled(parts["weight"].float(), scales, None if zeros is None else zeros.float())
+    if parts["weight_packed"].dtype == torch.uint8:
+        return _packed_floats(parts)
     rows, cols = parts["weight_shape"].tolist()
     bits = _bits(words=parts["weight_packed"].shape[1], integers=cols)
     integers = _unpack(parts["weight_packed"], bits)[:, :cols]
@@ -115,6 +170,67 @@ def _compressed_tensors(parts: Mapping[str, Tensor]) -> Tensor:
         zeros = _unpack(parts["weight_zero_point"].t(), bits)[:, :rows].t()
     group = parts["weight_g_idx"].long() if "weight_g_idx" in parts else _groups(cols, scales.shape[1])
     return _values(integers, zeros[:, group], scales[:, group])
+
+
+def _scaled(values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
+    """Numbers times scales of the whole tensor, of rows, of groups in a row, or of blocks, the last one perhaps cut."""
+    return (values - _spread(zeros, values.shape)) * _spread(scales, values.shape)
+
+
+def _spread(scales: Tensor | None, shape: torch.Size) -> Tensor:
+    """One scale for each number."""
+    if scales is None:
+        return torch.zeros(())
+    if scales.numel() == 1:
+        return scales.reshape(())
+    spread = scales.reshape(len(scales), -1)
+    for axis in (0, 1):
+        size = _block(shape[axis], spread.shape[axis])
+        spread = spread.repeat_interleave(size, dim=axis).narrow(axis, 0, shape[axis])
+    return spread
+
+
+def _block(numbers: int, scales: int) -> int:
+    """How many numbers share a scale: all, or a power of two, of which the last block may be cut."""
+    sizes = [numbers] if scales == 1 else [2**i for i in range(10) if -(-numbers // 2**i) == scales]
+    if len(sizes) != 1:
+        raise ValueError(f"{scales} scales for {numbers} numbers")
+    return sizes[0]
+
+
+def _packed_floats(parts: Mapping[str, Tensor]) -> Tensor:
+    """NVFP4 (scales are FP8, over one of the tensor), MXFP4 (scales are exponents); two numbers a byte, low first."""
+    packed, scales = parts["weight_packed"], parts["weight_scale"]
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).long()
+    magnitudes = torch.tensor(_FP4)[codes & 7]
+    values = torch.where(codes >= 8, -magnitudes, magnitudes)
+    if scales.dtype == torch.uint8:
+        return _scaled(values, _exponents(scales))
+    return _scaled(values, scales.float() / parts["weight_global_scale"].float())
+
+
+def _exponents(scales: Tensor) -> Tensor:
+    """Scales in float32; of the MX formats bytes hold their exponents."""
+    return torch.exp2(scales.float() - _E8M0_BIAS) if scales.dtype == torch.uint8 else scales.float()
+
+
+def _bitsandbytes(parts: Mapping[str, Tensor]) -> Tensor:
+    """8 bits with a scale a row, or codes of 4 bits, high first, of a table, times the largest value of each block."""
+    if "SCB" in parts:
+        return parts["weight"].float() * parts["SCB"].float()[:, None] / 127
+    state = next(json.loads(bytes(parts[name].tolist())) for name in parts if name.startswith(_BNB_STATE))
+    packed = parts["weight"].flatten()
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten().long()
+    largest = parts["weight.absmax"]
+    if "weight.nested_absmax" in parts:
+        table, coarse = parts["weight.nested_quant_map"].float(), parts["weight.nested_absmax"].float()
+        size = state["nested_blocksize"]
+        spread = coarse.repeat_interleave(size)[: largest.numel()]
+        largest = table[largest.long()] * spread + state["nested_offset"]
+    values = parts["weight.quant_map"].float()[codes]
+    spread = largest.float().repeat_interleave(state["blocksize"])[: values.numel()]
+    rows, cols = state["shape"]
+    return (values * spread)[: rows * cols].reshape(rows, cols)
 
 
 def _values(integers: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:

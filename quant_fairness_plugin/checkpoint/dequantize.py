@@ -1,7 +1,7 @@
 """The independent reading: dense weights from the files of an export alone.
 
 This is what every other reader is compared with, so it shares no code with the packing that wrote the files, nor with
-the loaders (see `dense_modules`). It also reads the folders of gptqmodel, AutoRound, AutoGPTQ and AutoAWQ.
+the loaders (see `dense_modules`). It also reads the folders of other tools.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from quant_fairness_plugin.checkpoint.dense_modules import Layout, dense_weight, tensor_layout
+from quant_fairness_plugin.checkpoint.dense_modules import MARKERS, Layout, dense_weight, tensor_layout
 from quant_fairness_plugin.checkpoint.experts import loaded_module, stored_module
-from quant_fairness_plugin.checkpoint.folder import check_headers, packed_modules, read_quantization, weight_files
+from quant_fairness_plugin.checkpoint.folder import check_headers, read_quantization, weight_files
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.model.experts import unfold_experts
 from quant_fairness_plugin.model.families import detect_family
@@ -117,12 +117,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     def loaded(name: str) -> str:
         return loaded_module(bare, name) if wrapper is None else wrapper.loaded_name(name)
 
-    packed: dict[str, tuple[str, ...]] = {loaded(name): () for name in packed_modules(shapes, quantization)}
+    markers = MARKERS[layout] if quantization else ()
+    packed: dict[str, tuple[str, ...]] = {loaded(name): () for name in quantized_modules(shapes, markers)}
     unread = set(unread_tensors(shapes, bare))
     extra = extra_tensors(shapes.keys() - unread, packed, bare)
     plain = []
     for name in shapes:
-        stored, _, suffix = name.rpartition(".")
+        stored, suffix = module_and_suffix(name)
         module = loaded(stored)
         if module in packed and suffix != "bias":
             packed[module] += (suffix,)
@@ -137,6 +138,21 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         places=places,
         wrapper=wrapper,
     )
+
+
+def quantized_modules(names: Iterable[str], markers: Collection[str]) -> list[str]:
+    """The modules that have a tensor with one of these suffixes, by their names in files."""
+    found = {module: None for module, suffix in map(module_and_suffix, names) if suffix in markers}
+    return list(found)
+
+
+def module_and_suffix(name: str) -> tuple[str, str]:
+    """A tensor's name in files, parted after the module: `weight.absmax` is one suffix of bitsandbytes."""
+    module, dot, rest = name.partition(".weight.")
+    if dot:
+        return module, f"weight.{rest}"
+    module, _, suffix = name.rpartition(".")
+    return module, suffix
 
 
 def load_dense_model(folder: Path) -> PreTrainedModel:

@@ -1,7 +1,8 @@
-"""`quant-fairness compare`: what the calibration's languages and weights do, without and with protection."""
+"""`quant-fairness compare`: two checkpoints, or what the calibration's languages and weights do to one model."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
@@ -19,10 +20,13 @@ from quant_fairness_plugin.cli.options import (
     OutputFile,
     parse_calibrations,
 )
+from quant_fairness_plugin.cli.original import base_model
+from quant_fairness_plugin.cli.pair import check_pair, compare_pair
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import layer_list, number, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
+from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
 
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
     from quant_fairness_plugin.analysis.effects import TwoByTwo
     from quant_fairness_plugin.analysis.matrix import CalibrationMatrix
 
+CALIBRATIONS: tuple[Weighting, ...] = ("english", "uniform", "minimax")
 EFFECTS = ("calibration", "calibration_protected", "protection", "protection_calibrated", "both", "interaction")
 
 
@@ -38,7 +43,15 @@ EFFECTS = ("calibration", "calibration_protected", "protection", "protection_cal
 def compare(
     config: FairConfig,
     access: Access,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[A B]", help="Two checkpoints of one model: folders of any tool, or .gguf files."),
+    ] = None,
     model: ModelOption = None,
+    margin: Annotated[
+        float | None,
+        Option("Of A and B: exit with status 6 unless B loses at most this beyond A, KL in bits per byte.", "Output"),
+    ] = None,
     calibrations: Annotated[
         tuple[Weighting, ...],
         Option(
@@ -48,12 +61,23 @@ def compare(
             metavar="LIST",
             names=get_args(Weighting),
         ),
-    ] = ("english", "uniform", "minimax"),
+    ] = CALIBRATIONS,
     matrix: Annotated[bool, Option("Also calibrate on each language alone.", "Texts")] = False,
     output: OutputFile = None,
     as_json: Json = False,
 ) -> None:
-    """Quantize in memory by several calibrations, without and with protection, and print what each one brings."""
+    """Compare checkpoint B with A, each against the 16-bit model, language by language, sentences paired.
+
+    Without checkpoints: quantize in memory by several calibrations, without and with protection, and print what each
+    one brings.
+    """
+    if checkpoints:
+        check_pair(config, checkpoints, margin, calibrations=calibrations != CALIBRATIONS, matrix=matrix)
+        source = access.source(model or base_model(checkpoints[0]))
+        compare_pair(source, config, checkpoints, margin, output=output, as_json=as_json)
+        return
+    if margin is not None:
+        raise ConfigError(f"--margin {margin:g} is for two checkpoints; name them: compare A B --model ORIGINAL")
     source = access.source(model)
     checked = preflight(source, config)
 

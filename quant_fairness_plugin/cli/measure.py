@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Part, load, save, save_run_record, to_json
+from quant_fairness_plugin.artifacts import Part, save, save_run_record, to_json
 from quant_fairness_plugin.checkpoint.original import check_original
+from quant_fairness_plugin.checkpoint.others import readable_folder
 from quant_fairness_plugin.cli.damage import (
     baseline_table,
     damage_notes,
@@ -22,13 +23,13 @@ from quant_fairness_plugin.cli.damage import (
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
 from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, ModelOption, OutputFile, Place, Shown
+from quant_fairness_plugin.cli.original import base_model
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.model.resolve import BUNDLED
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import preflight
 
@@ -49,12 +50,15 @@ def measure(
     how: HowToMeasure,
     shown: Shown,
     checkpoint: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder; without it the 16-bit model alone.")
+        Path | None, typer.Argument(metavar="DIR", help="A checkpoint folder of any tool, or a .gguf file.")
     ] = None,
     model: ModelOption = None,
     output: OutputFile = None,
 ) -> None:
-    """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from."""
+    """Measure what quantization did to each language: checkpoint DIR against the 16-bit model that it came from.
+
+    Without DIR, the 16-bit model alone.
+    """
     source = access.source(_base_model(checkpoint, model))
     budget = place.bytes_
     if how.method == "legacy":
@@ -64,8 +68,9 @@ def measure(
         legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=shown.as_json)
         return
     checked = preflight(source, config)
-    if checkpoint is not None:
-        check_original(checkpoint, checked.files)
+    folder = None if checkpoint is None else readable_folder(checkpoint)
+    if folder is not None:
+        check_original(folder, checked.files)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
@@ -78,8 +83,8 @@ def measure(
         )
         measured = (
             quantizer.measure(part=how.part).measurements[BASELINE]
-            if checkpoint is None
-            else quantizer.measure_folder(checkpoint, part=how.part)
+            if folder is None
+            else quantizer.measure_folder(folder, part=how.part)
         )
     if output is not None:
         save(measured, output)
@@ -105,9 +110,4 @@ def _base_model(checkpoint: Path | None, model: str | None) -> str:
         return model
     if checkpoint is None:
         raise ConfigError("nothing to measure; give a checkpoint folder, or a model with --model, such as --model demo")
-    base = load(ExportRecord, checkpoint / RECORD_NAME).provenance.model
-    if base not in BUNDLED and "/" not in base:
-        raise ConfigError(
-            f"{checkpoint} was made from a local folder named {base!r}; say where it is with --model FOLDER"
-        )
-    return base
+    return base_model(checkpoint)

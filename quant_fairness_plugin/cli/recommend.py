@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import typer
 from quant_fairness_plugin.artifacts import ProtectionPlan, SweepReport, load, save, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.evidence import verified
+from quant_fairness_plugin.cli.imatrix import write_importance
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_recommend
 from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
@@ -21,7 +23,7 @@ from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.recommend import Limit, recommend_plan
 from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
-from quant_fairness_plugin.recommend.tools import Tool, plan_for_tool
+from quant_fairness_plugin.recommend.tools import plan_for_tool
 
 
 @options(config=("objective", *TEXTS, *COMPUTE, "exhaustive", "strict"), file=False)
@@ -66,8 +68,8 @@ def recommend(
         return
     _say_why(plan, by_number=config.top is not None)
     if printed.as_ is not None:
-        text = _for_tool(printed.as_, plan, access.source(model or plan.model), given=model is not None)
-        typer.echo(text, nl=False)
+        source = access.source(model or plan.model)
+        typer.echo(_for_tool(printed, plan, source, config, given=model is not None), nl=False)
     elif units := plan_list(plan):
         typer.echo(units)
 
@@ -101,7 +103,9 @@ def _print_frontier(swept: SweepReport, *, as_json: bool) -> None:
     show(frontier_table(frontier))
 
 
-def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: bool) -> str:
+def _for_tool(printed: Printed, plan: ProtectionPlan, source: ModelSource, config: FairConfig, *, given: bool) -> str:
+    """Return the plan in a tool's words; for llama.cpp also write the importance matrix, where one is asked for."""
+    assert printed.as_ is not None
     try:
         files = source.resolve()
     except QuantFairnessError as err:
@@ -111,7 +115,11 @@ def _for_tool(tool: Tool, plan: ProtectionPlan, source: ModelSource, *, given: b
             f"--as needs the names of the model's modules, and the report only says {source.name!r}, which is not "
             "at hand here; name the model's folder with --model"
         ) from err
-    return plan_for_tool(tool, plan, files, trust_remote_code=source.trust_remote_code)
+    text = plan_for_tool(printed.as_, plan, files, trust_remote_code=source.trust_remote_code)
+    if printed.imatrix is None:
+        return text
+    write_importance(printed.imatrix, plan, source, config)
+    return f"--imatrix {shlex.quote(str(printed.imatrix))}\n{text}"
 
 
 def _sweep(source: ModelSource, config: FairConfig) -> SweepReport:

@@ -11,6 +11,7 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_numbers
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.recommend.imatrix import check_gguf
 from quant_fairness_plugin.recommend.tools import Tool
 
 SEED_TOP = 3  # the research scripts' default: `recommend` alone prints three indices
@@ -97,6 +98,22 @@ class Printed:
         Tool | None, Option("Print the plan as the configuration of another tool:", "Output", flag="--as")
     ] = None
 
+    imatrix: Annotated[
+        Path | None,
+        Option(
+            "With --as llama.cpp: write an importance matrix of the calibration text too, every language counting the "
+            "same.",
+            "Output",
+            metavar="FILE",
+        ),
+    ] = None
+
     def __post_init__(self) -> None:
+        if self.imatrix is not None and self.as_ != "llama.cpp":
+            raise ConfigError(
+                f"--imatrix {self.imatrix} is read by llama.cpp alone; add --as llama.cpp, or leave it out"
+            )
+        if self.imatrix is not None:
+            check_gguf()
         if self.evidence is not None and not self.verify:
             raise ConfigError(f"--evidence {self.evidence} is what --verify measures; add --verify")

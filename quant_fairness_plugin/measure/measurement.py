@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from quant_fairness_plugin.artifacts import (
     StateScores,
     Undefined,
 )
+from quant_fairness_plugin.artifacts.pairs import CheckpointPair
 from quant_fairness_plugin.measure.damage import count_sentences, measure_damage, objective_draws, summarise
 from quant_fairness_plugin.measure.intervals import Resamples, interval
 from quant_fairness_plugin.measure.scoring import ModelState, score_states
@@ -39,19 +40,42 @@ class Measured:
 
         Only languages that both states support count; undefined where there is none.
         """
-        first, second = self.measurements[before], self.measurements[after]
-        alike = zip(first.languages, second.languages, strict=True)
-        languages = [a.language for a, b in alike if a.status == "supported" and b.status == "supported"]
+        languages = self._intact(before, after)
         if not languages:
             return Undefined(f"no language is supported and intact under both {before!r} and {after!r}")
+        return self._difference(after, before, languages, "worst")
+
+    def described(self, measurements: Mapping[str, Measurement]) -> Measured:
+        """Return the same with measurements that say more of how they came about."""
+        return replace(self, measurements=self.measurements | dict(measurements))
+
+    def pair(self, first: str, second: str) -> CheckpointPair:
+        """Return two states against each other: what the second loses beyond the first, sentences paired."""
+        languages = self._intact(first, second)
+        undefined = Undefined(f"no language is supported and intact under both {first!r} and {second!r}")
+        return CheckpointPair(
+            first=self.measurements[first],
+            second=self.measurements[second],
+            differences={name: self._difference(first, second, [name], "worst") for name in languages},
+            worst=self._difference(first, second, languages, "worst") if languages else undefined,
+            mean=self._difference(first, second, languages, "mean") if languages else undefined,
+        )
+
+    def _intact(self, first: str, second: str) -> list[str]:
+        alike = zip(self.measurements[first].languages, self.measurements[second].languages, strict=True)
+        return [a.language for a, b in alike if a.status == "supported" and b.status == "supported"]
+
+    def _difference(self, first: str, second: str, languages: Sequence[str], objective: str) -> Interval:
+        """Return an objective under the second state minus that under the first; of one language it is its KL."""
         baseline = self.scores[self.baseline]
         weights = Resamples.of(self.bootstrap, count_sentences(baseline)).weights
         old, new = (
-            objective_draws(baseline, self.scores[name], languages, objective="worst", reference=None, weights=weights)
-            for name in (before, after)
+            objective_draws(
+                baseline, self.scores[name], languages, objective=objective, reference=None, weights=weights
+            )
+            for name in (first, second)
         )
-        difference = np.asarray(old - new)
-        return interval(difference)
+        return interval(np.asarray(new - old))
 
 
 def measure_states(

@@ -10,13 +10,14 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from quant_fairness_plugin.errors import MissingExtraError, ResourceError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Dtype = Literal["bfloat16", "float32"]
 log = logging.getLogger(__name__)
 
 SOURCE = "gguf_source.json"
@@ -25,10 +26,14 @@ _NEEDED = ("gguf", "accelerate")
 _INSTALL = 'pip install torch==2.13.0 && pip install torch==2.13.0 "quant-fairness[gguf]"'
 
 
-def gguf_folder(path: Path) -> Path:
+def gguf_folder(path: Path, *, dtype: Dtype = "bfloat16") -> Path:
     """Return the cached model folder of a GGUF file, converting it first where there is none.
 
-    The cache is `$XDG_CACHE_HOME/quant-fairness/gguf` (`~/.cache/…`), a folder per content of the file.
+    The cache is `$XDG_CACHE_HOME/quant-fairness/gguf` (`~/.cache/…`), a folder per content of the file and dtype.
+
+    Args:
+        path: the file.
+        dtype: what the weights become: bfloat16 as a model to be quantized, float32, which is exact, to be judged.
 
     Raises:
         MissingExtraError: the packages of the extra `gguf` are not installed.
@@ -38,7 +43,7 @@ def gguf_folder(path: Path) -> Path:
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quant-fairness" / "gguf"
-    folder = cache / f"{path.stem}-{checksum[:16]}"
+    folder = cache / f"{path.stem}-{checksum[:16]}{'' if dtype == 'bfloat16' else f'-{dtype}'}"
     if (folder / SOURCE).is_file():
         return folder
     try:
@@ -50,7 +55,7 @@ def gguf_folder(path: Path) -> Path:
             "XDG_CACHE_HOME to another folder."
         ) from err
     try:
-        convert_gguf(path, beside, checksum=checksum)
+        convert_gguf(path, beside, checksum=checksum, dtype=dtype)
         if not folder.exists():  # another process may have been quicker
             beside.rename(folder)
     finally:
@@ -58,8 +63,8 @@ def gguf_folder(path: Path) -> Path:
     return folder
 
 
-def convert_gguf(path: Path, folder: Path, *, checksum: str) -> None:
-    """Write a GGUF file's model and tokenizer as a plain Hugging Face folder, its weights dequantized to bfloat16.
+def convert_gguf(path: Path, folder: Path, *, checksum: str, dtype: Dtype = "bfloat16") -> None:
+    """Write a GGUF file's model and tokenizer as a plain Hugging Face folder, its weights dequantized.
 
     Nothing is regained: weights that had 4 bits once have the values of that 4-bit grid. Figures measured on them say
     what a second quantization costs.
@@ -68,6 +73,7 @@ def convert_gguf(path: Path, folder: Path, *, checksum: str) -> None:
         path: the GGUF file.
         folder: an existing, empty folder.
         checksum: the file's sha256, for the record in `gguf_source.json`.
+        dtype: of the weights that are written.
 
     Raises:
         MissingExtraError: the packages of the extra `gguf` are not installed.
@@ -77,20 +83,20 @@ def convert_gguf(path: Path, folder: Path, *, checksum: str) -> None:
     if missing:
         raise MissingExtraError(f"{path}: reading GGUF needs {' and '.join(missing)}. Install them: {_INSTALL}")
     log.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
-    model, tokenizer = _read(path)
+    model, tokenizer = _read(path, dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _rewrite_config(folder)
-    source = {"file": path.name, "sha256": checksum, "weights": "dequantized to bfloat16"}
+    source = {"file": path.name, "sha256": checksum, "weights": f"dequantized to {dtype}"}
     (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
 
 
-def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch  # only here: resolving a model must not load torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, ImportError) as err:
         reason = " ".join(str(err).split())[:200]

@@ -4,6 +4,8 @@ Takes a plan and the model's files (weights are not read); returns text. What gp
 by using it; AutoRound's, optimum's and llama.cpp's follow their documentation:
 
 - AutoRound: `layer_config`, module name → settings (its user guide);
+- mlx-lm: the `quantization` of its `config.json`, module name → bits and group size, or false; a `quant_predicate` that
+  looks a module up in it makes `mlx_lm.convert` follow the plan;
 - optimum and Transformers: `GPTQConfig(modules_in_block_to_quantize=…)`, names relative to the block, so that one layer
   cannot be treated otherwise than another;
 - llama.cpp: `llama-quantize --tensor-type REGEX=TYPE`, the last match wins (pull requests 12511 and 14572).
@@ -27,7 +29,7 @@ from quant_fairness_plugin.quantize.backends.rules import gptqmodel_config, llmc
 if TYPE_CHECKING:
     from quant_fairness_plugin.quantize.selection import Selection
 
-Tool = Literal["gptqmodel", "llmcompressor", "autoround", "optimum", "llama.cpp"]
+Tool = Literal["gptqmodel", "llmcompressor", "autoround", "optimum", "llama.cpp", "mlx"]
 
 
 def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_remote_code: bool = False) -> str:
@@ -67,6 +69,8 @@ def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_
             return _llmcompressor(selection, rest, family)
         case "autoround":
             return _json(_layer_config(selection, rest, plan, family))
+        case "mlx":
+            return _json(_mlx(selection, rest, plan, family))
         case "optimum":
             return _json(_optimum(selection, plan, family, files.layers))
         case "llama.cpp":
@@ -98,6 +102,18 @@ def _layer_config(
         both = {"bits": (grid.bits, plan.grid.bits), "group_size": (grid.group_size, plan.grid.group_size)}
         others[name] = {key: own for key, (own, of_all) in both.items() if own != of_all}
     return sixteen | {name: settings for name, settings in others.items() if settings}
+
+
+def _mlx(selection: Selection, rest: list[str], plan: ProtectionPlan, family: Family) -> dict[str, Any]:
+    """Return mlx's table; it quantizes every module that the table does not name, the embedding among them."""
+    if family.conv1d:
+        raise UnsupportedModelError(
+            f"mlx quantizes Linear modules only, and {family.name} has Conv1D. Use --as gptqmodel."
+        )
+    whole = {"group_size": plan.grid.group_size, "bits": plan.grid.bits}
+    own = {name: {"group_size": grid.group_size, "bits": grid.bits} for name, grid in selection.grids.items()}
+    others = {name: settings for name, settings in own.items() if settings != whole}
+    return whole | {name: False for name in (*family.embeddings, *rest)} | others
 
 
 def _optimum(selection: Selection, plan: ProtectionPlan, family: Family, layers: int) -> dict[str, Any]:

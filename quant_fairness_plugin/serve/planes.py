@@ -37,6 +37,9 @@ def reason_against(parts: Mapping[str, Tensor], layout: Layout) -> str | None:
     Raises:
         ArtifactError: a tensor is missing.
     """
+    packed = parts.get("weight_packed")
+    if layout in ("fp8", "bitsandbytes") or "weight" in parts or (packed is not None and packed.dtype != torch.int32):
+        return "it holds no packed integers"
     try:
         grid = format_of_layout(layout).grid_of(parts)
     except KeyError as err:

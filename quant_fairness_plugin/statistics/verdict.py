@@ -96,13 +96,17 @@ def _times_reference(measurement: Measurement, row: LanguageDamage) -> str:
 
 
 def _cannot_tell(subject: str, loss: Interval, sentences: int, bound: Gate) -> Verdict:
-    """Say how many sentences would separate a loss from the bound: an interval narrows with their square root."""
-    distance = abs(loss.estimate - bound.most)
+    found = f"{subject} loses {loss.low:.3f} to {loss.high:.3f} bits per byte"
+    more = more_sentences(loss, sentences, bound.most)
+    return Verdict("CANNOT TELL", f"{found}, on both sides of {bound.most:g}, by {sentences} sentences; {more}")
+
+
+def more_sentences(loss: Interval, sentences: int, bound: float) -> str:
+    """Return how many sentences would separate a loss from a bound: an interval narrows with their square root."""
+    distance = abs(loss.estimate - bound)
     width = max(loss.high - loss.estimate, loss.estimate - loss.low)
     factor = math.inf if distance == 0 else (width / distance) ** 2
-    more = f"use about {_rounded_up(sentences * factor)}" if factor <= _MOST_SENTENCES else "choose another bound"
-    found = f"{subject} loses {loss.low:.3f} to {loss.high:.3f} bits per byte"
-    return Verdict("CANNOT TELL", f"{found}, on both sides of {bound.most:g}, by {sentences} sentences; {more}")
+    return f"use about {_rounded_up(sentences * factor)}" if factor <= _MOST_SENTENCES else "choose another bound"
 
 
 def _rounded_up(count: float) -> int:

@@ -33,7 +33,7 @@ from quant_fairness_plugin.steps.plans import (
     plan_of_quantized,
     recommend,
 )
-from quant_fairness_plugin.steps.work import evidence, measure, quantize, sweep
+from quant_fairness_plugin.steps.work import evidence, importance, measure, quantize, sweep
 
 __all__ = [
     "EXPORTED",
@@ -51,6 +51,7 @@ __all__ = [
     "fit_config",
     "format_problems",
     "load_checked",
+    "importance",
     "measure",
     "measured_folder",
     "can_go_in_blocks",

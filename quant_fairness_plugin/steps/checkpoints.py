@@ -14,6 +14,7 @@ from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.in_blocks import stream_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
+from quant_fairness_plugin.checkpoint.others import weights_alone
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.export.trial import try_architecture
@@ -189,4 +190,5 @@ def measured_folder(
     else:
         condition = used_before(texts, part)
         held_out = not condition
+    condition = "; ".join(filter(None, [condition, weights_alone(folder)]))
     return replace(measurement, held_out=held_out, condition=condition, original_compared=compared)

@@ -24,9 +24,11 @@ from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
+from quant_fairness_plugin.quantize.importance import channel_importance
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.minimax import quantize_calibrated
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
+from quant_fairness_plugin.quantize.selection import select_modules
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.quantize.workplace import Workplace
 from quant_fairness_plugin.steps.opening import check_whole
@@ -162,6 +164,22 @@ def quantize(
     coverage = expert_coverage(loaded, calibration, texts)
     quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
     return quantized if coverage is None else replace(quantized, experts=coverage)
+
+
+def importance(
+    loaded: LoadedModel,
+    plan: ProtectionPlan,
+    texts: TextSet,
+    config: FairConfig,
+    *,
+    progress: Callable[[str, int, int], None],
+) -> tuple[dict[str, torch.Tensor], CalibrationSet]:
+    """Return how much each input channel of the modules that a plan quantizes carries, and on which rows."""
+    check_whole(loaded, "run for an importance matrix")
+    calibration = _calibration(loaded, texts, config)
+    chosen = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides).grids
+    tell = partial(progress, "importance")
+    return channel_importance(loaded, list(chosen), calibration, progress=tell), calibration
 
 
 def _calibration(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> CalibrationSet:

@@ -157,7 +157,7 @@ def test_the_metadata_of_every_tool_names_a_layout(metadata: dict[str, Any], lay
         ({"quant_method": "awq", "version": "marlin"}, "awq version 'marlin'"),
         ({"quant_method": "gptq", "is_marlin_format": True}, "checkpoint_format 'marlin'"),
         ({"quant_method": "gptq", "checkpoint_format": "bitblas"}, "checkpoint_format 'bitblas'"),
-        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' cannot be dequantized here"),
+        ({"quant_method": "hqq"}, "quant_method 'hqq' cannot be dequantized here"),
         ({}, "quant_method None"),
     ],
 )

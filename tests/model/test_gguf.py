@@ -27,7 +27,7 @@ def readings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Which files were read; every one gives the tiny model."""
     read: list[Path] = []
 
-    def stand_in(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def stand_in(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         read.append(path)
         return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
@@ -55,7 +55,7 @@ def test_a_changed_file_is_another_model(file: Path, readings: list[Path]) -> No
 
 
 def test_a_failed_conversion_leaves_nothing_in_the_cache(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> None:
+    def broken(path: Path, dtype: str) -> None:
         raise UnsupportedModelError("not this one")
 
     monkeypatch.setattr(gguf, "_read", broken)

@@ -18,7 +18,7 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize import stream
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.moments import LanguageMoment
-from quant_fairness_plugin.quantize.stream import Workplace
+from quant_fairness_plugin.quantize.workplace import Workplace
 from tests.export.build import TEXTS
 from tests.planning import quantize_layers
 

@@ -120,6 +120,14 @@ def test_a_bfloat16_model_stays_one_in_llamacpp(files: Callable[..., ModelFiles]
     assert "=bf16" in plan_for_tool("llama.cpp", plan_of(UNITS), files(dtype="bfloat16"))
 
 
+def test_mlx_is_told_every_module_that_it_would_treat_otherwise(files: Callable[..., ModelFiles]) -> None:
+    table = json.loads(plan_for_tool("mlx", plan_of(UNITS), files()))
+    assert (table["bits"], table["group_size"]) == (4, 32)
+    bits = {name: table[name]["bits"] if table.get(name) else 16 if name in table else 4 for name in EXPECTED}
+    assert bits == EXPECTED
+    assert table["model.embed_tokens"] is table["lm_head"] is False
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bloom"])
 def test_llamacpp_knows_merged_attention(family: str, files: Callable[..., ModelFiles]) -> None:
     text = plan_for_tool("llama.cpp", plan_of({"layers.1": "fp16"}), files(family))
@@ -143,7 +151,11 @@ def test_optimum_cannot_skip_a_layer_and_says_what_to_do(
 
 @pytest.mark.parametrize(
     ("tool", "family", "message"),
-    [("llmcompressor", "gpt2", "gpt2 has Conv1D"), ("llama.cpp", "opt", "tensors of 'opt' are not known")],
+    [
+        ("llmcompressor", "gpt2", "gpt2 has Conv1D"),
+        ("mlx", "gpt2", "gpt2 has Conv1D"),
+        ("llama.cpp", "opt", "tensors of 'opt' are not known"),
+    ],
 )
 def test_a_family_that_a_tool_does_not_have_is_refused(
     tool: Any, family: str, message: str, files: Callable[..., ModelFiles]

@@ -1,0 +1,44 @@
+"""Makes our checkpoint for the peers' table, as the command line would; see `peers_table`.
+
+python benchmarks/peers/ours_quantize.py MODEL REQUEST.json OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from peers_table import SEED, TOKENS, calibration_texts
+
+from quant_fairness_plugin import FairQuantizer
+from quant_fairness_plugin.artifacts import package_versions
+
+
+def quantize(model: str, request: dict[str, Any], out: Path) -> None:
+    options = {key: request[key] for key in ("protect_layers", "max_overhead") if key in request}
+    english = request["calibration"] == "English"
+    quantizer = FairQuantizer.from_pretrained(
+        model, texts=calibration_texts(request["calibration"]), seed=SEED,
+        tokens_per_language=TOKENS[request["calibration"]],
+        calibration="english" if english else "uniform", **options,
+    )  # fmt: skip
+    record = quantizer.save_pretrained(out, measure=None)
+    settings = {"grid": str(record.plan.grid), "plan": record.plan.source, "reasons": list(record.plan.reasons)}
+    settings["start"] = record.calibration["separator"]
+    peer = {"versions": package_versions(), "settings": settings, "calibrated": record.calibration["tokens_sha256"]}
+    (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    model, request, out = sys.argv[1:]
+    torch.set_num_threads(1)
+    quantize(model, json.loads(Path(request).read_text(encoding="utf-8")), Path(out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Our checkpoints beside those of other tools: the same model, calibration rows and evaluation text.
+
+    make real peers                           # once: the model, and an environment for each tool
+    python benchmarks/peers_table.py make     # one process a variant, minutes each; goes on where it stopped
+    python benchmarks/peers_table.py measure  # one pass over all, some minutes; writes the rows
+    python benchmarks/peers_table.py render   # writes the tables of docs/peers.md
+
+A variant is one tool with one calibration; all get the same token rows. `make` leaves a folder of each under `--work`,
+with what it cost, and makes no variant twice; `measure` reads all with our own dequantizer, in float32, and scores them
+on the `confirm` sentences, which no calibration saw. Differences between two checkpoints are paired, sentence by
+sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pages import write_tables
+from rows import conditions
+
+from quant_fairness_plugin.artifacts import Part, TextSet, write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = ROOT / "benchmarks" / "results" / "cpu" / "peers_table.jsonl"
+PAGE = ROOT / "docs" / "peers.md"
+MODEL = "SmolLM2-135M-Instruct, dequantized from Q4_1"
+LANGUAGES = ("en", "fr", "es", "de", "ru", "zh", "ar")
+TOKENS = {"7 languages": 512, "English": 1536}
+"""Tokens of each language of a calibration: the most whole rows that every language has, and that English has."""
+OURS = "quant-fairness, INT4"
+"""What the others are compared with, pair by pair."""
+SEED = 0
+Calibration = Literal["7 languages", "English", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One tool with one calibration."""
+
+    tool: str
+    """Its script is `peers/TOOL_quantize.py`."""
+    calibration: Calibration
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+ENVIRONMENTS = {
+    "gptqmodel": ".venv-gptqmodel",
+    "llmcompressor": ".venv-gptqmodel",
+    "autoround": ".venv-peers-autoround",
+    "llamacpp": ".venv-peers-llamacpp",
+}
+"""Tool → its environment; ours runs in this one."""
+AUTOROUND = {"iters": 20}
+"""Its default of 200 takes ten times as long."""
+VARIANTS = {
+    OURS: Variant("ours", "7 languages", {"protect_layers": "none"}),
+    "quant-fairness, planned, +10 %": Variant("ours", "7 languages", {"max_overhead": 0.1}),
+    "gptqmodel": Variant("gptqmodel", "7 languages"),
+    "AutoRound, 20 iterations": Variant("autoround", "7 languages", AUTOROUND),
+    "llm-compressor GPTQ": Variant("llmcompressor", "7 languages"),
+    "llama.cpp Q4_K_M": Variant("llamacpp", "7 languages"),
+    "quant-fairness, INT4, English": Variant("ours", "English", {"protect_layers": "none"}),
+    "gptqmodel, English": Variant("gptqmodel", "English"),
+    "AutoRound, 20 iterations, English": Variant("autoround", "English", AUTOROUND),
+    "llm-compressor GPTQ, English": Variant("llmcompressor", "English"),
+    "llama.cpp Q4_K_M, English": Variant("llamacpp", "English"),
+    "llama.cpp Q4_K_M, no calibration": Variant("llamacpp", "none"),
+}
+
+
+def calibration_texts(calibration: Calibration) -> TextSet:
+    """Return the text set whose `calibrate` part a calibration takes.
+
+    English takes the `search` part too, so that it has more than the few rows of one language. Sentences of that part
+    choose our plan, and none of it is measured on.
+    """
+    from quant_fairness_plugin.texts.load import load_texts
+
+    texts = load_texts("bundled", languages=LANGUAGES)
+    if calibration != "English":
+        return texts
+    parts: tuple[Part, ...] = tuple("calibrate" if part == "search" else part for part in texts.parts)
+    return replace(texts, parts=parts)
+
+
+def request(model: Path, variant: Variant) -> dict[str, Any]:
+    """Return what a peer's script is told: token rows, the same rows as text, the grid, and its own settings."""
+    from transformers import AutoTokenizer
+
+    from quant_fairness_plugin.quantize.calibration import build_calibration
+
+    asked = {"method": "gptq", "bits": 4, "group_size": 64, "symmetric": True, "damp": 0.01, "order": "default"}
+    asked |= {"calibration": variant.calibration, "rows": [], "texts": []} | variant.settings
+    if variant.calibration == "none":
+        return asked
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    made = build_calibration(
+        tokenizer, calibration_texts(variant.calibration), tokens_per_language=TOKENS[variant.calibration], seed=SEED,
+        weighting="english" if variant.calibration == "English" else "uniform",
+    )  # fmt: skip
+    rows = [list(row) for language in made.rows.values() for row in language]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    return asked | {"rows": rows, "texts": texts, "tokens_sha256": made.sha256, "tokens": sum(map(len, rows))}
+
+
+def make(model: Path, work: Path, names: list[str]) -> None:
+    """Make the checkpoints that are not there yet, one process each; a tool that fails leaves its reason."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not note(work, name).is_file():
+            made = run(model, work, name)
+            write_atomically(note(work, name), (json.dumps(made, indent=1, ensure_ascii=False) + "\n").encode())
+            sys.stderr.write(f"{name}: {made.get('failed') or made['cpu_seconds']}\n")
+
+
+def run(model: Path, work: Path, name: str) -> dict[str, Any]:
+    """Run a variant's script; return what it took."""
+    variant, out = VARIANTS[name], work / slug(name)
+    asked = request(model, variant)
+    request_file = work / f"{slug(name)}.request.json"
+    request_file.write_text(json.dumps(asked), encoding="utf-8")
+    home = ENVIRONMENTS.get(variant.tool)
+    python = Path(sys.executable) if home is None else ROOT / home / "bin" / "python"
+    script = ROOT / "benchmarks" / "peers" / f"{variant.tool}_quantize.py"
+    if not python.exists():
+        raise SystemExit(f"{python} is missing: make peers")
+    # One thread: waiting threads of a busy machine would count as CPU time.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    with (work / f"{slug(name)}.log").open("wb") as log:
+        started = time.monotonic()
+        command = list(map(str, (python, script, model, request_file, out)))
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    told = {key: value for key, value in asked.items() if key not in ("rows", "texts")}
+    if process.returncode != 0:
+        return {"failed": f"status {process.returncode}", "request": told}
+    peer = json.loads((out / "peer.json").read_text(encoding="utf-8"))
+    peer["tool_versions"] = peer.pop("versions")
+    return {
+        "request": told,
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        "wall_seconds": round(time.monotonic() - started, 1),
+        "peak_rss_bytes": 1024 * used.ru_maxrss,
+        "weight_bytes": sum(path.stat().st_size for path in weight_files(out)),
+        "made_at": conditions(command="", seed=SEED)["revision"],
+    } | peer
+
+
+def note(work: Path, name: str) -> Path:
+    """Return the file that says what making a variant took."""
+    return work / f"{slug(name)}.json"
+
+
+def slug(name: str) -> str:
+    """Return the name of a variant's folder."""
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold a checkpoint's weights."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.gguf")])
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """Return what is read: a GGUF file, or the folder."""
+    return next(iter(folder.glob("*.gguf")), folder)
+
+
+def measure(model: Path, work: Path, names: list[str]) -> None:
+    """Measure every checkpoint that was made in one pass, and write the rows in place of the old ones."""
+    import torch
+
+    from quant_fairness_plugin.checkpoint.others import readable_folder
+    from quant_fairness_plugin.config import FairConfig
+    from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.preflight import ModelSource
+    from quant_fairness_plugin.steps import exported_state
+
+    torch.set_num_threads(1)
+    made = {name: json.loads(done.read_text("utf-8")) for name in names if (done := note(work, name)).is_file()}
+    failed = [name for name, row in made.items() if "failed" in row]
+    if OURS not in made:
+        raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
+    config = FairConfig(languages=LANGUAGES, seed=SEED)
+    quantizer = FairQuantizer.from_source(ModelSource(str(model)), config, stream=True)
+    states = [
+        exported_state(readable_folder(checkpoint_of(work / slug(name))), quantizer.loaded, name=name)
+        for name in made
+        if name not in failed
+    ]
+    measured = quantizer.measure(*states)
+    common = conditions(command="python benchmarks/peers_table.py measure", seed=SEED)
+    rows = [
+        {"variant": name, "model": MODEL, "tool": VARIANTS[name].tool, "calibration": VARIANTS[name].calibration}
+        | ({} if name in failed else figures(measured, name))
+        | common
+        | row
+        for name, row in made.items()
+    ]
+    write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def figures(measured: Any, name: str) -> dict[str, Any]:
+    """Return the damage of a checkpoint, and what it loses beyond ours, sentence by sentence."""
+    result, pair = measured.measurements[name], measured.pair(OURS, name)
+    return {
+        "kl": {row.language: asdict(row.kl_bits_per_byte) | {"status": row.status} for row in result.languages},
+        "delta_bpb": {row.language: asdict(row.delta_bpb) for row in result.languages},
+        "worst_kl": asdict(result.worst_kl),
+        "mean_kl": asdict(result.mean_kl),
+        "beyond_ours": {"worst": asdict(pair.worst), "mean": asdict(pair.mean)}
+        | {language: asdict(difference) for language, difference in pair.differences.items()},
+        "part": result.part,
+        "sentences": result.languages[0].sentences,
+        "model_sha256": result.provenance.model_sha256,
+        "text_sha256": result.provenance.text_sha256,
+    }
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """Return the stored rows."""
+    return [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()] if ROWS.exists() else []
+
+
+def tables() -> dict[str, str]:
+    """Return the Markdown tables by name."""
+    rows = [row for row in read_rows() if "failed" not in row]
+    return {"peers": table(rows), "peers-languages": by_language(rows), "peers-cost": costs(rows)} if rows else {}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return bytes, worst and mean KL of every variant, and the paired differences to ours."""
+    lines = [
+        "| checkpoint | calibration | MB | worst KL | mean KL | worst beyond ours | mean beyond ours |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        own = row["variant"] == OURS
+        beyond = ["", ""] if own else [signed(row["beyond_ours"][key]) for key in ("worst", "mean")]
+        calibration = row["calibration"] + (
+            f", {row['request']['tokens']} tokens" if "tokens" in row["request"] else ""
+        )
+        cells = [row["variant"].removesuffix(", English").removesuffix(", no calibration"), calibration]
+        cells += [f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"]), *beyond]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def by_language(rows: list[dict[str, Any]]) -> str:
+    """Return the KL of every language, a line a variant."""
+    lines = ["| checkpoint | calibration | " + " | ".join(LANGUAGES) + " |", "|---|---|" + "---:|" * len(LANGUAGES)]
+    for row in rows:
+        cells = [f"{1000 * row['kl'][language]['estimate']:.0f}" for language in LANGUAGES]
+        name = row["variant"].removesuffix(", English").removesuffix(", no calibration")
+        lines.append("| " + " | ".join([name, row["calibration"], *cells]) + " |")
+    return "\n".join([*lines, ""])
+
+
+def costs(rows: list[dict[str, Any]]) -> str:
+    """Return what making each took, and by which versions."""
+    lines = ["| checkpoint | CPU s | wall s | most memory | versions | our revision |", "|---|---:|---:|---:|---|---|"]
+    for row in rows:
+        own = package_names(row["tool"])
+        versions = ", ".join(f"{name} {row['tool_versions'][name]}" for name in own if name in row["tool_versions"])
+        cells = [row["variant"], f"{row['cpu_seconds']:.0f}", f"{row['wall_seconds']:.0f}"]
+        cells += [f"{row['peak_rss_bytes'] / 1e9:.2f} GB", versions, f"{row['made_at']}, measured {row['revision']}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def package_names(tool: str) -> tuple[str, ...]:
+    """Return the packages whose versions the page names."""
+    named = {
+        "ours": "quant-fairness",
+        "autoround": "auto-round",
+        "llmcompressor": "llmcompressor",
+        "llamacpp": "llama-cpp-python",
+    }
+    return named.get(tool, tool), "transformers", "torch"
+
+
+def figure(value: dict[str, Any]) -> str:
+    """Return `419 [388, 455]`, thousandths."""
+    if "undefined" in value:
+        return "undefined"
+    return f"{1000 * value['estimate']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
+
+
+def signed(value: dict[str, Any]) -> str:
+    """Return `+41 [+8, +75]`, thousandths."""
+    if "undefined" in value:
+        return "undefined"
+    return f"{1000 * value['estimate']:+.0f} [{1000 * value['low']:+.0f}, {1000 * value['high']:+.0f}]"
+
+
+def render() -> None:
+    """Write the tables into their page."""
+    write_tables(PAGE, tables())
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=("make", "measure", "render"))
+    parser.add_argument("--model", type=Path, default=ROOT / "out" / "smollm2-135m")
+    parser.add_argument("--work", type=Path, default=ROOT / "out" / "peers")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    given = parser.parse_args()
+    if given.what == "render":
+        render()
+    else:
+        {"make": make, "measure": measure}[given.what](given.model, given.work, given.variants)
+
+
+if __name__ == "__main__":
+    main()

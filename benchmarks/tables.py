@@ -1,0 +1,73 @@
+"""Every table of the documentation from its stored rows. Loads no model; seconds.
+
+    make tables                       # writes the pages; says how old the rows of each are
+    python benchmarks/tables.py age   # says that alone
+
+A row says when it was finished and, since rows carry it, by which revision. `age` asks git what has changed since then
+in what figures come from (`CODE`): rows are not wrong for that, but whoever quotes them should know.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = (
+    "architectures",
+    "calibration_table",
+    "clip_table",
+    "columns",
+    "controls_table",
+    "peers_table",
+    "plan_table",
+    "protection_table",
+    "real_model",
+    "sweep",
+)
+"""Each has `ROWS`, `PAGE`, and `render`, which writes the one into the other."""
+CODE = tuple(
+    f"quant_fairness_plugin/{room}"
+    for room in ("measure", "model", "quantize", "planning", "recommend", "sweep", "texts")
+)
+
+
+def script(name: str) -> ModuleType:
+    """Return a script as a module."""
+    return import_module(name)
+
+
+def rows_of(module: ModuleType) -> list[dict[str, Any]]:
+    """Return the stored rows of a script."""
+    return [json.loads(line) for line in module.ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def age(name: str) -> str:
+    """Return one line on the oldest row of a page, and on what has changed in the code since."""
+    module = script(name)
+    oldest = min(rows_of(module), key=lambda row: row["finished"])
+    commits = _git("log", "--oneline", f"--since={oldest['finished']}", "--", *CODE).splitlines()
+    since = f"{len(commits)} commits to the code since" if commits else "the code has not changed since"
+    page = module.PAGE.relative_to(ROOT)
+    return f"{page!s:24} oldest row {oldest['finished'][:10]}, {oldest.get('revision', 'revision not stored')}: {since}"
+
+
+def _git(*command: str) -> str:
+    return subprocess.run(["git", *command], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+
+
+def main() -> None:
+    """Write all pages unless only their age is asked for."""
+    for name in SCRIPTS:
+        if sys.argv[1:] != ["age"]:
+            script(name).render()
+        sys.stdout.write(f"{age(name)}\n")
+
+
+if __name__ == "__main__":
+    main()
