@@ -1,6 +1,6 @@
 """The picture of README and start page: each language's loss on the public model, from the rows of real_model.jsonl.
 
-    python benchmarks/picture.py                          # writes docs/real-model.svg; needs the extra report
+python benchmarks/picture.py                          # writes docs/real-model.svg; needs the extra report
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ default_role = "code"  # docstrings name things in single backticks
 autodoc_typehints = "none"  # signatures have them
 autodoc_member_order = "bysource"
 add_module_names = False
-# The pages that a list of the start page may hold and that are not there yet: nothing else is forgiven.
+# A pattern of the start page's lists that matches no page yet. No link is forgiven.
 suppress_warnings = ["toc.empty_glob"]
 
 

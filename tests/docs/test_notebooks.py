@@ -1,4 +1,4 @@
-"""The notebooks: their form always, and each from the first cell to the last where `make test-notebooks` asks for it."""
+"""The notebooks: their form always, and each from end to end where `make test-notebooks` asks for it."""
 
 from __future__ import annotations
 
