@@ -7,6 +7,7 @@ TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage tables peers clean
+.PHONY: docs test-docs test-notebooks
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -15,6 +16,9 @@ help:
 	@echo "make test-readers  load our checkpoints in the real readers (vLLM, gptqmodel), each in its own environment"
 	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
 	@echo "make test-browser  open the HTML report in a real Chromium"
+	@echo "make docs          the documentation as a site, docs/_build/index.html; a broken link fails"
+	@echo "make test-docs     run every shell and Python block of the README and the job pages"
+	@echo "make test-notebooks  run the notebooks from end to end"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make tables        every table of the documentation again from its stored rows, and how old these are"
 	@echo "make peers         an environment for each tool that benchmarks/peers_table.py compares us with"
@@ -120,5 +124,24 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 	cp .venv-peers-llamacpp/build/bin/llama-quantize .venv-peers-llamacpp/build/bin/llama-imatrix .venv-peers-llamacpp/bin
 	touch $@
 
+# An environment of its own that sees the library's packages behind its own: notebooks and API pages import the library.
+DOCS := .venv-docs/bin/python
+PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
+.venv-docs/.installed: docs/requirements.txt $(STAMP)
+	test -x $(DOCS) || $(PYTHON) -m venv .venv-docs
+	$(DOCS) $(PIP) --requirement docs/requirements.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PACKAGES)')')" > "$$($(DOCS) -c '$(PACKAGES)')/library.pth"
+	touch $@
+
+docs: .venv-docs/.installed
+	$(DOCS) -m sphinx --builder html --fail-on-warning --keep-going --quiet --fresh-env docs docs/_build
+
+# With the library's commands on the path, as a user has them.
+test-docs: .venv-docs/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(DOCS) -m pytest tests/docs -m pages --numprocesses 2
+
+test-notebooks: .venv-docs/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(DOCS) -m pytest tests/docs -m notebooks --numprocesses 2
+
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* out build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs docs/_build out build dist *.egg-info

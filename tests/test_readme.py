@@ -14,9 +14,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_there_are_two_blocks_and_no_more_than_200_lines() -> None:
+def test_there_are_two_blocks_and_no_more_than_150_lines() -> None:
     assert len(BLOCKS) == 2
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
