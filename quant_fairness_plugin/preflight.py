@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from quant_fairness_plugin.answers.prompts import load_prompts
 from quant_fairness_plugin.artifacts import Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
@@ -136,6 +137,7 @@ def preflight(
         _check_family_exportable(files, config)
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
+    load_prompts(config.prompts)  # a file that cannot be read is found now
     _check_tokens(files, sentences)
     return Checked(files, sentences)
 

@@ -7,6 +7,7 @@ An artifact holds only what is reproducible byte for byte; what differs from run
 a sibling `*.run.json` (`save_run_record`).
 """
 
+from quant_fairness_plugin.artifacts.answers import FAULTS, Answer, Answers, Fault, LanguageAnswers
 from quant_fairness_plugin.artifacts.data import (
     NO_SURPRISES,
     RECORD_NAME,
@@ -72,6 +73,8 @@ from quant_fairness_plugin.artifacts.sweeps import (
 from quant_fairness_plugin.artifacts.units import Unit
 
 __all__ = [
+    "Answer",
+    "Answers",
     "Bootstrap",
     "CheckpointFormat",
     "Clip",
@@ -82,12 +85,15 @@ __all__ = [
     "ExpertCoverage",
     "ExpertUse",
     "ExportRecord",
+    "FAULTS",
+    "Fault",
     "FileRecord",
     "Frontier",
     "FrontierRow",
     "Granularity",
     "Grid",
     "Interval",
+    "LanguageAnswers",
     "LanguageDamage",
     "LanguageScores",
     "Measurement",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from quant_fairness_plugin.artifacts.answers import Answers
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.errors import ConfigError
 
@@ -241,6 +242,8 @@ class Measurement:
     original_compared: bool | None = None
     """Of a checkpoint folder: whether the checksum in its record is that of the 16-bit model it was measured against;
     None where there is no folder."""
+    answers: Answers | Undefined | None = None
+    """What a checkpoint folder answered to a few prompts, or why it was not asked; None where there is no folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

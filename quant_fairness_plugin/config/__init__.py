@@ -297,6 +297,16 @@ class FairConfig:
             metavar="NAME=BOUND",
         ),
     ] = None
+    prompts: Annotated[
+        str,
+        Option(
+            "What the checkpoint is asked in every language, beside the 16-bit model: 'bundled', a file such as "
+            "--texts takes, or 'none'.",
+            "Texts",
+            metavar="SOURCE",
+            names=("bundled", "none"),
+        ),
+    ] = "bundled"
     draws: Annotated[int, Option("Bootstrap resamples behind every interval.", "More")] = 2000
     seed: Annotated[int, Option("Seed of every random draw.", "More")] = 0
     strict: Annotated[
@@ -468,6 +478,7 @@ class FairOptions(TypedDict, total=False):
     device: str
     dtype: Dtype
     gate: str | None
+    prompts: str
     draws: int
     seed: int
     strict: bool
