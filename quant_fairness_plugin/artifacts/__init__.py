@@ -58,6 +58,7 @@ from quant_fairness_plugin.artifacts.files import (
     to_json,
     write_atomically,
 )
+from quant_fairness_plugin.artifacts.reading import ReaderRun
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import (
     Combinations,
@@ -110,6 +111,7 @@ __all__ = [
     "RECORD_NAME",
     "Ranking",
     "Reader",
+    "ReaderRun",
     "SearchMethod",
     "SearchRecord",
     "Standing",

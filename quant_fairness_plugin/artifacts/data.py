@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 
 from quant_fairness_plugin.artifacts.answers import Answers
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.reading import ReaderRun
 from quant_fairness_plugin.errors import ConfigError
 
 NO_SURPRISES = ConfigDict(extra="forbid")
@@ -357,6 +358,8 @@ class ExportRecord:
     """Tensor in the files → checksum, of those that are the source's byte for byte, and were never computed with: parts
     that are not text, and what no module of the model has."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+    reader_run: ReaderRun | Undefined | None = None
+    """The reader that loaded the folder when it was written and verified, or why none did; None in older records."""
     experts: ExpertCoverage | None = None
     """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
 

@@ -15,7 +15,7 @@ from quant_fairness_plugin.cli.options import Access, ModelOption, OutputFolder,
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
+from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
@@ -77,4 +77,5 @@ def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) ->
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)
     protection = f"{result.plan.overhead:.1%} extra bytes for protection"
-    typer.echo(f"{out}: {result.record.format}, verified; {protection}; {extent(result.record)}")
+    typer.echo(verified(result.record.reader_run))
+    typer.echo(f"{out}: {result.record.format}; {protection}; {extent(result.record)}")
