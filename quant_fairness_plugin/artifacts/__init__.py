@@ -7,6 +7,7 @@ An artifact holds only what is reproducible byte for byte; what differs from run
 a sibling `*.run.json` (`save_run_record`).
 """
 
+from quant_fairness_plugin.artifacts.analyses import AnalysisAnswer
 from quant_fairness_plugin.artifacts.answers import FAULTS, Answer, Answers, Fault, LanguageAnswers
 from quant_fairness_plugin.artifacts.data import (
     NO_SURPRISES,
@@ -74,6 +75,7 @@ from quant_fairness_plugin.artifacts.sweeps import (
 from quant_fairness_plugin.artifacts.units import Unit
 
 __all__ = [
+    "AnalysisAnswer",
     "Answer",
     "Answers",
     "Bootstrap",

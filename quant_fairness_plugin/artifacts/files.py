@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from quant_fairness_plugin.artifacts.analyses import AnalysisAnswer
 from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
@@ -24,7 +25,9 @@ from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.errors import ArtifactError
 
-A = TypeVar("A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage)
+A = TypeVar(
+    "A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage, AnalysisAnswer
+)
 
 
 def _adapter(kind: type[A]) -> TypeAdapter[A]:
