@@ -11,6 +11,7 @@ arguments of a step, in `steps`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -72,7 +73,16 @@ class FairQuantizer(Opened):
         """
         folder = folder or self._last_export()
         compared = steps.check_folder(folder, self.loaded)
-        measured = self.measure(exported_state(folder, self.loaded), part=part).measurements[EXPORTED]
+        state = exported_state(folder, self.loaded)
+        measured = self.measure(state, part=part).measurements[EXPORTED]
+        return self._asked(folder, state, measured, part, compared=compared)
+
+    def _asked(
+        self, folder: Path, state: ModelState, measured: Measurement, part: Part, *, compared: bool
+    ) -> Measurement:
+        """Return a folder's measurement with what its record says, and with its answers to a few prompts."""
+        answers = steps.ask(self.loaded, folder, state, measured, self.config, progress=self._progress)
+        measured = replace(measured, answers=answers)
         return steps.measured_folder(measured, folder, self.texts, part, compared=compared)
 
     def sweep(
@@ -227,9 +237,9 @@ class FairQuantizer(Opened):
         both: list[Measured] = []
 
         def measure(folder: Path) -> Measurement:
-            both.append(self.measure(steps.unprotected_state(bare), exported_state(folder, self.loaded)))
-            measured = both[0].measurements[EXPORTED]
-            protected = steps.measured_folder(measured, folder, self.texts, "confirm", compared=True)
+            state = exported_state(folder, self.loaded)
+            both.append(self.measure(steps.unprotected_state(bare), state))
+            protected = self._asked(folder, state, both[0].measurements[EXPORTED], "confirm", compared=True)
             if report is not None:
                 report(folder, both[0].measurements[NONE], protected)
             return protected

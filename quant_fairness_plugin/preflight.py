@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from quant_fairness_plugin.answers.prompts import load_prompts
 from quant_fairness_plugin.artifacts import Part, Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
@@ -138,6 +139,7 @@ def preflight(
     sentences = open_texts(config, texts)
     if out is not None:
         _check_sentences(sentences, config)
+    load_prompts(config.prompts)  # a file that cannot be read is found now
     _check_tokens(files, sentences)
     return Checked(files, sentences)
 

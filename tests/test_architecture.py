@@ -27,6 +27,7 @@ RANKS = [
     {"evidence"},
     {"export"},
     {"serve"},
+    {"answers"},
     {"forecast", "planning", "preflight", "report"},
     {"steps"},
     {"opened"},

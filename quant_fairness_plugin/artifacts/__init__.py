@@ -7,6 +7,8 @@ An artifact holds only what is reproducible byte for byte; what differs from run
 a sibling `*.run.json` (`save_run_record`).
 """
 
+from quant_fairness_plugin.artifacts.analyses import AnalysisAnswer
+from quant_fairness_plugin.artifacts.answers import FAULTS, Answer, Answers, Fault, LanguageAnswers
 from quant_fairness_plugin.artifacts.checkpoints import RECORD_NAME, ExportRecord, FileRecord
 from quant_fairness_plugin.artifacts.evidence import (
     Comparison,
@@ -47,6 +49,7 @@ from quant_fairness_plugin.artifacts.names import (
 from quant_fairness_plugin.artifacts.numbers import Bootstrap, Interval, Number, Undefined
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
+from quant_fairness_plugin.artifacts.reading import ReaderRun
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import (
     Combinations,
@@ -63,6 +66,9 @@ from quant_fairness_plugin.artifacts.texts import TextSet
 from quant_fairness_plugin.artifacts.units import Unit
 
 __all__ = [
+    "AnalysisAnswer",
+    "Answer",
+    "Answers",
     "Bootstrap",
     "CheckpointFormat",
     "Clip",
@@ -73,12 +79,15 @@ __all__ = [
     "ExpertCoverage",
     "ExpertUse",
     "ExportRecord",
+    "FAULTS",
+    "Fault",
     "FileRecord",
     "Frontier",
     "FrontierRow",
     "Granularity",
     "Grid",
     "Interval",
+    "LanguageAnswers",
     "LanguageDamage",
     "LanguageScores",
     "Measurement",
@@ -95,6 +104,7 @@ __all__ = [
     "RECORD_NAME",
     "Ranking",
     "Reader",
+    "ReaderRun",
     "SearchMethod",
     "SearchRecord",
     "Standing",

@@ -11,8 +11,10 @@ from pydantic import ConfigDict
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.artifacts.measurements import Measurement
 from quant_fairness_plugin.artifacts.names import CheckpointFormat
+from quant_fairness_plugin.artifacts.numbers import Undefined
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
+from quant_fairness_plugin.artifacts.reading import ReaderRun
 
 RECORD_NAME = "quant_fairness.json"
 """The file of a checkpoint folder that holds its `ExportRecord`."""
@@ -50,6 +52,8 @@ class ExportRecord:
     """Tensor in the files → checksum, of those that are the source's byte for byte, and were never computed with: parts
     that are not text, and what no module of the model has."""
     files: dict[str, FileRecord] = field(default_factory=dict)
+    reader_run: ReaderRun | Undefined | None = None
+    """The reader that loaded the folder when it was written and verified, or why none did; None in older records."""
     experts: ExpertCoverage | None = None
     """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from quant_fairness_plugin.artifacts.analyses import AnalysisAnswer
 from quant_fairness_plugin.artifacts.checkpoints import ExportRecord
 from quant_fairness_plugin.artifacts.consistency import check
 from quant_fairness_plugin.artifacts.evidence import Evidence
@@ -29,7 +30,9 @@ from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.documents import parse_json, read_text
 from quant_fairness_plugin.errors import ArtifactError
 
-A = TypeVar("A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage)
+A = TypeVar(
+    "A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage, AnalysisAnswer
+)
 
 
 MOST_ARTIFACT_BYTES = 256_000_000

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from quant_fairness_plugin.artifacts.answers import Answers
 from quant_fairness_plugin.artifacts.names import Part, Status
-from quant_fairness_plugin.artifacts.numbers import Interval, Number
+from quant_fairness_plugin.artifacts.numbers import Interval, Number, Undefined
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 
 
@@ -92,3 +93,5 @@ class Measurement:
     original_compared: bool | None = None
     """Of a checkpoint folder: whether the checksum in its record is that of the 16-bit model it was measured against;
     None where there is no folder."""
+    answers: Answers | Undefined | None = None
+    """What a checkpoint folder answered to a few prompts, or why it was not asked; None where there is no folder."""

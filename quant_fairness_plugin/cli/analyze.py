@@ -13,10 +13,11 @@ from rich.table import Table
 
 from quant_fairness_plugin.analysis.kinds import ANALYSES, find_analysis
 from quant_fairness_plugin.analysis.request import AnalysisOptions, Request, check_options
-from quant_fairness_plugin.artifacts import Interval, Undefined, write_atomically
+from quant_fairness_plugin.artifacts import AnalysisAnswer, Interval, Undefined, from_json, write_atomically
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, OutputFile
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.report import write_report
 from quant_fairness_plugin.cli.tables import show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
@@ -75,10 +76,12 @@ def analyze(
         )
         result = analysis.run(request)
     provenance = request.provenance(reads_texts=analysis.reads_texts) | computed
-    document = {"schema_version": 1, "kind": "analysis", "analysis": kind, "provenance": provenance}
-    text = json.dumps(document | {"result": asdict(result)}, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
+    document = {"schema_version": 1, "kind": "analysis", "analysis": kind, "question": analysis.question}
+    document |= {"provenance": provenance, "result": asdict(result)}
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
     if output is not None:
         write_atomically(output, text.encode())
+        write_report(output.with_suffix(".html"), [from_json(AnalysisAnswer, text, str(output))], config)
     if as_json:
         typer.echo(text, nl=False)
         return

@@ -142,10 +142,15 @@ def _table(title: str, *columns: str) -> Table:
 
 def _add(table: Table, row: LanguageDamage, cells: Sequence[str | Text], *, worst: bool) -> None:
     supported = row.status == "supported"
-    name = language_name(row.language)
-    short = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
     style = "bold" if supported and worst else "" if supported else "dim"
-    table.add_row(f"{short} {row.language}", *cells, style=style)
+    table.add_row(language_label(row.language), *cells, style=style)
+
+
+def language_label(tag: str) -> str:
+    """Return the name of a language, cut where it is long, and its tag."""
+    name = language_name(tag)
+    short = name if len(name) <= _NAME else f"{name[: _NAME - 1]}…"
+    return f"{short} {tag}"
 
 
 def _in_order(rows: Sequence[LanguageDamage]) -> list[LanguageDamage]:

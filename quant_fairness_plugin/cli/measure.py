@@ -13,6 +13,7 @@ import typer
 from quant_fairness_plugin.artifacts import Part, save, save_run_record, to_json
 from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.checkpoint.others import readable_folder
+from quant_fairness_plugin.cli.answers import show_answers
 from quant_fairness_plugin.cli.damage import (
     baseline_table,
     damage_notes,
@@ -42,7 +43,7 @@ class HowToMeasure:
     method: HowMeasured = "rigorous"
 
 
-@options(config=(*TEXTS, *COMPUTE, "gate"))
+@options(config=(*TEXTS, *COMPUTE, "gate", "prompts"))
 def measure(
     config: FairConfig,
     access: Access,
@@ -101,6 +102,7 @@ def measure(
     table = detailed_damage_table if shown.details else damage_table
     show(table(measured, title=f"{checkpoint} {describe_original(measured, source.name)}: {sentences}"))
     typer.echo("\n".join(damage_notes(measured)))
+    show_answers(measured, details=shown.details)
     check_gate(measured, config)
 
 

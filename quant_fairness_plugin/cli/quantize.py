@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from quant_fairness_plugin.artifacts import ExportRecord, Measurement, ProtectionPlan, to_json
+from quant_fairness_plugin.cli.answers import show_answers
 from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
@@ -21,7 +22,7 @@ from quant_fairness_plugin.cli.options import (
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
+from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import ModelSource, preflight
@@ -101,6 +102,8 @@ def report_checkpoint(record: ExportRecord, out: Path, config: FairConfig, shown
         title = f"{out}: damage against the 16-bit model, {describe_part(record.measurement)}"
         show((detailed_damage_table if shown.details else damage_table)(record.measurement, title=title))
         typer.echo("\n".join(damage_notes(record.measurement)))
+        show_answers(record.measurement, details=shown.details)
     more = singled_out(record.plan)
-    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}, verified; {extent(record)}")
+    typer.echo(verified(record.reader_run))
+    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}; {extent(record)}")
     check_gate(record.measurement, config)

@@ -8,13 +8,14 @@ import typer
 
 from quant_fairness_plugin.artifacts import Measurement, to_json
 from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.cli.answers import show_answers
 from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import Access, ModelOption, OutputFolder, Overwrite, Place, Shown, default_output
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
-from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out
+from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.preflight import preflight
@@ -72,7 +73,9 @@ def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) ->
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
     typer.echo("\n".join(damage_notes(result.protected)))
+    show_answers(result.protected, details=details)
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)
     protection = f"{result.plan.overhead:.1%} extra bytes for protection"
-    typer.echo(f"{out}: {result.record.format}, verified; {protection}; {extent(result.record)}")
+    typer.echo(verified(result.record.reader_run))
+    typer.echo(f"{out}: {result.record.format}; {protection}; {extent(result.record)}")

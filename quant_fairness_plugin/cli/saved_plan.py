@@ -1,4 +1,4 @@
-"""`--plan FILE`: a plan that `recommend -o` saved, in place of the options that select one."""
+"""`--plan FILE`: a plan that `recommend -o` saved, or a checkpoint's, in place of the options that select one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import ProtectionPlan, load
+from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, ProtectionPlan, load
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 
@@ -16,7 +16,8 @@ PlanFile = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="A plan that `recommend -o` saved: its grid, layers and units, instead of the options for these.",
+        help="A plan that `recommend -o` saved, or a checkpoint folder: its grid, layers and units, instead of the "
+        "options for these.",
         rich_help_panel="What to protect",
     ),
 ]
@@ -27,7 +28,7 @@ def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | Non
     """Return the plan, and a configuration that follows it.
 
     Args:
-        path: the plan's file, or None, which leaves the configuration as it is.
+        path: the plan's file, a checkpoint's record or its folder; None leaves the configuration as it is.
         config: the configuration without the plan.
 
     Raises:
@@ -36,7 +37,7 @@ def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | Non
     """
     if path is None:
         return None, config
-    plan = load(ProtectionPlan, path)
+    plan = _read(path)
     given = {name: getattr(config, name) for name in ("protect_units", "int8_layers") if getattr(config, name)}
     if config.protect_layers not in ("auto", "none"):
         given["protect_layers"] = config.protect_layers
@@ -50,3 +51,10 @@ def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | Non
             f"--{name.replace('_', '-')} {value} and --plan {path} contradict each other; leave one of them out"
         )
     return plan, replace(config, **grid, protect_layers=plan.protected_layers or "none")
+
+
+def _read(path: Path) -> ProtectionPlan:
+    record = path / RECORD_NAME
+    if record.is_file() or path.name == RECORD_NAME:
+        return load(ExportRecord, record if record.is_file() else path).plan
+    return load(ProtectionPlan, path)

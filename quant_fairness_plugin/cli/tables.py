@@ -18,10 +18,12 @@ from quant_fairness_plugin.artifacts import (
     Number,
     Precision,
     ProtectionPlan,
+    ReaderRun,
     SweepReport,
     SweepRow,
     Synergy,
     SynergyMatrix,
+    Undefined,
     Unit,
     bits_of_precision,
 )
@@ -234,6 +236,16 @@ def frontier_table(frontier: Frontier) -> Table:
             sure = f"{row.on_frontier_probability:.0%} of resamples"
             table.add_row(row.plan, str(row.bytes_), number(row.worst), number(row.mean), sure)
     return table
+
+
+def verified(run: ReaderRun | Undefined | None) -> str:
+    """Say what was checked of a written folder, and which reader computed with it; or that none did, and why."""
+    match run:
+        case ReaderRun():
+            return f"Verified: every file, tensor and value; and by {run}"
+        case Undefined():
+            return f"Verified: every file, tensor and value. No reader was run: {run.undefined}"
+    return "Verified: every file, tensor and value. Which reader was run is not recorded"
 
 
 def extent(record: ExportRecord) -> str:

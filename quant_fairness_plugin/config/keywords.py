@@ -44,6 +44,7 @@ class FairOptions(TypedDict, total=False):
     format: CheckpointFormat
     reader: Reader
     gate: str | None
+    prompts: str
     protect_biases: bool
     protect_final_ln: bool
     device: str

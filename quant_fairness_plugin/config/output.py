@@ -57,6 +57,16 @@ class OutputFields:
             "More",
         ),
     ] = "auto"
+    prompts: Annotated[
+        str,
+        Option(
+            "What the checkpoint is asked in every language, beside the 16-bit model: 'bundled', a file such as "
+            "--texts takes, or 'none'.",
+            "Texts",
+            metavar="SOURCE",
+            names=("bundled", "none"),
+        ),
+    ] = "bundled"
     draws: Annotated[int, Option("Bootstrap resamples behind every interval.", "More")] = 2000
     seed: Annotated[int, Option("Seed of every random draw.", "More")] = 0
     strict: Annotated[

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
 import jinja2
 
-from quant_fairness_plugin.artifacts import ExportRecord, Interval, LanguageDamage, Number
+from quant_fairness_plugin.artifacts import (
+    FAULTS,
+    RECORD_NAME,
+    Answers,
+    ExportRecord,
+    Interval,
+    LanguageDamage,
+    Number,
+    ReaderRun,
+    Undefined,
+)
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal
 from quant_fairness_plugin.export.source_card import NO_CARD, SourceCard
+from quant_fairness_plugin.model.resolve import BUNDLED
+from quant_fairness_plugin.plans.precision_map import bits_of_record, layer_ranges, module_names, written_bits
+from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.recommend import describe_overrides
 from quant_fairness_plugin.statistics.verdict import judge
 
@@ -41,10 +55,17 @@ def render_card(record: ExportRecord, source: SourceCard = NO_CARD) -> str:
         plan=record.plan,
         overrides=describe_overrides(record.plan),
         wide=sum(bits != record.plan.grid.bits for bits in record.quantized_modules.values()),
-        name=record.provenance.model.rstrip("/") if _is_hub_id(record) else record.provenance.model.split("/")[-1],
+        name=_name(record),
         front_matter=_front_matter(record, source),
         source=source,
         verdict=judge(measurement) if measurement else None,
+        answers=measurement.answers if measurement and isinstance(measurement.answers, Answers) else None,
+        unasked=measurement.answers.undefined if measurement and isinstance(measurement.answers, Undefined) else None,
+        read_by=record.reader_run if isinstance(record.reader_run, ReaderRun) else None,
+        unread=record.reader_run.undefined if isinstance(record.reader_run, Undefined) else None,
+        faults=FAULTS,
+        bits=list(_bit_rows(record)),
+        command=command_again(record),
         bound=Gate().most,
         rows=[_row(damage) for damage in measurement.languages] if measurement else [],
         refusals={reader: _refusal(record, reader) for reader in READERS},
@@ -63,9 +84,77 @@ def _front_matter(record: ExportRecord, source: SourceCard) -> dict[str, Any]:
         **source.kept,
         "language": source.languages or measured,
         "library_name": "transformers",
+        "quantized_by": "quant-fairness",
         "tags": list(dict.fromkeys([*own, *source.tags])),
+        "model-index": _model_index(record),
     }
     return {key: value for key, value in content.items() if value is not None and value != []}
+
+
+def _model_index(record: ExportRecord) -> list[dict[str, Any]] | None:
+    """Return the damage to each language the 16-bit model knows, as the Hub shows results; None where none is."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    measurement = record.measurement
+    known = [row for row in measurement.languages if row.status != "unsupported"] if measurement else []
+    if measurement is None or not known:
+        return None
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            task_name=f"The same sentences as the 16-bit model, {row.language}",
+            dataset_type=record.provenance.text_set,
+            dataset_name=record.provenance.text_set,
+            dataset_config=row.language,
+            dataset_split=measurement.part,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(value.estimate, 6),
+        )
+        for row in known
+        for kind, name, value in (
+            ("kl-bits-per-byte", "KL from the 16-bit model, bits per byte", row.kl_bits_per_byte),
+            ("delta-bits-per-byte", "More bits per byte than the 16-bit model", row.delta_bpb),
+        )
+    ]
+    index: list[dict[str, Any]] = eval_results_to_model_index(_name(record), results)
+    return index
+
+
+def command_again(record: ExportRecord) -> list[str]:
+    """Return the words of a command that makes the checkpoint again: its plan is in the record, beside the card.
+
+    Texts and models from files have only their names in a record; where they lie is for the reader to fill in.
+    """
+    known, summary = record.provenance.arguments, record.calibration
+    model = record.provenance.model if _is_hub_id(record) or record.provenance.model in BUNDLED else "MODEL"
+    words = ["quant-fairness", "quantize", model, "--plan", RECORD_NAME, "--method", record.method]
+    words += ["--format", record.format, "--reader", str(known.get("reader", "transformers"))]
+    if known.get("backend", NATIVE) != NATIVE:
+        words += ["--backend", str(known["backend"])]
+    texts = record.provenance.text_set
+    words += [] if texts == "bundled" else ["--texts", texts if texts.startswith("datasets:") else "TEXTS"]
+    if summary:
+        tokens: dict[str, int] = summary["tokens_per_language"]
+        measured = [row.language for row in record.measurement.languages] if record.measurement else []
+        words += ["--langs", ",".join(measured or tokens), "--calibration", str(summary["weighting"])]
+        alike = summary["weighting"] != "proportional" and len(set(tokens.values())) == 1
+        words += ["--tokens-per-language", str(max(tokens.values()))] if alike else []
+    return [*words, "--seed", str(record.provenance.seed)]
+
+
+def _bit_rows(record: ExportRecord) -> Iterator[list[str]]:
+    """Yield the precision map as rows of cells, the head first; layers that are alike share a row."""
+    bits = bits_of_record(record)
+    names = module_names(list(dict.fromkeys(place for _, place in bits)))
+    yield ["layers", *names.values()]
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for layer in sorted({layer for layer, _ in bits}):
+        row = tuple(written_bits(bits.get((layer, place), set())) or "none" for place in names)
+        alike.setdefault(row, []).append(layer)
+    for row, layers in alike.items():
+        yield [layer_ranges(layers), *row]
 
 
 def _refusal(record: ExportRecord, reader: str) -> str | None:
@@ -79,6 +168,10 @@ def _refusal(record: ExportRecord, reader: str) -> str | None:
         group_sizes=record.sizes.values(),
     )
     return refusal.reason if refusal is not None else None
+
+
+def _name(record: ExportRecord) -> str:
+    return record.provenance.model.rstrip("/") if _is_hub_id(record) else record.provenance.model.split("/")[-1]
 
 
 def _is_hub_id(record: ExportRecord) -> bool:

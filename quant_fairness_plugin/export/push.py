@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TypedDict
 
+from quant_fairness_plugin.artifacts import ReaderRun
 from quant_fairness_plugin.checkpoint.folder import RECORD, load_record
 from quant_fairness_plugin.errors import ConfigError, ExternalServiceError
 from quant_fairness_plugin.export.verify import verify
@@ -63,9 +64,12 @@ def push_folder(
 
     _check_name(repo_id, token)
     record = load_record(folder)
-    verify(folder)
+    run = verify(folder).reader_run
+    read = f"read by {run.reader} {run.version} in {run.dtype}" if isinstance(run, ReaderRun) else "no reader was run"
     additions = [CommitOperationAdd(name, folder / name) for name in sorted([*record.files, RECORD])]
-    message = commit_message or f"{record.method} {record.grids}, {record.format}, verified by quant-fairness"
+    message = (
+        commit_message or f"{record.method} {record.grids}, {record.format}, files verified by quant-fairness; {read}"
+    )
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)

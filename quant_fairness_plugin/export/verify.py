@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from quant_fairness_plugin.artifacts import ExportRecord
+from quant_fairness_plugin.artifacts import ExportRecord, ReaderRun, Undefined
 from quant_fairness_plugin.checkpoint.folder import (
     RECORD,
     check_headers,
@@ -48,6 +48,8 @@ class CheckResult:
     outcome: Outcome
     detail: str
     """What was seen, or why the check was not run."""
+    run: ReaderRun | None = None
+    """Of the check `reader`: which one computed, and how."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,12 @@ class VerifyReport:
     checks: tuple[CheckResult, ...]
     problems: dict[str, str] = field(default_factory=dict)
     """Reader → what it would get wrong by its own rules, in one sentence; empty where nothing."""
+
+    @property
+    def reader_run(self) -> ReaderRun | Undefined:
+        """The reader that was run, or why none was."""
+        check = next(check for check in self.checks if check.name == "reader")
+        return check.run or Undefined(check.detail)
 
     @property
     def complete(self) -> bool:
@@ -220,18 +228,19 @@ def _check_reader(
     missing = " and ".join(missing_packages(case.method))
     here = reader in (None, "transformers") and not missing and not problem and python is None
     if here and case.method in HALF_PRECISION_KERNELS:
-        return CheckResult("reader", "passed", compare_with_reader(folder, "transformers", Path(sys.executable)))
+        return _ran(compare_with_reader(folder, "transformers", Path(sys.executable)))
     if here:
-        difference = compare_with_transformers(folder)
-        return CheckResult(
-            "reader", "passed", f"Transformers: logits within {difference:.2g} of the dequantized weights"
-        )
+        return _ran(compare_with_transformers(folder))
     if reader is None:
         reason = (
             f"Transformers needs {missing} for {case.method}, not installed here; install with: {TRANSFORMERS.install}"
         )
         return CheckResult("reader", "not run", problem or reason)
-    return CheckResult("reader", "passed", compare_with_reader(folder, reader, python or find_python(reader)))
+    return _ran(compare_with_reader(folder, reader, python or find_python(reader)))
+
+
+def _ran(run: ReaderRun) -> CheckResult:
+    return CheckResult("reader", "passed", str(run), run)
 
 
 def _exceeding(folder: Path, memory_budget: int | None) -> CheckResult | None:

@@ -96,12 +96,14 @@ def export(
         record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
         budget = loaded.memory_budget if isinstance(loaded, StreamedModel) else None
-        _say_what_was_left_out(out, verify(folder, rows=_served_rows(quantized), memory_budget=budget), budget)
+        report = verify(folder, rows=_served_rows(quantized), memory_budget=budget)
+        _say_what_was_left_out(out, report, budget)
+        record = _describe(replace(record, reader_run=report.reader_run), card, folder)
         if measure is not None:
             measured = measure(folder)
             evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
             record = _describe(replace(record, plan=evaluated, measurement=measured), card, folder)
-            check_recorded_files(folder, record)
+        check_recorded_files(folder, record)
     if (summary := copies.summary()) and loaded.files.weights:
         _logger.warning("%s: %s", out, summary)
     _logger.info("%s: written and verified, %s", out, format)
@@ -231,9 +233,13 @@ def _copy_companions(loaded: LoadedModel, companions: Companions, folder: Path) 
 
 
 def _describe(record: ExportRecord, source: SourceCard, folder: Path) -> ExportRecord:
-    """Write the card and `quant_fairness.json`; returns the record with all files in it."""
+    """Write the card and `quant_fairness.json`; returns the record with all files in it.
+
+    Weights that the record lists already are not read again for it.
+    """
     (folder / "README.md").write_text(render_card(record, source), encoding="utf-8")
-    record = replace(record, files={name: file_record(folder / name) for name in list_files(folder)})
+    known = {name: file for name, file in record.files.items() if name.endswith(".safetensors")}
+    record = replace(record, files={name: known.get(name) or file_record(folder / name) for name in list_files(folder)})
     save(record, folder / RECORD)
     return record
 

@@ -78,7 +78,14 @@ def _by_state(states: Sequence[str], values: Sequence[str] | Sequence[int]) -> d
     return {"type": "nominal", "legend": None, "scale": alt.Scale(domain=list(states), range=list(values))}
 
 
-def intervals(dots: Sequence[Dot], *, states: Sequence[str], bound: float | None, width: int) -> Any:
+def intervals(
+    dots: Sequence[Dot],
+    *,
+    states: Sequence[str],
+    bound: float | None,
+    width: int,
+    title: str = "loss, bits per byte (0 = no change)",
+) -> Any:
     """Return estimates with intervals, a row per label in the order given; the bound as a dashed line.
 
     Args:
@@ -86,6 +93,7 @@ def intervals(dots: Sequence[Dot], *, states: Sequence[str], bound: float | None
         states: the values of `state`: the last one is drawn full, one before it hollow.
         bound: what is still accepted; None draws no line.
         width: of the whole picture.
+        title: of the axis.
     """
     colours, shapes = ["var(--before)", "var(--after)"][-len(states) :], ["diamond", "circle"][-len(states) :]
     order = list(dict.fromkeys(dot.label for dot in dots))
@@ -97,7 +105,7 @@ def intervals(dots: Sequence[Dot], *, states: Sequence[str], bound: float | None
         domain=[min(0.0, *(dot.low for dot in dots)), most * (1.12 if width > _NARROW else 1.3)], nice=False
     )
     axis = alt.Axis(tickCount=_ticks(width))
-    value = alt.X("estimate", type="quantitative", title="loss, bits per byte (0 = no change)", scale=reach, axis=axis)
+    value = alt.X("estimate", type="quantitative", title=title, scale=reach, axis=axis)
     rule = base.mark_rule(strokeWidth=2).encode(x=alt.X("low", type="quantitative"), x2="high", color=colour)
     point = base.mark_point(size=80, strokeWidth=2, opacity=1).encode(
         x=value,
@@ -119,10 +127,10 @@ def intervals(dots: Sequence[Dot], *, states: Sequence[str], bound: float | None
     return alt.layer(*layers).properties(height=alt.Step(13), **_fitted(width))
 
 
-def bars(labels: Sequence[str], values: Sequence[float], *, title: str, width: int) -> Any:
+def bars(labels: Sequence[str], values: Sequence[float], *, title: str, width: int, digits: int = 0) -> Any:
     """Return a bar for each label, with its value beside it."""
-    rows = [{"label": a, "value": b, "text": f"{b:,.0f}"} for a, b in zip(labels, values, strict=True)]
-    reach = alt.Scale(domain=[0, max([*values, 1]) * 1.15], nice=False)
+    rows = [{"label": a, "value": b, "text": f"{b:,.{digits}f}"} for a, b in zip(labels, values, strict=True)]
+    reach = alt.Scale(domain=[min(0, *values), max(values) * 1.15 or 1], nice=False)
     base = alt.Chart(_inline(rows)).encode(
         y=_names("label", labels, labelLimit=LABELS),
         x=alt.X("value", type="quantitative", title=title, axis=alt.Axis(tickCount=_ticks(width)), scale=reach),

@@ -9,7 +9,7 @@ from importlib import resources
 import jinja2
 from markupsafe import Markup
 
-from quant_fairness_plugin.artifacts import Measurement, ProtectionPlan, Provenance
+from quant_fairness_plugin.artifacts import Answers, Measurement, ProtectionPlan, Provenance, ReaderRun, Undefined
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.recommend import recommend_plan
@@ -17,6 +17,8 @@ from quant_fairness_plugin.report.answers import Answer, Heading, answers, headi
 from quant_fairness_plugin.report.compared import compare
 from quant_fairness_plugin.report.drawing import check_extra
 from quant_fairness_plugin.report.section import Section
+from quant_fairness_plugin.report.sections.analyses import analysis_section
+from quant_fairness_plugin.report.sections.answers import answers_section
 from quant_fairness_plugin.report.sections.controls import controls_section
 from quant_fairness_plugin.report.sections.coverage import coverage_section
 from quant_fairness_plugin.report.sections.damage import damage_section
@@ -25,7 +27,7 @@ from quant_fairness_plugin.report.sections.layers import layers_section
 from quant_fairness_plugin.report.sections.precision import precision_section
 from quant_fairness_plugin.report.sections.tradeoff import evidence_tradeoff, sweep_tradeoff
 from quant_fairness_plugin.report.sources import Sources
-from quant_fairness_plugin.report.words import Figure, Language, model_words
+from quant_fairness_plugin.report.words import Figure, Language, Written, model_words
 
 _MODES = (
     ("tldr", "TL;DR", "the answer"),
@@ -68,6 +70,7 @@ def render_report(sources: Sources, *, gate: Gate | None = None) -> str:
     )
     environment.tests |= {
         "language": lambda cell: isinstance(cell, Language),
+        "written": lambda cell: isinstance(cell, Written),
         "figure": lambda cell: isinstance(cell, Figure),
     }
     style = resources.files("quant_fairness_plugin.report").joinpath("templates/report.css").read_text("utf-8")
@@ -105,6 +108,10 @@ def _sections(sources: Sources, plan: ProtectionPlan | None, gate: Gate) -> Iter
     compared = compare(sources, plan)
     if compared is not None:
         yield damage_section(compared, gate)
+    if sources.measurement is not None and isinstance(sources.measurement.answers, Answers):
+        asked = answers_section(sources.measurement.answers)
+        if asked is not None:
+            yield asked
     tradeoff = None
     if sources.sweep is not None:
         tradeoff = sweep_tradeoff(sources.sweep, plan)
@@ -120,18 +127,22 @@ def _sections(sources: Sources, plan: ProtectionPlan | None, gate: Gate) -> Iter
         None if sources.sweep is None else layers_section(sources.sweep),
         None if sources.evidence is None else controls_section(sources.evidence),
     )
-    yield from (part for part in parts if part is not None)
+    yield from (part for part in (*parts, *map(analysis_section, sources.analyses)) if part is not None)
 
 
 def _subtitle(sources: Sources, plan: ProtectionPlan | None) -> str:
     if sources.record is not None:
         return f"{sources.record.method}, {sources.record.grids}, {sources.record.format}"
     grid = plan.grid if plan is not None else sources.sweep.grid if sources.sweep is not None else None
+    if grid is None and sources.measurement is None and sources.before is None:
+        return "analyses of the 16-bit model"
     return "measured without a record" if grid is None else f"{grid}, not exported"
 
 
 def _provenance(sources: Sources) -> Iterator[tuple[str, str]]:
     """Yield what the figures can be made again from."""
+    for answer in sources.analyses:
+        yield f"analyze {answer.analysis}", "; ".join(f"{name} {value}" for name, value in answer.provenance.items())
     made = _first_provenance(sources)
     if made is None:
         return
@@ -140,9 +151,20 @@ def _provenance(sources: Sources) -> Iterator[tuple[str, str]]:
     yield "seed", str(made.seed)
     yield "arguments", "; ".join(f"{name} {value}" for name, value in made.arguments.items())
     yield "versions", "; ".join(f"{name} {version}" for name, version in made.versions.items())
+    if sources.record is not None:
+        yield "verified", _verified(sources.record.reader_run)
+    if sources.measurement is not None and isinstance(sources.measurement.answers, Undefined):
+        yield "prompts", f"none were asked: {sources.measurement.answers.undefined}"
     for name, measured in (("checkpoint", sources.measurement), ("without protection", sources.before)):
         if measured is not None:
             yield f"sentences, {name}", _sentences(measured)
+
+
+def _verified(run: ReaderRun | Undefined | None) -> str:
+    if isinstance(run, ReaderRun):
+        return f"every file, tensor and value; and by {run}"
+    reason = "which one is not recorded" if run is None else f"no reader was run: {run.undefined}"
+    return f"every file, tensor and value; {reason}"
 
 
 def _first_provenance(sources: Sources) -> Provenance | None:

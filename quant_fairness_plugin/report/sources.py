@@ -8,6 +8,7 @@ from pathlib import Path
 
 from quant_fairness_plugin.artifacts import (
     RECORD_NAME,
+    AnalysisAnswer,
     Evidence,
     ExportRecord,
     Measurement,
@@ -20,13 +21,14 @@ from quant_fairness_plugin.documents import parse_json, read_text
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
 
-Artifact = ExportRecord | Measurement | SweepReport | ProtectionPlan | Evidence
+Artifact = ExportRecord | Measurement | SweepReport | ProtectionPlan | Evidence | AnalysisAnswer
 KINDS: dict[str, type[Artifact]] = {
     "export": ExportRecord,
     "measurement": Measurement,
     "sweep": SweepReport,
     "plan": ProtectionPlan,
     "evidence": Evidence,
+    "analysis": AnalysisAnswer,
 }
 """`kind` of a JSON document → its class."""
 _FIELDS = {
@@ -51,6 +53,8 @@ class Sources:
     plan: ProtectionPlan | None = None
     """What is recommended; that of the record or the evidence where none was given besides."""
     evidence: Evidence | None = None
+    analyses: tuple[AnalysisAnswer, ...] = ()
+    """At most one to a question."""
 
     @classmethod
     def of(cls, artifacts: Iterable[Artifact]) -> Sources:
@@ -68,7 +72,9 @@ class Sources:
         if not found:
             raise ConfigError("nothing to report on; name a checkpoint folder, or a JSON file that a command saved")
         _check_one_model(found)
-        return cls(**found)._completed()  # type: ignore[arg-type] # each under the name of its own type
+        analyses = tuple(artifact for artifact in found.values() if isinstance(artifact, AnalysisAnswer))
+        others = {name: artifact for name, artifact in found.items() if artifact not in analyses}
+        return cls(**others, analyses=analyses)._completed()  # type: ignore[arg-type] # each under its own type's name
 
     def _completed(self) -> Sources:
         owned = [source.plan for source in (self.record, self.evidence) if source is not None]
@@ -81,8 +87,9 @@ class Sources:
         for source in (self.record, self.measurement, self.before, self.sweep, self.evidence):
             if source is not None:
                 return source.provenance.model
-        assert self.plan is not None
-        return self.plan.model
+        if self.plan is not None:
+            return self.plan.model
+        return str(self.analyses[0].provenance.get("model", "a model without a name"))
 
 
 def read_sources(paths: Iterable[Path]) -> Sources:
@@ -118,7 +125,9 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def _place(artifact: Artifact) -> str:
-    """Return the field of `Sources` that an artifact belongs in."""
+    """Return the field of `Sources` that an artifact belongs in; of an analysis, what is to be there once."""
+    if isinstance(artifact, AnalysisAnswer):
+        return f"{artifact.analysis} analysis"
     if isinstance(artifact, Measurement):
         if artifact.state == BASELINE:
             raise ConfigError(
@@ -131,9 +140,7 @@ def _place(artifact: Artifact) -> str:
 
 
 def _check_one_model(found: dict[str, Artifact]) -> None:
-    models = {
-        a.provenance.model_sha256: a.provenance.model for a in found.values() if not isinstance(a, ProtectionPlan)
-    }
+    models = dict(_model(artifact) for artifact in found.values() if not isinstance(artifact, ProtectionPlan))
     if len(models) > 1:
         raise ConfigError(
             f"the artifacts are of {len(models)} models ({', '.join(models.values())}), whose checksums differ; a "
@@ -142,3 +149,11 @@ def _check_one_model(found: dict[str, Artifact]) -> None:
     plan = found.get("plan")
     if isinstance(plan, ProtectionPlan) and models and plan.model not in models.values():
         raise ConfigError(f"the plan is for {plan.model}, the other artifacts are of {', '.join(models.values())}")
+
+
+def _model(artifact: Artifact) -> tuple[str, str]:
+    """Return checksum and name of the 16-bit model that an artifact is of."""
+    assert not isinstance(artifact, ProtectionPlan)  # which has no checksum
+    if isinstance(artifact, AnalysisAnswer):
+        return str(artifact.provenance.get("model_sha256")), str(artifact.provenance.get("model"))
+    return artifact.provenance.model_sha256, artifact.provenance.model

@@ -48,7 +48,15 @@ class Figure:
     text: str
 
 
-Cell = str | Figure | Language
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A cell that a model or a person wrote, in a language and in its direction."""
+
+    text: str
+    tag: str
+
+
+Cell = str | Figure | Language | Written
 
 
 def decimals(value: float) -> str:

@@ -6,10 +6,23 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Measurement
+from quant_fairness_plugin.artifacts import (
+    Answers,
+    Fault,
+    Interval,
+    LanguageAnswers,
+    LanguageDamage,
+    Measurement,
+    Undefined,
+)
 from quant_fairness_plugin.artifacts.gates import Gate
 
 Decision = Literal["SHIP", "SHIP WITH CARE", "DO NOT SHIP", "CANNOT TELL"]
+_AS_VERB: dict[Fault, str] = {
+    "empty": "is empty in",
+    "repeats itself": "repeats itself in",
+    "other script": "is in another script in",
+}
 _MOST_SENTENCES = 100
 """Beyond so many times the sentences, no number of them is a sensible advice."""
 
@@ -31,6 +44,9 @@ def judge(measurement: Measurement, gate: Gate | None = None) -> Verdict:
     A collapsed language forbids it, and so does a gate that is exceeded beyond doubt; without a gate, the bound of
     `Gate()` separates `SHIP` from `SHIP WITH CARE`. Where an interval holds the bound, the sentences cannot tell.
 
+    Answers to prompts can only make it worse: a language in which all are faulty, and none of the 16-bit model's,
+    forbids it; a fault that no answer of the 16-bit model in the language has turns `SHIP` into `SHIP WITH CARE`.
+
     Args:
         measurement: of the checkpoint.
         gate: what the user accepts; None where nothing was said.
@@ -46,7 +62,29 @@ def judge(measurement: Measurement, gate: Gate | None = None) -> Verdict:
         verdict = _judge_mean(measurement, rows, bound, stated=gate is not None)
     else:
         verdict = _judge_worst(measurement, rows, bound, stated=gate is not None)
-    return verdict if measurement.held_out else Verdict(verdict.decision, f"{verdict.reason}{_condition(measurement)}")
+    if not measurement.held_out:
+        verdict = Verdict(verdict.decision, f"{verdict.reason}{_condition(measurement)}")
+    return _with_answers(verdict, measurement.answers)
+
+
+def _with_answers(verdict: Verdict, answers: Answers | Undefined | None) -> Verdict:
+    if not isinstance(answers, Answers):
+        return verdict
+    broken = [row for row in answers.languages if row.broken]
+    if broken:
+        said = "; ".join(f"{row.language}: {_new_faults(row)}" for row in broken)
+        return Verdict("DO NOT SHIP", f"every answer is faulty in {said}. Besides, {verdict.reason}")
+    new = [row for row in answers.languages if row.new_faults]
+    if not new:
+        return verdict
+    said = "; ".join(f"{row.language} {_new_faults(row)}" for row in new)
+    decision: Decision = "SHIP WITH CARE" if verdict.decision == "SHIP" else verdict.decision
+    return Verdict(decision, f"{verdict.reason}; answers: {said}, the 16-bit model none")
+
+
+def _new_faults(row: LanguageAnswers) -> str:
+    """Return `repeats itself in 2 of 3`."""
+    return ", ".join(f"{_AS_VERB[fault]} {row.counts(fault)[1]} of {len(row.answers)}" for fault in row.new_faults)
 
 
 def _condition(measurement: Measurement) -> str:

@@ -3,6 +3,7 @@
 Nothing is remembered here, and nothing is done in another order than it is called; that is `FairQuantizer`.
 """
 
+from quant_fairness_plugin.steps.answers import ask
 from quant_fairness_plugin.steps.checkpoints import (
     EXPORTED,
     check_folder,
@@ -37,6 +38,7 @@ from quant_fairness_plugin.steps.work import evidence, importance, measure, quan
 
 __all__ = [
     "EXPORTED",
+    "ask",
     "check_config",
     "check_exportable_before_sweep",
     "check_exportable_plan",

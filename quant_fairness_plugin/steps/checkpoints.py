@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from quant_fairness_plugin.artifacts import CheckpointFormat, ExportRecord, Measurement, Part, TextSet
 from quant_fairness_plugin.artifacts.evidence import RunResult
@@ -131,20 +132,25 @@ def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -
     It is computed where and in what the 16-bit model is, so that a difference is not one of devices or dtypes; block
     by block where the 16-bit model is, else as a whole.
     """
-    device = loaded.model.device
     if isinstance(loaded, StreamedModel):
         try:
-            streamed = stream_checkpoint(folder, loaded.tokenizer, dtype=loaded.compute, device=str(device))
+            device = str(loaded.model.device)
+            streamed = stream_checkpoint(folder, loaded.tokenizer, dtype=loaded.compute, device=device)
             return block_state(name, streamed)
         except UnsupportedModelError as err:
             if loaded.memory_budget is not None:
                 raise
             _logger.warning("%s is loaded as a whole, which takes more memory: %s", folder, err)
+    return fixed_state(name, whole_checkpoint(folder, loaded))
+
+
+def whole_checkpoint(folder: Path, loaded: LoadedModel) -> PreTrainedModel:
+    """Return the model of a written checkpoint by our own dequantizer, in the dtype and place of the 16-bit model."""
     model = load_quantized(folder, kernel="reference")
     for parameter in model.parameters():  # and no buffer: positions stay exact in bfloat16
         parameter.data = parameter.data.to(loaded.model.dtype)
-    model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
-    return fixed_state(name, model)
+    model.to(loaded.model.device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
+    return model
 
 
 def check_folder(folder: Path, loaded: LoadedModel) -> bool:

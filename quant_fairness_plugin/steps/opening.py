@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quant_fairness_plugin.answers.prompts import load_prompts
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.checkpoint.readers import takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
@@ -111,6 +112,7 @@ def open_in_memory(
         )
     device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
+    load_prompts(config.prompts)  # a file that cannot be read is found now
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class

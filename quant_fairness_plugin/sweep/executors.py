@@ -241,14 +241,14 @@ def _serve(connection: Connection, recipe: Recipe) -> None:
 def _fitting_workers(job: Job) -> int:
     """As many as there are cores, and as many copies of the model as memory holds."""
     model = sum(parameter.nbytes for parameter in job.loaded.model.parameters())
-    return max(1, min(_cores() // job.threads, _memory() // (COPIES * model)))
+    return max(1, min(_cores() // job.threads, machine_memory() // (COPIES * model)))
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory() -> int:
+def machine_memory() -> int:
     """Bytes that this process and its workers may use together: the machine's, or the container's."""
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = CONTAINER_LIMIT.read_text(encoding="ascii").strip() if CONTAINER_LIMIT.is_file() else "max"

@@ -70,7 +70,7 @@ def test_verify_says_what_it_saw_and_transformers_computes_the_integers_alone(wr
     details = {check.name: check.detail for check in report.checks}
     # qkv, o and gate_up are 32 wide, down is 64 wide: 7 modules of one layer
     assert details["columns"].startswith("24 input channels of 7 modules in 16 bit, not compared with the source")
-    assert details["reader"].startswith("Transformers: logits within")
+    assert details["reader"].startswith("transformers ")
 
 
 def test_an_index_keeps_readers_of_all_files_from_the_side_file(written: Path, quantized: QuantizedModel) -> None:

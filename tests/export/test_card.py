@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import typer
 import yaml
+from huggingface_hub import ModelCard
 
-from quant_fairness_plugin.artifacts import ExportRecord, Precision, Undefined, load
+from quant_fairness_plugin.artifacts import (
+    Answer,
+    Answers,
+    ExportRecord,
+    LanguageAnswers,
+    Precision,
+    ReaderRun,
+    Undefined,
+    load,
+)
+from quant_fairness_plugin.cli.main import app, run_guarded
 from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.source_card import SourceCard
 from tests.export.build import measurement
@@ -35,13 +49,97 @@ def named(record: ExportRecord, model: str) -> ExportRecord:
 
 def test_the_front_matter_is_yaml_that_the_hub_reads(record: ExportRecord) -> None:
     card = render_card(replace(named(record, "org/Model-1.5B"), measurement=measurement()))
-    assert front_matter(card) == {
+    found = front_matter(card)
+    assert found.pop("model-index")[0]["name"] == "org/Model-1.5B"
+    assert found == {
         "base_model": "org/Model-1.5B",
         "base_model_relation": "quantized",
         "language": ["en", "he"],
         "library_name": "transformers",
+        "quantized_by": "quant-fairness",
         "tags": ["quant-fairness", "compressed-tensors", "rtn", "int4"],
     }
+
+
+def test_the_hub_s_own_reader_takes_the_card_and_finds_the_damage_of_each_known_language(
+    record: ExportRecord, tmp_path: Path
+) -> None:
+    """The part of `ModelCard.validate` that needs no network: the metadata is parsed with its results."""
+    path = tmp_path / "README.md"
+    path.write_text(render_card(replace(named(record, "org/Model-1.5B"), measurement=measurement())), encoding="utf-8")
+    card = ModelCard.load(path)
+    assert card.data.base_model == "org/Model-1.5B"
+    assert card.data.model_name == "org/Model-1.5B"
+    assert [(r.dataset_config, r.dataset_split, r.metric_type, r.metric_value) for r in card.data.eval_results] == [
+        ("en", "confirm", "kl-bits-per-byte", 0.125),
+        ("en", "confirm", "delta-bits-per-byte", 0.125),
+    ]
+    sent: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as patch:  # what the Hub would be asked: the same text
+        patch.setattr("huggingface_hub.repocard.get_session", lambda: _Hub(sent))
+        card.validate()
+    assert (
+        yaml.safe_load(sent[0]["content"].split("\n---\n")[0])["model-index"] == front_matter(str(card))["model-index"]
+    )
+
+
+class _Hub:
+    """Takes a card and finds nothing wrong."""
+
+    def __init__(self, sent: list[dict[str, Any]]) -> None:
+        self._sent = sent
+
+    def post(self, url: str, json: dict[str, Any], headers: object) -> Any:
+        self._sent.append(json)
+        return httpx.Response(200, json={"errors": [], "warnings": []}, request=httpx.Request("POST", url))
+
+
+def test_the_card_names_the_reader_that_ran_or_says_that_none_did(record: ExportRecord) -> None:
+    assert isinstance(record.reader_run, ReaderRun)
+    version = re.escape(record.reader_run.version)
+    assert re.search(rf"and by transformers {version} in float32: logits within ", render_card(record))
+    none = replace(record, reader_run=Undefined("Transformers needs gptqmodel"))
+    assert "**no reader was run**: Transformers needs gptqmodel" in render_card(none)
+
+
+def test_answers_are_counted_beside_the_16_bit_models_with_an_example(record: ExportRecord) -> None:
+    loops = Answer(
+        prompt="What *is* it?", sixteen_bit="A fish.", checkpoint="fish | fish | fish",
+        sixteen_bit_faults=(), checkpoint_faults=("repeats itself",),
+    )  # fmt: skip
+    fine = replace(loops, checkpoint="A crab.", checkpoint_faults=())
+    answers = Answers(
+        source="bundled", chat_template=True, new_tokens=32, dtype="float32",
+        languages=(LanguageAnswers(language="en", answers=(fine, loops)),), not_asked={"he": "unknown"},
+    )  # fmt: skip
+    card = render_card(replace(record, measurement=replace(measurement(), answers=answers)))
+    assert "| en | 0 → 0 of 2 | 0 → 1 of 2 | 0 → 0 of 2 |" in card
+    assert r"- this checkpoint: fish \| fish \| fish" in card
+    assert r'to "What \*is\* it?"' in card
+    skipped = replace(measurement(), answers=Undefined("--prompts none"))
+    assert "No prompts were asked: --prompts none." in render_card(replace(record, measurement=skipped))
+
+
+def test_layers_with_the_same_bits_share_a_row_of_the_map(record: ExportRecord) -> None:
+    rows = render_card(record).split("Bits of the weights, by layer and module:\n")[1].strip().splitlines()
+    assert rows[0].startswith("| layers | q\\_proj |")
+    assert [row.split(" | ")[:2] for row in rows[2:4]] == [["| 0, 2-11", "4"], ["| 1", "16"]]
+
+
+def test_the_card_s_command_makes_the_same_weights_again(
+    planted_model: Path, planted_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, again = tmp_path / "made", tmp_path / "again"
+    command = ["quantize", str(planted_model), "--texts", planted_file, "--group-size", "32", "--prompts", "none"]
+    command += ["--protect-layers", "2", "--tokens-per-language", "100", "-o", str(made)]
+    assert run_guarded(typer.main.get_command(app), command, "quant-fairness") == 0
+    said = (made / "README.md").read_text(encoding="utf-8").split("```bash\n")[1].split("\n```")[0]
+    assert said.startswith("quant-fairness quantize MODEL --plan quant_fairness.json --method gptq ")
+    given = said.replace(" MODEL ", f" {planted_model} ").replace(" TEXTS ", f" {planted_file} ")
+    monkeypatch.chdir(made)
+    words = [*given.split()[1:], "--prompts", "none", "-o", str(again)]
+    assert run_guarded(typer.main.get_command(app), words, "quant-fairness") == 0
+    assert (again / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
 def test_without_a_measurement_no_language_is_claimed(record: ExportRecord) -> None:
@@ -61,11 +159,14 @@ def test_the_sources_front_matter_is_kept_where_it_still_holds(record: ExportRec
     kept = {"license": "other", "license_name": "gemma", "license_link": "LICENSE", "datasets": ["a/b"]}
     source = SourceCard("google/gemma-2b", "finetune", ["he"], ["poetry", "int4"], kept, "README.source.md")
     card = render_card(replace(named(record, "mine"), measurement=measurement()), source)
-    assert front_matter(card) == kept | {
+    found = front_matter(card)
+    assert found.pop("model-index")
+    assert found == kept | {
         "base_model": "google/gemma-2b",
         "base_model_relation": "finetune",
         "language": ["he"],
         "library_name": "transformers",
+        "quantized_by": "quant-fairness",
         "tags": ["quant-fairness", "compressed-tensors", "rtn", "int4", "poetry"],
     }
     assert "[README.source.md](README.source.md)" in card

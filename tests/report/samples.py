@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from quant_fairness_plugin.artifacts import (
+    AnalysisAnswer,
+    Answer,
+    Answers,
     Comparison,
     Evidence,
     EvidenceRow,
     ExportRecord,
+    Fault,
     FileRecord,
     Frontier,
     FrontierRow,
     Grid,
     Interval,
+    LanguageAnswers,
     Measurement,
     ProtectionPlan,
     Standing,
@@ -84,6 +90,64 @@ def record(measurement: Measurement | None = None) -> ExportRecord:
             "README.md": FileRecord(bytes_=9, sha256="1"),
         },
     )
+
+
+def answers() -> Answers:
+    """Hebrew loops in two of three answers, where the 16-bit model does not; English is fine."""
+
+    def row(language: str, *texts: tuple[str, tuple[Fault, ...]]) -> LanguageAnswers:
+        asked = Answer(
+            prompt=f"{language} {HOSTILE}",
+            sixteen_bit="fine",
+            checkpoint="",
+            sixteen_bit_faults=(),
+            checkpoint_faults=(),
+        )
+        made = tuple(replace(asked, checkpoint=text, checkpoint_faults=faults) for text, faults in texts)
+        return LanguageAnswers(language=language, answers=made)
+
+    loop: tuple[str, tuple[Fault, ...]] = ("האור האור האור האור", ("repeats itself",))
+    return Answers(
+        source="bundled",
+        chat_template=True,
+        new_tokens=32,
+        dtype="float32",
+        languages=(row("en", ("Hello.", ()), ("Tea.", ()), ("Fish.", ())), row("he", loop, ("שלום לכולם", ()), loop)),
+        not_asked={"hi": "the 16-bit model does not know it"},
+    )
+
+
+def analyses() -> list[AnalysisAnswer]:
+    """One answer of every analysis that has a chart, and one that has none, with figures that can be recognised."""
+    figure = {"estimate": 0.25, "low": 0.125, "high": 0.5}
+    cells = [
+        {
+            "layer": layer,
+            "language": language,
+            "relative_error": figure | {"estimate": 0.1 * layer + 0.01},
+            "global_error": 0.25 * layer,
+            "best_error": 0.125 * layer,
+        }
+        for layer in range(3)
+        for language in ("en", "he")
+    ]
+    plans = [("bits", "3 bits", figure), ("drop", HOSTILE, {"undefined": "no language"})]
+    tokens = [{"language": name, "per_sentence": figure, "by_sentence": {"tokens": [1]}} for name in ("en", "he")]
+    results: dict[str, dict[str, Any]] = {
+        "weights": {"layers": [{"layer": layer, "kurtosis": 1.5 * layer} for layer in range(3)]},
+        "tokens": {"languages": tokens},
+        "representations": {"state": "rtn", "layers": cells},
+        "interventions": {"plans": [{"kind": kind, "plan": plan, "worst_kl": kl} for kind, plan, kl in plans]},
+        "choices": {"rows": [{"language": "he", "group": "verbs", "drop": figure}]},
+        "hypotheses": {"claims": [{"figure": "tokens", "rho": figure, "without_a_family": [0.1, 0.2]}]},
+        "clipping": {"languages": cells},
+        "new": {"rows": [{"name": "a thing", "value": 7}]},
+    }
+    known = {"model": "m", "model_sha256": "1"}
+    return [
+        AnalysisAnswer(analysis=name, question=f"What of {name}?", provenance=known, result=result)
+        for name, result in results.items()
+    ]
 
 
 def evidence() -> Evidence:

@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 
+from quant_fairness_plugin.analysis.kinds import ANALYSES
 from quant_fairness_plugin.report.page import render_report
 from quant_fairness_plugin.report.sources import Sources
 from tests.planted import planted_report
-from tests.report.samples import evidence, measured, record
+from tests.report.samples import analyses, answers, evidence, measured, record
 
 pytestmark = pytest.mark.browser
 SIZES = [(1280, 900), (390, 844)]
-PARTS = ["damage", "tradeoff", "precision", "calibration", "layers", "controls", "provenance"]
+DRAWN = [f"analysis-{name}" for name in ANALYSES]
+SHORT = ["damage", "answers", "tradeoff", "precision", "calibration"]
+PARTS = [*SHORT, "layers", "controls", *DRAWN, "analysis-new", "provenance"]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +43,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     swept = replace(swept, provenance=replace(swept.provenance, model="m", model_sha256="1"))
     after, before = measured(en=0.01, he=0.2, ar=0.1, hi=9.0), measured("none", en=0.1, he=0.9, ar=0.3, hi=9.0)
     many = {f"model.layers.1.mlp.m{i}": 4 for i in range(13)}  # so many columns that the map scrolls on a telephone
-    made = replace(record(after), quantized_modules=record().quantized_modules | many)
+    made = replace(record(replace(after, answers=answers())), quantized_modules=record().quantized_modules | many)
     path = tmp_path_factory.mktemp("page") / "report.html"
-    path.write_text(render_report(Sources.of([made, before, swept, evidence()])), encoding="utf-8")
+    path.write_text(render_report(Sources.of([made, before, swept, evidence(), *analyses()])), encoding="utf-8")
     return path
 
 
@@ -70,7 +73,7 @@ def test_charts_are_drawn_in_the_width_that_fits_and_nothing_is_requested(
     opened = Opened(chromium, file, size)
     opened.page.locator("#mode-researcher").check(force=True)
     boxes = [svg.bounding_box() for svg in opened.page.locator("figure svg").all() if svg.is_visible()]
-    assert len(boxes) == len(PARTS) - 1
+    assert len(boxes) == len(PARTS) - 2  # provenance has none, nor an analysis that nothing draws
     assert all(box["width"] > 150 and box["height"] > 50 and box["x"] >= 0 for box in boxes)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size[0]  # no sideways scrolling
     assert opened.asked == [file.as_uri()]
@@ -82,7 +85,7 @@ def test_modes_switch_by_keyboard_without_a_reload(chromium: Any, file: Path) ->
     assert opened.shown() == PARTS[:1]
     opened.page.locator("#mode-tldr").focus()
     opened.page.keyboard.press("ArrowRight")
-    assert opened.shown() == PARTS[:4]
+    assert opened.shown() == SHORT
     opened.page.keyboard.press("ArrowRight")
     assert opened.shown() == PARTS
     assert opened.asked == [file.as_uri()]

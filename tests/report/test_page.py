@@ -8,14 +8,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from quant_fairness_plugin.artifacts import SweepReport
+from quant_fairness_plugin.artifacts import ReaderRun, SweepReport, Undefined
 from quant_fairness_plugin.artifacts.gates import Gate
-from quant_fairness_plugin.errors import MissingExtraError
+from quant_fairness_plugin.errors import ConfigError, MissingExtraError
 from quant_fairness_plugin.report import drawing
 from quant_fairness_plugin.report.page import recommended_plan, render_report
 from quant_fairness_plugin.report.sources import Artifact, Sources
 from tests.planted import planted_report
-from tests.report.samples import HOSTILE, PLAN, evidence, measured, record
+from tests.report.samples import HOSTILE, PLAN, analyses, answers, evidence, measured, record
 
 VOID = {"meta", "input", "br", "link", "img"}
 
@@ -66,7 +66,7 @@ def swept() -> SweepReport:
 @pytest.fixture(scope="module")
 def full(swept: SweepReport) -> Elements:
     after, before = measured(en=0.01, he=0.2, hi=9.0), measured("none", en=0.1, he=0.9, hi=9.0)
-    return page(record(after), before, swept, evidence())
+    return page(record(replace(after, answers=answers())), before, swept, evidence(), *analyses())
 
 
 def test_the_four_questions_are_answered_before_anything_else(full: Elements) -> None:
@@ -184,3 +184,23 @@ def test_a_missing_package_is_named_with_its_line(monkeypatch: pytest.MonkeyPatc
         MissingExtraError, match=r'needs no-such-package; install: pip install "quant-fairness\[report\]"'
     ):
         render_report(Sources.of([PLAN]))
+
+
+def test_the_page_says_which_reader_ran_and_why_nothing_was_asked() -> None:
+    run = ReaderRun(reader="transformers", version="5.1", dtype="float32", detail="logits within 1e-06")
+    asked = replace(measured(en=0.01), answers=Undefined("--prompts none"))
+    text = page(replace(record(asked), reader_run=run)).text
+    assert "every file, tensor and value; and by transformers 5.1 in float32: logits within 1e-06" in text
+    assert "prompts none were asked: --prompts none" in text
+    none = replace(record(asked), reader_run=Undefined("it needs gptqmodel"))
+    assert "no reader was run: it needs gptqmodel" in page(none).text
+
+
+def test_an_analysis_alone_makes_a_page() -> None:
+    text = page(analyses()[1]).text
+    assert "analyses of the 16-bit model" in text
+    assert "What of tokens?" in text
+    with pytest.raises(ConfigError, match="two artifacts are a tokens analysis"):
+        page(analyses()[1], analyses()[1])
+    with pytest.raises(ConfigError, match="of 2 models"):
+        page(analyses()[1], replace(analyses()[0], provenance={"model": "other", "model_sha256": "7"}))

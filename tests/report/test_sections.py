@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 
+from quant_fairness_plugin.analysis.kinds import ANALYSES
 from quant_fairness_plugin.artifacts import ExpertCoverage, Measurement, ProtectionPlan, Undefined
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.report.compared import compare, evaluated_row
 from quant_fairness_plugin.report.section import Section, shade
+from quant_fairness_plugin.report.sections import analyses as analyses_module
+from quant_fairness_plugin.report.sections.analyses import analysis_section
+from quant_fairness_plugin.report.sections.answers import answers_section
 from quant_fairness_plugin.report.sections.controls import controls_section
 from quant_fairness_plugin.report.sections.coverage import coverage_section
 from quant_fairness_plugin.report.sections.damage import damage_section
@@ -18,9 +24,9 @@ from quant_fairness_plugin.report.sections.layers import layers_section
 from quant_fairness_plugin.report.sections.precision import precision_section
 from quant_fairness_plugin.report.sections.tradeoff import evidence_tradeoff, sweep_tradeoff
 from quant_fairness_plugin.report.sources import Sources
-from quant_fairness_plugin.report.words import Figure, Language
+from quant_fairness_plugin.report.words import Figure, Language, Written
 from tests.planted import LANGUAGES, planted_report
-from tests.report.samples import PLAN, evidence, measured, record
+from tests.report.samples import PLAN, analyses, answers, evidence, measured, record
 
 
 def plan_with(*layers: int, of: int = 3) -> ProtectionPlan:
@@ -198,3 +204,58 @@ def damage_of(measurement: Measurement) -> Section:
 @pytest.mark.parametrize(("value", "wanted"), [(-1.0, 0), (0.0, 0), (1e-9, 1), (0.5, 4), (0.99, 6), (1.0, 6)])
 def test_shades(value: float, wanted: int) -> None:
     assert shade(value, 1.0, 7) == wanted
+
+
+def test_answers_show_both_models_and_the_language_with_new_faults_first() -> None:
+    section = answers_section(answers())
+    assert section is not None
+    assert [row[0] for row in section.table.rows] == [Language.of("he")] * 3 + [Language.of("en")] * 3
+    assert section.table.rows[0][3:] == (Written("האור האור האור האור", "he"), "repeats itself")
+    assert "2 of 6 answers of this checkpoint have a fault, 0 of the 16-bit model's" in section.lead
+    assert "in Hebrew it shows one that the 16-bit model does not" in section.lead
+    assert section.picture is not None
+    assert "0 → 2 of 3" in section.picture.wide
+    assert section.notes[-1][1] == "Hindi hi: the 16-bit model does not know it."
+
+
+@pytest.mark.parametrize(
+    ("name", "chart", "lead"),
+    [
+        ("weights", "layer 2", "Largest at layer 2: 3 (excess kurtosis"),
+        ("tokens", "Hebrew he", "Largest at English en: 0.25 (tokens of a sentence)."),
+        ("representations", "21", "Largest at layer 2 English en: 21 (error of a layer's output"),
+        ("interventions", "bits 3 bits", "Largest at bits 3 bits: 0.25 (loss of the worst"),
+        ("choices", "Hebrew he verbs", "Largest at Hebrew he verbs: 0.25 (share"),
+        ("hypotheses", "tokens", "Largest at tokens: 0.25 (rank correlation"),
+        ("clipping", "250", "Largest at layer 2 English en: 250 (error of one threshold"),
+    ],
+)
+def test_every_analysis_is_drawn_and_listed(name: str, chart: str, lead: str) -> None:
+    answer = next(answer for answer in analyses() if answer.analysis == name)
+    section = analysis_section(answer)
+    assert section is not None
+    assert section.title == f"What of {name}?"
+    assert section.lead.startswith(lead)
+    assert section.picture is not None
+    assert f">{chart}<" in section.picture.wide
+    assert len(section.table.rows) == len(next(value for value in answer.result.values() if isinstance(value, list)))
+
+
+def test_charts_name_fields_that_the_analyses_have() -> None:
+    """Each answer is a dataclass; a field that was renamed there would leave the page without its chart."""
+    for name, how in analyses_module._CHARTS.items():
+        module = importlib.import_module(f"quant_fairness_plugin.analysis.{name}")
+        answer = get_type_hints(get_type_hints(module.analyse)["return"])
+        row = get_args(answer[how.rows])[0]
+        assert {*how.label, how.value, *filter(None, [how.minus])} <= set(get_type_hints(row))
+    assert set(analyses_module._CHARTS) == set(ANALYSES)
+
+
+def test_an_analysis_without_a_chart_and_undefined_figures_are_in_the_table() -> None:
+    found = {answer.analysis: analysis_section(answer) for answer in analyses()}
+    new, changes = found["new"], found["interventions"]
+    assert new is not None
+    assert changes is not None
+    assert (new.picture, new.table_open, new.table.rows) == (None, True, (("a thing", Figure("7")),))
+    assert changes.table.rows[1][2] == "undefined: no language"
+    assert analysis_section(replace(analyses()[0], result={"layers": []})) is None

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 
-from quant_fairness_plugin.artifacts import Interval, Measurement, Undefined
+from quant_fairness_plugin.artifacts import (
+    Answer,
+    Answers,
+    Fault,
+    Interval,
+    LanguageAnswers,
+    Measurement,
+    Undefined,
+)
 from quant_fairness_plugin.artifacts.gates import Gate
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.cli.verdict import check_gate
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.statistics.verdict import judge
 from tests.export.build import measurement
 
@@ -95,3 +106,62 @@ def test_a_gate_that_says_nothing_is_refused(text: str) -> None:
 
 def test_a_gate_is_read_as_it_is_written() -> None:
     assert [Gate.parse(str(gate)) for gate in (Gate(), Gate("mean", 0.125))] == [Gate(), Gate("mean", 0.125)]
+
+
+def answered(**faults: tuple[Fault, ...]) -> Answers:
+    """Hebrew answers with the checkpoint's faults of each; `before` are the 16-bit model's, the same in all."""
+    before = faults.pop("before", ())
+    answers = tuple(
+        Answer(prompt="?", sixteen_bit="x", checkpoint="y", sixteen_bit_faults=before, checkpoint_faults=found)
+        for found in faults.values()
+    )
+    return Answers(
+        source="bundled",
+        chat_template=False,
+        new_tokens=32,
+        dtype="float32",
+        languages=(LanguageAnswers(language="he", answers=answers),),
+    )
+
+
+LOOP, EMPTY = ("repeats itself",), ("empty",)
+
+
+@pytest.mark.parametrize(
+    ("answers", "loss", "text"),
+    [
+        (answered(a=(), b=(), c=()), LOW, "SHIP: no language loses more than 0.05 bits per byte; most en, 0.020"),
+        (answered(a=LOOP, b=LOOP, c=LOOP, before=LOOP), LOW, "SHIP: no language loses more than"),
+        (
+            answered(a=LOOP, b=(), c=LOOP),
+            LOW,
+            "SHIP WITH CARE: no language loses more than 0.05 bits per byte; most en, 0.020; answers: he repeats "
+            "itself in 2 of 3, the 16-bit model none",
+        ),
+        (answered(a=LOOP, b=(), c=LOOP, before=LOOP), LOW, "SHIP: "),
+        (answered(a=LOOP, b=EMPTY, c=(), before=LOOP), LOW, "SHIP WITH CARE: "),
+        (answered(a=(), b=LOOP, c=()), MIDDLE, "CANNOT TELL: "),
+        (
+            answered(a=LOOP, b=EMPTY, c=LOOP),
+            HIGH,
+            "DO NOT SHIP: every answer is faulty in he: is empty in 1 of 3, repeats itself in 2 of 3. Besides, 1 of 2 "
+            "languages lose more than 0.05 bits per byte",
+        ),
+        (answered(a=LOOP, b=LOOP), LOW, "SHIP WITH CARE: "),  # two answers are not all that it says
+        (Undefined("--prompts none"), LOW, "SHIP: no language"),
+    ],
+)
+def test_faulty_answers_make_it_worse_where_the_16_bit_model_has_none(
+    answers: Answers | Undefined, loss: Interval, text: str
+) -> None:
+    judged = str(judge(replace(measured(LOW, loss), answers=answers)))
+    assert judged == text if text.startswith("SHIP: no language loses more than 0.05") else judged.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("answers", "passes"), [(answered(a=LOOP, b=(), c=()), True), (answered(a=LOOP, b=LOOP, c=LOOP), False)]
+)
+def test_a_gate_is_failed_by_answers_only_where_a_language_says_nothing_else(answers: Answers, passes: bool) -> None:
+    state = replace(measured(LOW, LOW), answers=answers)
+    with nullcontext() if passes else pytest.raises(QualityGateError, match="every answer is faulty in he"):
+        check_gate(state, FairConfig(gate="worst=0.05"))

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GPTQConfig, PreTrainedModel
 
+from quant_fairness_plugin.artifacts import ReaderRun
 from quant_fairness_plugin.checkpoint.dequantize import (
     bare_model,
     check_loading_info,
@@ -64,7 +66,7 @@ class Comparison:
         return self.distance <= TOLERANCE and self.behind <= 2 * TOLERANCE
 
 
-def compare_with_reader(folder: Path, reader: str, python: Path) -> str:
+def compare_with_reader(folder: Path, reader: str, python: Path) -> ReaderRun:
     """Run a reader on fixed prompts and compare it with the dequantized model.
 
     Args:
@@ -73,7 +75,7 @@ def compare_with_reader(folder: Path, reader: str, python: Path) -> str:
         python: the Python that has it.
 
     Returns:
-        One sentence about how close it is.
+        Which reader ran, and how close it is.
 
     Raises:
         UnsupportedModelError: the reader fails, or computes something else than the files say.
@@ -88,9 +90,12 @@ def compare_with_reader(folder: Path, reader: str, python: Path) -> str:
             f"{gap.distance:.3g} float16 units away (allowed {TOLERANCE:g}), greedy tokens {gap.behind:.3g} behind "
             f"(allowed {2 * TOLERANCE:g}). Do not use this checkpoint with it."
         )
-    return (
-        f"{reader} {reading.version}: log-probabilities within {gap.distance:.2f} float16 units of the dequantized "
-        f"weights ({gap.unit:.2g} nats each), greedy tokens within {gap.behind:.2f}"
+    return ReaderRun(
+        reader=reader,
+        version=reading.version,
+        dtype="float16",
+        detail=f"log-probabilities within {gap.distance:.2f} float16 units of the dequantized weights "
+        f"({gap.unit:.2g} nats each), greedy tokens within {gap.behind:.2f}",
     )
 
 
@@ -167,7 +172,7 @@ def missing_packages(method: str) -> tuple[str, ...]:
     return tuple(name for name in TRANSFORMERS.needs.get(method, ()) if importlib.util.find_spec(name) is None)
 
 
-def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) -> float:
+def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) -> ReaderRun:
     """Load the folder with Transformers and compare its logits with those of the dequantized model.
 
     Holds one model at a time.
@@ -177,7 +182,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         tolerance: the largest relative difference that is accepted.
 
     Returns:
-        The largest difference of logits over the largest logit.
+        Its version, and the largest difference of logits over the largest logit.
 
     Raises:
         ArtifactError: Transformers reports tensors that are missing or unexpected.
@@ -205,7 +210,12 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
             f"{folder}: Transformers computes other logits than the files say (relative difference {difference:.3g}, "
             f"allowed {tolerance:g}). Do not use this checkpoint with it; --format fp16-twin loads everywhere."
         )
-    return difference
+    return ReaderRun(
+        reader="transformers",
+        version=transformers.__version__,
+        dtype="float32",
+        detail=f"logits within {difference:.2g} of the dequantized weights",
+    )
 
 
 def _dense_logits(folder: Path) -> list[Tensor]:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
 
-from quant_fairness_plugin.artifacts import ExportRecord, Grid, ProtectionPlan, Unit, bits_of_precision
+from quant_fairness_plugin.artifacts import ExportRecord, Grid, ProtectionPlan
+from quant_fairness_plugin.plans.precision_map import bits_of_plan, bits_of_record, module_names, written_bits
 from quant_fairness_plugin.report import charts
 from quant_fairness_plugin.report.section import Key, Picture, Section, Table
 from quant_fairness_plugin.report.words import plan_words
 
-_MODULE = re.compile(r"^(?:.+?\.)?(\d+)\.(.+)$")
-"""A module of a block: `model.layers.3.mlp.down_proj`."""
-_EXPERT = re.compile(r"\.\d+(?=\.|$)")
-_WHOLE = "layer"
 _SHADES = {16: 6, 8: 4, 6: 3, 5: 3}
 """Bits → shade; fewer bits are the lightest."""
-
-Bits = dict[tuple[int, str], set[int]]
-"""Layer and module → bits; several for the experts of one layer."""
 
 
 def precision_section(plan: ProtectionPlan, record: ExportRecord | None) -> Section:
     """Return the map of layers and modules; of a plan without a checkpoint, layers and what it names apart."""
-    bits = _of_plan(plan) if record is None else _of_record(record)
+    bits = bits_of_plan(plan) if record is None else bits_of_record(record)
     columns = list(dict.fromkeys(place for _, place in bits))
-    names = _names(columns)
+    names = module_names(columns)
     layers = sorted({layer for layer, _ in bits})
     counts = Counter(width for widths in bits.values() for width in widths)
     cells = [
-        charts.Tile(row=str(layer), column=names[place], shade=_shade(widths), text=_written(widths))
+        charts.Tile(row=str(layer), column=names[place], shade=_shade(widths), text=written_bits(widths))
         for layer in layers
         for place in columns
         if (widths := bits.get((layer, place)))
@@ -49,7 +41,7 @@ def precision_section(plan: ProtectionPlan, record: ExportRecord | None) -> Sect
             caption="Bits of the weights, by layer and module.",
             columns=("layer", *names.values()),
             rows=tuple(
-                (str(layer), *(_written(bits.get((layer, place), set())) or "none" for place in columns))
+                (str(layer), *(written_bits(bits.get((layer, place), set())) or "none" for place in columns))
                 for layer in layers
             ),
         ),
@@ -57,41 +49,8 @@ def precision_section(plan: ProtectionPlan, record: ExportRecord | None) -> Sect
     )
 
 
-def _of_plan(plan: ProtectionPlan) -> Bits:
-    names = {Unit.parse(name): bits_of_precision(kind) for name, kind in plan.units.items() if Unit.is_name(name)}
-    return {(unit.layer, unit.group or _WHOLE): {width} for unit, width in names.items()}
-
-
-def _of_record(record: ExportRecord) -> Bits:
-    """Return the bits of every module; a missing one has 16 where the plan gives its layer, or a part of it, 16."""
-    bits: Bits = {}
-    for name, width in [*record.quantized_modules.items(), *((name, 16) for name in record.kept_modules)]:
-        match = _MODULE.match(name)
-        if match:
-            bits.setdefault((int(match[1]), _EXPERT.sub(".*", match[2])), set()).add(width)
-    if not bits:
-        return _of_plan(record.plan)
-    places = list(dict.fromkeys(place for _, place in bits))
-    for layer in range(record.plan.layers):
-        named = {record.plan.units.get(f"layers.{layer}"), *record.plan.overrides_in(layer).values()}
-        if "fp16" in named:
-            bits |= {(layer, place): {16} for place in places if (layer, place) not in bits}
-    return bits
-
-
-def _names(places: Sequence[str]) -> dict[str, str]:
-    """Return a name for each module: its last part, as `down_proj`, or the whole where two end alike."""
-    short = {place: place if place.endswith(".*") else place.rsplit(".", 1)[-1] for place in places}
-    ends = Counter(short.values())
-    return {place: name if ends[name] == 1 else place for place, name in short.items()}
-
-
 def _shade(widths: set[int]) -> int:
     return _SHADES.get(max(widths), 1)
-
-
-def _written(widths: set[int]) -> str:
-    return "/".join(map(str, sorted(widths)))
 
 
 def _counted(counts: Counter[int]) -> str:
