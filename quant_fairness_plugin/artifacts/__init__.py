@@ -29,6 +29,7 @@ from quant_fairness_plugin.artifacts.data import (
     Provenance,
     Reader,
     SearchMethod,
+    Start,
     StateScores,
     Status,
     TextSet,
@@ -37,6 +38,7 @@ from quant_fairness_plugin.artifacts.data import (
     bits_of_precision,
     precision_of_bits,
 )
+from quant_fairness_plugin.artifacts.documents import Documents
 from quant_fairness_plugin.artifacts.evidence import (
     Comparison,
     Evidence,
@@ -77,6 +79,7 @@ __all__ = [
     "Clip",
     "Combinations",
     "Comparison",
+    "Documents",
     "Evidence",
     "EvidenceRow",
     "ExpertCoverage",
@@ -107,6 +110,7 @@ __all__ = [
     "SearchMethod",
     "SearchRecord",
     "Standing",
+    "Start",
     "StateScores",
     "Status",
     "SweepReport",

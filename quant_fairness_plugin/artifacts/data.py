@@ -29,6 +29,8 @@ SearchMethod = Literal["greedy", "backward", "beam"]
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
 """How much each language counts in calibration."""
+Start = Literal["auto", "encoded", "bos", "eos", "chat", "plain"]
+"""What stands before a text that a model reads: see `model.beginnings`."""
 Reader = str
 """A name in `checkpoint.readers.READERS`, which checks it."""
 CheckpointFormat = str
@@ -106,6 +108,8 @@ class Provenance:
     """What it was computed in, `float32` or `bfloat16`; empty in results that do not say."""
     source: str = ""
     """What the 16-bit model was computed from, where its files do not hold it: FP8 or MXFP4 weights."""
+    start: str = ""
+    """What stood before every text that was measured, a `Start` other than `auto`; empty in results that do not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +126,8 @@ class TextSet:
     registers: tuple[str, ...]
     parallel: bool
     sha256: str
+    start: Start = "auto"
+    """How the model meets each sentence; not in the checksum, as it is no part of the text."""
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -170,7 +176,7 @@ class LanguageScores:
     nll_nats: tuple[float, ...]
     """Negative log-likelihood summed over the scored tokens of the sentence."""
     tokens: tuple[int, ...]
-    """Scored tokens (the first one counts where a BOS or EOS could be prepended)."""
+    """Scored tokens (the first one counts where something stands in front of it)."""
     bytes_: tuple[int, ...]
     """UTF-8 bytes of the scored tokens."""
     kl_nats: tuple[float, ...]

@@ -21,6 +21,7 @@ from quant_fairness_plugin.artifacts import (
     Grid,
     Precision,
     Reader,
+    Start,
     TextSet,
     Unit,
     Weighting,
@@ -30,6 +31,7 @@ from quant_fairness_plugin.config.checks import (
     bits_of_rest,
     check_always_16_bit,
     check_calibration,
+    check_calibration_texts,
     check_columns,
     check_limits,
     check_overrides,
@@ -97,7 +99,15 @@ class FairConfig:
         ),
     ] = None
     """None = the method's default: AWQ with zero points, the others without (vLLM reads `gptq` files only so)."""
-    clip: Annotated[Clip, Option("How the range of a scale is set:", "How to quantize")] = "absmax"
+    clip: Annotated[
+        Clip | None,
+        Option(
+            "How the range of a scale is set. Default: mse; for awq, which searches ranges itself, and other backends "
+            "absmax. One of:",
+            "How to quantize",
+        ),
+    ] = None
+    """None = the method's default; other tools set ranges by rules of their own."""
     protect_layers: Annotated[
         Literal["auto", "none"] | tuple[int, ...],
         Option(
@@ -247,6 +257,23 @@ class FairConfig:
         str,
         Option("'bundled', a JSON, JSONL or TSV file, a folder, or datasets:NAME.", "Texts", metavar="SOURCE"),
     ] = "bundled"
+    calibration_texts: Annotated[
+        str | None,
+        Option(
+            "Text to calibrate on instead of the texts' own part: JSONL rows, CSV, TSV, JSON or a folder, not "
+            "necessarily parallel, chats too.",
+            "Texts",
+            metavar="SOURCE",
+        ),
+    ] = None
+    start: Annotated[
+        Start,
+        Option(
+            "What stands before every text that is measured: auto is what the tokenizer puts there, else what parts "
+            "documents. Calibration takes all in turn.",
+            "Texts",
+        ),
+    ] = "auto"
     tokens_per_language: Annotated[
         int | None,
         Option("Calibration tokens of each language. Default: what the language with the fewest has.", "Texts"),
@@ -331,6 +358,7 @@ class FairConfig:
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
         check_calibration(self.calibration, method=self.method, tokens_per_language=self.tokens_per_language)
+        check_calibration_texts(self.calibration_texts, method=self.method)
         check_tokens_per_expert(self.tokens_per_expert, method=self.method)
 
     @property
@@ -341,7 +369,8 @@ class FairConfig:
         """
         symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
         group_size = AUTO_GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
-        return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=self.clip)
+        clip = self.clip or (find_method(self.method).clip if self.backend == "native" else "absmax")
+        return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=clip)
 
     def fitted(self, model: Modules, *, uniform: bool = False) -> FairConfig:
         """Return the same configuration with the largest group size that the units of a model take.
@@ -440,7 +469,7 @@ class FairOptions(TypedDict, total=False):
     quantize_rest_to: str | None
     group_size: int | Literal["auto"]
     symmetric: bool | None
-    clip: Clip
+    clip: Clip | None
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
     precisions: tuple[Precision, ...] | list[Precision] | None
     exhaustive: bool
@@ -459,6 +488,8 @@ class FairOptions(TypedDict, total=False):
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
     texts: str | Path | TextSet
+    calibration_texts: str | None
+    start: Start
     tokens_per_language: int | None
     tokens_per_expert: int | None
     calibration: Weighting
