@@ -40,8 +40,9 @@ def measure(given: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    work = read if given.what == "read" else calibrate
-    options = "".join(f" --{name} {value}" for name in ("langs", "sentences") if (value := getattr(given, name)))
+    work = read if given.what == "read" else partial(calibrate, behind=given.behind)
+    names = ("langs", "sentences", "behind")
+    options = "".join(f" --{name} {value}" for name in names if (value := getattr(given, name)))
     made = conditions(command=f"python benchmarks/beginnings_table.py {given.what} {given.model}{options}", seed=SEED)
     new = [{"kind": given.what, "model": given.model} | made | row for row in work(opened(given))]
     kept = [row for row in read_rows() if (row["kind"], row["model"]) != (given.what, given.model)]
@@ -103,7 +104,7 @@ def bits_per_byte(loaded: Any, texts: Any) -> dict[str, float]:
     return {name: round(value / sum(text.bytes_ for text in plain[name]), 4) for name, value in bits.items()}
 
 
-def calibrate(base: Any) -> Iterator[dict[str, Any]]:
+def calibrate(base: Any, *, behind: str | None) -> Iterator[dict[str, Any]]:
     """One row per calibration and beginning: the KL of GPTQ INT4 calibrated behind one beginning, or all in turn."""
     from quant_fairness_plugin.artifacts import ProtectionPlan
     from quant_fairness_plugin.measure.scoring import ModelState
@@ -115,7 +116,7 @@ def calibrate(base: Any) -> Iterator[dict[str, Any]]:
     starts: list[Start] = list(all_beginnings(base.loaded.tokenizer))
     plan, texts = ProtectionPlan.unprotected(base.loaded.files.name, base.loaded.layers, base.config.grid), base.texts
     states, sets, seconds = [], {}, {}
-    for name in (MIXED, *starts):
+    for name in (MIXED, *(starts if behind is None else behind.split(","))):
         chosen = () if name == MIXED else (name,)
         sets[name] = build_calibration(base.loaded.tokenizer, texts.part("calibrate"), starts=chosen)
         began = time.process_time()
@@ -201,6 +202,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="demo", choices=MODELS)
     parser.add_argument("--folder", help="where the model lies, unless it is bundled")
     parser.add_argument("--langs")
+    parser.add_argument("--behind", help="beginnings to calibrate behind, such as bos,plain; all by default")
     parser.add_argument("--sentences", type=int, help="of the confirm part; all by default")
     given = parser.parse_args()
     if given.what == "render":
