@@ -300,11 +300,12 @@ def figure(value: dict[str, Any]) -> str:
 
 
 RULE = (
-    "`mse` is a method's default where it measurably lowers the worst language's KL on one of these models and measurably "
-    "raises it on none:"
+    "`mse` is a method's default where it measurably lowers the worst language's KL on one of these models and "
+    "measurably raises it on none:"
 )
 AWQ = (
-    "- `awq`: not the default. It searches the ranges of its groups itself, by output error, where the rule is `absmax`.\n"
+    "- `awq`: not the default. It searches the ranges of its groups itself, by output error, where the rule is "
+    "`absmax`.\n"
     "- Other tools (`--backend`) have rules of their own."
 )
 PREFACE = """# Clipping rules

@@ -20,6 +20,8 @@ RECORD_NAME = "quant_fairness.json"
 Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
+Fluency = Literal["fluent", "weak", "none"]
+"""How well the 16-bit model speaks a language: better than a byte n-gram, better than byte counts, or not even that."""
 Mode = Literal["protect-one", "quantize-one"]
 """What a sweep singles units out for: to keep them in 16 bit, or to quantize nothing but them."""
 Granularity = Literal["layer", "unit"]
@@ -200,7 +202,7 @@ class LanguageDamage:
     language: str
     status: Status
     reason: str
-    """Why the status is not `supported`; empty where it is."""
+    """Why the status is not `supported`, or the 16-bit model speaks the language weakly; empty where it is fluent."""
     sentences: int
     tokens: int
     bytes_: int
@@ -220,6 +222,8 @@ class LanguageDamage:
     """ΔBPB that this many sentences would detect with 80 % power at α = 0.05."""
     perplexity_change_percent: float
     """Legacy: percent change of token perplexity."""
+    fluency: Fluency | None = None
+    """None in results that do not say. A weak language counts like a fluent one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
