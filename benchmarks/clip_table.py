@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rows import conditions
+
 from quant_fairness_plugin.artifacts import Grid, package_versions, write_atomically
 from quant_fairness_plugin.quantize.grid_rules import CLIPS
 
@@ -35,7 +37,7 @@ TIMED = 2048
 TIMED_LANGUAGES = 10
 COMPARED = ("absmax", "mse")
 DEFAULTS = ("demo", "demo-gpt2", "SmolLM2-135M")
-"""Models on which the default rule must lower the KL of the worst language."""
+"""Models by which the default rule is chosen."""
 
 
 def measure() -> None:
@@ -55,57 +57,54 @@ def measure() -> None:
     write(rows + [row for row in read_rows() if row["kind"] == "default"])
 
 
-def compare(name: str, folder: str, languages: str | None) -> None:
-    """Measure the rules of `COMPARED` on a model, each with GPTQ INT4 as `run` makes it, in place of its old rows."""
+def compare(given: argparse.Namespace) -> None:
+    """Measure the rules of `COMPARED` on a model, each in INT4 as `run` makes it, in place of its old rows."""
     import torch
 
     torch.set_num_threads(1)
-    command = f"python benchmarks/clip_table.py compare {name}" + (f" --langs {languages}" if languages else "")
-    common = {
-        "seed": SEED,
-        "versions": package_versions(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU, one thread",
-        "command": command,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    new = [common | row for row in measure_default(name, folder, languages)]
-    write([row for row in read_rows() if row["kind"] != "default" or row["model"] != name] + new)
+    names = ("method", "langs", "sentences")
+    options = "".join(f" --{name} {value}" for name in names if (value := getattr(given, name)))
+    command = f"python benchmarks/clip_table.py compare {given.model}{options}"
+    common = conditions(command=command, seed=SEED)
+    new = [common | row for row in measure_default(given)]
+    key = (given.model, given.method)
+    write([r for r in read_rows() if r["kind"] != "default" or (r["model"], r.get("method", "gptq")) != key] + new)
 
 
-def measure_default(name: str, folder: str, languages: str | None) -> Iterator[dict[str, Any]]:
+def measure_default(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per rule, with the gain of the second over the first on the same sentences."""
-    from quant_fairness_plugin import FairQuantizer
+    from beginnings_table import opened
 
-    listed = None if languages is None else tuple(languages.split(","))
-    reader = "vllm" if name == "demo-gpt2" else "transformers"
-    base = FairQuantizer.from_pretrained(folder, seed=SEED, protect_layers="none", languages=listed, reader=reader)
-    states, seconds = quantized_states(base, COMPARED)
+    base = opened(given)
+    states, seconds = quantized_states(base, COMPARED, given.method)
     measured = base.measure(*states)
     for clip in COMPARED:
         result = measured.measurements[clip]
         yield {
-            "kind": "default", "model": name, "grid": str(replace(base.config.grid, clip=clip)), "clip": clip,
-            "part": "confirm", "languages": list(base.texts.languages), "quantize_cpu_seconds": seconds[clip],
+            "kind": "default", "model": given.model, "method": given.method, "clip": clip, "part": "confirm",
+            "grid": str(replace(base.config.grid, clip=clip)), "sentences": result.languages[0].sentences,
+            "start": result.provenance.start, "languages": list(base.texts.languages),
+            "quantize_cpu_seconds": seconds[clip],
             "worst_kl": asdict(result.worst_kl), "mean_kl": asdict(result.mean_kl),
             "gain_over_absmax": None if clip == "absmax" else asdict(measured.gain("absmax", clip)),
             "model_sha256": result.provenance.model_sha256, "text_sha256": result.provenance.text_sha256,
         }  # fmt: skip
 
 
-def quantized_states(base: Any, clips: Sequence[str]) -> tuple[list[Any], dict[str, float]]:
-    """The model under GPTQ with each rule, as states to measure, and the CPU seconds of each."""
+def quantized_states(base: Any, clips: Sequence[str], method: str) -> tuple[list[Any], dict[str, float]]:
+    """The model under a method with each rule, as states to measure, and the CPU seconds of each."""
     from quant_fairness_plugin.artifacts import ProtectionPlan
     from quant_fairness_plugin.measure.scoring import ModelState
     from quant_fairness_plugin.model.exchange import swapped
     from quant_fairness_plugin.quantize.calibration import build_calibration
     from quant_fairness_plugin.quantize.stream import quantize_model
 
-    calibration = build_calibration(base.loaded.tokenizer, base.texts.part("calibrate"))
+    calibration = None if method == "rtn" else build_calibration(base.loaded.tokenizer, base.texts)
     states, seconds = [], {}
     for clip in clips:
         plan = ProtectionPlan.unprotected(MODEL, base.loaded.layers, replace(base.config.grid, clip=clip))
         start = time.process_time()
-        quantized = quantize_model(base.loaded, plan, method="gptq", calibration=calibration)
+        quantized = quantize_model(base.loaded, plan, method=method, calibration=calibration)
         seconds[clip] = time.process_time() - start
         weights = quantized.dense_weights()
         states.append(ModelState(clip, lambda weights=weights: swapped(base.loaded, weights)))
@@ -228,19 +227,29 @@ def table(rows: list[dict[str, Any]], bits: int) -> str:
 def defaults(rows: list[dict[str, Any]]) -> str:
     """The two rules on every model that was measured, and whether the second is better on all of them."""
     mine = [row for row in rows if row["kind"] == "default"]
-    lines = ["| model | grid | worst KL | mean KL | gain over absmax |", "|---|---|---|---|---|"]
+    lines = ["| model | method | grid | worst KL | mean KL | gain over absmax |", "|---|---|---|---|---|---|"]
     for row in mine:
         gain = "" if row["gain_over_absmax"] is None else figure(row["gain_over_absmax"])
-        lines.append(
-            f"| {row['model']} | {row['grid']} | {figure(row['worst_kl'])} | {figure(row['mean_kl'])} | {gain} |"
-        )
-    gains = {row["model"]: row["gain_over_absmax"]["low"] for row in mine if row["gain_over_absmax"]}
+        cells = (row["model"], row.get("method", "gptq"), row["grid"], figure(row["worst_kl"]), figure(row["mean_kl"]))
+        lines.append(f"| {' | '.join(cells)} | {gain} |")
+    return "\n".join([*lines, "", RULE, "", *(default_verdict(mine, method) for method in ("gptq", "rtn")), AWQ, ""])
+
+
+def default_verdict(rows: list[dict[str, Any]], method: str) -> str:
+    """Whether `mse` is a method's default, in a sentence."""
+    gains = {
+        row["model"]: row["gain_over_absmax"]
+        for row in rows
+        if row["gain_over_absmax"] and row.get("method", "gptq") == method
+    }
     lacking = [model for model in DEFAULTS if model not in gains]
-    failing = [model for model, low in gains.items() if low <= 0]
-    said = f"It does not measurably lower the worst language's KL on {', '.join(failing)}" if failing else ""
-    said += f"{'; ' if said else ''}not measured here: {', '.join(lacking)}" if lacking else ""
-    rule = "`mse` is the default where it lowers the worst language's KL on every model of the list: "
-    return "\n".join([*lines, "", f"{rule}{', '.join(DEFAULTS)}. {said or 'It does'}.", ""])
+    better = [model for model, gain in gains.items() if gain["low"] > 0]
+    worse = [model for model, gain in gains.items() if gain["high"] < 0]
+    level = [model for model in gains if model not in better + worse]
+    said = f"lower on {', '.join(better) or 'none'}, higher on {', '.join(worse) or 'none'}"
+    said += f", not measurably different on {', '.join(level)}" if level else ""
+    said += f"; not measured here: {', '.join(lacking)}" if lacking else ""
+    return f"- `{method}`: {'the default' if better and not worse else 'not the default'}. KL is {said}."
 
 
 def verdict(rows: list[dict[str, Any]], bits: int) -> str:
@@ -290,12 +299,21 @@ def figure(value: dict[str, Any]) -> str:
     return f"{1000 * value['estimate']:.1f} [{1000 * value['low']:.1f}, {1000 * value['high']:.1f}]"
 
 
+RULE = (
+    "`mse` is a method's default where it measurably lowers the worst language's KL on one of these models and "
+    "measurably raises it on none:"
+)
+AWQ = (
+    "- `awq`: not the default. It searches the ranges of its groups itself, by output error, where the rule is "
+    "`absmax`.\n"
+    "- Other tools (`--backend`) have rules of their own."
+)
 PREFACE = """# Clipping rules
 
 Written by `benchmarks/clip_table.py`; the rows are in `benchmarks/results/cpu/clip_table.jsonl`. KL is that of the
 quantized against the 16-bit model, in thousandths of a bit per byte, with 95 % bootstrap intervals over sentences, on
 the `confirm` part of the bundled text set. No layer is protected. There is one calibration draw, which the intervals
-say nothing about.
+say nothing about. Rows without `start` are of an earlier version, calibrated and measured behind the declared BOS.
 
 | rule | range of a group's scale |
 |---|---|
@@ -312,11 +330,13 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=("measure", "compare", "render"))
     parser.add_argument("model", nargs="?", default=MODEL, choices=DEFAULTS)
     parser.add_argument("--folder", help="where the model lies, unless it is bundled")
+    parser.add_argument("--method", default="gptq", choices=("gptq", "rtn"))
     parser.add_argument("--langs")
+    parser.add_argument("--sentences", type=int, help="of the confirm part; all by default")
     given = parser.parse_args()
     if given.what == "measure":
         measure()
     elif given.what == "compare":
-        compare(given.model, given.folder or given.model, given.langs)
+        compare(given)
     else:
         render()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from quant_fairness_plugin.answers.prompts import load_prompts
-from quant_fairness_plugin.artifacts import Part, Precision, TextSet, Unit
+from quant_fairness_plugin.artifacts import Documents, Part, Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
@@ -17,6 +17,7 @@ from quant_fairness_plugin.export.companions import find_companions
 from quant_fairness_plugin.export.staging import check_output
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
+from quant_fairness_plugin.model.beginnings import beginning, has_chat_template
 from quant_fairness_plugin.model.context import check_context, longest_input
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.native import is_wrapper
@@ -26,6 +27,7 @@ from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
 from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
 from quant_fairness_plugin.quantize.methods import check_method, find_method
+from quant_fairness_plugin.texts.documents import check_apart, load_documents
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
@@ -141,6 +143,7 @@ def preflight(
         _check_sentences(sentences, config)
     load_prompts(config.prompts)  # a file that cannot be read is found now
     _check_tokens(files, sentences)
+    _check_chats(files, sentences, open_documents(config, sentences))
     return Checked(files, sentences)
 
 
@@ -181,7 +184,37 @@ def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:
         sentences = load_texts(config.texts, languages=config.languages, reference=config.reference)
     if shared := overlap(sentences):
         _logger.warning("%s. Give %d or more sentences, each once", shared, SMALLEST_SPLIT)
-    return sentences
+    return sentences if config.start == "auto" else replace(sentences, start=config.start)
+
+
+def open_documents(config: FairConfig, texts: TextSet) -> Documents:
+    """Return what to calibrate on: the documents that the configuration names, else the part `calibrate` of the texts.
+
+    Raises:
+        QuantFairnessError: as `load_documents` and `check_apart`.
+    """
+    if config.calibration_texts is None:
+        return Documents.of(texts)
+    documents = load_documents(config.calibration_texts, languages=config.languages)
+    check_apart(documents, texts)
+    if lacking := [name for name in texts.languages if name not in documents.texts]:
+        _logger.warning("%s has no text in %s: measured, and not calibrated on", documents.name, ", ".join(lacking))
+    return documents
+
+
+def _check_chats(files: ModelFiles, texts: TextSet, documents: Documents) -> None:
+    """Refuse texts that begin as chats do, and conversations, where the folder holds no chat template.
+
+    Raises:
+        ConfigError: says which of the two.
+    """
+    if (texts.start != "chat" and not documents.chats) or has_chat_template(files):
+        return
+    wanted = "start 'chat'" if texts.start == "chat" else f"the conversations of {documents.name}"
+    raise ConfigError(
+        f"{wanted}: {files.name} has no chat template (chat_template.jinja, or in tokenizer_config.json); accepted are "
+        "the other starts and plain text. Use the instruction-tuned model, or its template"
+    )
 
 
 def check_model(config: FairConfig, files: ModelFiles) -> None:
@@ -243,7 +276,11 @@ def _check_context(files: ModelFiles) -> None:
 def _check_tokens(files: ModelFiles, texts: TextSet) -> None:
     """Check the tokenizer against the embedding; one that needs Transformers is checked once the model is loaded."""
     tokenizer, rows = quick_tokenizer(files), stored_embedding_rows(files)
-    if tokenizer is not None and rows is not None:
+    if tokenizer is None:
+        return
+    if texts.start != "chat":  # templates are Transformers' business
+        beginning(tokenizer, texts.start)
+    if rows is not None:
         check_vocabulary(tokenizer, texts, rows=rows, name=files.name)
 
 
@@ -252,7 +289,7 @@ def _check_backend(config: FairConfig, *, family: str = "") -> None:
         config.backend,
         method=config.method,
         grid=config.grid,
-        clip=config.clip,
+        clip=config.grid.clip,
         weighting=config.calibration,
         family=family,
     )

@@ -10,6 +10,7 @@ a sibling `*.run.json` (`save_run_record`).
 from quant_fairness_plugin.artifacts.analyses import AnalysisAnswer
 from quant_fairness_plugin.artifacts.answers import FAULTS, Answer, Answers, Fault, LanguageAnswers
 from quant_fairness_plugin.artifacts.checkpoints import RECORD_NAME, ExportRecord, FileRecord
+from quant_fairness_plugin.artifacts.documents import Documents
 from quant_fairness_plugin.artifacts.evidence import (
     Comparison,
     Evidence,
@@ -35,12 +36,14 @@ from quant_fairness_plugin.artifacts.measurements import LanguageDamage, Languag
 from quant_fairness_plugin.artifacts.names import (
     CheckpointFormat,
     Clip,
+    Fluency,
     Granularity,
     Mode,
     Part,
     Precision,
     Reader,
     SearchMethod,
+    Start,
     Status,
     Weighting,
     bits_of_precision,
@@ -74,6 +77,7 @@ __all__ = [
     "Clip",
     "Combinations",
     "Comparison",
+    "Documents",
     "Evidence",
     "EvidenceRow",
     "ExpertCoverage",
@@ -82,6 +86,7 @@ __all__ = [
     "FAULTS",
     "Fault",
     "FileRecord",
+    "Fluency",
     "Frontier",
     "FrontierRow",
     "Granularity",
@@ -108,6 +113,7 @@ __all__ = [
     "SearchMethod",
     "SearchRecord",
     "Standing",
+    "Start",
     "StateScores",
     "Status",
     "SweepReport",

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 from quant_fairness_plugin.artifacts.answers import Answers
-from quant_fairness_plugin.artifacts.names import Part, Status
+from quant_fairness_plugin.artifacts.names import Fluency, Part, Status
 from quant_fairness_plugin.artifacts.numbers import Interval, Number, Undefined
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 
@@ -20,7 +20,7 @@ class LanguageScores:
     nll_nats: tuple[float, ...]
     """Negative log-likelihood summed over the scored tokens of the sentence."""
     tokens: tuple[int, ...]
-    """Scored tokens (the first one counts where a BOS or EOS could be prepended)."""
+    """Scored tokens (the first one counts where something stands in front of it)."""
     bytes_: tuple[int, ...]
     """UTF-8 bytes of the scored tokens."""
     kl_nats: tuple[float, ...]
@@ -46,7 +46,7 @@ class LanguageDamage:
     language: str
     status: Status
     reason: str
-    """Why the status is not `supported`; empty where it is."""
+    """Why the status is not `supported`, or the 16-bit model speaks the language weakly; empty where it is fluent."""
     sentences: int
     tokens: int
     bytes_: int
@@ -66,6 +66,8 @@ class LanguageDamage:
     """ΔBPB that this many sentences would detect with 80 % power at α = 0.05."""
     perplexity_change_percent: float
     """Legacy: percent change of token perplexity."""
+    fluency: Fluency | None = None
+    """None in results that do not say. A weak language counts like a fluent one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,6 +9,8 @@ from quant_fairness_plugin.errors import ConfigError
 Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
+Fluency = Literal["fluent", "weak", "none"]
+"""How well the 16-bit model speaks a language: better than a byte n-gram, better than byte counts, or not even that."""
 Mode = Literal["protect-one", "quantize-one"]
 """What a sweep singles units out for: to keep them in 16 bit, or to quantize nothing but them."""
 Granularity = Literal["layer", "unit"]
@@ -18,6 +20,8 @@ SearchMethod = Literal["greedy", "backward", "beam"]
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
 """How much each language counts in calibration."""
+Start = Literal["auto", "encoded", "bos", "eos", "chat", "plain"]
+"""What stands before a text that a model reads: see `model.beginnings`."""
 Reader = str
 """A name in `checkpoint.readers.READERS`, which checks it."""
 CheckpointFormat = str

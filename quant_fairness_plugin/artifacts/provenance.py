@@ -29,3 +29,5 @@ class Provenance:
     """What it was computed in, `float32` or `bfloat16`; empty in results that do not say."""
     source: str = ""
     """What the 16-bit model was computed from, where its files do not hold it: FP8 or MXFP4 weights."""
+    start: str = ""
+    """What stood before every text that was measured, a `Start` other than `auto`; empty in results that do not say."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quant_fairness_plugin.artifacts.names import Part
+from quant_fairness_plugin.artifacts.names import Part, Start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,8 @@ class TextSet:
     registers: tuple[str, ...]
     parallel: bool
     sha256: str
+    start: Start = "auto"
+    """How the model meets each sentence; not in the checksum, as it is no part of the text."""
 
     @property
     def languages(self) -> tuple[str, ...]:

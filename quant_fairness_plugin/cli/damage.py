@@ -19,12 +19,19 @@ BAR = 16
 _NAME = 14
 """Characters of a language's name; a longer one is cut."""
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
+_STARTS = {
+    "encoded": "as the tokenizer encodes them",
+    "bos": "behind BOS",
+    "eos": "behind EOS",
+    "chat": "as the chat template begins a user's message",
+    "plain": "with nothing in front",
+}
 _UNIT = "In thousandths of a bit per byte; * = the 95 % interval excludes 0; changed = other top-1 token"
 
 
 def damage_table(measurement: Measurement, *, title: str) -> Table:
     """Return the damage of one state: loss (ΔBPB), KL with a bar, changed top-1 tokens."""
-    table = _table(title, "16 bit", "loss", "KL", "", "changed")
+    table = _table(_labelled(title, measurement), "16 bit", "loss", "KL", "", "changed")
     rows = _in_order(measurement.languages)
     longest = max((_kl(row) for row in rows if row.status == "supported"), default=0.0)
     for row in rows:
@@ -36,7 +43,7 @@ def damage_table(measurement: Measurement, *, title: str) -> Table:
 
 def baseline_table(measurement: Measurement, *, title: str) -> Table:
     """Return what the 16-bit model itself needs in each language, and how long its tokens are."""
-    table = _table(title, "bits per byte", "bytes per token", "sentences", "")
+    table = _table(_labelled(title, measurement), "bits per byte", "bytes per token", "sentences", "")
     for row in _in_order(measurement.languages):
         cells = [f"{row.baseline_bpb:.3f}", f"{row.bytes_ / row.tokens:.1f}", str(row.sentences)]
         _add(table, row, [*cells, "" if row.status == "supported" else row.status], worst=False)
@@ -45,7 +52,7 @@ def baseline_table(measurement: Measurement, *, title: str) -> Table:
 
 def comparison_table(unprotected: Measurement, protected: Measurement, *, title: str) -> Table:
     """Return the damage without and with the plan: loss and KL, with a bar of what is left and what went."""
-    table = _table(title, "16 bit", "loss", "→ plan", "KL", "→ plan", "")
+    table = _table(_labelled(title, protected), "16 bit", "loss", "→ plan", "KL", "→ plan", "")
     before, after = (_in_order(measurement.languages) for measurement in (unprotected, protected))
     both = list(zip(before, after, strict=True))
     longest = max((max(_kl(a), _kl(b)) for a, b in both if b.status == "supported"), default=0.0)
@@ -70,14 +77,25 @@ def damage_notes(measurement: Measurement) -> list[str]:
 
 
 def language_notes(measurement: Measurement) -> list[str]:
-    """Return why languages do not count, and whether the sentences were new to the checkpoint."""
+    """Return why languages do not count, how texts begin, and whether the sentences were new to the checkpoint."""
     reasons = [f"{row.language}: {row.reason}" for row in _in_order(measurement.languages) if row.reason]
-    return [*reasons, *filter(None, [measurement.condition])]
+    start = measurement.provenance.start
+    begun = [f"Texts begin {_STARTS[start]}; --start chooses"] if start in _STARTS else []
+    return [*reasons, *begun, *filter(None, [measurement.condition])]
 
 
 def detailed_damage_table(measurement: Measurement, *, title: str) -> Table:
     """Return a table with one row a language and every interval: baseline BPB, ΔBPB, KL, excess, flips."""
-    table = Table("language", "16-bit BPB", "ΔBPB", "KL bits/byte", "excess ΔBPB", "flips", "status", title=title)
+    table = Table(
+        "language",
+        "16-bit BPB",
+        "ΔBPB",
+        "KL bits/byte",
+        "excess ΔBPB",
+        "flips",
+        "status",
+        title=_labelled(title, measurement),
+    )
     for row in measurement.languages:
         table.add_row(
             row.language,
@@ -93,7 +111,16 @@ def detailed_damage_table(measurement: Measurement, *, title: str) -> Table:
 
 def detailed_comparison_table(unprotected: Measurement, protected: Measurement, *, title: str) -> Table:
     """Return a table by language with every interval: the 16-bit model, then quantized without and with the plan."""
-    table = Table("language", "16-bit BPB", "ΔBPB, none", "ΔBPB, plan", "KL, none", "KL, plan", "status", title=title)
+    table = Table(
+        "language",
+        "16-bit BPB",
+        "ΔBPB, none",
+        "ΔBPB, plan",
+        "KL, none",
+        "KL, plan",
+        "status",
+        title=_labelled(title, protected),
+    )
     for before, after in zip(unprotected.languages, protected.languages, strict=True):
         table.add_row(
             before.language,
@@ -111,6 +138,11 @@ def detailed_comparison_table(unprotected: Measurement, protected: Measurement, 
     ):
         table.add_row(name, "", "", "", number(left), number(right), "supported only")
     return table
+
+
+def _labelled(title: str, measurement: Measurement) -> str:
+    """Return the title, with a loud word where the sentences were used to make what is measured."""
+    return f"{title}: NOT HELD OUT" if measurement.held_out is False else title
 
 
 def bar(value: float, longest: float) -> str:

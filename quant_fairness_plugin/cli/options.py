@@ -15,7 +15,7 @@ from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.preflight import ModelSource
 
-TEXTS = ("languages", "reference", "texts", "seed")
+TEXTS = ("languages", "reference", "texts", "start", "seed")
 """Fields of `FairConfig` that every command with a model takes."""
 COMPUTE = ("device", "dtype")
 """Fields of `FairConfig` that every command takes that computes with a model."""

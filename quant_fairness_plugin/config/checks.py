@@ -176,6 +176,19 @@ def check_calibration(calibration: Weighting, *, method: str, tokens_per_languag
         )
 
 
+def check_calibration_texts(source: str | None, *, method: str) -> None:
+    """Refuse text to calibrate on with a method that does not calibrate.
+
+    Raises:
+        ConfigError: there is some.
+    """
+    if source is not None and not find_method(method).needs_calibration:
+        raise ConfigError(
+            f"calibration_texts {source!r} has no effect on method {method!r}, which uses no calibration text; use "
+            f"method {method_names(lambda m: m.needs_calibration)}, or leave it out"
+        )
+
+
 def check_tokens_per_expert(tokens: int | None, *, method: str) -> None:
     """Refuse a number of tokens that no expert can be given.
 

@@ -21,6 +21,7 @@ from quant_fairness_plugin.config.checks import (
     bits_of_rest,
     check_always_16_bit,
     check_calibration,
+    check_calibration_texts,
     check_columns,
     check_limits,
     check_overrides,
@@ -72,6 +73,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
         check_calibration(self.calibration, method=self.method, tokens_per_language=self.tokens_per_language)
+        check_calibration_texts(self.calibration_texts, method=self.method)
         check_tokens_per_expert(self.tokens_per_expert, method=self.method)
 
     @property
@@ -82,7 +84,8 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         """
         symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
         group_size = AUTO_GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
-        return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=self.clip)
+        clip = self.clip or (find_method(self.method).clip if self.backend == "native" else "absmax")
+        return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=clip)
 
     def fitted(self, model: Modules, *, uniform: bool = False) -> FairConfig:
         """Return the same configuration with the largest group size that the units of a model take.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, Clip, Precision, Reader, TextSet, Weighting
+from quant_fairness_plugin.artifacts import CheckpointFormat, Clip, Precision, Reader, Start, TextSet, Weighting
 from quant_fairness_plugin.model.devices import Dtype
 
 
@@ -20,7 +20,7 @@ class FairOptions(TypedDict, total=False):
     quantize_rest_to: str | None
     group_size: int | Literal["auto"]
     symmetric: bool | None
-    clip: Clip
+    clip: Clip | None
     backend: str
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
     precisions: tuple[Precision, ...] | list[Precision] | None
@@ -38,6 +38,8 @@ class FairOptions(TypedDict, total=False):
     languages: tuple[str, ...] | list[str] | None
     reference: str | None
     texts: str | Path | TextSet
+    calibration_texts: str | None
+    start: Start
     tokens_per_language: int | None
     tokens_per_expert: int | None
     calibration: Weighting

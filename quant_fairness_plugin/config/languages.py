@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from quant_fairness_plugin.artifacts import Weighting
+from quant_fairness_plugin.artifacts import Start, Weighting
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_languages, parse_reference
 
@@ -37,6 +37,23 @@ class LanguageFields:
         str,
         Option("'bundled', a JSON, JSONL or TSV file, a folder, or datasets:NAME.", "Texts", metavar="SOURCE"),
     ] = "bundled"
+    calibration_texts: Annotated[
+        str | None,
+        Option(
+            "Text to calibrate on instead of the texts' own part: JSONL rows, CSV, TSV, JSON or a folder, not "
+            "necessarily parallel, chats too.",
+            "Texts",
+            metavar="SOURCE",
+        ),
+    ] = None
+    start: Annotated[
+        Start,
+        Option(
+            "What stands before every text that is measured: auto is what the tokenizer puts there, else what parts "
+            "documents. Calibration takes all in turn.",
+            "Texts",
+        ),
+    ] = "auto"
     tokens_per_language: Annotated[
         int | None,
         Option("Calibration tokens of each language. Default: what the language with the fewest has.", "Texts"),

@@ -43,7 +43,15 @@ class QuantizingFields:
         ),
     ] = None
     """None = the method's default: AWQ with zero points, the others without (vLLM reads `gptq` files only so)."""
-    clip: Annotated[Clip, Option("How the range of a scale is set:", "How to quantize")] = "absmax"
+    clip: Annotated[
+        Clip | None,
+        Option(
+            "How the range of a scale is set. Default: mse; for awq, which searches ranges itself, and other backends "
+            "absmax. One of:",
+            "How to quantize",
+        ),
+    ] = None
+    """None = the method's default; other tools set ranges by rules of their own."""
     backend: Annotated[
         str,
         Option(

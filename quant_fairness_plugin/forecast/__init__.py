@@ -155,7 +155,7 @@ def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[li
 
 
 def _read_text(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_code: bool) -> Text:
-    tokenizer = counting_tokenizer(files, trust_remote_code=trust_remote_code)
+    tokenizer = counting_tokenizer(files, trust_remote_code=trust_remote_code, templates=texts.start == "chat")
     if not is_plain(files):  # else `preflight` did
         check_vocabulary(tokenizer, texts, rows=outline.vocabulary, name=files.name)
     tokenized = tokenize(cast(Any, tokenizer), texts, context=min(CONTEXT, outline.positions))

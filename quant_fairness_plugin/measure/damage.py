@@ -13,6 +13,7 @@ import numpy as np
 
 from quant_fairness_plugin.artifacts import (
     Bootstrap,
+    Fluency,
     Interval,
     LanguageDamage,
     Number,
@@ -136,12 +137,17 @@ class _Figures:
         )
 
 
-def _row(sums: _Sums, figures: _Figures, i: int, language: str, status: tuple[Status, str]) -> LanguageDamage:
+_Standing = tuple[Status, str, Fluency]
+"""Whether a language counts, why not or only weakly, and how well the 16-bit model speaks it."""
+
+
+def _row(sums: _Sums, figures: _Figures, i: int, language: str, status: _Standing) -> LanguageDamage:
     before, after, bytes_, tokens = _levels(sums, i)
     return LanguageDamage(
         language=language,
         status=status[0],
         reason=status[1],
+        fluency=status[2],
         sentences=figures.sentences,
         tokens=round(tokens),
         bytes_=round(bytes_),
@@ -255,7 +261,7 @@ def _resampled(baseline: StateScores, state: StateScores, languages: Sequence[st
 
 
 def _against_reference(
-    sums: _Sums, languages: Sequence[str], statuses: Sequence[tuple[Status, str]], reference: str | None
+    sums: _Sums, languages: Sequence[str], statuses: Sequence[_Standing], reference: str | None
 ) -> tuple[tuple[Number, ...], tuple[Number, ...]]:
     """Excess and disparity of every language."""
     reason = "no reference language was given"
@@ -273,13 +279,15 @@ def _change_of(language: str | None) -> str:
     return f"the change of {language} in bits per byte"
 
 
-def _status(sums: _Sums, column: int, sentences: Sequence[str], vocabulary: int, unknown: int) -> tuple[Status, str]:
+def _status(sums: _Sums, column: int, sentences: Sequence[str], vocabulary: int, unknown: int) -> _Standing:
     """Support comes first: a language that the 16-bit model does not know cannot be said to have collapsed."""
     before, after, bytes_, tokens = _levels(sums, column)
-    reason = guards.spelling(unknown, round(tokens))
-    reason = reason or guards.support(metrics.bits_per_byte(before, bytes_), guards.byte_unigram_bpb(sentences))
+    bits = metrics.bits_per_byte(before, bytes_)
+    reason = guards.spelling(unknown, round(tokens)) or guards.support(bits, guards.byte_unigram_bpb(sentences))
     if reason:
-        return "unsupported", reason
+        return "unsupported", reason, "none"
+    weakness = guards.weakness(bits, guards.byte_ngram_bpb(sentences))
+    fluency: Fluency = "fluent" if weakness is None else "weak"
     reason = guards.collapse(
         nats_per_token=metrics.nats_per_token(after, tokens),
         bits_per_byte=metrics.bits_per_byte(after, bytes_),
@@ -287,7 +295,7 @@ def _status(sums: _Sums, column: int, sentences: Sequence[str], vocabulary: int,
         baseline_perplexity=metrics.perplexity(before, tokens),
         vocabulary=vocabulary,
     )
-    return ("collapsed", reason) if reason else ("supported", "")
+    return ("collapsed", reason, fluency) if reason else ("supported", weakness or "", fluency)
 
 
 def _levels(sums: _Sums, column: int) -> tuple[float, float, float, float]:

@@ -9,9 +9,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import Array
+
+Indices = NDArray[np.int64]
 
 CHANCE_SHARE = 0.9
 UNIFORM_BITS_PER_BYTE = 8.0
@@ -19,6 +22,8 @@ PERPLEXITY_FACTOR = 10.0
 UNKNOWN_SHARE = 0.1
 SMOOTHING = 0.5
 """Krichevsky-Trofimov: close to the best that a byte count can do on a text of unknown length."""
+ORDER = 3
+"""Bytes in a row that the n-gram knows: the longest that a few thousand bytes say something of."""
 
 
 def byte_unigram_bpb(sentences: Sequence[str], folds: int = 5) -> float:
@@ -47,6 +52,44 @@ def _unigram_bits(training: Array, held_out: Array) -> float:
     return float(-held_out @ np.log2(probabilities))
 
 
+def byte_ngram_bpb(sentences: Sequence[str], folds: int = 5) -> float:
+    """Return the bits per byte of a model that knows which byte follows which `ORDER - 1`, cross-fitted as above.
+
+    Contexts of every length are interpolated by how many different bytes followed them (Witten and Bell, method C).
+
+    Raises:
+        ConfigError: fewer than 2 sentences, fewer than 2 folds, or no bytes at all.
+    """
+    if len(sentences) < 2 or folds < 2:
+        raise ConfigError(f"{len(sentences)} sentence(s) in {folds} fold(s): cross-fitting needs at least 2 of each")
+    lead = bytes(ORDER - 1)
+    every = np.frombuffer(b"".join(lead + text.encode() for text in sentences), dtype=np.uint8).astype(np.int64)
+    sizes = [len(text.encode()) for text in sentences]
+    if not sum(sizes):
+        raise ConfigError("all sentences are empty: bits per byte need text")
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    at = np.arange(len(owner)) + (ORDER - 1) * (owner + 1)  # of the bytes that are predicted
+    probability = np.full(len(at), 1 / 256)
+    for length in range(ORDER):
+        context = sum((every[at - back] << (8 * (back - 1)) for back in range(1, length + 1)), np.zeros_like(at))
+        _interpolate(probability, context, every[at], owner % folds)
+    return float(-np.log2(probability).mean())
+
+
+def _interpolate(probability: Array, context: Indices, following: Indices, fold: Indices) -> None:
+    """Mix what contexts of one length say, learned outside of each byte's fold, into what shorter ones say."""
+    _, contexts = np.unique(context, return_inverse=True)
+    pairs, pair = np.unique(contexts * 256 + following, return_inverse=True)
+    for number in np.unique(fold):
+        out = fold == number
+        counts = np.bincount(pair[~out], minlength=len(pairs))
+        seen = np.bincount(contexts[~out], minlength=contexts.max() + 1)
+        kinds = np.bincount(pairs[counts > 0] // 256, minlength=len(seen))
+        total, different = seen[contexts[out]], kinds[contexts[out]]
+        mixed = (counts[pair[out]] + different * probability[out]) / np.maximum(total + different, 1)
+        probability[out] = np.where(total > 0, mixed, probability[out])
+
+
 def support(baseline_bpb: float, unigram_bpb: float) -> str | None:
     """Return why the 16-bit model does not support a language, or None: it must beat byte unigrams on the same text."""
     if baseline_bpb < unigram_bpb:
@@ -66,6 +109,16 @@ def spelling(unknown: int, tokens: int) -> str | None:
     if share <= UNKNOWN_SHARE:
         return None
     return f"{share:.0%} of its tokens stand for text that the tokenizer cannot spell"
+
+
+def weakness(baseline_bpb: float, ngram_bpb: float) -> str | None:
+    """Return why the 16-bit model hardly speaks a language that it supports, or None: it must beat a byte n-gram."""
+    if baseline_bpb < ngram_bpb:
+        return None
+    return (
+        f"weak: the 16-bit model needs {baseline_bpb:.2f} bits per byte, no better than {ORDER} bytes in a row learned "
+        f"from the other sentences ({ngram_bpb:.2f})"
+    )
 
 
 def collapse(

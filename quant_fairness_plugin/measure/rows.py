@@ -1,7 +1,8 @@
 """Text as padded batches of token rows, and sums over rows as scores per sentence.
 
-Each token is scored once, given BOS (else EOS) and the text before it. Where the tokenizer has neither, the first token
-and its bytes are left out. A sentence longer than the context is read in windows that overlap by half.
+Each token is scored once, given the beginning that the text set asks for (`model.beginnings`) and the text before it.
+Where nothing stands in front, the first token and its bytes are left out. A sentence longer than the context is read in
+windows that overlap by half, each behind the beginning.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import LanguageScores, StateScores, TextSet
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure.metrics import significant
+from quant_fairness_plugin.model.beginnings import Beginning, beginning
 from quant_fairness_plugin.model.context import check_context, longest_input
-from quant_fairness_plugin.model.tokenizer import check_ids, start_token, text_ids
+from quant_fairness_plugin.model.tokenizer import check_ids, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,16 +91,22 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: TextSet, *, context: int
     """Tokenize every sentence and cut it into windows of at most `context` tokens.
 
     Raises:
-        UnsupportedModelError: no BOS, no EOS and no character offsets.
-        ConfigError: a sentence without a token to score.
+        UnsupportedModelError: nothing in front, and no character offsets.
+        ConfigError: a sentence without a token to score, a start that the tokenizer does not have, or one that leaves
+            no room for text.
     """
-    encoded = {language: _encode(tokenizer, language, texts) for language in texts.languages}
-    prefix = start_token(tokenizer)
+    lead = beginning(tokenizer, texts.start)
+    if len(lead) > context // 2:
+        raise ConfigError(
+            f"start {texts.start!r} puts {len(lead)} tokens before every text, and the model takes {context} at once; "
+            "accepted are at most half. Use another --start"
+        )
+    encoded = {language: _encode(tokenizer, language, texts, bare=not lead) for language in texts.languages}
     rows = tuple(
         Row(language, index, ids, first)
         for language, sentences in encoded.items()
         for index, text in enumerate(sentences)
-        for ids, first in _windows(text.ids, prefix, context)
+        for ids, first in _windows(text.ids, lead, context)
     )
     return TokenRows(texts, rows, encoded)
 
@@ -145,12 +153,12 @@ def sum_rows(batch: Batch, per_token: Tensor, name: str, texts: TextSet) -> Arra
     return sums
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet) -> list[_Text]:
-    skipped = 1 if start_token(tokenizer) is None else 0
-    if skipped and not tokenizer.is_fast:
+def _encode(tokenizer: PreTrainedTokenizerBase, language: str, texts: TextSet, *, bare: bool) -> list[_Text]:
+    skipped = 1 if bare else 0
+    if bare and not tokenizer.is_fast:
         raise UnsupportedModelError(
-            "the tokenizer has no BOS, no EOS and no character offsets, so that the bytes of the first token are "
-            "unknown; set tokenizer.bos_token, or use its fast version"
+            "nothing stands before a text and the tokenizer gives no character offsets, so that the bytes of the first "
+            "token are unknown; use --start bos or eos, or the tokenizer's fast version"
         )
     sentences = texts.sentences[language]
     encoding = text_ids(tokenizer, sentences, offsets=bool(skipped))
@@ -189,14 +197,13 @@ def _warn_of_unknown_tokens(language: str, texts: Sequence[_Text]) -> None:
         )
 
 
-def _windows(ids: tuple[int, ...], prefix: int | None, size: int) -> Iterator[tuple[tuple[int, ...], int]]:
+def _windows(ids: tuple[int, ...], lead: Beginning, size: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """Windows of at most `size` tokens, and in each the first token that no earlier window scored.
 
-    Every window starts with the prefix, because models that were trained with one predict badly without it.
+    Every window starts with the beginning, because models that were trained with one predict badly without it.
     """
-    lead = () if prefix is None else (prefix,)
     room = size - len(lead)
-    start, scored = 0, 1 - len(lead)
+    start, scored = 0, 0 if lead else 1
     while scored < len(ids):
         chunk = ids[start : start + room]
         yield lead + chunk, len(lead) + scored - start

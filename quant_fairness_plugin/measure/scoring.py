@@ -62,8 +62,9 @@ def score_states(
 ) -> dict[str, StateScores]:
     """Score every state on every sentence, sentences in the order of the text set.
 
-    Each token is scored once, given BOS (else EOS) and the text before it. Where the tokenizer has neither, the first
-    token and its bytes are left out. A sentence longer than the context is read in windows that overlap by half.
+    Each token is scored once, given the beginning that the text set asks for and the text before it; where nothing
+    stands in front, the first token and its bytes are left out. A sentence longer than the context is read in windows
+    that overlap by half.
     Numbers have the 7 significant digits that float32 arithmetic can vouch for.
 
     Args:
@@ -71,12 +72,12 @@ def score_states(
         tokenizer: of all states.
         texts: sentences to score; take a part of a text set with `TextSet.part`.
         batch_tokens: tokens in a batch, padding included; a longer sentence makes a batch alone.
-        context: longest window in tokens, BOS included (the model's limit where that is less).
+        context: longest window in tokens, beginning included (the model's limit where that is less).
         progress: called with (done, total) batches times states.
 
     Raises:
         ConfigError: no state, two of one name, a limit too small, or a sentence without a token to score.
-        UnsupportedModelError: no BOS, no EOS and no character offsets; or states of different vocabularies.
+        UnsupportedModelError: nothing in front and no character offsets; or states of different vocabularies.
         ArtifactError: a state predicts NaN or infinity, or a token has no embedding.
     """
     _check_arguments(states, batch_tokens, context)

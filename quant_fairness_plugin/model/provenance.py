@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from quant_fairness_plugin.artifacts import Provenance, TextSet, package_versions
+from quant_fairness_plugin.model.beginnings import find_start
 from quant_fairness_plugin.model.devices import describe_device
 from quant_fairness_plugin.model.resolve import model_sha256
-
-if TYPE_CHECKING:
-    from quant_fairness_plugin.model.load import LoadedModel
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.model.load import LoadedModel
@@ -36,6 +34,7 @@ def provenance(loaded: LoadedModel, texts: TextSet, *, seed: int, arguments: dic
         device=describe_device(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         source="" if files.source is None else files.source.summary,
+        start=find_start(loaded.tokenizer, texts.start),
     )
 
 

@@ -1,7 +1,8 @@
 """What tokenizers give for a text, and what they would add to it; and the fastest one where only ids are needed.
 
 Many tokenizers add tokens of their own: BOS in front, EOS behind, padding and a limit that `tokenizer.json` stores. A
-text is scored and calibrated on without any of them, and a prompt keeps only what stands in front.
+text is encoded without any of them; what is to stand in front of it is chosen (`beginnings`), and a prompt keeps what
+the tokenizer puts there.
 
 Importing Transformers takes seconds. Where a folder's `tokenizer.json` is all there is to its tokenizer, the
 `tokenizers` library alone, which Transformers runs on, gives the same ids; every other one is loaded as usual.
@@ -67,14 +68,10 @@ class QuickTokenizer:
         return token
 
 
-def start_token(tokenizer: Tokenizing) -> int | None:
-    """Return the id that stands before every text that is scored or calibrated on: BOS, else EOS, else none."""
-    identifier = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return None if identifier is None else int(identifier)
-
-
 def text_ids(tokenizer: Tokenizing, texts: Sequence[str], *, offsets: bool = False) -> dict[str, list[Any]]:
     """Return the ids of whole texts as `input_ids`, with nothing added to them, and `offset_mapping` if wanted."""
+    if not texts:  # tokenizers fail on nothing
+        return {"input_ids": [], "offset_mapping": []}
     encoded: dict[str, list[Any]] = tokenizer(
         list(texts),
         add_special_tokens=False,
@@ -92,10 +89,10 @@ def prompt_ids(tokenizer: Tokenizing, prompt: str) -> list[int]:
     What it adds behind (EOS, by its post-processor or `add_eos_token`) would end the text, and is left out.
     """
     text: list[int] = text_ids(tokenizer, [prompt])["input_ids"][0]
-    return [*_added_in_front(tokenizer), *text]
+    return [*added_in_front(tokenizer), *text]
 
 
-def _added_in_front(tokenizer: Tokenizing) -> list[int]:
+def added_in_front(tokenizer: Tokenizing) -> list[int]:
     """Return the ids that a tokenizer puts before every text; none where it puts the text between other tokens."""
     bare: list[int] = text_ids(tokenizer, [_PROBE])["input_ids"][0]
     whole: list[int] = list(
@@ -159,14 +156,14 @@ def stored_embedding_rows(files: ModelFiles) -> int | None:
 
 
 def counting_tokenizer(
-    files: ModelFiles, *, trust_remote_code: bool = False
+    files: ModelFiles, *, trust_remote_code: bool = False, templates: bool = False
 ) -> PreTrainedTokenizerBase | QuickTokenizer:
-    """Return a tokenizer that gives the ids of the model's tokenizer.
+    """Return a tokenizer that gives the ids of the model's tokenizer; with `templates` one that knows those of chats.
 
     Raises:
         ArtifactError: the tokenizer does not load.
     """
-    quick = quick_tokenizer(files)
+    quick = None if templates else quick_tokenizer(files)
     if quick is not None:
         return quick
     from quant_fairness_plugin.model.load import load_tokenizer

@@ -12,19 +12,33 @@ Takes a tokenizer and a text set; returns a `CalibrationSet`. Budgets are counte
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quant_fairness_plugin.artifacts import TextSet, Weighting, digest
+from quant_fairness_plugin.artifacts import Documents, Start, TextSet, Weighting, digest
+from quant_fairness_plugin.artifacts.documents import Document
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
-from quant_fairness_plugin.model.tokenizer import start_token, text_ids
+from quant_fairness_plugin.model.beginnings import Beginning, all_beginnings, beginning, chat_ids
+from quant_fairness_plugin.model.tokenizer import text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ROW_TOKENS = 256
 ENGLISH = "en"
+PARTING = "\n"
+"""What stands between two sentences of a row."""
+Ids = tuple[int, ...]
+
+
+class Encoded(NamedTuple):
+    """A document as tokens."""
+
+    ids: Ids
+    chat: bool
+    """Whether the chat template wrote it, which then says how it begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +70,9 @@ class CalibrationSet:
     text_sha256: str
     row_tokens: int
     """Length of every row but the last of a language, which may be shorter."""
-    separator: int | None
-    """Token id that starts every row and parts the sentences (BOS, else EOS); None where the tokenizer has neither."""
     seed: int
+    starts: Mapping[Start, Beginning] = field(default_factory=dict)
+    """What stands before the rows, in turn; empty where rows were made otherwise."""
     weights: Mapping[str, float] | None = None
     """How much each language counts in what the quantizer minimises; they add up to 1. None = all the same."""
     weighting: Weighting = "uniform"
@@ -73,7 +87,7 @@ class CalibrationSet:
 
     @property
     def coverage(self) -> dict[str, int]:
-        """Tokens per language, separators included."""
+        """Tokens per language, beginnings and line ends included."""
         return {language: sum(map(len, rows)) for language, rows in self.rows.items()}
 
     @property
@@ -101,7 +115,7 @@ class CalibrationSet:
             "row_tokens": self.row_tokens,
             "weighting": self.weighting,
             "weights": self.shares,
-            "separator": self.separator,
+            "starts": {name: list(ids) for name, ids in self.starts.items()},
             "seed": self.seed,
         } | ({"rounds": rounds} if rounds else {})
 
@@ -116,67 +130,82 @@ def coverage_lines(summary: Mapping[str, Any]) -> list[str]:
         return ["not calibrated"]
     tokens, rows, weights = (summary[key] for key in ("tokens_per_language", "rows_per_language", "weights"))
     source = f"calibration: {summary['source']}, sha256 {summary['text_sha256'][:12]}, weights {summary['weighting']}"
-    tried = summary.get("rounds", [])
+    tried, starts = summary.get("rounds", []), summary.get("starts", {})
     return [
         source + (f" after {len(tried)} rounds" if tried else ""),
+        *([f"  rows begin in turn: {', '.join(starts)}"] if starts else []),
         *(f"  {name}: {rows[name]} rows, {count} tokens, weight {weights[name]:.3f}" for name, count in tokens.items()),
     ]
 
 
 def build_calibration(
     tokenizer: PreTrainedTokenizerBase,
-    texts: TextSet,
+    texts: TextSet | Documents,
     *,
     languages: Sequence[str] | None = None,
     tokens_per_language: int | None = None,
     row_tokens: int = ROW_TOKENS,
     seed: int = 0,
     weighting: Weighting = "uniform",
+    starts: Sequence[Start] = (),
 ) -> CalibrationSet:
-    """Pack the `calibrate` part of a text set into rows, every language to exactly the same number of tokens.
+    """Pack documents into rows of tokens, every language to exactly the same number of tokens.
 
-    Per language, the sentences (in one seeded order for all languages) are packed into rows of `row_tokens`. Every row
-    starts with BOS (EOS where there is none), as scored text does, and BOS also stands between two sentences; what a
-    row cannot hold of a sentence goes on in the next. The last row is cut where the language's tokens are used up.
+    Per language, the documents (equally many in one seeded order) are packed into rows of `row_tokens`, a line end
+    between two of them; what a row cannot hold of one goes on in the next, and a conversation has rows of its own. The
+    rows begin in every way in which text can begin under this tokenizer, in turn, and the languages take turns at which
+    way is the first. The last row is cut where the language's tokens are used up.
 
     Args:
         tokenizer: the model's tokenizer.
-        texts: a text set; only its part `calibrate` is used (`all` where it was too small to be split).
+        texts: documents, or a text set, of which only the part `calibrate` is used (`all` where it was not split).
         languages: which languages; all of the text set if None.
-        tokens_per_language: tokens of every language, separators included; the smallest language's total if None.
-            `proportional` takes all tokens of every language.
+        tokens_per_language: tokens of every language, beginnings and line ends included; the smallest language's total
+            if None. `proportional` takes all tokens of every language.
         row_tokens: length of a row; must fit into the model's context.
         seed: order of the sentences, and therefore which of them a longer language leaves out.
         weighting: how much each language counts; `minimax` starts from equal weights, which quantizing changes.
+        starts: the ways to begin, see `model.beginnings`; all that leave half of a row for text if empty.
 
     Raises:
         UnknownLanguageError: a language that the text set lacks, among them English where it is wanted alone.
         ConfigError: no sentences to calibrate on, no languages, a language with too few tokens (says how many there
             are), sizes that are not positive, or a budget for `proportional`.
     """
-    part = texts.part("calibrate")
+    documents = Documents.of(texts) if isinstance(texts, TextSet) else texts
     if weighting == "english":
-        languages = (_english(part, languages),)
-    used = _check(part, languages, tokens_per_language, row_tokens)
-    separator = start_token(tokenizer)
-    order = list(range(len(part)))
-    random.Random(seed).shuffle(order)
-    packed = {lang: _pack(tokenizer, part.sentences[lang], order, separator, row_tokens) for lang in used}
+        languages = (_english(documents, languages),)
+    used = _check(documents, languages, tokens_per_language, row_tokens)
+    ways = _starts(tokenizer, starts, row_tokens)
+    parting = tuple(text_ids(tokenizer, [PARTING])["input_ids"][0])
+    packed = {}
+    for number, lang in enumerate(used):
+        order = list(documents.texts[lang])
+        random.Random(seed).shuffle(order)
+        turn = islice(cycle(ways.values()), number, None)
+        packed[lang] = _pack(_encoded(tokenizer, order), turn, parting, row_tokens)
     budgets = _budgets({lang: sum(map(len, rows)) for lang, rows in packed.items()}, tokens_per_language, weighting)
     total = sum(budgets.values())
     return CalibrationSet(
         rows={lang: _cut(rows, budgets[lang]) for lang, rows in packed.items()},
-        source=texts.name,
-        text_sha256=texts.sha256,
+        source=documents.name,
+        text_sha256=documents.sha256,
         row_tokens=row_tokens,
-        separator=separator,
         seed=seed,
+        starts=ways,
         weights={lang: budget / total for lang, budget in budgets.items()} if weighting == "proportional" else None,
         weighting=weighting,
     )
 
 
-def _english(part: TextSet, languages: Sequence[str] | None) -> str:
+def _starts(tokenizer: PreTrainedTokenizerBase, names: Sequence[Start], row_tokens: int) -> dict[Start, Beginning]:
+    """Return the beginnings to take in turn: those named, or all that leave half of a row for text."""
+    if names:
+        return {name: beginning(tokenizer, name) for name in names}
+    return {name: ids for name, ids in all_beginnings(tokenizer).items() if len(ids) <= row_tokens // 2}
+
+
+def _english(part: Documents, languages: Sequence[str] | None) -> str:
     """The tag of English (`en`, or a variety of it such as `en-GB`) among the languages."""
     offered = part.languages if languages is None else tuple(languages)
     for language in offered:
@@ -205,7 +234,7 @@ def _budgets(available: Mapping[str, int], wanted: int | None, weighting: Weight
     return dict(available) if weighting == "proportional" else dict.fromkeys(available, budget)
 
 
-def _check(part: TextSet, languages: Sequence[str] | None, tokens: int | None, row_tokens: int) -> tuple[str, ...]:
+def _check(part: Documents, languages: Sequence[str] | None, tokens: int | None, row_tokens: int) -> tuple[str, ...]:
     names = part.languages if languages is None else tuple(languages)
     if unknown := [language for language in names if language not in part.languages]:
         raise UnknownLanguageError(
@@ -223,29 +252,41 @@ def _check(part: TextSet, languages: Sequence[str] | None, tokens: int | None, r
     return names
 
 
-def _pack(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], order: list[int], separator: int | None, length: int
-) -> list[tuple[int, ...]]:
-    """Rows of `length` tokens (the last may be shorter) that hold all sentences."""
-    start = [] if separator is None else [separator]
-    rows: list[tuple[int, ...]] = []
-    row: list[int] = []
-    for token in _stream(tokenizer, sentences, order, start):
-        if len(row) == length:
-            rows.append(tuple(row))
-            row = []
-        if not row and token != separator:
-            row.extend(start)
-        row.append(token)
-    return [*rows, tuple(row)] if row else rows
+def _encoded(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Iterator[Encoded]:
+    """Yield the ids of each document."""
+    texts = iter(text_ids(tokenizer, [text for text in documents if isinstance(text, str)])["input_ids"])
+    for document in documents:
+        if isinstance(document, str):
+            yield Encoded(tuple(next(texts)), chat=False)
+        else:
+            yield Encoded(chat_ids(tokenizer, document), chat=True)
 
 
-def _stream(
-    tokenizer: PreTrainedTokenizerBase, sentences: Sequence[str], order: list[int], start: list[int]
-) -> Iterator[int]:
-    for index in order:
-        yield from start
-        yield from text_ids(tokenizer, [sentences[index]])["input_ids"][0]
+def _pack(documents: Iterable[Encoded], starts: Iterable[Beginning], parting: Ids, length: int) -> list[Ids]:
+    """Return rows of `length` tokens that hold all documents: a conversation in its own, text behind a start, in turn.
+
+    The last row of a conversation, and that of all text, may be shorter.
+    """
+    ways = iter(starts)
+    rows: list[Ids] = []
+    lead: Beginning = next(ways)
+    row = [*lead]
+    for ids, chat in documents:
+        if chat:
+            rows += [ids[place : place + length] for place in range(0, len(ids), length)]
+            continue
+        if len(row) > len(lead):
+            row += parting[: length - len(row)]
+        rest = ids
+        while rest:
+            if len(row) == length:
+                rows.append(tuple(row))
+                lead = next(ways)
+                row = [*lead]
+            room = length - len(row)
+            row += rest[:room]
+            rest = rest[room:]
+    return [*rows, tuple(row)] if len(row) > len(lead) else rows
 
 
 def _cut(rows: list[tuple[int, ...]], budget: int) -> tuple[tuple[int, ...], ...]:

@@ -147,7 +147,8 @@ def _provenance(sources: Sources) -> Iterator[tuple[str, str]]:
     if made is None:
         return
     yield "16-bit model", f"{model_words(made.model)}, sha256 {made.model_sha256}"
-    yield "texts", f"{made.text_set}, sha256 {made.text_sha256}"
+    begun = f", each begun {made.start}" if made.start else ""
+    yield "texts", f"{made.text_set}, sha256 {made.text_sha256}{begun}"
     yield "seed", str(made.seed)
     yield "arguments", "; ".join(f"{name} {value}" for name, value in made.arguments.items())
     yield "versions", "; ".join(f"{name} {version}" for name, version in made.versions.items())

@@ -16,6 +16,7 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.measure.rows import embedding_rows
 from quant_fairness_plugin.model.architectures.experts import find_mixture
+from quant_fairness_plugin.model.beginnings import beginning
 from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.load import LoadedModel, load_model
@@ -42,7 +43,8 @@ def load_checked(
     With a memory budget in bytes its blocks stay in their files; on a CPU with `stream` too, where they can be read so.
 
     Raises:
-        ConfigError: a device that this machine does not have; before anything is read.
+        ConfigError: a device that this machine does not have, before anything is read; or a start of texts that the
+            tokenizer does not have.
     """
     device = find_device(config.device)
     stored = str(storage_dtype(checked.files)).removeprefix("torch.")
@@ -66,6 +68,7 @@ def load_checked(
     else:
         loaded = whole()
     _logger.info("%s: computed in %s on %s", checked.files.name, compute, describe_device(loaded.model.device))
+    beginning(loaded.tokenizer, checked.texts.start)
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
@@ -117,6 +120,7 @@ def open_in_memory(
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     check_model(config, loaded.files)
+    beginning(loaded.tokenizer, sentences.start)
     check_tokens(loaded, sentences)
     return loaded, sentences
 

@@ -21,6 +21,7 @@ from quant_fairness_plugin.measure.scoring import ModelState, block_state
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.plans.plan_set import BASELINE
+from quant_fairness_plugin.preflight import open_documents
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
@@ -133,7 +134,8 @@ def quantize(
     Args:
         loaded: the model; bit-identical afterwards.
         plan: what keeps 16 bit, or gets 8.
-        texts: the whole text set; `minimax` also measures on its search part.
+        texts: the whole text set, calibrated on where the configuration names no other; `minimax` measures on its part
+            `calibrate`.
         config: method, grid, backend, and how much each language counts.
         workplace: where to go on from after an interruption, and a memory budget; for our own core.
         progress: called with (layers done, layers).
@@ -187,7 +189,7 @@ def _calibration(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> Cal
     build = partial(
         build_calibration,
         loaded.tokenizer,
-        texts.part("calibrate"),
+        open_documents(config, texts),
         row_tokens=min(ROW_TOKENS, position_limit(loaded.model)),
     )
     calibration = build(tokens_per_language=config.tokens_per_language, weighting=config.calibration)

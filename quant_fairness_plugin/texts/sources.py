@@ -58,13 +58,13 @@ def read_folder(folder: Path) -> RawTexts:
         )
     columns: dict[str, Sequence[object]] = {}
     for path in files:
-        _add_column(columns, path.stem, _lines(path), str(path))
+        _add_column(columns, path.stem, read_lines(path), str(path))
     return _from_columns(columns, str(folder))
 
 
 def read_json(path: Path) -> RawTexts:
     """Read one object `{lang: text or [texts]}`, the format of the seeds."""
-    document = _parse(decode(_read_bytes(path), str(path)), str(path))
+    document = parse_document(decode(_read_bytes(path), str(path)), str(path))
     if not isinstance(document, dict):
         raise ArtifactError(
             f"{path}: {type(document).__name__} instead of an object; expected {{language: text or [texts]}}"
@@ -85,7 +85,7 @@ def parse_jsonl(content: bytes, source: str) -> RawTexts:
     rows: list[Row] = []
     for number, line in enumerate(_split_lines(decode(content, source)), start=1):
         where = f"{source} line {number}"
-        row = _parse(line, where)
+        row = parse_document(line, where)
         if not isinstance(row, dict):
             raise ArtifactError(f'{where}: not an object; expected {{"id": ..., "<lang>": text, ...}}')
         rows.append((where, row))
@@ -94,7 +94,7 @@ def parse_jsonl(content: bytes, source: str) -> RawTexts:
 
 def read_tsv(path: Path) -> RawTexts:
     """Read a table with tabs between cells and the language tags in its first line; quotes are ordinary characters."""
-    header, *lines = [line.split("\t") for line in _lines(path)] or [[]]
+    header, *lines = [line.split("\t") for line in read_lines(path)] or [[]]
     if len(set(header)) < len(header):
         raise ArtifactError(
             f"{path}: column {reprlib.repr(first_repeated(header))} occurs twice; name each column once"
@@ -125,7 +125,7 @@ def from_rows(rows: Sequence[Row], source: str) -> RawTexts:
     if source != BUNDLED:
         name_columns([name for name in rows[0][1] if name in meta], identifier, source)
     for name in names:
-        _column_language(name, source)
+        column_language(name, source)
     for where, row in rows:
         if odd := {name for name in row if name not in meta} ^ set(names):
             raise ArtifactError(
@@ -174,14 +174,19 @@ def _from_columns(
 
 
 def _add_column(columns: dict[str, Sequence[object]], tag: str, texts: Sequence[object], where: str) -> None:
-    language = _column_language(tag, where)
+    language = column_language(tag, where)
     check_sentences(tag, texts, where)
     if language in columns:
         raise ArtifactError(f"{where}: {language} occurs twice (once as {reprlib.repr(tag)}); keep one of them")
     columns[language] = texts
 
 
-def _column_language(tag: str, where: str) -> str:
+def column_language(tag: str, where: str) -> str:
+    """Return the language that a column or file is named by.
+
+    Raises:
+        UnknownLanguageError: it is none; says where.
+    """
     try:
         return normalise_language(tag)
     except UnknownLanguageError as err:
@@ -243,8 +248,14 @@ def _read_bytes(path: Path) -> bytes:
         raise ArtifactError(f"{path}: cannot be read ({err.strerror}); check the file and its permissions") from err
 
 
-def _lines(path: Path) -> list[str]:
-    return _split_lines(decode(_read_bytes(path), str(path)))
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises as `decode`, and ArtifactError where it cannot be read."""
+    return decode(_read_bytes(path), str(path))
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 file; raises as `read_text`."""
+    return _split_lines(read_text(path))
 
 
 def _split_lines(text: str) -> list[str]:
@@ -253,7 +264,12 @@ def _split_lines(text: str) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def _parse(text: str, where: str) -> object:
+def parse_document(text: str, where: str) -> object:
+    """Return a decoded JSON document without repeated keys.
+
+    Raises:
+        ArtifactError: it is none; says where.
+    """
     try:
         return parse_json(text)
     except ValueError as err:

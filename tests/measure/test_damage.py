@@ -15,6 +15,7 @@ from quant_fairness_plugin.measure.damage import (
     summarise,
     supported_languages,
 )
+from quant_fairness_plugin.measure.guards import byte_ngram_bpb
 from quant_fairness_plugin.measure.intervals import Resamples
 from quant_fairness_plugin.measure.metrics import Array
 from quant_fairness_plugin.measure.objectives import OBJECTIVES
@@ -141,6 +142,17 @@ def test_an_unsupported_language_is_reported_and_left_out_of_summaries() -> None
     )
     values = objective_values(baseline, state, damage, bootstrap=Bootstrap(draws=200))
     assert known(values["worst"]).estimate == pytest.approx(0.02)
+
+
+def test_a_language_that_is_no_better_than_a_byte_ngram_is_weak_and_counts() -> None:
+    learned = byte_ngram_bpb(TEXTS.sentences["he"])
+    baseline = make_scores("16 bit", TEXTS, BASE | {"he": learned + 0.01, "ar": 7.0})
+    state = make_scores("none", TEXTS, BASE | {"he": learned + 0.02, "ar": 7.5})
+    damage = measure_damage(baseline, state, TEXTS, vocabulary=2**20, bootstrap=Bootstrap(draws=200))
+    assert [row.fluency for row in damage] == ["fluent", "weak", "none"]
+    assert damage[0].reason == ""
+    assert "weak: the 16-bit model needs" in damage[1].reason
+    assert supported_languages(damage) == ("en", "he")
 
 
 def test_a_collapsed_language_is_reported_and_its_state_never_ranked() -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
 
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.measure.guards import byte_unigram_bpb, collapse, support
+from quant_fairness_plugin.measure.guards import ORDER, byte_ngram_bpb, byte_unigram_bpb, collapse, support, weakness
+from quant_fairness_plugin.texts.load import load_texts
 
 HEALTHY = {
     "nats_per_token": 3.0,
@@ -52,6 +54,56 @@ def test_unigram_needs_two_sentences_and_folds(sentences: list[str], folds: int)
 def test_unigram_of_empty_sentences_is_an_error() -> None:
     with pytest.raises(ConfigError, match="all sentences are empty"):
         byte_unigram_bpb(["", ""])
+
+
+def naive_ngram(sentences: list[str], folds: int) -> float:
+    """Bits per byte by counts in dictionaries, sentence by sentence."""
+    bits, total = 0.0, 0
+    for index, sentence in enumerate(sentences):
+        followers: dict[bytes, Counter[int]] = defaultdict(Counter)
+        for other in (text for i, text in enumerate(sentences) if i % folds != index % folds):
+            content = bytes(ORDER - 1) + other.encode()
+            for end in range(ORDER - 1, len(content)):
+                for length in range(ORDER):
+                    followers[content[end - length : end]][content[end]] += 1
+        content = bytes(ORDER - 1) + sentence.encode()
+        for end in range(ORDER - 1, len(content)):
+            probability = 1 / 256
+            for length in range(ORDER):
+                if seen := followers.get(content[end - length : end]):
+                    different = len(seen)
+                    mixed = seen[content[end]] + different * probability
+                    probability = mixed / (seen.total() + different)
+            bits -= math.log2(probability)
+            total += 1
+    return bits / total
+
+
+@pytest.mark.parametrize("count", [2, 3, 17])
+def test_ngram_bits_equal_those_counted_byte_by_byte(count: int) -> None:
+    sentences = [f"Satz {i}: שועל {i * i}, 狐 und noch mehr" for i in range(count)]
+    assert byte_ngram_bpb(sentences) == pytest.approx(naive_ngram(sentences, 5))
+
+
+def test_ngram_is_cross_fitted() -> None:
+    assert byte_ngram_bpb(["abc" * 40, "xyz" * 40]) > 7.0
+    assert byte_ngram_bpb(["abc" * 40, "abc" * 40]) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"), [(["one"], "at least 2"), (["", ""], "all sentences are empty"), ([], "at least 2")]
+)
+def test_ngram_needs_text(sentences: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        byte_ngram_bpb(sentences)
+
+
+def test_a_byte_ngram_does_not_pass_as_fluent_in_any_bundled_language() -> None:
+    for sentences in load_texts("bundled").part("confirm").sentences.values():
+        learned = byte_ngram_bpb(sentences)
+        assert weakness(learned, learned) is not None
+        assert support(learned, byte_unigram_bpb(sentences)) is None  # though it is far better than counting bytes
+        assert weakness(0.9 * learned, learned) is None
 
 
 def test_support_needs_a_model_better_than_counting_bytes() -> None:

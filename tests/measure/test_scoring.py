@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -239,11 +240,9 @@ def test_a_first_token_of_byte_fallback_is_one_byte(llama: Loaded) -> None:
     assert scores.bytes_ == scores.tokens == (3, 4)
 
 
-def test_eos_stands_in_for_a_missing_bos(llama: Loaded) -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.bos_token = None
-    assert tokenizer.bos_token_id is None
-    assert score(llama._replace(tokenizer=tokenizer)) == score(llama)
+def test_the_beginning_is_what_the_texts_ask_for(llama: Loaded) -> None:
+    usual, eos, plain = (score(llama, replace(TEXTS, start=start)) for start in ("auto", "eos", "plain"))
+    assert usual == eos != plain
 
 
 def test_a_sentence_of_one_token_without_bos_is_an_error(llama: Loaded) -> None:
@@ -259,7 +258,7 @@ def test_an_empty_sentence_is_an_error(llama: Loaded) -> None:
 
 def test_without_bos_eos_and_offsets_the_tokenizer_is_refused(llama: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
-    with pytest.raises(UnsupportedModelError, match="no BOS, no EOS and no character offsets"):
+    with pytest.raises(UnsupportedModelError, match="nothing stands before a text and the tokenizer gives no"):
         score(llama._replace(tokenizer=plain_tokenizer()))
 
 

@@ -8,13 +8,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.measure.rows import tokenize
+from quant_fairness_plugin.model.beginnings import all_beginnings
 from quant_fairness_plugin.model.resolve import BUNDLED, resolve_model
 from quant_fairness_plugin.model.tokenizer import (
     QuickTokenizer,
     check_vocabulary,
     counting_tokenizer,
     prompt_ids,
-    start_token,
     stored_embedding_rows,
     text_ids,
 )
@@ -96,7 +96,8 @@ def test_texts_and_calibration_rows_are_those_of_the_unchanged_tokenizer(tmp_pat
     texts = load_texts("bundled", languages=["en", "he"]).part("calibrate")
     sentences = texts.sentences["he"]
     assert text_ids(tokenizer, sentences)["input_ids"] == text_ids(byte_tokenizer(), sentences)["input_ids"]
-    assert build_calibration(tokenizer, texts).rows == build_calibration(byte_tokenizer(), texts).rows
+    rows = [build_calibration(one, texts, starts=("eos",)).rows for one in (tokenizer, byte_tokenizer())]
+    assert rows[0] == rows[1]
     assert tokenize(tokenizer, texts, context=64).rows == tokenize(byte_tokenizer(), texts, context=64).rows
 
 
@@ -134,7 +135,7 @@ def test_the_quick_tokenizer_says_what_the_models_own_does(tmp_path: Path) -> No
     write_tiny_model(tmp_path, "llama")
     quick, texts = counting_tokenizer(resolve_model(str(tmp_path))), load_texts("bundled", languages=["en"])
     assert isinstance(quick, QuickTokenizer)
-    assert start_token(quick) == start_token(byte_tokenizer()) == 0
+    assert all_beginnings(quick) == all_beginnings(byte_tokenizer())
     assert prompt_ids(quick, "one") == prompt_ids(byte_tokenizer(), "one")
     with pytest.raises(ArtifactError, match="the model's embedding has 50 rows"):
         check_vocabulary(quick, texts, rows=50, name="m")

@@ -147,7 +147,7 @@ def test_nothing_heavy_is_imported_to_find_and_ask_a_backend() -> None:
 
 
 def test_gptqmodels_awq_refuses_rows_that_it_asserts_on(tmp_path: Path) -> None:
-    calibration = CalibrationSet(rows={}, source="", text_sha256="", row_tokens=2, separator=None, seed=0)
+    calibration = CalibrationSet(rows={}, source="", text_sha256="", row_tokens=2, seed=0)
     job = Job(
         source=tmp_path, dtype="float16", method="awq", grid=INT4, blocks=BLOCKS, grids={"k_proj": INT4},
         shapes={"k_proj": (96, 64)}, kept=(), calibration=calibration,

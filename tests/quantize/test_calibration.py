@@ -4,24 +4,18 @@ from dataclasses import replace
 
 import pytest
 
-from quant_fairness_plugin.artifacts import TextSet
+from quant_fairness_plugin.artifacts import Documents, TextSet
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 from quant_fairness_plugin.quantize.calibration import MinimaxRound, build_calibration, coverage_lines
 from tests.tiny import byte_tokenizer
 
-BOS = 0
+EOS = 0
 
 
 def decode(rows: tuple[tuple[int, ...], ...]) -> list[str]:
-    """Text between separators, rows joined; a sentence that goes on in the next row is in two pieces."""
-    tokenizer = byte_tokenizer()
-    pieces: list[list[int]] = []
-    for token in (token for row in rows for token in row):
-        if token == BOS:
-            pieces.append([])
-        else:
-            pieces[-1].append(token)
-    return [str(tokenizer.decode(piece)) for piece in pieces]
+    """Sentences of rows, in order; rows that a sentence goes on in are joined."""
+    text = byte_tokenizer().decode([token for row in rows for token in row if token != EOS])
+    return str(text).split("\n")
 
 
 @pytest.mark.parametrize("row_tokens", [2, 17, 24, 256])
@@ -33,12 +27,11 @@ def test_every_language_has_exactly_the_tokens_of_the_smallest(texts: TextSet, r
     for rows in calibration.rows.values():
         assert all(len(row) == row_tokens for row in rows[:-1])
         assert 1 <= len(rows[-1]) <= row_tokens
-        assert all(row[0] == BOS for row in rows)
 
 
 def test_the_smallest_language_is_used_whole(texts: TextSet) -> None:
-    calibration = build_calibration(byte_tokenizer(), texts)
-    sizes = {lang: sum(1 + len(s.encode()) for s in rows[:3]) for lang, rows in texts.sentences.items()}
+    calibration = build_calibration(byte_tokenizer(), texts, starts=("plain",))
+    sizes = {lang: 2 + sum(len(s.encode()) for s in rows[:3]) for lang, rows in texts.sentences.items()}
     assert calibration.coverage == dict.fromkeys(sizes, min(sizes.values()))
     smallest = min(sizes, key=lambda language: sizes[language])
     assert sorted(decode(calibration.rows[smallest])) == sorted(texts.sentences[smallest][:3])
@@ -78,23 +71,41 @@ def test_sentences_come_in_one_order_for_all_languages(texts: TextSet) -> None:
     doubled = replace(texts, sentences={"en": english, "xx": tuple(s.upper() for s in english)})
     orders = set()
     for seed in range(9):
-        calibration = build_calibration(byte_tokenizer(), doubled, seed=seed)
+        calibration = build_calibration(byte_tokenizer(), doubled, seed=seed, starts=("plain",))
         pieces = decode(calibration.rows["en"])
         assert [piece.upper() for piece in pieces] == decode(calibration.rows["xx"])
         orders.add(tuple(pieces))
     assert len(orders) > 1
 
 
-def test_without_bos_sentences_are_parted_by_eos_and_without_both_by_nothing(texts: TextSet) -> None:
+def test_rows_begin_in_every_way_in_turn_and_languages_take_turns_at_the_first(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, row_tokens=10)
+    assert calibration.starts == {"eos": (EOS,), "plain": ()}
+    for number, rows in enumerate(calibration.rows.values()):
+        assert len(rows) > 3
+        assert [row[0] == EOS for row in rows] == [(place + number) % 2 == 0 for place in range(len(rows))]
+        assert all(EOS not in row[1:] for row in rows)
+
+
+def test_rows_of_one_beginning_can_be_asked_for(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, row_tokens=10, starts=("eos",))
+    assert all(row[0] == EOS for rows in calibration.rows.values() for row in rows)
+    assert calibration.summary()["starts"] == {"eos": [EOS]}
+
+
+@pytest.mark.parametrize("row_tokens", [7, 24, 256])
+def test_no_token_of_a_text_is_lost_between_rows(texts: TextSet, row_tokens: int) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, weighting="proportional", row_tokens=row_tokens)
+    for language, rows in calibration.rows.items():
+        text = "".join(decode(rows))
+        assert sorted(text) == sorted("".join(texts.sentences[language][:3]))
+
+
+def test_a_beginning_longer_than_half_a_row_is_left_out(texts: TextSet) -> None:
     tokenizer = byte_tokenizer()
-    tokenizer.bos_token = None
-    assert build_calibration(tokenizer, texts).separator == BOS  # the same token serves as EOS
-    tokenizer.eos_token = None
-    bare = build_calibration(tokenizer, texts, row_tokens=10)
-    assert bare.separator is None
-    assert all(BOS not in row for rows in bare.rows.values() for row in rows)
-    shortest = min(sum(len(s.encode()) for s in rows[:3]) for rows in texts.sentences.values())
-    assert set(bare.coverage.values()) == {shortest}
+    tokenizer.chat_template = "<|endoftext|>user: {{ messages[0]['content'] }}"
+    assert "chat" in build_calibration(tokenizer, texts, row_tokens=16).starts
+    assert "chat" not in build_calibration(tokenizer, texts, row_tokens=13).starts
 
 
 def test_languages_can_be_chosen(texts: TextSet) -> None:
@@ -133,12 +144,13 @@ def test_the_summary_is_plain_data_without_the_text(texts: TextSet) -> None:
     assert summary["weighting"] == "uniform"
     assert summary["source"] == "small"
     assert summary["seed"] == 3
+    assert summary["starts"] == {"eos": [EOS], "plain": []}
     assert not any(isinstance(value, (list, tuple)) for value in summary.values())
 
 
 def test_proportional_keeps_every_token_and_weighs_by_them(texts: TextSet) -> None:
-    calibration = build_calibration(byte_tokenizer(), texts, weighting="proportional")
-    sizes = {lang: sum(1 + len(s.encode()) for s in rows[:3]) for lang, rows in texts.sentences.items()}
+    calibration = build_calibration(byte_tokenizer(), texts, weighting="proportional", starts=("plain",))
+    sizes = {lang: 2 + sum(len(s.encode()) for s in rows[:3]) for lang, rows in texts.sentences.items()}
     assert calibration.coverage == sizes
     for language in sizes:
         assert sorted(decode(calibration.rows[language])) == sorted(texts.sentences[language][:3])
@@ -154,8 +166,8 @@ def test_proportional_takes_no_budget(texts: TextSet) -> None:
 
 
 def test_english_is_calibrated_on_alone_with_all_its_tokens(texts: TextSet) -> None:
-    calibration = build_calibration(byte_tokenizer(), texts, weighting="english")
-    assert calibration.coverage == {"en": sum(1 + len(s.encode()) for s in texts.sentences["en"][:3])}
+    calibration = build_calibration(byte_tokenizer(), texts, weighting="english", starts=("plain",))
+    assert calibration.coverage == {"en": 2 + sum(len(s.encode()) for s in texts.sentences["en"][:3])}
     assert calibration.shares == {"en": 1.0}
     capped = build_calibration(byte_tokenizer(), texts, weighting="english", tokens_per_language=20)
     assert capped.coverage == {"en": 20}
@@ -183,11 +195,44 @@ def test_the_coverage_is_one_line_per_language(texts: TextSet) -> None:
     calibration = build_calibration(byte_tokenizer(), texts, tokens_per_language=31, row_tokens=10)
     lines = coverage_lines(calibration.summary())
     assert lines[0] == "calibration: small, sha256 000000000000, weights uniform"
-    assert lines[1:] == [f"  {name}: 4 rows, 31 tokens, weight 0.333" for name in ("en", "he", "zh")]
+    assert lines[1] == "  rows begin in turn: eos, plain"
+    assert lines[2:] == [f"  {name}: 4 rows, 31 tokens, weight 0.333" for name in ("en", "he", "zh")]
     tried = MinimaxRound({"en": 0.5, "he": 0.25, "zh": 0.25}, {"en": 0.1, "he": 0.3})
     found = replace(calibration, weights=tried.weights, weighting="minimax", rounds=(tried, tried))
     lines = coverage_lines(found.summary())
     assert lines[0].endswith("weights minimax after 2 rounds")
-    assert lines[1].endswith("weight 0.500")
+    assert lines[2].endswith("weight 0.500")
     assert found.summary()["rounds"][1]["worst"] == "he"
     assert coverage_lines({}) == ["not calibrated"]
+
+
+def test_own_documents_need_not_be_parallel(texts: TextSet) -> None:
+    documents = Documents(name="own", texts={"en": ("One.", "Two.", "Three."), "he": ("שלום",)}, sha256="1" * 64)
+    calibration = build_calibration(byte_tokenizer(), documents, starts=("plain",))
+    assert calibration.coverage == {"en": 8, "he": 8}
+    assert (calibration.source, calibration.text_sha256) == ("own", "1" * 64)
+    whole = build_calibration(byte_tokenizer(), documents, weighting="proportional", starts=("plain",))
+    assert sorted(decode(whole.rows["en"])) == ["One.", "Three.", "Two."]
+    first, other = (build_calibration(byte_tokenizer(), given).rows for given in (Documents.of(texts), texts))
+    assert first == other
+
+
+def test_conversations_have_rows_of_their_own_that_begin_as_the_template_says() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|endoftext|>{{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    chat = (("user", "Hello?"), ("assistant", "Yes."))
+    documents = Documents(name="own", texts={"en": ("One.", chat, "Two.")}, sha256="")
+    for seed in range(5):
+        rows = build_calibration(tokenizer, documents, row_tokens=16, starts=("plain",), seed=seed).rows["en"]
+        written = tokenizer("<|endoftext|>user: Hello?<|endoftext|>assistant: Yes.")["input_ids"]
+        assert {tuple(written[:16]), tuple(written[16:])} < set(rows)
+        others = tuple(row for row in rows if row not in (tuple(written[:16]), tuple(written[16:])))
+        assert sorted(decode(others)) == ["One.", "Two."]
+
+
+def test_a_conversation_that_the_template_refuses_is_an_error() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    documents = Documents(name="own", texts={"en": ((("user", "a"), ("user", "b")),)}, sha256="")
+    with pytest.raises(ConfigError, match=r"a conversation of user, user .*roles must alternate"):
+        build_calibration(tokenizer, documents)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from quant_fairness_plugin.artifacts import Clip
 from quant_fairness_plugin.quantize.methods.method import Method
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ class Awq(Method):
     name: ClassVar[str] = "awq"
     needs_calibration: ClassVar[bool] = True
     symmetric: ClassVar[bool] = False
+    clip: ClassVar[Clip] = "absmax"  # it searches the ranges itself, by output error; another rule would replace that
     moves_scales: ClassVar[bool] = True
     keeps_columns: ClassVar[bool] = True
 

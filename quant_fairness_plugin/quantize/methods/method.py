@@ -30,6 +30,8 @@ class Method(ABC):
     """Whether its grids have no zero points where the user does not say."""
     clips: ClassVar[tuple[Clip, ...]] = CLIPS_BY_WEIGHTS
     """The clipping rules of a grid that it can be used with."""
+    clip: ClassVar[Clip] = "mse"
+    """Its rule where the user does not say."""
     bits: ClassVar[tuple[int, ...]] = BITS
     """The widths that it rounds to."""
     moves_scales: ClassVar[bool] = False

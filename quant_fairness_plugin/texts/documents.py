@@ -1,0 +1,205 @@
+"""Load text to calibrate on: any source of documents in, checked `Documents` with a checksum out.
+
+Unlike the sentences that languages are compared on, these need not be the same in every language, nor equally many.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quant_fairness_plugin.artifacts import Documents, TextSet, digest
+from quant_fairness_plugin.artifacts.documents import Document
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
+from quant_fairness_plugin.texts.languages import normalise_language
+from quant_fairness_plugin.texts.load import load_texts
+from quant_fairness_plugin.texts.sentences import clean_sentence
+from quant_fairness_plugin.texts.sources import column_language, parse_document, read_lines, read_text
+
+LANGUAGE, TEXT, MESSAGES = "language", "text", "messages"
+"""Keys of a row that says itself which language it is in."""
+_ROLES = ("system", "user", "assistant")
+Found = tuple[str, str, object]
+"""Where a document is, its language's tag as it is written, and what is there."""
+_logger = logging.getLogger(__name__)
+
+
+def load_documents(source: str | Path, *, languages: Sequence[str] | None = None) -> Documents:
+    """Load documents in several languages and check them. Those that repeat an earlier one are left out.
+
+    Args:
+        source: a `.jsonl` file of rows `{"language", "text"}` or `{"language", "messages": [{"role", "content"}]}`; a
+            `.csv` or `.tsv` table with the columns `language` and `text`, or with a column for each language, whose
+            cells may be empty; a `.json` file `{lang: text or [texts]}`; a folder of `<lang>.txt` (a document a line),
+            of `<lang>.jsonl` (rows without `language`) and of folders `<lang>` (a document a `.txt` file); or whatever
+            `load_texts` takes, of which the part `calibrate` is used.
+        languages: tags of the languages to load; all of the source where None.
+
+    Raises:
+        UnknownLanguageError: a language that is none, or a source without any of `languages`.
+        ArtifactError: a file that is missing, malformed, or holds a damaged text; says where.
+    """
+    path = Path(source).expanduser()
+    if source == "bundled" or not path.exists() or _is_parallel(path):
+        found = Documents.of(load_texts(source, reference=None))
+    else:
+        found = _checked(path)
+    wanted = None if languages is None else [normalise_language(tag) for tag in languages]
+    kept = {name: rows for name, rows in found.texts.items() if wanted is None or name in wanted}
+    if not kept:
+        raise UnknownLanguageError(
+            f"{found.name} has no text in {', '.join(wanted or ())} to calibrate on; it has "
+            f"{', '.join(found.languages) or 'none'}"
+        )
+    if left_out := [name for name in found.languages if name not in kept]:
+        _logger.info("%s: not calibrated on, as --langs leaves it out: %s", found.name, ", ".join(left_out))
+    return Documents(name=found.name, texts=kept, sha256=digest(kept))
+
+
+def check_apart(documents: Documents, texts: TextSet) -> None:
+    """Refuse to calibrate on sentences that plans are chosen or results reported on.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    judged = {text for part in ("search", "confirm") for rows in texts.part(part).sentences.values() for text in rows}
+    lines = {line.strip() for rows in documents.texts.values() for row in rows for line in _lines_of(row)}
+    if both := judged & lines:
+        raise ConfigError(
+            f"{documents.name} holds {len(both)} of the sentences that {texts.name} measures on, such as "
+            f"{reprlib.repr(min(both))}: no figure would be held out. Remove them, or give other --texts"
+        )
+
+
+def _lines_of(document: Document) -> Iterator[str]:
+    for text in (document,) if isinstance(document, str) else (said for _, said in document):
+        yield from text.split("\n")
+
+
+def _is_parallel(path: Path) -> bool:
+    """Return whether a file is one of rows with a text in every language, which `load_texts` reads."""
+    if path.suffix.lower() != ".jsonl":
+        return False
+    first = next(iter(read_lines(path)), "")
+    row = parse_document(first, f"{path} line 1") if first.strip() else None
+    return isinstance(row, dict) and LANGUAGE not in row
+
+
+def _checked(path: Path) -> Documents:
+    if path.is_file() and path.suffix.lower() not in _READERS:
+        raise ConfigError(
+            f"{path}: not a kind of text file that can be read; accepted are {', '.join(_READERS)} files and folders"
+        )
+    reader = read_folder if path.is_dir() else _READERS[path.suffix.lower()]
+    texts: dict[str, dict[Document, None]] = {}
+    total = 0
+    for where, tag, content in reader(path):
+        document = _document(content, where)
+        texts.setdefault(column_language(tag, where), {})[document] = None
+        total += 1
+    if not texts:
+        raise ArtifactError(f"{path}: no text to calibrate on; expected documents in at least one language")
+    if repeated := total - sum(map(len, texts.values())):
+        _logger.warning("%s: left out %d of %d documents that repeat an earlier one", path.name, repeated, total)
+    return Documents(name=path.resolve().name, texts={name: tuple(rows) for name, rows in texts.items()}, sha256="")
+
+
+def read_folder(folder: Path) -> Iterator[Found]:
+    """Yield the documents of `<lang>.txt`, `<lang>.jsonl` and of the `.txt` files in folders `<lang>`."""
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+        if path.is_dir():
+            for file in sorted(path.glob("*.txt")):
+                yield str(file), path.name, "\n".join(read_lines(file))
+        elif path.suffix == ".txt":
+            yield from ((where, path.stem, line) for where, line in _filled(read_lines(path), path))
+        elif path.suffix == ".jsonl":
+            for where, row in _rows(path):
+                yield where, path.stem, row.get(TEXT, row.get(MESSAGES))
+
+
+def read_jsonl(path: Path) -> Iterator[Found]:
+    """Yield the documents of rows with a language, and a text or messages."""
+    for where, row in _rows(path):
+        yield where, _tag(row, where), row.get(TEXT, row.get(MESSAGES))
+
+
+def read_table(path: Path) -> Iterator[Found]:
+    """Yield the documents of a table with the columns `language` and `text`, or with a column for each language."""
+    comma = path.suffix.lower() == ".csv"
+    lines = io.StringIO(read_text(path), newline="") if comma else iter(read_lines(path))
+    rows = csv.reader(lines, strict=True) if comma else (line.split("\t") for line in lines)
+    try:
+        header: list[str] = next(iter(rows), [])
+        for number, cells in enumerate(rows, start=2):
+            yield from _cells(header, cells, f"{path} row {number}")
+    except csv.Error as err:
+        raise ArtifactError(f"{path}: not a table of comma-separated values ({err}); mend the file") from err
+
+
+def read_json(path: Path) -> Iterator[Found]:
+    """Yield the documents of one object `{lang: text or [texts]}`."""
+    document = parse_document(read_text(path), str(path))
+    if not isinstance(document, dict):
+        raise ArtifactError(f"{path}: {type(document).__name__} instead of an object {{language: text or [texts]}}")
+    for tag, texts in document.items():
+        for number, text in enumerate(texts if isinstance(texts, list) else [texts], start=1):
+            yield f"{path}, {tag} {number}", tag, text
+
+
+def _cells(header: Sequence[str], cells: Sequence[str], where: str) -> Iterator[Found]:
+    if len(cells) != len(header):
+        raise ArtifactError(f"{where}: {len(cells)} cells; the first line names {len(header)} columns. Mend the row.")
+    row = dict(zip(header, cells, strict=True))
+    if {LANGUAGE, TEXT} <= row.keys():
+        yield where, row[LANGUAGE], row[TEXT]
+    else:
+        yield from ((f"{where}, {tag}", tag, text) for tag, text in row.items() if text.strip())
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for where, line in _filled(read_lines(path), path):
+        row = parse_document(line, where)
+        if not isinstance(row, dict) or (TEXT in row) == (MESSAGES in row):
+            raise ArtifactError(f"{where}: expected an object with {TEXT!r} or {MESSAGES!r}, one of the two")
+        yield where, row
+
+
+def _filled(lines: Iterable[str], path: Path) -> Iterator[tuple[str, str]]:
+    return ((f"{path} line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+
+
+def _tag(row: Mapping[str, Any], where: str) -> str:
+    tag = row.get(LANGUAGE)
+    if not isinstance(tag, str):
+        raise ArtifactError(f"{where}: {LANGUAGE} {reprlib.repr(tag)} is no language tag; write for example 'he'")
+    return tag
+
+
+def _document(content: object, where: str) -> Document:
+    if not isinstance(content, list):
+        return clean_sentence(content, where)
+    said = [_message(message, where) for message in content]
+    if not said:
+        raise ArtifactError(f"{where}: a conversation without messages; leave it out")
+    return tuple(said)
+
+
+def _message(message: object, where: str) -> tuple[str, str]:
+    if not isinstance(message, dict) or message.get("role") not in _ROLES:
+        raise ArtifactError(
+            f"{where}: a message is no object with a 'role' ({', '.join(_ROLES)}) and a 'content'; mend the file"
+        )
+    return str(message["role"]), clean_sentence(message.get("content"), f"{where}, {message['role']}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".csv": read_table,
+    ".tsv": read_table,
+}

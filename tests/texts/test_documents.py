@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quant_fairness_plugin.artifacts import Documents
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
+from quant_fairness_plugin.texts.documents import check_apart, load_documents
+from quant_fairness_plugin.texts.load import load_texts
+
+HELLO = (("user", "Hello?"), ("assistant", "Yes."))
+ROWS = [
+    {"language": "en", "text": "One line.\nAnother."},
+    {"language": "eng", "text": "One line.\nAnother."},
+    {"language": "iw", "text": "שלום"},
+    {"language": "en", "messages": [{"role": role, "content": said} for role, said in HELLO]},
+]
+
+
+def write(path: Path, content: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def rows_file(tmp_path: Path, *rows: object) -> Path:
+    return write(tmp_path / "own.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def test_rows_say_their_language_and_need_not_be_parallel(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = load_documents(rows_file(tmp_path, *ROWS))
+    assert found.texts == {"en": ("One line.\nAnother.", HELLO), "he": ("שלום",)}
+    assert found.name == "own.jsonl"
+    assert found.chats == ("en",)
+    assert len(found) == 3
+    assert "left out 1 of 4 documents that repeat an earlier one" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'text,language\n"One, two.",en\n"Zwei\nDrei",de\nUne,de\n'),
+        ("b.csv", 'en,de\n"One, two.","Zwei\nDrei"\n,Une\n'),
+        ("c.json", json.dumps({"en": "One, two.", "de": ["Zwei\nDrei", "Une"]})),
+    ],
+)
+def test_tables_and_objects_hold_documents_of_any_number(name: str, content: str, tmp_path: Path) -> None:
+    found = load_documents(write(tmp_path / name, content))
+    assert found.texts == {"en": ("One, two.",), "de": ("Zwei\nDrei", "Une")}
+
+
+def test_a_tab_table_takes_quotes_as_they_are(tmp_path: Path) -> None:
+    found = load_documents(write(tmp_path / "a.tsv", 'language\ttext\nen\t"One," he said.\n'))
+    assert found.texts == {"en": ('"One," he said.',)}
+
+
+def test_a_folder_holds_lines_rows_and_files(tmp_path: Path) -> None:
+    write(tmp_path / "en.txt", "One.\n\nTwo.\n")
+    write(tmp_path / "de" / "brief.txt", "Lieber\nHerr")
+    write(tmp_path / "de" / "zettel.txt", "Milch")
+    write(tmp_path / "fr.jsonl", '{"text": "Un."}\n')
+    write(tmp_path / "README.md", "not text")
+    found = load_documents(tmp_path)
+    assert found.texts == {"de": ("Lieber\nHerr", "Milch"), "en": ("One.", "Two."), "fr": ("Un.",)}
+
+
+def test_a_parallel_set_gives_its_calibrate_part(tmp_path: Path) -> None:
+    bundled = load_documents("bundled", languages=["he", "en"])
+    assert bundled.texts == dict(load_texts("bundled", languages=["en", "he"]).part("calibrate").sentences)
+    rows = [{"en": f"Sentence {i}.", "de": f"Satz {i}."} for i in range(9)]
+    assert len(load_documents(rows_file(tmp_path, *rows)).texts["de"]) == 9
+
+
+def test_the_checksum_is_that_of_the_text(tmp_path: Path) -> None:
+    sums = [load_documents(rows_file(tmp_path, *ROWS[:n])).sha256 for n in (1, 2, 3, 4)]
+    assert sums[0] == sums[1]
+    assert len(set(sums)) == 3
+    assert load_documents(rows_file(tmp_path, *ROWS), languages=["en"]).sha256 not in sums
+
+
+def test_languages_can_be_chosen_and_one_must_be_there(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, *ROWS)
+    assert load_documents(path, languages=["he", "fr"]).languages == ("he",)
+    with pytest.raises(UnknownLanguageError, match=r"own.jsonl has no text in fr to calibrate on; it has en, he"):
+        load_documents(path, languages=["fr"])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"language": "en"}, r"line 1: expected an object with 'text' or 'messages'"),
+        ({"language": "en", "text": "a", "messages": []}, "one of the two"),
+        ({"language": 5, "text": "a"}, "language 5 is no language tag"),
+        ({"language": "en", "text": " "}, "line 1: the text is empty"),
+        ({"language": "en", "messages": []}, "a conversation without messages"),
+        ({"language": "en", "messages": [{"role": "tool", "content": "a"}]}, "no object with a 'role'"),
+        ({"language": "en", "messages": [{"role": "user", "content": "\u0000"}]}, "line 1, user: control character"),
+        ({"language": "en", "messages": ["hello"]}, "no object with a 'role'"),
+    ],
+)
+def test_what_is_no_document_is_refused_with_its_place(row: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        load_documents(rows_file(tmp_path, row))
+
+
+def test_a_broken_table_and_another_kind_of_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"row 2: 1 cells; the first line names 2 columns"):
+        load_documents(write(tmp_path / "a.csv", "language,text\nen\n"))
+    with pytest.raises(ArtifactError, match="not a table of comma-separated values"):
+        load_documents(write(tmp_path / "b.csv", 'language,text\nen,"open\n'))
+    with pytest.raises(ConfigError, match=r"accepted are \.json, \.jsonl, \.csv, \.tsv files and folders"):
+        load_documents(write(tmp_path / "c.pdf", "%PDF"))
+    with pytest.raises(ArtifactError, match="no text to calibrate on"):
+        load_documents(write(tmp_path / "empty" / "note.md", "x").parent)
+
+
+def test_sentences_that_are_measured_on_are_not_calibrated_on() -> None:
+    texts = load_texts("bundled", languages=["en", "he"])
+    sentence = texts.part("confirm").sentences["he"][3]
+    both = Documents(name="own", texts={"he": ("קודם\n" + sentence,)}, sha256="")
+    with pytest.raises(ConfigError, match="own holds 1 of the sentences that bundled measures on"):
+        check_apart(both, texts)
+    chat = Documents(name="own", texts={"he": ((("user", sentence),),)}, sha256="")
+    with pytest.raises(ConfigError, match="no figure would be held out"):
+        check_apart(chat, texts)
+    check_apart(Documents.of(texts), texts)
