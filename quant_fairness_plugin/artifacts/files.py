@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +12,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -76,19 +79,61 @@ def load(kind: type[A], path: Path) -> A:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, or leave it untouched if anything fails."""
+    """Replace `path` by `content`, or leave it untouched if anything fails.
+
+    It is written beside its name as `.NAME.partial-<id>`, locked while its writer lives: what a killed one left there,
+    the next one removes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    _remove_leftovers(path)
+    handle, name = _open_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def lock(handle: int) -> bool:
+    """Lock an open file or folder, and return whether nobody else had; the system frees it when the process ends.
+
+    True also on a file system without locks.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as err:
+        if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+    return True
+
+
+def _open_beside(path: Path) -> tuple[int, str]:
+    """Return a new file beside `path`, locked; made again where another process took it for a leftover before that."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
+        if lock(handle) and os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)
+
+
+def _remove_leftovers(path: Path) -> None:
+    prefix = f".{path.name}.partial-"
+    for name in os.listdir(path.parent):
+        if name.startswith(prefix):
+            with suppress(FileNotFoundError):  # another process was quicker
+                handle = os.open(path.parent / name, os.O_RDONLY)
+                try:
+                    if lock(handle):
+                        os.unlink(path.parent / name)
+                finally:
+                    os.close(handle)
 
 
 def _umask() -> int:

@@ -68,7 +68,7 @@ def write_checkpoint(
     from quant_fairness_plugin.quantize.stream import Workplace
     from quant_fairness_plugin.steps import needs_no_sweep
 
-    with progress() as tell:
+    with progress(place.kept) as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
             stream=needs_no_sweep(config),

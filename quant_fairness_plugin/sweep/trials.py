@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,6 @@ from quant_fairness_plugin.sweep.runner import BatchScores
 from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
 
 logger = logging.getLogger(__name__)
-
-_LEFTOVER = re.compile(r"\.[0-9a-f]{64}\.json\..+")
-STALE_SECONDS = 3600.0
-"""A half-written file of this age has no writer any more: writing takes seconds."""
 
 
 def score_plans_resumably(
@@ -171,18 +165,9 @@ def open_store(work: Path, job: Job, **further: int) -> Store:
         raise ConfigError(f"{work}: not a folder; use a folder, or a name that is free")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(work)
     except OSError as err:
         raise ResourceError(f"{work}: cannot be used ({err.strerror}); use a folder that can be written.") from err
     return Store(work, tuple(job.tree.leaves), identity(job) | further)
-
-
-def _remove_leftovers(work: Path) -> None:
-    """Remove what a killed process was writing; not what another one is writing now."""
-    for path in work.iterdir():
-        with suppress(FileNotFoundError):  # another process has finished it meanwhile
-            if _LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
 
 
 def _encode(key: str, scores: BatchScores) -> bytes:
