@@ -51,13 +51,13 @@ from quant_fairness_plugin.artifacts.files import (
     digest,
     from_json,
     load,
-    lock,
     package_versions,
     save,
     save_run_record,
     to_json,
     write_atomically,
 )
+from quant_fairness_plugin.artifacts.locks import TemporaryFolder, lock, temporary_folder
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import (
     Combinations,
@@ -71,6 +71,7 @@ from quant_fairness_plugin.artifacts.sweeps import (
     SynergyMatrix,
 )
 from quant_fairness_plugin.artifacts.units import Unit
+from quant_fairness_plugin.artifacts.work import note_circumstances
 
 __all__ = [
     "Bootstrap",
@@ -114,6 +115,7 @@ __all__ = [
     "SweepRow",
     "Synergy",
     "SynergyMatrix",
+    "TemporaryFolder",
     "TextSet",
     "Undefined",
     "Unit",
@@ -124,10 +126,12 @@ __all__ = [
     "from_json",
     "load",
     "lock",
+    "note_circumstances",
     "package_versions",
     "precision_of_bits",
     "save",
     "save_run_record",
+    "temporary_folder",
     "to_json",
     "write_atomically",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +10,6 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.locks import lock, remove_leftovers
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.errors import ArtifactError
@@ -85,7 +83,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     the next one removes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path.parent, f".{path.name}.partial-")
     handle, name = _open_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -99,41 +97,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def lock(handle: int) -> bool:
-    """Lock an open file or folder, and return whether nobody else had; the system frees it when the process ends.
-
-    True also on a file system without locks.
-    """
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as err:
-        if err.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-    return True
-
-
 def _open_beside(path: Path) -> tuple[int, str]:
     """Return a new file beside `path`, locked; made again where another process took it for a leftover before that."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
-        if lock(handle) and os.fstat(handle).st_nlink:
+        if lock(handle) != "taken" and os.fstat(handle).st_nlink:
             return handle, name
         os.close(handle)
-
-
-def _remove_leftovers(path: Path) -> None:
-    prefix = f".{path.name}.partial-"
-    for name in os.listdir(path.parent):
-        if name.startswith(prefix):
-            with suppress(FileNotFoundError):  # another process was quicker
-                handle = os.open(path.parent / name, os.O_RDONLY)
-                try:
-                    if lock(handle):
-                        os.unlink(path.parent / name)
-                finally:
-                    os.close(handle)
 
 
 def _umask() -> int:

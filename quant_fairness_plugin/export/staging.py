@@ -132,8 +132,9 @@ def _remove_partial(out: Path) -> None:
         ConfigError: a live process is writing it; its `.old-` folder must not be touched either.
     """
     for partial in _beside(out, "partial"):
-        with _locked(partial):
-            shutil.rmtree(partial)
+        with _locked(partial) as held:
+            if held:
+                shutil.rmtree(partial)
 
 
 def _recover(out: Path) -> None:
@@ -165,16 +166,17 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on a folder; the system drops it when the process ends, however it ends."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold an advisory lock on a folder; False on a file system that has none, where nobody knows whose it is."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError as err:  # removed between its making and its locking, by a process that starts now as well
         raise ConfigError(_taken(folder)) from err
     try:
-        if not lock(handle) or not os.fstat(handle).st_nlink:
+        held = lock(handle)
+        if held == "taken" or not os.fstat(handle).st_nlink:
             raise ConfigError(_taken(folder))
-        yield
+        yield held == "ours"
     finally:
         os.close(handle)
 

@@ -16,12 +16,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import ExpertCoverage, Grid, ProtectionPlan, Unit, digest, package_versions
+from quant_fairness_plugin.artifacts import (
+    ExpertCoverage,
+    Grid,
+    ProtectionPlan,
+    Unit,
+    digest,
+    note_circumstances,
+    package_versions,
+    temporary_folder,
+)
 from quant_fairness_plugin.errors import ConfigError, ResourceError
 from quant_fairness_plugin.model.exchange import stored_form
 from quant_fairness_plugin.model.experts import Experts
@@ -203,7 +211,7 @@ def quantize_model(
         if calibration is None:
             _solve_from_weights(work)
         else:
-            spill = folder or Path(stack.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
+            spill = folder or stack.enter_context(temporary_folder())
             rows = Rows(
                 loaded, calibration, spill, batch_tokens=batch_tokens, allowance=allowance,
                 durable=place.folder is not None,
@@ -369,22 +377,25 @@ def _work_folder(
     """Return the folder to go on from, which is named by all that the results depend on; None where none is wanted."""
     if place.folder is None:
         return None
-    depends = {
+    question = {
         "version": SOLUTION_VERSION,
         "model": model_identity(loaded),
         "storage": str(loaded.storage_dtype),
         "compute": str(loaded.model.dtype),
-        "device": str(loaded.model.device),
-        "threads": torch.get_num_threads(),
         "method": [method.name, asdict(method) if is_dataclass(method) else {}],
         "plan": [asdict(plan.grid), list(plan.protected_layers), dict(plan.overrides), plan.protect_columns],
         "calibration": None if calibration is None else [calibration.sha256, calibration.shares],
         "batch_tokens": batch_tokens,
+    }
+    circumstances = {
+        "device": str(loaded.model.device),
+        "threads": torch.get_num_threads(),
         "versions": package_versions(),
     }
-    folder = place.folder / f"quantize-{digest(depends)[:16]}"
+    folder = place.folder / f"quantize-{digest(question | circumstances)[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        note_circumstances(place.folder, question, circumstances)
     except OSError as err:
         raise ResourceError(
             f"{place.folder}: cannot be used ({err.strerror}); use a folder that can be written"

@@ -16,7 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet, digest, write_atomically
+from quant_fairness_plugin.artifacts import (
+    Precision,
+    StateScores,
+    TextSet,
+    digest,
+    note_circumstances,
+    write_atomically,
+)
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.measure.rows import Batch, Row
 from quant_fairness_plugin.model.load import LoadedModel
@@ -24,7 +31,7 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor
-from quant_fairness_plugin.sweep.jobs import RESULT_VERSION, Job, identity
+from quant_fairness_plugin.sweep.jobs import CIRCUMSTANCES, RESULT_VERSION, Job, identity
 from quant_fairness_plugin.sweep.memory import BATCH_TOKENS
 from quant_fairness_plugin.sweep.runner import BatchScores
 from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
@@ -161,13 +168,16 @@ def open_store(work: Path, job: Job, **further: int) -> Store:
         ConfigError: `work` is no folder.
         ResourceError: it cannot be used.
     """
+    depends = identity(job) | further
     if work.exists() and not work.is_dir():
         raise ConfigError(f"{work}: not a folder; use a folder, or a name that is free")
     try:
         work.mkdir(parents=True, exist_ok=True)
+        circumstances = {name: depends[name] for name in CIRCUMSTANCES}
+        note_circumstances(work, {name: depends[name] for name in depends.keys() - circumstances}, circumstances)
     except OSError as err:
         raise ResourceError(f"{work}: cannot be used ({err.strerror}); use a folder that can be written.") from err
-    return Store(work, tuple(job.tree.leaves), identity(job) | further)
+    return Store(work, tuple(job.tree.leaves), depends)
 
 
 def _encode(key: str, scores: BatchScores) -> bytes:

@@ -1,7 +1,9 @@
 """The loop: every command meets every fault at every point, and what is left must be right, also for the next run.
 
-A process that has everything imported forks for each run, so that a run costs about a second. After a fault the command
-is run once more without one (once for each state that faults leave), and has to end as if nothing had happened.
+A process that has everything imported forks for each run. What a kill leaves at a point is copied while one untouched
+run goes by; the other faults take a run each. After a fault the command is run once more without one, once for each
+state that faults leave (what lies in a half-written folder does not make another state: nothing reads it), and has to
+end as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -12,21 +14,25 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 from tests.faults.cases import Case
-from tests.faults.points import ACTIONS, KILLED, Points, applies, watched
+from tests.faults.points import ACTIONS, KILL, Points, applies, watched
 
-STATUS = {"kill -9": {KILLED}, "SIGTERM": {0, 143}, "SIGINT": {0, 130}, "EIO": {0, 4}, "ENOSPC": {0, 4}}
+KILLED = 137
+STATUS = {KILL: {KILLED}, "SIGTERM": {0, 143}, "SIGINT": {0, 130}, "EIO": {0, 4}, "ENOSPC": {0, 4}}
 """Action → exit statuses; 0 where it came too late to matter, or hit what a result can do without."""
-_RANDOM = re.compile(r"(\.partial-|\.old-|quant-fairness-|^tmp/)[0-9a-z_]{8}(?=/|$)|\.[0-9a-z_]{8}$")
+_RANDOM = re.compile(r"(\.partial-|\.old-|quant-fairness-tmp-|^tmp/)(?:[0-9]+-)?[0-9a-z_]{8}(?=/|$)")
 _TIMED = ".run.json"
 """Ending of the files that say when a result was made."""
 _NO_PAGE = "report.html was written"
 """What is said where a checkpoint was written without its page."""
 Tree = dict[str, bytes]
+Command = Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +42,8 @@ class Left:
     status: int
     said: str
     tree: Tree
-    points: list[str]
-    """What it touched; empty where it was killed."""
+    points: tuple[str, ...] = ()
+    """What it touched."""
 
 
 @dataclass(slots=True)
@@ -54,21 +60,24 @@ class Trial:
     def meets(self) -> list[tuple[int, str]]:
         """Return every point with every fault that it can meet."""
         points = list(enumerate(self.expected.points, start=1))
-        return [(number, action) for action in ACTIONS for number, point in points if applies(action, point)]
+        kills = [(number, KILL) for number, _ in points]
+        return kills + [(number, action) for number, point in points for action in ACTIONS if applies(action, point)]
 
     def meet(self, number: int, action: str) -> list[str]:
         """Return what is wrong after a fault at a point; nothing where all is well."""
-        root = self.place / f"{action}-{number}".replace(" ", "")
-        shutil.copytree(self.place / "start", root)
-        try:
-            left = run(self.case.command, root, Points(root, number, ACTIONS[action]))
-            problems = list(self._wrong(left, action, self.expected.points[number - 1]))
-            state = digest(left.tree)
-            if state not in self.known:
-                self.known[state] = list(self._wrong_next(left, root))
-            return problems + self.known[state]
-        finally:
-            shutil.rmtree(root)
+        if action == KILL:
+            root = self.place / "copies" / str(number)
+            left = Left(KILLED, "", read(root))
+        else:
+            root = self.place / f"{action}-{number}"
+            shutil.copytree(self.place / "start", root)
+            left = run(self.case.command, Points(root, number, ACTIONS[action]))
+        problems = list(self._wrong(left, action, self.expected.points[number - 1]))
+        state = digest(left.tree)
+        if state not in self.known:
+            self.known[state] = list(self._wrong_next(left, root))
+        shutil.rmtree(root)
+        return problems + self.known[state]
 
     def _wrong(self, left: Left, action: str, point: str) -> Iterator[str]:
         if left.status not in STATUS[action]:
@@ -83,7 +92,7 @@ class Trial:
 
     def _torn(self, left: Left) -> Iterator[str]:
         """Find outputs that are neither as before nor as after."""
-        units = {name: (name,) for name in left.tree if belongs(name, self.case.outputs)}
+        units = {name: (name,) for name in left.tree if belongs(name, self.case.outputs) and ".partial-*" not in name}
         if not self.case.pieces:
             units = {output: tuple(name for name in units if belongs(name, (output,))) for output in self.case.outputs}
         for unit, names in units.items():
@@ -115,11 +124,11 @@ class Trial:
     def _strays(self, tree: Tree) -> Iterator[str]:
         allowed = (*self.case.outputs, "work")
         for name in tree.keys() - self.start.keys():
-            if not belongs(name, allowed) or _RANDOM.search(name.removesuffix(".json")):
+            if not belongs(name, allowed) or ".partial-*" in name:
                 yield f"{name} is left behind"
 
     def _wrong_next(self, left: Left, root: Path) -> Iterator[str]:
-        after = run(self.case.command, root, Points(root))
+        after = run(self.case.command, Points(root))
         if after.status == 2 and "exists already" in after.said and self._complete(left):
             return
         if after.status:
@@ -132,35 +141,35 @@ class Trial:
 
 
 def open_trial(case: Case, start: Path, place: Path) -> Trial:
-    """Make what a command starts from, and run it once untouched, counting its points."""
-    own = place / "start"
+    """Make what a command starts from, and run it once untouched, counting its points and keeping what kills leave."""
+    own, whole = place / "start", place / "whole"
     shutil.copytree(start, own)
     for command in case.prepare:
-        made = run(command, own, Points(own))
+        made = run(command, Points(own))
         assert made.status == 0, made.said
     if case.changed is not None:
         case.changed(own)
-    shutil.copytree(own, place / "whole")
-    whole = run(case.command, place / "whole", Points(place / "whole"))
-    assert whole.status == 0, whole.said
-    return Trial(case, place, read(own), whole)
+    shutil.copytree(own, whole)
+    expected = run(case.command, Points(whole, copies=place / "copies"))
+    assert expected.status == 0, expected.said
+    return Trial(case, place, read(own), expected)
 
 
-def run(command: Sequence[str], root: Path, points: Points) -> Left:
-    """Run a command in a process of its own, in a folder; what it says goes to files beside it."""
+def run(command: Command, points: Points) -> Left:
+    """Run a command in a process of its own, in a folder; what it says goes to a file beside that."""
+    root = points.root
     said, seen = root.with_name(f"{root.name}.said"), root.with_name(f"{root.name}.points")
     child = os.fork()
     if child == 0:
-        _be(command, root, points, said, seen)
+        _be(command, points, said, seen)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    reached = seen.read_text(encoding="utf-8").splitlines() if seen.exists() else []
-    left = Left(status, said.read_text(encoding="utf-8"), read(root), reached)
+    left = Left(status, said.read_text("utf-8"), read(root), tuple(seen.read_text("utf-8").splitlines()))
     said.unlink()
-    seen.unlink(missing_ok=True)
+    seen.unlink()
     return left
 
 
-def _be(command: Sequence[str], root: Path, points: Points, said: Path, seen: Path) -> None:
+def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
     """Be the command; never returns."""
     import typer
 
@@ -168,16 +177,29 @@ def _be(command: Sequence[str], root: Path, points: Points, said: Path, seen: Pa
 
     status = 70  # as where this function itself fails
     try:
-        os.chdir(root)
-        tempfile.tempdir = str(root / "tmp")
+        os.chdir(points.root)
+        tempfile.tempdir = str(points.root / "tmp")
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         with watched(points):
             status = run_guarded(typer.main.get_command(app), list(command), "quant-fairness")
-        seen.write_text("\n".join(points.seen), encoding="utf-8")
         sys.stderr.flush()
     finally:
+        seen.write_text("\n".join(points.seen), encoding="utf-8")
         os._exit(status)
+
+
+def without_slow_readers() -> ExitStack:
+    """Replace what only reads and computes for long: the page's drawings, and the two readers of `verify`."""
+    stack = ExitStack()
+    stubs: dict[str, Callable[..., object]] = {
+        "report.page.render_report": lambda sources, gate=None: "<title>page</title>\n" * 400,
+        "checkpoint.served.compare_served": lambda folder, rows: "not compared",
+        "checkpoint.readers.compare.compare_with_transformers": lambda folder: 0.0,
+    }
+    for name, stub in stubs.items():
+        stack.enter_context(patch(f"quant_fairness_plugin.{name}", stub))
+    return stack
 
 
 def wrong_message(left: Left) -> Iterator[str]:
@@ -208,7 +230,7 @@ def read(root: Path) -> Tree:
     """Return every file of a folder with its content, and every empty folder; without what differs from run to run."""
     tree: Tree = {}
     for path in sorted(root.rglob("*")):
-        name = _RANDOM.sub(lambda match: f"{match[1] or '.'}*", str(path.relative_to(root)))
+        name = _RANDOM.sub(lambda match: f"{match[1]}*", str(path.relative_to(root)))
         if path.is_file():
             tree[name] = b"" if name.endswith(_TIMED) else path.read_bytes()
         elif name != "tmp" and not any(path.iterdir()):
@@ -217,8 +239,10 @@ def read(root: Path) -> Tree:
 
 
 def digest(tree: Tree) -> bytes:
-    """Return a checksum of a tree."""
+    """Return a checksum of a tree, in which a folder that is half-written is a name alone."""
     total = hashlib.sha256()
     for name, content in sorted(tree.items()):
-        total.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(content).digest())
+        unread = re.match(r".*?(?:\.partial|tmp/quant-fairness-tmp)-\*/", name)
+        known = (unread[0], b"") if unread else (name, content)
+        total.update(b"".join(hashlib.sha256(part).digest() for part in (known[0].encode(), known[1])))
     return total.digest()

@@ -11,6 +11,7 @@ import builtins
 import errno
 import io
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,16 +25,16 @@ from safetensors import SafetensorError
 
 from quant_fairness_plugin.cli.progress import Lines
 
-KILLED = 137
-"""Exit status of a process that ends at a point as by `kill -9`: no clean-up, nothing flushed."""
 _TAKE_SPACE = frozenset({"create", "write", "mkdir", "fsync"})
-_truncate = os.truncate
 _NAMING = ("replace", "rename", "link", "symlink", "unlink", "rmdir", "mkdir")
+_open, _pread, _truncate = io.open, os.pread, os.truncate
 
-Tear = Callable[[], object]
-"""Does half of an operation."""
-Act = Callable[["Points", Tear], None]
-"""What happens at the point; returns where the operation is to be done after all."""
+Tear = Callable[[Path], object]
+"""Does half of an operation on the file that it is given, which is the real one or a copy of it."""
+
+
+def _nothing(path: Path) -> None:
+    """Do half of what cannot be done by half."""
 
 
 @dataclass(slots=True)
@@ -43,74 +44,78 @@ class Points:
     root: Path
     at: int = 0
     """Number of the point at which something happens; 0 is none."""
-    act: Act = lambda points, tear: None
+    act: Callable[[], None] = lambda: None
+    """What happens there; the operation is done after it where it returns."""
+    copies: Path | None = None
+    """Where to keep a copy of the folder at every point, as a kill there would leave it."""
     seen: list[str] = field(default_factory=list)
     """Kind and name of every point so far."""
-    full: bool = False
-    """Whether the disk has no room any more."""
+    _full: bool = False
+    _busy: bool = False
 
-    def reach(self, kind: str, path: object, tear: Tear = lambda: None) -> None:
+    def reach(self, kind: str, path: object, tear: Tear = _nothing) -> None:
         """Count a point, and let happen what is to happen there."""
-        where = self._inside(path)
+        where = None if self._busy else self.inside(path)
         if where is None:
             return
         self.seen.append(f"{kind} {where}")
+        if self.copies is not None:
+            self._busy = True
+            copy = self.copies / str(len(self.seen))
+            shutil.copytree(self.root, copy, symlinks=True)
+            tear(copy / where)
+            self._busy = False
         if len(self.seen) == self.at:
-            self.act(self, tear)
-        elif self.full and kind in _TAKE_SPACE:
-            fail(errno.ENOSPC)
+            tear(self.root / where) if kind != "step" and self.act not in SIGNALLING else None
+            self._full = self.act is full_disk
+            self.act()
+        elif self._full and kind in _TAKE_SPACE:
+            full_disk()
 
-    def _inside(self, path: object) -> str | None:
+    def inside(self, path: object) -> str | None:
+        """Return the name of a file, a path or a descriptor, in the folder; None outside."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}").removesuffix(" (deleted)")
         full = os.path.abspath(os.fspath(path))  # type: ignore[call-overload] # the calls that are counted take paths
-        inside = f"{full}/".startswith(f"{self.root}/")
-        return os.path.relpath(full, self.root) if inside else None
+        return os.path.relpath(full, self.root) if f"{full}/".startswith(f"{self.root}/") else None
 
 
-def fail(code: int) -> None:
-    """Fail as a system call does."""
-    raise OSError(code, os.strerror(code))
-
-
-def io_error(points: Points, tear: Tear) -> None:
+def io_error() -> None:
     """A failing disk: this operation fails half-done, later ones do not."""
-    tear()
-    fail(errno.EIO)
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def full_disk(points: Points, tear: Tear) -> None:
+def full_disk() -> None:
     """No room from here on: everything that takes some fails."""
-    points.full = True
-    tear()
-    fail(errno.ENOSPC)
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def kill(points: Points, tear: Tear) -> None:
-    """End here, half-done."""
-    tear()
-    os._exit(KILLED)
+def terminate() -> None:
+    """`kill`, or a batch system."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def send(number: signal.Signals) -> Act:
-    """Return what sends this process a signal, as a user or a batch system does."""
-
-    def act(points: Points, tear: Tear) -> None:
-        os.kill(os.getpid(), number)
-
-    return act
+def interrupt() -> None:
+    """Ctrl-C."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
-SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
-ACTIONS: dict[str, Act] = {"EIO": io_error, "ENOSPC": full_disk, "kill -9": kill}
-ACTIONS |= {name: send(number) for name, number in SIGNALS.items()}
+KILL = "kill -9"
+"""Is no action: what it leaves is copied while an untouched run goes on."""
+SIGNALLING = (terminate, interrupt)
+ACTIONS: dict[str, Callable[[], None]] = {
+    "EIO": io_error,
+    "ENOSPC": full_disk,
+    "SIGTERM": terminate,
+    "SIGINT": interrupt,
+}
 
 
 def applies(action: str, point: str) -> bool:
     """Return whether an action makes sense at a point: steps of the work meet signals alone, and take no space."""
     kind = point.split()[0]
     if kind == "step":
-        return action in SIGNALS
+        return action in ("SIGTERM", "SIGINT")
     return action != "ENOSPC" or kind in _TAKE_SPACE
 
 
@@ -136,14 +141,19 @@ def _replacements(points: Points) -> Iterator[tuple[Any, str, Callable[..., Any]
     yield safetensors.torch, "serialize_file", _saving(points, safetensors.torch.serialize_file)
 
 
+def _put(path: Path, offset: int, content: bytes | memoryview) -> None:
+    with _open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
 def _open_like(points: Points) -> Callable[..., Any]:
     """Return an `open` whose files count every write that leaves the buffer."""
-    plain = io.open
 
     class Counted(io.FileIO):
         def write(self, data: Any) -> int:
-            some = memoryview(data)[: len(data) // 2]
-            points.reach("write", self.name, lambda: io.FileIO.write(self, some))
+            half = memoryview(data)[: len(data) // 2]
+            points.reach("write", self.fileno(), lambda path: _put(path, self.tell(), half))
             return io.FileIO.write(self, data)
 
     def opened(
@@ -156,8 +166,8 @@ def _open_like(points: Points) -> Callable[..., Any]:
         closefd: bool = True,
         opener: Any = None,
     ) -> Any:
-        if not set(mode) & set("wxa+") or points._inside(file) is None:
-            return plain(file, mode, buffering, encoding, errors, newline, closefd, opener)
+        if not set(mode) & set("wxa+") or points.inside(file) is None:
+            return _open(file, mode, buffering, encoding, errors, newline, closefd, opener)
         if not isinstance(file, int):
             points.reach("create", file)
         raw = Counted(file, mode.replace("t", "").replace("b", ""), closefd, opener)
@@ -181,10 +191,10 @@ def _stepping(points: Points, plain: Callable[..., None]) -> Callable[..., None]
 
 def _named(points: Points, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(path: Any, *args: Any, **kwargs: Any) -> Any:
-        inside = kwargs.get("dir_fd")
-        path_ = path if inside is None else Path(os.readlink(f"/proc/self/fd/{inside}"), path)
-        if name != "mkdir" or not os.path.isdir(path_):  # else nothing is made
-            points.reach(name, path_)
+        folder = kwargs.get("dir_fd")
+        full = path if folder is None else Path(os.readlink(f"/proc/self/fd/{folder}"), path)
+        if name != "mkdir" or not os.path.isdir(full):  # else nothing is made
+            points.reach(name, full)
         return plain(path, *args, **kwargs)
 
     return call
@@ -200,8 +210,8 @@ def _flushing(points: Points, plain: Callable[[Any], None]) -> Callable[[Any], N
 
 def _sending(points: Points, plain: Callable[..., int]) -> Callable[..., int]:
     def call(out: int, source: int, offset: int, count: int) -> int:
-        size = min(count, os.fstat(source).st_size - offset)
-        points.reach("write", out, lambda: plain(out, source, offset, size // 2))
+        half = _pread(source, (os.fstat(source).st_size - offset) // 2, offset)
+        points.reach("write", out, lambda path: _put(path, os.lseek(out, 0, os.SEEK_CUR), half))
         return plain(out, source, offset, count)
 
     return call
@@ -220,9 +230,9 @@ def _saving(points: Points, plain: Callable[..., None]) -> Callable[..., None]:
     """Count safetensors' writer, which writes beside and renames, or, as older ones do, at once to the name."""
 
     def call(tensors: Any, filename: Any, *args: Any, **kwargs: Any) -> None:
-        def tear() -> None:
-            plain(tensors, filename, *args, **kwargs)
-            _truncate(filename, Path(filename).stat().st_size // 2)
+        def tear(path: Path) -> None:
+            plain(tensors, path, *args, **kwargs)
+            _truncate(path, path.stat().st_size // 2)
 
         try:
             points.reach("write", filename, tear)
