@@ -32,6 +32,9 @@ COMMANDS = {
 }
 """Every command, with the example at the end of its help."""
 
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "failed to map segment", "can't start new thread")
+"""Words of what torch, the loader of libraries, and Python say where an address or a page is refused."""
+
 app = typer.Typer(
     name="quant-fairness",
     help="Quantize a language model to INT4 without hurting some languages more than others.",
@@ -71,6 +74,12 @@ def _describe(err: Exception) -> tuple[str, int]:
         return (
             f"{err.filename or 'a file'}: {err.strerror}; results need write access and space on a working disk. Free "
             "space, or choose another place",
+            ResourceError.exit_code,
+        )
+    if isinstance(err, MemoryError) or any(words in str(err) for words in _OUT_OF_MEMORY):
+        return (
+            f"out of memory ({' '.join(str(err).split())[:120] or type(err).__name__}); with --memory-budget SIZE a "
+            "model is read block by block, and fewer --langs take less. Or use a machine, or a limit, with more memory",
             ResourceError.exit_code,
         )
     return f"unexpected {type(err).__name__}: {err}. Set QUANT_FAIRNESS_VERBOSE=1 for the traceback.", 1
