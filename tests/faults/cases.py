@@ -32,6 +32,8 @@ class Case:
     """What is done to the folder after that."""
     pieces: bool = False
     """Whether the outputs are a folder's files, each of which is replaced by itself."""
+    warms: bool = False
+    """Whether running it once loads what others need."""
 
 
 def _as_other_tool(folder: Path) -> None:
@@ -40,6 +42,8 @@ def _as_other_tool(folder: Path) -> None:
     (folder / "theirs" / "model.safetensors").rename(folder / "theirs" / "gptq_model-4bit-32g.safetensors")
 
 
+_QUANTIZE, _RUN = ("quantize", "model", *QUANTIZE), ("run", "--model", "model", *QUANTIZE)
+_OVER = ("-o", "out", "--overwrite")
 _OLD = ("quantize", "model", *QUANTIZE, "--method", "rtn", "-o", "out")
 _THEIRS = ("quantize", "model", *QUANTIZE, "--format", "gptq", "--reader", "gptqmodel", "-o", "theirs")
 _SWEEP = ("sweep", "--model", "model", *TEXTS, "--group-size", "32", "--top", "1", "-o", "s.json")
@@ -47,21 +51,16 @@ _MEASURE = ("measure", "out", "--model", "model", *TEXTS, "-o", "m.json")
 _SWEPT = ("s.json", "s.html", "s.run.json")
 
 CASES = (
-    Case("run", ("run", "--model", "model", *QUANTIZE, "-o", "out"), ("out",)),
-    Case("run --overwrite", ("run", "--model", "model", *QUANTIZE, "-o", "out", "--overwrite"), ("out",), (_OLD,)),
-    Case("quantize", ("quantize", "model", *QUANTIZE, "-o", "out"), ("out",)),
-    Case(
-        "quantize --work, block by block",
-        ("quantize", "model", *QUANTIZE, *FORCED, "-o", "out", "--overwrite"),
-        ("out",),
-        (_OLD,),
-    ),
-    Case("sweep --work", (*_SWEEP, "--work", "work"), _SWEPT),
-    Case("sweep --work, block by block", (*_SWEEP, *FORCED), _SWEPT),
-    Case("measure --work", (*_MEASURE, *FORCED), ("m.json", "m.run.json"), (_OLD,)),
-    Case("report", ("report", "out", "-o", "r.html"), ("r.html",), (_OLD,)),
-    Case("repair", ("repair", "theirs", "-o", "out"), ("out",), (_THEIRS,), _as_other_tool),
+    Case("report", ("report", "out", "-o", "r.html"), ("r.html",), (_OLD,), warms=True),
+    Case("repair", ("repair", "theirs", "-o", "out"), ("out",), (_THEIRS,), _as_other_tool, warms=True),
     Case("repair --in-place", ("repair", "theirs", "--in-place"), ("theirs",), (_THEIRS,), _as_other_tool, pieces=True),
+    Case("measure --work", (*_MEASURE, *FORCED), ("m.json", "m.run.json"), (_OLD,)),
+    Case("sweep --work", (*_SWEEP, "--work", "work"), _SWEPT, warms=True),
+    Case("sweep --work --memory-budget", (*_SWEEP, *FORCED), _SWEPT),
+    Case("quantize", (*_QUANTIZE, "-o", "out"), ("out",), warms=True),
+    Case("quantize --work --memory-budget --overwrite", (*_QUANTIZE, *FORCED, *_OVER), ("out",), (_OLD,)),
+    Case("run", (*_RUN, "-o", "out"), ("out",), warms=True),
+    Case("run --overwrite", (*_RUN, *_OVER), ("out",), (_OLD,)),
 )
 
 
