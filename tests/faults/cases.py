@@ -52,12 +52,12 @@ _SWEPT = ("s.json", "s.html", "s.run.json")
 
 CASES = (
     Case("report", ("report", "out", "-o", "r.html"), ("r.html",), (_OLD,), warms=True),
-    Case("repair", ("repair", "theirs", "-o", "out"), ("out",), (_THEIRS,), _as_other_tool, warms=True),
+    Case("repair", ("repair", "theirs", "-o", "out"), ("out",), (_THEIRS,), _as_other_tool),
     Case("repair --in-place", ("repair", "theirs", "--in-place"), ("theirs",), (_THEIRS,), _as_other_tool, pieces=True),
     Case("measure --work", (*_MEASURE, *FORCED), ("m.json", "m.run.json"), (_OLD,)),
     Case("sweep --work", (*_SWEEP, "--work", "work"), _SWEPT, warms=True),
     Case("sweep --work --memory-budget", (*_SWEEP, *FORCED), _SWEPT),
-    Case("quantize", (*_QUANTIZE, "-o", "out"), ("out",), warms=True),
+    Case("quantize", (*_QUANTIZE, "-o", "out"), ("out",)),
     Case("quantize --work --memory-budget --overwrite", (*_QUANTIZE, *FORCED, *_OVER), ("out",), (_OLD,)),
     Case("run", (*_RUN, "-o", "out"), ("out",), warms=True),
     Case("run --overwrite", (*_RUN, *_OVER), ("out",), (_OLD,)),

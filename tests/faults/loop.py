@@ -8,6 +8,8 @@ end as if nothing had happened.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import os
 import re
@@ -184,6 +186,8 @@ def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         with watched(points):
             status = run_guarded(typer.main.get_command(app), list(command), "quant-fairness")
+        gc.collect()
+        atexit._run_exitfuncs()  # as where a process ends by itself
         sys.stderr.flush()
     finally:
         seen.write_text("\n".join(points.seen), encoding="utf-8")
