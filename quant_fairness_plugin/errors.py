@@ -5,6 +5,8 @@ A message has three parts: what was wrong (with the value), what is allowed, and
 
 from __future__ import annotations
 
+import errno
+
 
 class QuantFairnessError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -62,3 +64,23 @@ class ExternalServiceError(QuantFairnessError):
     """A service outside this machine (the Hub) failed."""
 
     exit_code = 7
+
+
+_NOT_WRITABLE = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EIO,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+    }
+)
+
+
+def is_disk_error(err: OSError) -> bool:
+    """Return whether a system call failed for what a user has to put right on the disk: room, permission, hardware."""
+    return err.errno in _NOT_WRITABLE

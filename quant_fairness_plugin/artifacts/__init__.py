@@ -32,6 +32,7 @@ from quant_fairness_plugin.artifacts.files import (
     write_atomically,
 )
 from quant_fairness_plugin.artifacts.grids import Grid
+from quant_fairness_plugin.artifacts.locks import TemporaryFolder, lock, temporary_folder
 from quant_fairness_plugin.artifacts.measurements import LanguageDamage, LanguageScores, Measurement, StateScores
 from quant_fairness_plugin.artifacts.names import (
     CheckpointFormat,
@@ -67,6 +68,7 @@ from quant_fairness_plugin.artifacts.sweeps import (
 )
 from quant_fairness_plugin.artifacts.texts import TextSet
 from quant_fairness_plugin.artifacts.units import Unit
+from quant_fairness_plugin.artifacts.work import note_circumstances
 
 __all__ = [
     "AnalysisAnswer",
@@ -120,6 +122,7 @@ __all__ = [
     "SweepRow",
     "Synergy",
     "SynergyMatrix",
+    "TemporaryFolder",
     "TextSet",
     "Undefined",
     "Unit",
@@ -129,10 +132,13 @@ __all__ = [
     "digest",
     "from_json",
     "load",
+    "lock",
+    "note_circumstances",
     "package_versions",
     "precision_of_bits",
     "save",
     "save_run_record",
+    "temporary_folder",
     "to_json",
     "write_atomically",
 ]

@@ -23,6 +23,7 @@ from quant_fairness_plugin.artifacts.checkpoints import ExportRecord
 from quant_fairness_plugin.artifacts.consistency import check
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.locks import lock, remove_leftovers
 from quant_fairness_plugin.artifacts.measurements import Measurement
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.scores import UnitScores
@@ -96,19 +97,33 @@ def load(kind: type[A], path: Path) -> A:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, or leave it untouched if anything fails."""
+    """Replace `path` by `content`, or leave it untouched if anything fails.
+
+    It is written beside its name as `.NAME.partial-<id>`, locked while its writer lives: what a killed one left there,
+    the next one removes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    remove_leftovers(path.parent, f".{path.name}.partial-")
+    handle, name = _open_beside(path)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+            os.chmod(name, 0o666 & ~_umask())
+            os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _open_beside(path: Path) -> tuple[int, str]:
+    """Return a new file beside `path`, locked; made again where another process took it for a leftover before that."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-")
+        if lock(handle) != "taken" and os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)
 
 
 def _umask() -> int:

@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quant_fairness_plugin.artifacts import ExportRecord
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
-from quant_fairness_plugin.errors import ArtifactError
+from quant_fairness_plugin.errors import ArtifactError, ResourceError
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.resolve import BUNDLED, model_sha256, resolve_model
@@ -31,7 +31,11 @@ SUFFIXES = ("idx", "delta")
 
 
 def write_columns(columns: Mapping[str, KeptColumns], folder: Path) -> None:
-    """Write the side file into an existing folder; none where no module keeps channels."""
+    """Write the side file into an existing folder; none where no module keeps channels.
+
+    Raises:
+        ResourceError: the disk is full or cannot be written.
+    """
     if not columns:
         return
     tensors = {f"{name}.idx": kept.index for name, kept in columns.items()}
@@ -39,7 +43,10 @@ def write_columns(columns: Mapping[str, KeptColumns], folder: Path) -> None:
     path = folder / COLUMNS_FILE
     # Copies, because modules of a fusion group share their channels, and safetensors refuses shared memory.
     copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt"})
+    try:
+        save_file(copies, path, metadata={"format": "pt"})
+    except SafetensorError as err:
+        raise ResourceError(f"{path}: cannot be written ({err}). Free space or choose another --out.") from err
     os.chmod(path, folder.stat().st_mode & 0o666)  # as for the weights: what the umask allows
 
 

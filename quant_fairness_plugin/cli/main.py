@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import typer
 
 from quant_fairness_plugin.cli.declare import PanelCommand
-from quant_fairness_plugin.errors import QuantFairnessError
+from quant_fairness_plugin.cli.stopping import Stopped, describe_stop, stoppable
+from quant_fairness_plugin.errors import QuantFairnessError, ResourceError, is_disk_error
 
 COMMANDS = {
     "run": "quant-fairness run --model demo -o demo-int4-fair",
@@ -35,6 +36,8 @@ COMMANDS = {
 
 MOST_CHARACTERS = 2000
 """Of an error: a value from a file can be as long as the file."""
+_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "failed to map segment", "can't start new thread")
+"""Words of what torch, the loader of libraries, and Python say where an address or a page is refused."""
 
 app = typer.Typer(
     name="quant-fairness",
@@ -47,7 +50,7 @@ for _name, _example in COMMANDS.items():
 
 
 def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) -> int:
-    """Run a command and turn what it raises into one line on stderr and an exit status.
+    """Run a command and turn what it raises, or a signal to stop, into one line on stderr and an exit status.
 
     `QUANT_FAIRNESS_VERBOSE=1` adds the traceback.
     """
@@ -55,19 +58,37 @@ def run_guarded(command: Callable[..., object], argv: Sequence[str], name: str) 
     handler.setFormatter(_Harmless("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
-        status = command(args=list(argv), prog_name=name, standalone_mode=False)
+        with stoppable():
+            status = command(args=list(argv), prog_name=name, standalone_mode=False)
         return status if isinstance(status, int) else 0
     except QuantFairnessError as err:
         return _report(str(err), err.exit_code)
     except typer.TyperException as err:  # the parser's own errors
         return _report(f"{err.format_message()} See {name} --help.", err.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        return _report("interrupted; nothing half-written was left behind", 130)
+    except Stopped as err:
+        return _report(*describe_stop(err))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as err:  # noqa: BLE001 - the last line of defence: an unexpected error is one line, too
-        return _report(f"unexpected {type(err).__name__}: {err}. Set QUANT_FAIRNESS_VERBOSE=1 for the traceback.", 1)
+        return _report(*_describe(err))
+
+
+def _describe(err: Exception) -> tuple[str, int]:
+    """Return the line and the exit status of an error that nobody turned into one of ours."""
+    if isinstance(err, OSError) and is_disk_error(err):
+        return (
+            f"{err.filename or 'a file'}: {err.strerror}; results need write access and space on a working disk. Free "
+            "space, or choose another place",
+            ResourceError.exit_code,
+        )
+    if isinstance(err, MemoryError) or any(words in str(err) for words in _OUT_OF_MEMORY):
+        return (
+            f"out of memory ({' '.join(str(err).split())[:120] or type(err).__name__}); with --memory-budget SIZE a "
+            "model is read block by block, and fewer --langs take less. Or use a machine, or a limit, with more memory",
+            ResourceError.exit_code,
+        )
+    return f"unexpected {type(err).__name__}: {err}. Set QUANT_FAIRNESS_VERBOSE=1 for the traceback.", 1
 
 
 def _report(message: str, status: int) -> int:

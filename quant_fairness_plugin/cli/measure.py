@@ -78,7 +78,7 @@ def measure(
     from quant_fairness_plugin.quantize.workplace import Workplace
 
     started = time.monotonic()
-    with progress() as tell:
+    with progress(place.kept) as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget), stream=True
         )

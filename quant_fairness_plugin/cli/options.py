@@ -9,6 +9,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from quant_fairness_plugin.artifacts import Weighting
+from quant_fairness_plugin.cli.stopping import NOTHING_LEFT
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names
 from quant_fairness_plugin.errors import ConfigError
@@ -81,6 +82,18 @@ class Place:
             ConfigError: not a size.
         """
         return None if self.memory_budget is None else parse_size(self.memory_budget)
+
+    @property
+    def kept(self) -> str:
+        """What is said where a run is stopped."""
+        return describe_kept(self.work, "finished layers")
+
+
+def describe_kept(work: Path | None, what: str) -> str:
+    """Return what is kept of a run that is stopped, and how to go on."""
+    if work is None:
+        return f"{NOTHING_LEFT}, and nothing kept. With --work DIR, a run that is stopped goes on there"
+    return f"{what} are in {work}: give the same command again to go on"
 
 
 def parse_calibrations(text: str) -> tuple[Weighting, ...]:

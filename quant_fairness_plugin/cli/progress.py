@@ -12,12 +12,37 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeftColumn
 
+from quant_fairness_plugin.cli.stopping import NOTHING_LEFT, Stopped
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
+Show = Callable[[str, int, int], None]
+
+
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Return a callback `(step, done, in all)` that shows on stderr how far the work is."""
+def progress(kept: str = NOTHING_LEFT) -> Iterator[Show]:
+    """Return a callback `(step, done, in all)` that shows on stderr how far the work is.
+
+    Args:
+        kept: what is said of the work that was done, where it is stopped.
+    """
+    last: list[str] = []
+    with _shown() as show:
+
+        def tell(step: str, done: int, total: int) -> None:
+            last[:] = [f" in {step!r}, {done} of {total}"]
+            show(step, done, total)
+
+        try:
+            yield tell
+        except Stopped as err:
+            err.add_note(f"{''.join(last)}; {kept}")
+            raise
+
+
+@contextmanager
+def _shown() -> Iterator[Show]:
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Lines(time.monotonic).show

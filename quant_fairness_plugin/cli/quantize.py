@@ -69,7 +69,7 @@ def write_checkpoint(
     from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.steps import can_go_in_blocks
 
-    with progress() as tell:
+    with progress(place.kept) as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
             stream=can_go_in_blocks(config),

@@ -13,7 +13,7 @@ import typer
 from quant_fairness_plugin.artifacts import SweepReport, Undefined, precision_of_bits, save, save_run_record, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
-from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile
+from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile, describe_kept
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import write_report
 from quant_fairness_plugin.cli.sweep_checks import check_execution, check_sets
@@ -67,7 +67,7 @@ def sweep(
     if execution.executor is not None:
         runner = make_executor(execution.executor, workers=execution.workers, spread=":" not in config.device)
     started = time.monotonic()
-    with progress() as shown:
+    with progress(describe_kept(execution.work, "finished trials")) as shown:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=shown, place=Workplace(memory_budget=budget)
         )

@@ -7,7 +7,6 @@ metadata, and the record, the card, the verification and the measurement are tho
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import ProtectionPlan
+from quant_fairness_plugin.artifacts import ProtectionPlan, temporary_folder
 from quant_fairness_plugin.checkpoint.dense_modules import tensor_layout
 from quant_fairness_plugin.checkpoint.folder import check_headers, read_config
 from quant_fairness_plugin.checkpoint.formats import FORMATS, READ_ONLY, format_of_layout
@@ -67,10 +66,10 @@ def quantize_with(
     )
     tool = find_backend(backend)
     selection = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
-    with tempfile.TemporaryDirectory(prefix="quant-fairness-") as work:
-        out = Path(work) / "tool"
+    with temporary_folder() as work:
+        out = work / "tool"
         out.mkdir()
-        job = _job(loaded, selection, plan, method, calibration, Path(work))
+        job = _job(loaded, selection, plan, method, calibration, work)
         tensors, folded = read_foreign(tool.quantize(job, out), loaded, job, tool=backend)
     return QuantizedModel(
         loaded=loaded,

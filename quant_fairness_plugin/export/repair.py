@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from quant_fairness_plugin.artifacts import Grid, write_atomically
 from quant_fairness_plugin.checkpoint.folder import RECORD, SIDE_FILES, file_record, list_files, weight_files
 from quant_fairness_plugin.checkpoint.formats import format_of_layout
-from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
-from quant_fairness_plugin.export.staging import check_output, staged_folder
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnsupportedModelError
+from quant_fairness_plugin.export.staging import check_output, scratch_folder, staged_folder
 from quant_fairness_plugin.export.verify import VerifyReport, verify
 from quant_fairness_plugin.model.weights import read_json
 
@@ -94,14 +93,9 @@ def repair(
         with staged_folder(target) as staged:
             verified = _build(folder, staged, plan)
         return replace(report, out=str(target), verified=replace(verified, folder=str(target)))
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=f"{folder.name}.partial-") as name:
-            verified = _build(folder, Path(name), plan)
+    with scratch_folder(folder) as scratch:
+        verified = _build(folder, scratch, plan)
         backups = _replace_metadata(folder, plan)
-    except OSError as err:
-        raise ResourceError(
-            f"{folder}: cannot be written ({err.strerror or err}). Repair into another folder."
-        ) from err
     return replace(report, out=str(folder), backups=backups, verified=replace(verified, folder=str(folder)))
 
 
@@ -154,28 +148,29 @@ def _link(source: Path, destination: Path) -> None:
 
 
 def _replace_metadata(folder: Path, plan: RepairPlan) -> tuple[str, ...]:
-    """Rename weights and write the changed files over the old ones, of which copies stay."""
-    backups = []
+    """Keep copies of the files that change, then replace each in one step, and rename weights.
+
+    Killed in between, every file is as before or as after, and the next repair does the rest.
+    """
+    backups = tuple(_backup(folder / name) for name in plan.files if (folder / name).is_file())
     for name, content in plan.files.items():
-        path = folder / name
-        if path.is_file():
-            backup = _free_name(path)
-            shutil.copyfile(path, backup)
-            backups.append(backup.name)
-        write_atomically(path, _json(content).encode())
+        write_atomically(folder / name, _json(content).encode())
     for old, new in plan.renames.items():
         os.rename(folder / old, folder / new)
     _logger.info("%s: repaired, %d keys changed", folder, len(plan.changes))
-    return tuple(backups)
+    return backups
 
 
-def _free_name(path: Path) -> Path:
-    """`config.json.before-repair`, or with a number where that is taken."""
-    backup, number = path.with_name(f"{path.name}.{BACKUP}"), 1
-    while backup.exists():
+def _backup(path: Path) -> str:
+    """Copy a file to `NAME.before-repair`, or with a number where that is another's; return the name."""
+    content, number = path.read_bytes(), 1
+    backup = path.with_name(f"{path.name}.{BACKUP}")
+    while backup.exists() and backup.read_bytes() != content:
         number += 1
         backup = path.with_name(f"{path.name}.{number}.{BACKUP}")
-    return backup
+    if not backup.exists():
+        write_atomically(backup, content)
+    return backup.name
 
 
 def _json(content: dict[str, Any]) -> str:

@@ -1,38 +1,26 @@
 """Atomic folders: a checkpoint is built beside its final name and gets that name only when it is complete.
 
-The working folder is `OUT.partial-<id>`, locked while its process lives; an old `OUT` that is replaced is
+The working folder is `OUT.partial-<process>-<id>`, locked while its process lives; an old `OUT` that is replaced is
 `OUT.old-<id>` between two renames. Whatever a killed run left behind is put right at the start of the next one. POSIX
 only.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant_fairness_plugin.errors import ConfigError, ResourceError
+from quant_fairness_plugin.artifacts import lock
+from quant_fairness_plugin.errors import ConfigError, ResourceError, is_disk_error
 
 MARKER = "quant_fairness.json"
 """The file that makes a folder one of ours, so that `overwrite` never removes anything else."""
-_NOT_WRITABLE = frozenset(
-    {
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EIO,
-        errno.ENAMETOOLONG,
-    }
-)
 _logger = logging.getLogger(__name__)
 
 
@@ -51,27 +39,31 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         ResourceError: no space, no permission, or a failing disk.
     """
     out = out.resolve()
-    try:
+    with _disk_errors(out):
+        _remove_partial(out)
         _recover(out)
         check_output(out, overwrite=overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        folder = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-        folder.mkdir()
-        try:
-            with _lock(folder):
-                yield folder
-                flush_folder(folder)
-                _publish(folder, out)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    except OSError as err:
-        if err.errno not in _NOT_WRITABLE:
-            raise
-        raise ResourceError(
-            f"{out}: cannot be written ({err.strerror or err}); the folder needs write access and space on a working "
-            "disk. Free space or choose another --out."
-        ) from err
+        with _new_folder(out) as folder:
+            yield folder
+            flush_folder(folder)
+            _publish(folder, out)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """Give a new folder beside one that is being changed, and on its disk; it is removed on leaving.
+
+    Raises:
+        ConfigError: another process has such a folder of the same one.
+        ResourceError: no space, no permission, or a failing disk.
+    """
+    folder = folder.resolve()
+    with _disk_errors(folder):
+        _remove_partial(folder)
+        with _new_folder(folder) as scratch:
+            yield scratch
+            shutil.rmtree(scratch)
 
 
 def check_output(out: Path, *, overwrite: bool) -> None:
@@ -122,21 +114,32 @@ def _publish(folder: Path, out: Path) -> None:
         if old.exists():
             os.rename(old, out)
         raise
+    if not replaces:
+        return
     try:
-        if replaces:
-            shutil.rmtree(old)
+        shutil.rmtree(old)
     except OSError as err:
         _logger.warning("%s: the replaced folder could not be removed (%s); remove it by hand", old, err)
+    except BaseException:  # the new one is in place: whoever wants to stop stops after this
+        shutil.rmtree(old, ignore_errors=True)
+        raise
+
+
+def _remove_partial(out: Path) -> None:
+    """Remove what killed runs had half-written.
+
+    Raises:
+        ConfigError: a live process is writing it; its `.old-` folder must not be touched either.
+    """
+    for partial in _beside(out, "partial"):
+        with _locked(partial) as held:
+            if held:
+                shutil.rmtree(partial)
 
 
 def _recover(out: Path) -> None:
-    """Undo what killed runs left: give a folder that was moved aside its name back, remove what is half-written."""
-    if not out.parent.is_dir():
-        return
-    for partial in sorted(out.parent.glob(f"{_escaped(out.name)}.partial-*")):
-        with _lock(partial):  # a live writer keeps it, and then its `.old-` folder must not be touched either
-            shutil.rmtree(partial)
-    for old in sorted(out.parent.glob(f"{_escaped(out.name)}.old-*")):
+    """Give a folder that a killed run had moved aside its name back, or remove it where the new one is in place."""
+    for old in _beside(out, "old"):
         if out.exists():
             shutil.rmtree(old)
         else:
@@ -144,21 +147,56 @@ def _recover(out: Path) -> None:
             os.rename(old, out)
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+def _beside(out: Path, kind: str) -> list[Path]:
+    names = re.compile(rf"{re.escape(out.name)}\.{kind}-(?:[0-9]+-)?[0-9a-f]{{8}}")
+    return sorted(path for path in out.parent.iterdir() if names.fullmatch(path.name)) if out.parent.is_dir() else []
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold an advisory lock on a folder; the system drops it when the process ends, however it ends."""
-    handle = os.open(folder, os.O_RDONLY)
+def _new_folder(out: Path) -> Iterator[Path]:
+    """Give an empty, locked folder beside `out`, which is removed if anything fails."""
+    folder = out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as err:
-        raise ConfigError(
-            f"{folder} is being written by another process; one run at a time may write an output. Wait for it, or "
-            "choose another name."
-        ) from err
+        folder.mkdir()
+        with _locked(folder):
+            yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold an advisory lock on a folder; False on a file system that has none, where nobody knows whose it is."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError as err:  # removed between its making and its locking, by a process that starts now as well
+        raise ConfigError(_taken(folder)) from err
+    try:
+        held = lock(handle)
+        if held == "taken" or not os.fstat(handle).st_nlink:
+            raise ConfigError(_taken(folder))
+        yield held == "ours"
     finally:
         os.close(handle)
+
+
+def _taken(folder: Path) -> str:
+    writer = folder.name.rpartition(".partial-")[2].partition("-")[0]
+    return (
+        f"{folder} is being written by another process ({writer}); one run at a time may write an output. Wait for it, "
+        "or choose another name."
+    )
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        if not is_disk_error(err):
+            raise
+        raise ResourceError(
+            f"{out}: cannot be written ({err.strerror or err}); the folder needs write access and space on a working "
+            "disk. Free space or choose another --out."
+        ) from err

@@ -7,13 +7,10 @@ of two layers with random weights goes the whole way: quantized, written, verifi
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, Grid, TextSet
+from quant_fairness_plugin.artifacts import CheckpointFormat, Grid, TextSet, temporary_folder
 from quant_fairness_plugin.checkpoint.refusals import TWIN
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.writer import export
@@ -94,8 +91,8 @@ def _export_small(
     layer_bytes, other_bytes = count_bytes(loaded, grid)
     plan = explicit_plan((), model=loaded.files.name, grid=grid, layer_bytes=layer_bytes, other_bytes=other_bytes)
     quantized = quantize_model(loaded, plan, method="rtn")
-    with tempfile.TemporaryDirectory(prefix="quant-fairness-") as work:
-        export(quantized, Path(work) / "trial", texts=texts, format=format, reader=reader)
+    with temporary_folder() as work:
+        export(quantized, work / "trial", texts=texts, format=format, reader=reader)
 
 
 def _run_blocks(loaded: LoadedModel) -> None:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import digest, package_versions
+from quant_fairness_plugin.artifacts import digest, note_circumstances, package_versions, temporary_folder
 from quant_fairness_plugin.measure.rows import Batch
 from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.linear import linear_weight
@@ -48,12 +47,14 @@ class HeadInputs:
         """
         self._loaded, self._batches = loaded, batches
         self._resources = ExitStack()
-        self._temporary = Path(self._resources.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
+        self._temporary = self._resources.enter_context(temporary_folder())
         width = linear_weight(loaded.block(0).get_submodule(loaded.family.modules(0)[0])).shape[1]
         names = [f"batch-{number}" for number in range(len(batches))]
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            identity = _identity(loaded)
+            question, circumstances = _identity(loaded)
+            note_circumstances(folder, question, circumstances)
+            identity = question | circumstances
             names = [_key(identity, batch) for batch in batches]
         shapes = [(len(batch.targets), width) for batch in batches]
         self._given = self._stacks(folder or self._temporary, names, shapes, durable=folder is not None)
@@ -114,20 +115,22 @@ class HeadInputs:
         return Stacks(folder, names, shapes, dtype, self._loaded.model.device, held, durable)
 
 
-def _identity(loaded: LoadedModel) -> dict[str, object]:
-    """Return all that hidden states depend on beside the tokens. Plain data."""
+def _identity(loaded: LoadedModel) -> tuple[dict[str, object], dict[str, object]]:
+    """Return all that hidden states depend on beside the tokens: what they are of, and what decides their last bits."""
     model, versions = loaded.model, package_versions()
-    return {
+    question: dict[str, object] = {
         "version": KEPT_VERSION,
+        "model": model_identity(loaded),
+        "storage_dtype": str(loaded.storage_dtype),
+        "compute_dtype": str(model.dtype),
+    }
+    return question, {
         "versions": {name: versions[name] for name in ("quant-fairness", "torch", "transformers")},
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": str(model.device),
         "matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
-        "model": model_identity(loaded),
         "attention": str(model.config._attn_implementation),
-        "storage_dtype": str(loaded.storage_dtype),
-        "compute_dtype": str(model.dtype),
     }
 
 

@@ -6,12 +6,11 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Literal
 
+from quant_fairness_plugin.artifacts import temporary_folder
 from quant_fairness_plugin.errors import MissingExtraError, ResourceError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -48,18 +47,16 @@ def gguf_folder(path: Path, *, dtype: Dtype = "bfloat16") -> Path:
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        beside = Path(mkdtemp(prefix=f"{folder.name}.", dir=cache))
+        with temporary_folder(cache, f"{folder.name}.partial-") as beside:
+            (beside / "model").mkdir()
+            convert_gguf(path, beside / "model", checksum=checksum, dtype=dtype)
+            if not folder.exists():  # another process may have been quicker
+                (beside / "model").rename(folder)
     except OSError as err:
         raise ResourceError(
             f"{cache}: cannot be written ({err.strerror}); a GGUF file is converted there. Free space, or set "
             "XDG_CACHE_HOME to another folder."
         ) from err
-    try:
-        convert_gguf(path, beside, checksum=checksum, dtype=dtype)
-        if not folder.exists():  # another process may have been quicker
-            beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 

@@ -87,7 +87,7 @@ class Stacks:
                 f"{nodes * self._node_bytes(batch)} bytes for one batch. Make room, or use another folder."
             ) from err
         self._now[batch] = stack
-        if before is not None:
+        if before is not None and before.stage != stage:
             self._path(batch, before.stage).unlink(missing_ok=True)
 
     def drop(self, batch: int) -> None:
@@ -96,6 +96,9 @@ class Stacks:
         self._index(batch).unlink(missing_ok=True)
         if stack is not None:
             self._path(batch, stack.stage).unlink(missing_ok=True)
+        if self.durable:  # a killed run can have left the values of a stage before, or of one after that it did not end
+            for path in self.folder.glob(f"{self.names[batch]}-*.stack"):
+                path.unlink(missing_ok=True)
 
     def _path(self, batch: int, stage: int) -> Path:
         return self.folder / f"{self.names[batch]}-{stage}.stack"

@@ -9,20 +9,17 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Grid, TemporaryFolder
 from quant_fairness_plugin.errors import ArtifactError, ResourceError
 from quant_fairness_plugin.model.reading import Place, places_of_file, read_tensor
 from quant_fairness_plugin.quantize.columns import KeptColumns
@@ -33,13 +30,6 @@ V = TypeVar("V")
 _FACTS = "layer"
 _TENSORS, _FOLDED, _COLUMNS = "tensors", "folded", "columns"
 _logger = logging.getLogger(__name__)
-
-
-class _Temporary:
-    """A folder that is removed with the last reference to it, or with the process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._finalize = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
 
 class Lazy(Mapping[str, V]):
@@ -110,8 +100,8 @@ class StoredResults(Results):
         """
         owner = None
         if folder is None:
-            folder = Path(mkdtemp(prefix="quant-fairness-"))
-            owner = _Temporary(folder)
+            owner = TemporaryFolder()
+            folder = owner.path
         self._folder = folder
         super().__init__(Lazy(owner), Lazy(owner), Lazy(owner))
         self._layers: dict[int, tuple[dict[str, Any], dict[str, Place]]] = {}

@@ -13,10 +13,8 @@ that do not fit the memory budget. In a folder to work in, an interrupted run go
 from __future__ import annotations
 
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from quant_fairness_plugin.artifacts import ProtectionPlan
+from quant_fairness_plugin.artifacts import ProtectionPlan, temporary_folder
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
@@ -86,7 +84,7 @@ def quantize_model(
         if calibration is None:
             solve_from_weights(work)
         else:
-            spill = folder or Path(stack.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
+            spill = folder or stack.enter_context(temporary_folder())
             rows = Rows(
                 loaded, calibration, spill, batch_tokens=batch_tokens, allowance=allowance,
                 durable=place.folder is not None,

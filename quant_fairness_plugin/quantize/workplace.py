@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quant_fairness_plugin.artifacts import ProtectionPlan, digest, package_versions
+from quant_fairness_plugin.artifacts import ProtectionPlan, digest, note_circumstances, package_versions
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import model_identity
@@ -44,22 +44,25 @@ def work_folder(
     """Return the folder to go on from, which is named by all that the results depend on; None where none is wanted."""
     if place.folder is None:
         return None
-    depends = {
+    question = {
         "version": SOLUTION_VERSION,
         "model": model_identity(loaded),
         "storage": str(loaded.storage_dtype),
         "compute": str(loaded.model.dtype),
-        "device": str(loaded.model.device),
-        "threads": torch.get_num_threads(),
         "method": [method.name, asdict(method) if is_dataclass(method) else {}],
         "plan": [asdict(plan.grid), list(plan.protected_layers), dict(plan.overrides), plan.protect_columns],
         "calibration": None if calibration is None else [calibration.sha256, calibration.shares],
         "batch_tokens": batch_tokens,
+    }
+    circumstances = {
+        "device": str(loaded.model.device),
+        "threads": torch.get_num_threads(),
         "versions": package_versions(),
     }
-    folder = place.folder / f"quantize-{digest(depends)[:16]}"
+    folder = place.folder / f"quantize-{digest(question | circumstances)[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        note_circumstances(place.folder, question, circumstances)
     except OSError as err:
         raise ResourceError(
             f"{place.folder}: cannot be used ({err.strerror}); use a folder that can be written"

@@ -19,6 +19,7 @@ from quant_fairness_plugin.model.architectures.experts import find_mixture
 from quant_fairness_plugin.model.beginnings import beginning
 from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
 from quant_fairness_plugin.model.in_memory import copy_model
+from quant_fairness_plugin.model.limits import check_room
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.storage import storage_dtype
@@ -45,10 +46,14 @@ def load_checked(
     Raises:
         ConfigError: a device that this machine does not have, before anything is read; or a start of texts that the
             tokenizer does not have.
+        ResourceError: a limit of memory does not hold the model.
     """
     device = find_device(config.device)
     stored = str(storage_dtype(checked.files)).removeprefix("torch.")
     compute = getattr(torch, find_dtype(config.dtype, device, stored=stored))
+    if str(device).startswith("cpu"):
+        in_files = memory_budget is not None or (stream and can_stream(checked.files))
+        check_room(checked.files, value_bytes=compute.itemsize, blocks=in_files, budget=memory_budget)
     sentences, trust = probe_sentences(checked.texts), source.trust_remote_code
     whole = partial(
         load_model, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences

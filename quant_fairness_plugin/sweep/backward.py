@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from quant_fairness_plugin.artifacts import Precision
+from quant_fairness_plugin.artifacts import Precision, temporary_folder
 from quant_fairness_plugin.errors import ResourceError, UnsupportedModelError
 from quant_fairness_plugin.measure.rows import Batch, Row, TokenRows, pad_rows
 from quant_fairness_plugin.measure.scoring import find_head
@@ -81,8 +80,8 @@ def slopes_of(
         ArtifactError: a block cannot be read.
         ResourceError: hidden states cannot be written.
     """
-    with TemporaryDirectory(prefix="quant-fairness-") as folder:
-        passes = _Passes(loaded, Path(folder), progress)
+    with temporary_folder() as folder:
+        passes = _Passes(loaded, folder, progress)
         batches = [passes.entered(batch) for batch in tokenized.batches(BATCH_TOKENS)]
         passes.forward(batches)
         _turn(loaded, batches, tokenized.rows, labels)

@@ -30,6 +30,9 @@ from quant_fairness_plugin.sweep.walk import score_batch
 RESULT_VERSION = 3
 """Goes up whenever the same trial would give another number, or its file another form."""
 
+CIRCUMSTANCES = ("versions", "machine", "device", "matmul_precision", "threads", "attention")
+"""What of a job's identity is no part of what was asked for, and yet decides the last bits."""
+
 BankRecipe = Callable[[LoadedModel, UnitMap], Bank]
 """Makes a bank for a model. Pickled, so a class or function of a module, or a `functools.partial` of one."""
 

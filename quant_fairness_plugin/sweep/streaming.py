@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet
+from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet, temporary_folder
 from quant_fairness_plugin.measure.rows import Batch
 from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.load import LoadedModel
@@ -90,7 +89,7 @@ def score_plans_layerwise(
     if execution.work is not None:
         store = open_store(execution.work, job, layerwise=LAYERWISE_VERSION, batch_tokens=batch_tokens)
     with ExitStack() as resources:
-        spill = execution.work or Path(resources.enter_context(TemporaryDirectory(prefix="quant-fairness-")))
+        spill = execution.work or resources.enter_context(temporary_folder())
         stacks = _open_stacks(spill, store, job, batches, allowance)
         block_bank = BlockBank(loaded, units, bank)
         sweep = _Sweep(TreeRunner.of(loaded, tree, block_bank), block_bank, texts, batches, stacks, store, progress)

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-import time
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from quant_fairness_plugin.artifacts import Precision, StateScores, TextSet, digest, write_atomically
+from quant_fairness_plugin.artifacts import (
+    Precision,
+    StateScores,
+    TextSet,
+    digest,
+    note_circumstances,
+    write_atomically,
+)
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.measure.rows import Batch, Row
 from quant_fairness_plugin.model.load import LoadedModel
@@ -26,16 +31,12 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import Executor, LocalExecutor
-from quant_fairness_plugin.sweep.jobs import RESULT_VERSION, Job, identity
+from quant_fairness_plugin.sweep.jobs import CIRCUMSTANCES, RESULT_VERSION, Job, identity
 from quant_fairness_plugin.sweep.memory import BATCH_TOKENS
 from quant_fairness_plugin.sweep.runner import BatchScores
 from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
 
 logger = logging.getLogger(__name__)
-
-_LEFTOVER = re.compile(r"\.[0-9a-f]{64}\.json\..+")
-STALE_SECONDS = 3600.0
-"""A half-written file of this age has no writer any more: writing takes seconds."""
 
 
 def score_plans_resumably(
@@ -167,22 +168,16 @@ def open_store(work: Path, job: Job, **further: int) -> Store:
         ConfigError: `work` is no folder.
         ResourceError: it cannot be used.
     """
+    depends = identity(job) | further
     if work.exists() and not work.is_dir():
         raise ConfigError(f"{work}: not a folder; use a folder, or a name that is free")
     try:
         work.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(work)
+        circumstances = {name: depends[name] for name in CIRCUMSTANCES}
+        note_circumstances(work, {name: depends[name] for name in depends.keys() - circumstances}, circumstances)
     except OSError as err:
         raise ResourceError(f"{work}: cannot be used ({err.strerror}); use a folder that can be written.") from err
-    return Store(work, tuple(job.tree.leaves), identity(job) | further)
-
-
-def _remove_leftovers(work: Path) -> None:
-    """Remove what a killed process was writing; not what another one is writing now."""
-    for path in work.iterdir():
-        with suppress(FileNotFoundError):  # another process has finished it meanwhile
-            if _LEFTOVER.fullmatch(path.name) and time.time() - path.stat().st_mtime > STALE_SECONDS:
-                path.unlink()
+    return Store(work, tuple(job.tree.leaves), depends)
 
 
 def _encode(key: str, scores: BatchScores) -> bytes:
