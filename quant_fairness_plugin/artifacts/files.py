@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +24,7 @@ from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
 from quant_fairness_plugin.artifacts.locks import lock, remove_leftovers
 from quant_fairness_plugin.artifacts.measurements import Measurement
+from quant_fairness_plugin.artifacts.pairs import CheckpointPair
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
@@ -32,7 +32,16 @@ from quant_fairness_plugin.documents import parse_json, read_text
 from quant_fairness_plugin.errors import ArtifactError
 
 A = TypeVar(
-    "A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage, AnalysisAnswer
+    "A",
+    Measurement,
+    CheckpointPair,
+    SweepReport,
+    UnitScores,
+    ProtectionPlan,
+    ExportRecord,
+    Evidence,
+    ExpertCoverage,
+    AnalysisAnswer,
 )
 
 
@@ -40,9 +49,14 @@ MOST_ARTIFACT_BYTES = 256_000_000
 """A sweep of a hundred plans on ten languages takes a tenth of it."""
 
 
-@cache
+_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+
+
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+    """Return what reads and writes a kind; to make it takes as long as to read a small artifact."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 def to_json(artifact: A) -> str:
