@@ -33,16 +33,14 @@ import torch
 from gptq_parity import (
     METHODS,
     ROOT,
-    TOLERATED_RATIO,
     RefusedError,
     Series,
     append,
     calibration_draw,
     context,
-    holds,
     ratio,
     series_of_draw,
-    summary_ratio,
+    summary_row,
     unpack,
 )
 from safetensors.torch import load_file
@@ -219,17 +217,7 @@ def main(argv: Sequence[str]) -> int:
             append(arguments.out, row | shared)
             collected.append(log_ratios)
             log.info("draw %d: %s %s", draw, row["ratio"], row["kl_bits_per_byte"])
-    found = summary_ratio(np.stack(collected), arguments.seed)
-    summary = {
-        "benchmark": "awq_parity",
-        "draw": "summary",
-        "draws": arguments.draws,
-        "ratio": found,
-        "ratio_of_each_draw": [round(float(np.exp(series[0])), 5) for series in collected],
-        "tolerated_ratio": TOLERATED_RATIO,
-        "parity": holds(found),
-        "note": "geometric mean over draws of the ratio of mean KL per byte; draws and sentences resampled",
-    }
+    summary = summary_row("awq_parity", collected, arguments.seed)
     append(arguments.out, summary | shared)
     print(json.dumps(summary, indent=1))
     return 0 if summary["parity"] else 1

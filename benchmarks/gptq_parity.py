@@ -226,6 +226,22 @@ def holds(found: Mapping[str, float]) -> bool:
     return found["estimate"] <= TOLERATED_RATIO or found["low"] <= 1.0 <= found["high"]
 
 
+def summary_row(benchmark: str, draws: Sequence[Series], seed: int, **said: str) -> dict[str, Any]:
+    """Return the last row: the ratio over all draws, and whether parity holds."""
+    found = summary_ratio(np.stack(draws), seed)
+    return {
+        "benchmark": benchmark,
+        **said,
+        "draw": "summary",
+        "draws": len(draws),
+        "ratio": found,
+        "ratio_of_each_draw": [round(float(np.exp(series[0])), 5) for series in draws],
+        "tolerated_ratio": TOLERATED_RATIO,
+        "parity": holds(found),
+        "note": "geometric mean over draws of the ratio of mean KL per byte; draws and sentences resampled",
+    }
+
+
 def run_draw(
     arguments: argparse.Namespace, loaded: LoadedModel, texts: TextSet, draw: int, folder: Path
 ) -> tuple[dict[str, Any], Series]:
@@ -327,18 +343,7 @@ def main(argv: Sequence[str]) -> int:
             append(arguments.out, row | shared)
             collected.append(log_ratios)
             log.info("draw %d: %s %s", draw, row["ratio"], row["kl_bits_per_byte"])
-    found = summary_ratio(np.stack(collected), arguments.seed)
-    summary = {
-        "benchmark": "gptq_parity",
-        "order": arguments.order,
-        "draw": "summary",
-        "draws": arguments.draws,
-        "ratio": found,
-        "ratio_of_each_draw": [round(float(np.exp(series[0])), 5) for series in collected],
-        "tolerated_ratio": TOLERATED_RATIO,
-        "parity": holds(found),
-        "note": "geometric mean over draws of the ratio of mean KL per byte; draws and sentences resampled",
-    }
+    summary = summary_row("gptq_parity", collected, arguments.seed, order=arguments.order)
     append(arguments.out, summary | shared)
     print(json.dumps(summary, indent=1))
     return 0 if summary["parity"] else 1

@@ -117,7 +117,10 @@ def _compute(model: PreTrainedModel, names: list[str], fill: int) -> Iterator[tu
         _set_buffer(model, name, torch.full_like(model.get_buffer(name), fill, device="cpu"))
     for module in model.modules():
         module.__dict__.pop("_is_hf_initialized", None)
-    model.initialize_weights()  # type: ignore[no-untyped-call] # parameters are on the meta device: nothing happens
+    # Transformers' own mark of what a file holds: else it draws numbers for every parameter, slowly and for nothing.
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()  # type: ignore[no-untyped-call]
     return ((name, model.get_buffer(name)) for name in names)
 
 

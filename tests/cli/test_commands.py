@@ -15,11 +15,15 @@ from tests.planted import planted_report, planted_sets
 from tests.planted_model import LAYERS, PLANTED_LAYER
 
 
+def sweep_of(model: Path, texts: str) -> list[str]:
+    return ["sweep", "--model", str(model), "--texts", texts, "--group-size", "32"]
+
+
 def test_a_sweep_is_one_document_and_recommend_reads_it_without_a_model(
     planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, out = typer.main.get_command(app), tmp_path / "sweep.json"
-    arguments = ["sweep", "--model", str(planted_model), "--texts", planted_file, "--group-size", "32"]
+    arguments = sweep_of(planted_model, planted_file)
     assert run_guarded(command, [*arguments, "--top", "1", "--json", "-o", str(out)], "quant-fairness") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads(out.read_text(encoding="utf-8"))
@@ -41,17 +45,7 @@ def test_pairs_of_units_are_swept_and_recommended(
     planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, out, plan = typer.main.get_command(app), tmp_path / "sweep.json", tmp_path / "plan.json"
-    arguments = [
-        "sweep",
-        "--model",
-        str(planted_model),
-        "--texts",
-        planted_file,
-        "--group-size",
-        "32",
-        "-o",
-        str(out),
-    ]
+    arguments = [*sweep_of(planted_model, planted_file), "-o", str(out)]
     options = ["--granularity", "unit", "--combine", "2", "--max-plans", "6", "--top", "5"]
     assert run_guarded(command, [*arguments, *options, "--json"], "quant-fairness") == 0
     printed = capsys.readouterr()
@@ -77,17 +71,7 @@ def test_pairs_of_units_are_swept_and_recommended(
 def test_a_sweep_in_words_says_how_many_pairs_there_were(
     planted_model: Path, planted_file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "sweep",
-        "--model",
-        str(planted_model),
-        "--texts",
-        planted_file,
-        "--group-size",
-        "32",
-        "--combine",
-        "2",
-    ]
+    arguments = [*sweep_of(planted_model, planted_file), "--combine", "2"]
     assert run_guarded(typer.main.get_command(app), arguments, "quant-fairness") == 0
     printed = capsys.readouterr().out
     assert "single: 4 of 4 evaluated\n" in printed
@@ -100,17 +84,7 @@ def test_a_search_of_several_precisions_ends_in_a_plan_with_both(
     planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, out, plan = typer.main.get_command(app), tmp_path / "sweep.json", tmp_path / "plan.json"
-    arguments = [
-        "sweep",
-        "--model",
-        str(planted_model),
-        "--texts",
-        planted_file,
-        "--group-size",
-        "32",
-        "-o",
-        str(out),
-    ]
+    arguments = [*sweep_of(planted_model, planted_file), "-o", str(out)]
     options = ["--precisions", "fp16,int8", "--search", "beam", "--size", "2", "--width", "2", "--top", "1"]
     assert run_guarded(command, [*arguments, *options], "quant-fairness") == 0
     printed = capsys.readouterr().out

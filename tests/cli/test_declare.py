@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +23,7 @@ from quant_fairness_plugin.cli.field import declared_fields
 from quant_fairness_plugin.cli.main import COMMANDS, app
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import PANELS, Option
+from tests.cli.fresh import Commands, command_processes
 
 GROUP = typer.main.get_command(app)
 ALONE = {"gptq-quantize": gptq_quantize, "awq-quantize": awq_quantize}
@@ -154,6 +155,12 @@ def test_no_help_imports_torch(module: str) -> None:
     assert out.splitlines()[-1] == "False"
 
 
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with command_processes() as started:
+        yield started
+
+
 COMPLETIONS = [
     ("quant-fairness me", {"measure"}),
     ("quant-fairness run --method ", {"rtn", "gptq", "awq"}),
@@ -171,24 +178,18 @@ COMPLETIONS = [
 
 
 @pytest.mark.parametrize(("line", "offered"), COMPLETIONS, ids=[line for line, _ in COMPLETIONS])
-def test_the_shell_completes(line: str, offered: set[str], tmp_path: Path) -> None:
+def test_the_shell_completes(commands: Commands, line: str, offered: set[str], tmp_path: Path) -> None:
     words = line.split(" ")
-    modules = {"quant-fairness": "main", **{name: module.__name__.rpartition(".")[2] for name, module in ALONE.items()}}
-    code = (
-        f"import sys; sys.argv = [{words[0]!r}]; from quant_fairness_plugin.cli.{modules[words[0]]} import main\n"
-        "try:\n    main()\nfinally:\n    print('torch' in sys.modules, file=sys.stderr)"
-    )
     environment = {
         f"_{words[0].replace('-', '_').upper()}_COMPLETE": "complete_bash",
         "COMP_WORDS": line,
         "COMP_CWORD": str(len(words) - 1),
     }
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=os.environ | environment
-    )
+    done = commands.run(words[0], cwd=tmp_path, environment=environment)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == offered
-    assert done.stderr.split() == ["False"]
+    assert done.stderr == ""
+    assert not done.imported_torch
 
 
 @pytest.mark.parametrize("program", [app, gptq_quantize.app, awq_quantize.app])

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from quant_fairness_plugin.artifacts import save
+from tests.cli.fresh import Commands, command_processes
 from tests.planted import planted_report
 
-ENTRY = {
-    "quant-fairness": "quant_fairness_plugin.cli.main",
-    "gptq-quantize": "quant_fairness_plugin.cli.gptq_quantize",
-}
 
-
-def run(command: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run an entry point in a process that reports on stderr's last line whether torch was imported."""
-    code = (
-        f"import sys; sys.argv[0] = {command!r}; from {ENTRY[command]} import main\n"
-        "try:\n    main()\nfinally:\n    sys.stderr.write('torch ' + str('torch' in sys.modules) + '\\n')\n"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
+@pytest.fixture(scope="module")
+def commands() -> Iterator[Commands]:
+    with command_processes() as started:
+        yield started
 
 
 @pytest.fixture
@@ -56,16 +45,16 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "status", "message"), BAD, ids=[" ".join(b[0]) for b in BAD])
 def test_a_bad_argument_is_one_line(
-    model: str, tmp_path: Path, arguments: list[str], status: int, message: str
+    commands: Commands, model: str, tmp_path: Path, arguments: list[str], status: int, message: str
 ) -> None:
-    done = run("gptq-quantize", model, *arguments, cwd=tmp_path)
-    *lines, torch = done.stderr.strip().splitlines()
+    done = commands.run("gptq-quantize", model, *arguments, cwd=tmp_path)
+    lines = done.stderr.splitlines()
     assert done.returncode == status, done.stderr
     assert done.stdout == ""
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
-    assert torch == "torch False"
+    assert not done.imported_torch
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,15 +87,17 @@ def spoil(source: Path, folder: Path, how: str) -> Path:
         ("truncated", 5, "model.safetensors"),
     ],
 )
-def test_a_bad_model_folder_is_one_line(model: str, tmp_path: Path, how: str, status: int, message: str) -> None:
+def test_a_bad_model_folder_is_one_line(
+    commands: Commands, model: str, tmp_path: Path, how: str, status: int, message: str
+) -> None:
     folder = spoil(Path(model), tmp_path / "model", how)
-    done = run("gptq-quantize", str(folder), "-o", str(tmp_path / "out"), cwd=tmp_path)
-    *lines, torch = done.stderr.strip().splitlines()
+    done = commands.run("gptq-quantize", str(folder), "-o", str(tmp_path / "out"), cwd=tmp_path)
+    lines = done.stderr.splitlines()
     assert done.returncode == status, done.stderr
     assert done.stdout == ""
     assert len(lines) == 1, done.stderr
     assert message in lines[0]
-    assert torch == "torch False"
+    assert not done.imported_torch
     assert not (tmp_path / "out").exists()
 
 
@@ -126,23 +117,23 @@ def test_a_bad_model_folder_is_one_line(model: str, tmp_path: Path, how: str, st
         (["quantise"], "No such command"),
     ],
 )
-def test_bad_commands_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    done = run("quant-fairness", *arguments, cwd=tmp_path)
-    *lines, torch = done.stderr.strip().splitlines()
+def test_bad_commands_are_one_line(commands: Commands, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = commands.run("quant-fairness", *arguments, cwd=tmp_path)
+    lines = done.stderr.splitlines()
     assert done.returncode in (2, 5), done.stderr
     assert done.stdout == ""
     assert len(lines) == 1, done.stderr
     assert message in lines[0]
-    assert torch == "torch False"
+    assert not done.imported_torch
 
 
-def test_a_set_of_all_layers_is_one_line(model: str, tmp_path: Path) -> None:
-    done = run("quant-fairness", "sweep", "--model", model, "--combine", "3", "--top", "1", cwd=tmp_path)
+def test_a_set_of_all_layers_is_one_line(commands: Commands, model: str, tmp_path: Path) -> None:
+    done = commands.run("quant-fairness", "sweep", "--model", model, "--combine", "3", "--top", "1", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    message, torch = done.stderr.strip().splitlines()
+    [message] = done.stderr.splitlines()
     assert "combine 3 would single out all 3 units" in message
-    assert torch == "torch False"
+    assert not done.imported_torch
 
 
 @pytest.mark.parametrize(
@@ -160,28 +151,29 @@ def test_a_set_of_all_layers_is_one_line(model: str, tmp_path: Path) -> None:
     ],
 )
 def test_another_budget_is_solved_without_torch(
-    tmp_path: Path, groups: tuple[str, ...], budget: str, printed: str, said: list[str]
+    commands: Commands, tmp_path: Path, groups: tuple[str, ...], budget: str, printed: str, said: list[str]
 ) -> None:
     report = planted_report([0.1, 0.4, 2.5, 0.2, 1.6, 0.3, 0.9, 0.05], noise=0.001, groups=groups)
     save(report, tmp_path / "sweep.json")
-    done = run("quant-fairness", "recommend", "sweep.json", "--max-overhead", budget, cwd=tmp_path)
-    *lines, torch = done.stderr.strip().splitlines()
+    done = commands.run("quant-fairness", "recommend", "sweep.json", "--max-overhead", budget, cwd=tmp_path)
+    lines = done.stderr.splitlines()
     assert done.returncode == 0, done.stderr
     assert done.stdout == printed
     assert len(lines) == len(said)
     assert all(line.startswith(start) for line, start in zip(lines, said, strict=True))
-    assert torch == "torch False"
+    assert not done.imported_torch
 
 
 @pytest.mark.parametrize("arguments", [["--help"], *[[c, "--help"] for c in ("run", "sweep", "recommend", "verify")]])
-def test_help_does_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
-    done = run("quant-fairness", *arguments, cwd=tmp_path)
+def test_help_does_not_import_torch(commands: Commands, tmp_path: Path, arguments: list[str]) -> None:
+    done = commands.run("quant-fairness", *arguments, cwd=tmp_path)
     assert done.returncode == 0
     assert "Usage" in done.stdout
-    assert done.stderr.strip().splitlines() == ["torch False"]
+    assert done.stderr == ""
+    assert not done.imported_torch
 
 
-def test_an_import_of_torch_would_be_seen(tmp_path: Path) -> None:
-    code = "import sys, torch; sys.stderr.write('torch ' + str('torch' in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
-    assert done.stderr == "torch True"
+def test_an_import_of_torch_would_be_seen(commands: Commands, tmp_path: Path) -> None:
+    done = commands.run("quant-fairness", "verify", ".", cwd=tmp_path)
+    assert done.returncode == 5
+    assert done.imported_torch

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
+from transformers.initialization import TORCH_INIT_FUNCTIONS
 
 from quant_fairness_plugin.errors import (
     ArtifactError,
@@ -178,6 +179,11 @@ def test_a_fetched_block_is_not_read_again(folder: Path, monkeypatch: pytest.Mon
     with ours.resident(1, fetched):
         assert torch.equal(ours.model.get_parameter(UP), load_file(folder / "model.safetensors")[UP].float())
     assert fetched == {}
+
+
+def test_nothing_is_drawn_for_parameters_that_files_hold(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TORCH_INIT_FUNCTIONS, "normal_", lambda *_, **__: pytest.fail("numbers were drawn"))
+    assert_same_values(open_streamed(str(folder)), load_model(str(folder)))
 
 
 def test_an_embedding_is_read_by_the_rows_that_a_text_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

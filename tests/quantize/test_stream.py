@@ -13,7 +13,7 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLaye
 from quant_fairness_plugin.model.exchange import stored_form, swapped
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize import solving, stream
+from quant_fairness_plugin.quantize import solve_blocks, solving
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import solve_gptq
 from quant_fairness_plugin.quantize.grid import quantize_rtn
@@ -208,7 +208,7 @@ def test_raised_damping_is_reported(
 
     loaded = load()
     monkeypatch.setattr(loaded.family.__class__, "units_of", lambda family, layer: family.units[:1])
-    monkeypatch.setattr(stream, "fair_moments", indefinite)
+    monkeypatch.setattr(solve_blocks, "fair_moments", indefinite)
     quantized = quantize_layers(loaded, [1], method="gptq", grid=GRID, calibration=rows)
     assert quantized.damping["model.layers.0.self_attn.q_proj"] == pytest.approx(5.0)
     assert "model.layers.0.self_attn.q_proj: damping raised from 0.05 to 5" in caplog.text
