@@ -37,8 +37,8 @@ def write_folder(root: Path) -> None:
 
 
 def write_folder_in_place(root: Path) -> None:
-    shutil.rmtree(root / "out")
-    (root / "out").mkdir()
+    shutil.rmtree(root / "out", ignore_errors=True)
+    (root / "out").mkdir(exist_ok=True)
     (root / "out" / MARKER).write_bytes(NEW)
 
 
