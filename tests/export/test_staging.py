@@ -117,26 +117,25 @@ def test_after_a_kill_at_any_step_the_next_run_puts_everything_right(tmp_path: P
 def test_a_killed_swap_gives_the_old_folder_its_name_back(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "old")
-    out.rename(tmp_path / "out.old-1234")
+    out.rename(tmp_path / "out.old-0123abcd")
     with pytest.raises(ConfigError, match="exists already"):
         write(out, "new")
     assert content_of(out) == "old"
 
 
 def test_leftovers_of_other_outputs_are_not_touched(tmp_path: Path) -> None:
-    for name in ("out2.partial-1", "xout.partial-1", "out.partial", "out-partial-1"):
+    others = ("out2.partial-1-0123abcd", "xout.partial-1-0123abcd", "out.partial", "out.partial-mine", "out.old-mine")
+    for name in others:
         (tmp_path / name).mkdir()
     write(tmp_path / "out", "new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "out", "out-partial-1", "out.partial", "out2.partial-1", "xout.partial-1",
-    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}
 
 
 def test_a_name_that_looks_like_a_pattern_is_taken_literally(tmp_path: Path) -> None:
-    (tmp_path / "out1.partial-1").mkdir()
-    (tmp_path / "out[1].partial-1").mkdir()
+    (tmp_path / "out1.partial-1-0123abcd").mkdir()
+    (tmp_path / "out[1].partial-1-0123abcd").mkdir()
     write(tmp_path / "out[1]", "new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out1.partial-1", "out[1]"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out1.partial-1-0123abcd", "out[1]"]
 
 
 def test_an_existing_output_is_refused_without_overwrite(tmp_path: Path) -> None:

@@ -1,0 +1,161 @@
+"""Commands in processes of their own under real limits: disk, memory, permissions, signals at any time, each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from quant_fairness_plugin.export.staging import staged_folder
+from tests.planted_model import planted_texts, write_planted_model
+
+pytestmark = pytest.mark.limits
+ROOT = Path(__file__).parents[2]
+ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
+NOBODY = 65534
+TEXTS = ("--texts", "t.json", "--group-size", "32")
+QUANTIZE = ("quantize", "model", *TEXTS, "--protect-layers", "2")
+SWEEP = ("sweep", "--model", "model", *TEXTS)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("start")
+    write_planted_model(folder / "model")
+    few = {language: list(rows[:12]) for language, rows in planted_texts().sentences.items()}
+    (folder / "t.json").write_text(json.dumps(few, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def place(start: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(start, tmp_path / "place"))
+
+
+def begin(place: Path, *command: str, before: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
+    return subprocess.Popen(
+        [sys.executable, "-c", ENTRY, *command], cwd=place, env=environment, text=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, preexec_fn=before,
+    )  # fmt: skip
+
+
+def run(place: Path, *command: str, before: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Return the exit status, and the one line of the error."""
+    process = begin(place, *command, before=before)
+    _, said = process.communicate()
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in said, said
+    assert len(errors) == (process.returncode != 0), said
+    return process.returncode, errors[0] if errors else ""
+
+
+def names(place: Path) -> set[str]:
+    return {path.name for path in place.iterdir()}
+
+
+def limit(kind: int, size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(kind, (size, size))
+
+
+def test_files_that_may_not_grow(place: Path) -> None:
+    status, line = run(place, *QUANTIZE, "-o", "out", before=limit(resource.RLIMIT_FSIZE, 20_000))
+    assert (status, "File too large" in line) == (4, True)
+    assert names(place) == {"model", "t.json"}
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("command", [QUANTIZE, SWEEP])
+def test_a_full_disk(place: Path, small_disk: Path, command: tuple[str, ...]) -> None:
+    (small_disk / "rest").write_bytes(bytes(50_000))
+    status, line = run(place, *command, "-o", str(small_disk / "out"))
+    assert status == 4, line
+    assert names(small_disk) == {"rest"}
+
+
+def test_a_folder_that_nobody_may_write(place: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    (place / "mine").mkdir(mode=0o755)
+    for path in (place, *place.parents):
+        if path.stat().st_uid == 0 and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o055)
+    status, line = run(place, *QUANTIZE, "-o", "mine/out", before=lambda: os.setuid(NOBODY))
+    assert (status, "Permission denied" in line) == (4, True)
+    assert names(place / "mine") == set()
+
+
+def test_two_processes_on_one_output(place: Path) -> None:
+    with staged_folder(place / "out") as folder:
+        status, line = run(place, *QUANTIZE, "-o", "out")
+        assert (status, f"is being written by another process ({os.getpid()})" in line) == (2, True)
+        (folder / "ours").touch()
+    assert names(place / "out") == {"ours"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("command", "step", "kept"),
+    [((*QUANTIZE, "-o", "out"), "quantize", "layers"), ((*SWEEP, "-o", "s.json"), "sweep", "trials")],
+)
+def test_a_signal_in_the_middle(
+    place: Path, command: tuple[str, ...], step: str, kept: str, number: signal.Signals
+) -> None:
+    process = begin(place, *command, "--work", "work")
+    assert process.stderr is not None
+    said = next(line for line in process.stderr if line.startswith(step))
+    process.send_signal(number)
+    said += process.stderr.read()
+    assert process.wait() == 128 + number, said
+    last = said.splitlines()[-1]
+    assert last.startswith("error: interrupted" if number == signal.SIGINT else f"error: stopped by {number.name}")
+    assert last.endswith(f"finished {kept} are in work: give the same command again to go on")
+    assert names(place) == {"model", "t.json", "work"}
+    assert run(place, *command, "--work", "work")[0] == 0
+
+
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0, 5.0])
+def test_a_signal_at_any_time(place: Path, seconds: float) -> None:
+    process = begin(place, "run", "--model", "model", *TEXTS, "-o", "out")
+    time.sleep(seconds)  # while libraries are loaded, mostly, which some of them do not like
+    process.terminate()
+    assert process.stderr is not None
+    said = process.stderr.read()
+    assert process.wait() in (143, -signal.SIGTERM), said  # before Python has read our first file, it is the system's
+    assert "Traceback" not in said
+    assert names(place) - {"model", "t.json"} == set()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "--model", "model", *TEXTS, "-o", "out"),
+        (*QUANTIZE, "-o", "out"),
+        ("measure", "--model", "model", *TEXTS[:2]),
+    ],
+)
+def test_less_address_space_than_libraries_take(place: Path, command: tuple[str, ...]) -> None:
+    status, line = run(place, *command, before=limit(resource.RLIMIT_AS, 700 << 20))
+    assert (status, "--memory-budget" in line) == (4, True), line
+    assert names(place) == {"model", "t.json"}
