@@ -11,7 +11,7 @@ MOST = 64_000
 """Bytes of a mutated file."""
 _VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**400, 0.5, -0.5, 1e308, 5e-324, float("nan"), float("inf"),
-    "", "0", "layers.0", "layers.99.down", "fp16", "int4", "..", "../x", "/etc/passwd", "a" * 999, "\ud800", 
+    "", "0", "layers.0", "layers.99.down", "fp16", "int4", "..", "../x", "/etc/passwd", "a" * 999, "\ud800",
     "\x00\x1b[2J", "http://x/y", "\u202e", [], {}, [[]], [None], {"": None}, [0] * 50,
 )  # fmt: skip
 _FRAGMENTS = (
