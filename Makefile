@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage clean
+.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser test-versions fuzz coverage clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -15,6 +15,8 @@ help:
 	@echo "make test-readers  load our checkpoints in the real readers (vLLM, gptqmodel), each in its own environment"
 	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
 	@echo "make test-browser  open the HTML report in a real Chromium"
+	@echo "make test-versions the oldest and the newest supported Transformers, each in its own environment"
+	@echo "make fuzz          SECONDS=60 of guided fuzzing over every parser of files; adds a row to the results"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make clean         remove environments and outputs"
 
@@ -86,9 +88,32 @@ test-browser: setup
 	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
 	$(BIN)/python -m pytest tests/report -m browser
 
+# What pyproject.toml promises of Transformers: its floor, and the newest that was tried. torch is the one of setup, as
+# others are not at hand for a CPU everywhere; name it to try another: make test-versions TORCH=torch==2.10.0
+TRANSFORMERS ?= 5.15.0 5.23.0
+.venv-transformers-%/.installed: pyproject.toml
+	test -x .venv-transformers-$*/bin/python || $(PYTHON) -m venv .venv-transformers-$*
+	.venv-transformers-$*/bin/python $(PIP) $(TORCH)
+	.venv-transformers-$*/bin/python $(PIP) $(TORCH) transformers==$* --editable ".[dev]"
+	touch $@
+
+test-versions: $(TRANSFORMERS:%=.venv-transformers-%/.installed)
+	for version in $(TRANSFORMERS); do \
+		.venv-transformers-$$version/bin/python -m pytest tests/model tests/quantize tests/export tests/sweep || exit; \
+	done
+
+# atheris lies in a folder of its own, so that it cannot change the environment. SECONDS are divided among the targets.
+.venv-fuzz/.installed: $(STAMP)
+	$(BIN)/python $(PIP) --target .venv-fuzz --no-deps atheris==3.0.0
+	touch $@
+
+SECONDS ?= 60
+fuzz: .venv-fuzz/.installed
+	$(BIN)/python benchmarks/fuzz.py --seconds $(SECONDS) --atheris .venv-fuzz
+
 # Every architecture that the installed Transformers has, in small: some minutes.
 coverage: setup
 	$(BIN)/python benchmarks/architectures.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gptqmodel out build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-fuzz .venv-transformers-* out build dist *.egg-info

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -34,8 +34,12 @@ MOST_ARTIFACT_BYTES = 256_000_000
 """A sweep of a hundred plans on ten languages takes a tenth of it."""
 
 
+def _adapter(kind: type[A]) -> TypeAdapter[A]:
+    return _cached_adapter(cast(Any, kind))
+
+
 @cache
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+def _cached_adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -57,7 +61,7 @@ def from_json(kind: type[A], text: str, source: str) -> A:
             contradict each other.
     """
     try:
-        artifact: A = _adapter(kind).validate_python(parse_json(text))
+        artifact = _adapter(kind).validate_python(parse_json(text))
         check(artifact)
     except ValidationError as err:
         first = err.errors(include_url=False)[0]
