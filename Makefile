@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser test-versions fuzz coverage clean
+.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser test-versions fuzz dist coverage clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-browser  open the HTML report in a real Chromium"
 	@echo "make test-versions the oldest and the newest supported Transformers, each in its own environment"
 	@echo "make fuzz          SECONDS=60 of guided fuzzing over every parser of files; adds a row to the results"
+	@echo "make dist          the wheel, its source, and an SBOM of what it depends on"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make clean         remove environments and outputs"
 
@@ -102,6 +103,14 @@ test-versions: $(TRANSFORMERS:%=.venv-transformers-%/.installed)
 		.venv-transformers-$$version/bin/python -m pytest tests/model tests/quantize tests/export tests/sweep || exit; \
 	done
 
+# The wheel, its source, and what it depends on (CycloneDX), as installed by setup: from the versions in constraints.txt.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	test -x .venv-sbom/bin/cyclonedx-py || $(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python $(PIP) cyclonedx-bom==7.1.0
+	.venv-sbom/bin/cyclonedx-py environment --output-format JSON --output-file dist/sbom.cdx.json $(BIN)/python
+
 # atheris lies in a folder of its own, so that it cannot change the environment. SECONDS are divided among the targets.
 .venv-fuzz/.installed: $(STAMP)
 	$(BIN)/python $(PIP) --target .venv-fuzz --no-deps atheris==3.0.0
@@ -116,4 +125,4 @@ coverage: setup
 	$(BIN)/python benchmarks/architectures.py
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-fuzz .venv-transformers-* out build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-fuzz .venv-sbom .venv-transformers-* out build dist *.egg-info
