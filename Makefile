@@ -108,7 +108,7 @@ dist: setup
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	test -x .venv-sbom/bin/cyclonedx-py || $(PYTHON) -m venv .venv-sbom
-	.venv-sbom/bin/python $(PIP) cyclonedx-bom==7.1.0
+	.venv-sbom/bin/python $(PIP) cyclonedx-bom==7.5.0
 	.venv-sbom/bin/cyclonedx-py environment --output-format JSON --output-file dist/sbom.cdx.json $(BIN)/python
 
 # atheris lies in a folder of its own, so that it cannot change the environment. SECONDS are divided among the targets.
