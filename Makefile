@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo real test lint types tests test-faults test-limits test-readers test-kernels test-browser
-.PHONY: coverage tables peers docs test-docs test-notebooks clean
+.PHONY: test-versions fuzz dist coverage tables peers docs test-docs test-notebooks clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -21,6 +21,9 @@ help:
 	@echo "make docs          the documentation as a site, docs/_build/index.html; a broken link fails"
 	@echo "make test-docs     run every shell and Python block of the README and the job pages"
 	@echo "make test-notebooks  run the notebooks from end to end"
+	@echo "make test-versions the oldest and the newest supported Transformers, each in its own environment"
+	@echo "make fuzz          SECONDS=60 of guided fuzzing over every parser of files; adds a row to the results"
+	@echo "make dist          the wheel, its source, and an SBOM of what it depends on"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make tables        every table of the documentation again from its stored rows, and how old these are"
 	@echo "make peers         an environment for each tool that benchmarks/peers_table.py compares us with"
@@ -102,6 +105,37 @@ test-browser: setup
 	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
 	$(BIN)/python -m pytest tests/report -m browser
 
+# What pyproject.toml promises of Transformers: its floor, and the newest that was tried. torch is the one of setup, as
+# others are not at hand for a CPU everywhere; name it to try another: make test-versions TORCH=torch==2.10.0
+TRANSFORMERS ?= 5.15.0 5.23.0
+.venv-transformers-%/.installed: pyproject.toml
+	test -x .venv-transformers-$*/bin/python || $(PYTHON) -m venv .venv-transformers-$*
+	.venv-transformers-$*/bin/python $(PIP) $(TORCH)
+	.venv-transformers-$*/bin/python $(PIP) $(TORCH) transformers==$* --editable ".[dev]"
+	touch $@
+
+test-versions: $(TRANSFORMERS:%=.venv-transformers-%/.installed)
+	for version in $(TRANSFORMERS); do \
+		.venv-transformers-$$version/bin/python -m pytest tests/model tests/quantize tests/export tests/sweep || exit; \
+	done
+
+# The wheel, its source, and what it depends on (CycloneDX), as installed by setup: from the versions in constraints.txt.
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	test -x .venv-sbom/bin/cyclonedx-py || $(PYTHON) -m venv .venv-sbom
+	.venv-sbom/bin/python $(PIP) cyclonedx-bom==7.5.0
+	.venv-sbom/bin/cyclonedx-py environment --output-format JSON --output-file dist/sbom.cdx.json $(BIN)/python
+
+# atheris lies in a folder of its own, so that it cannot change the environment. SECONDS are divided among the targets.
+.venv-fuzz/.installed: $(STAMP)
+	$(BIN)/python $(PIP) --target .venv-fuzz --no-deps atheris==3.0.0
+	touch $@
+
+SECONDS ?= 60
+fuzz: .venv-fuzz/.installed
+	$(BIN)/python benchmarks/fuzz.py --seconds $(SECONDS) --atheris .venv-fuzz
+
 # Every architecture that the installed Transformers has, in small: some minutes.
 coverage: setup
 	$(BIN)/python benchmarks/architectures.py
@@ -154,4 +188,5 @@ test-notebooks: .venv-docs/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(DOCS) -m pytest tests/docs -m notebooks --numprocesses 2
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs docs/_build out build dist *.egg-info
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs .venv-fuzz .venv-sbom .venv-transformers-*
+	rm -rf docs/_build out build dist *.egg-info

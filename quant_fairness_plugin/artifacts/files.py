@@ -11,9 +11,10 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -49,14 +50,13 @@ MOST_ARTIFACT_BYTES = 256_000_000
 """A sweep of a hundred plans on ten languages takes a tenth of it."""
 
 
-_ADAPTERS: dict[type[Any], TypeAdapter[Any]] = {}
+def _adapter(kind: type[A]) -> TypeAdapter[A]:
+    return _cached_adapter(cast(Any, kind))
 
 
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    """Return what reads and writes a kind; to make it takes as long as to read a small artifact."""
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]
+@cache
+def _cached_adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def to_json(artifact: A) -> str:
@@ -77,7 +77,7 @@ def from_json(kind: type[A], text: str, source: str) -> A:
             contradict each other.
     """
     try:
-        artifact: A = _adapter(kind).validate_python(parse_json(text))
+        artifact = _adapter(kind).validate_python(parse_json(text))
         check(artifact)
     except ValidationError as err:
         first = err.errors(include_url=False)[0]

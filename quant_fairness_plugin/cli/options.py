@@ -13,6 +13,7 @@ from quant_fairness_plugin.cli.stopping import NOTHING_LEFT
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.hub import go_offline
 from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.preflight import ModelSource
 
@@ -120,13 +121,16 @@ class Access:
     allow_pickle: Annotated[bool, Option("Read .bin weights, which can run code, if there are no others.", "More")] = (
         False
     )
+    offline: Annotated[bool, Option("Open no connection: use what is on disk.", "More")] = False
 
     def source(self, model: str | None) -> ModelSource:
-        """Return where the model comes from.
+        """Return where the model comes from, and go offline where that is wanted: this comes before any reading.
 
         Raises:
             ConfigError: no model was given.
         """
+        if self.offline:
+            go_offline()
         return ModelSource(require_model(model), self.revision, self.trust_remote_code, self.allow_pickle)
 
 

@@ -55,7 +55,7 @@ def read_source_card(files: ModelFiles, companions: Companions) -> SourceCard:
 
 
 def front_matter(path: Path) -> dict[str, Any]:
-    """Return the YAML at the head of a card; nothing where there is none. A malformed one is logged."""
+    """Return the YAML at the head of a card; nothing where there is none, or a malformed one, which is logged."""
     try:
         text = read_text(path)
         match = re.match(r"---[ \t]*\r?\n(.*?\r?\n)---[ \t]*(\r?\n|$)", text, re.DOTALL)

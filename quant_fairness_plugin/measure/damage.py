@@ -81,8 +81,9 @@ def measure_damage(
 ) -> tuple[LanguageDamage, ...]:
     """Return what `state` costs each language against `baseline`, with intervals and a status.
 
-    Every language of the text set is reported. `unsupported` (the 16-bit model or its tokenizer does not know it) and
-    `collapsed` (the quantized model is no better than chance) mean that its figures must not be summarised or ranked.
+    Every language of the text set is reported. `unsupported` (the 16-bit model does not know it, or its tokenizer
+    cannot spell it) and `collapsed` (the quantized model is no better than chance) mean that its figures must not be
+    summarised or ranked.
 
     Args:
         baseline: scores of the 16-bit model.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from pathlib import Path
 
 from quant_fairness_plugin.errors import ConfigError, ExternalServiceError
@@ -11,6 +13,15 @@ from quant_fairness_plugin.errors import ConfigError, ExternalServiceError
 log = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def go_offline() -> None:
+    """Keep every library of Hugging Face from the network, for the rest of the process."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        os.environ[name] = "1"
+    constants = sys.modules.get("huggingface_hub.constants")
+    if constants is not None:  # it has read the environment already
+        vars(constants)["HF_HUB_OFFLINE"] = True
 
 
 def is_repository_id(name: str) -> bool:

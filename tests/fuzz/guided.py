@@ -1,7 +1,7 @@
 """Fuzz one target for a while, guided by coverage: `python -m tests.fuzz.guided TARGET SECONDS FOLDER`. Needs atheris.
 
-What reached new code is added to FOLDER, what went wrong lies there as `crash-…`. The last line on stdout is the number
-of executions.
+What reached new code is added to FOLDER, what went wrong lies there as `crash-…`. libFuzzer ends with its statistics on
+stderr, the number of executions among them.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ def main() -> None:
     name, seconds, folder = sys.argv[1:]
     logging.disable(logging.CRITICAL)
     with opened(name) as target:
-        runs = 0
 
         def read(content: bytes) -> None:
-            nonlocal runs
-            runs += 1
             target(content)
 
-        options = [f"-max_total_time={seconds}", f"-max_len={MOST}", f"-artifact_prefix={folder}/", "-verbosity=0"]
+        options = [
+            f"-max_total_time={seconds}",
+            f"-max_len={MOST}",
+            f"-artifact_prefix={folder}/",
+            "-verbosity=0",
+            "-print_final_stats=1",
+        ]
         options += ["-rss_limit_mb=0", "-timeout=60"]  # the target measures both itself
         atheris.Setup([sys.argv[0], *options, folder, str(CORPUS / name)], read, custom_mutator=mutate)
         atheris.Fuzz()

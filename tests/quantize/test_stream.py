@@ -219,7 +219,7 @@ def test_inputs_that_are_not_finite_name_the_module(load: Load, rows: Calibratio
     with torch.no_grad():
         loaded.model.get_parameter("model.layers.1.input_layernorm.weight").fill_(math.nan)
     with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.self_attn\.q_proj: the inputs .* NaN"):
-        quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
+        quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows, strict=True)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])

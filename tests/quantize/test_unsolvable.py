@@ -108,9 +108,7 @@ def test_nothing_that_can_be_solved_is_an_error(load: Load, rows: CalibrationSet
     loaded = load("llama")
     with torch.no_grad():
         loaded.model.get_parameter("model.embed_tokens.weight").fill_(math.nan)
-    with pytest.raises(
-        UnsupportedModelError, match=r"^nothing could be quantized: model\.layers\.0\.self_attn\.q_proj"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"^nothing could be quantized: model\.layers\.0\.self_"):
         quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
 
 
