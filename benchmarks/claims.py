@@ -52,7 +52,7 @@ def measure(ids: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as work:
         layers = ",".join(map(str, gateway_layers(files.layers)))
         places = {"model": MODEL, "work": work, "gateways": layers}
-        reproduction = Reproduction(ledger, run_command, LegacyFigures(lambda: loaded), places)
+        reproduction = Reproduction(ledger, run_command, LegacyFigures(loaded), places)
         for claim in claims:
             sys.stderr.write(f"{claim.id}\n")
             store(row_of(claim, reproduction) | common)

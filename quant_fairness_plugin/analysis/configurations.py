@@ -157,7 +157,7 @@ def _row(
 def mean_disparity(series: Series, reference: str | None) -> Number:
     """Return the mean of the other languages' KL over the reference's; undefined without them."""
     others = [values for language, values in series.items() if language != reference]
-    if reference not in series or not others:
+    if reference is None or reference not in series or not others:
         return Undefined(f"the reference {reference} and another language are needed; supported: {', '.join(series)}")
     return ratio_interval(np.mean(others, axis=0), series[reference], what=f"the KL of {reference}")
 
@@ -188,7 +188,7 @@ def _use(row: Configuration, rows: Sequence[Configuration]) -> str:
 
 def _language(plan: NamedPlan, row: LanguageDamage, series: Series, reference: str | None) -> LanguageRow:
     relative: Number = Undefined(row.reason or f"the reference {reference} is not supported")
-    if row.language in series and reference in series:
+    if row.language in series and reference is not None and reference in series:
         relative = ratio_interval(series[row.language], series[reference], what=f"the KL of {reference}")
     itself = row.language == reference
     return LanguageRow(

@@ -42,6 +42,24 @@ def _row(rows: Any, wanted: str) -> Any:
     return found[0]
 
 
+def labelled(path: str, values: list[Any]) -> str:
+    """Return the values in one cell, each with the row and the key that it was found at; a common key stands first.
+
+    >>> labelled("rows[kept=first].kl; rows[kept=last].kl", [0.1, 0.2]), labelled("plan.units#", [3])
+    ('kl: first 0.1; last 0.2', 'units: 3')
+    """
+    paths = [one.strip() for one in path.split(";")]
+    if path == "text":
+        return written(values[0])
+    rows = [" ".join(re.findall(r"\[[^\]=]*=([^\]]*)\]", one)) for one in paths]
+    keys = [
+        re.sub(r"\[.*?\]", "", one).rpartition(".")[2].removesuffix("#").strip("_").replace("_", " ") for one in paths
+    ]
+    common = f"{keys[0]}: " if len(set(keys)) == 1 else ""
+    cells = zip(rows, keys, map(written, values), strict=True)
+    return common + "; ".join(" ".join(filter(None, (row, "" if common else key, cell))) for row, key, cell in cells)
+
+
 def written(value: Any) -> str:
     """Return a value as it stands in a cell: four digits, and an interval's ends in brackets.
 

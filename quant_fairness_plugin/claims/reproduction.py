@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from quant_fairness_plugin.artifacts import Undefined
-from quant_fairness_plugin.claims.figures import find, written
+from quant_fairness_plugin.claims.figures import find, labelled, written
 from quant_fairness_plugin.claims.ledger import Claim, Ledger
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 
@@ -43,6 +43,8 @@ class Finding:
     command: str
     exit_code: int | None
     """Of the command; None where there is none."""
+    path: str
+    """Where the answers were found."""
     reason: str
 
     @property
@@ -55,7 +57,7 @@ class Finding:
         """Our answer in a cell, or why there is none."""
         if self.rigorous is None:
             return f"{self.here}: {self.reason}"
-        return "; ".join(map(written, self.rigorous)) or "ran"
+        return labelled(self.path, self.rigorous) if self.rigorous else "ran"
 
 
 @dataclass(slots=True)
@@ -92,6 +94,7 @@ class Reproduction:
             rigorous=rigorous,
             command=line,
             exit_code=code,
+            path=claim.path,
             reason=reason,
         )
 
