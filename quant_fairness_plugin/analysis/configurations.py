@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import langcodes
 import numpy as np
 
 from quant_fairness_plugin.analysis.causes import Series, kl_series
@@ -32,6 +31,7 @@ from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.seeds.labels import fair_efficiency_score, label, legacy_label, throughput_over_disparity
 from quant_fairness_plugin.sweep.bank import RtnBank, check_bank_fits
 from quant_fairness_plugin.sweep.walk import score_plans
+from quant_fairness_plugin.texts.languages import script_name
 
 PART: Part = "search"
 
@@ -202,12 +202,3 @@ def _language(plan: NamedPlan, row: LanguageDamage, series: Series, reference: s
         legacy_label="Reference" if itself else legacy_label(relative),
         label="reference" if itself else label(relative),
     )
-
-
-def script_name(language: str) -> str:
-    """Return the English name of the script that a language is written in.
-
-    >>> script_name("he"), script_name("sr-Latn"), script_name("de")
-    ('Hebrew', 'Latin', 'Latin')
-    """
-    return langcodes.Language.get(language).maximize().script_name()
