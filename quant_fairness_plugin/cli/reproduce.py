@@ -131,12 +131,10 @@ def _print(
 
 def table(model: str, findings: Sequence[Finding]) -> Table:
     """Return the findings: the scripts' figure, theirs again by their rule, ours."""
-    result = Table(title=f"claims on {model}; damage is KL in bits per byte", show_lines=True)
-    result.add_column("id", no_wrap=True)
-    result.add_column("claim", ratio=3)
-    for name, ratio in (("seed", 2), ("legacy", 2), ("rigorous", 4)):
+    result = Table(title=f"claims on {model}; kl is in bits per byte", show_lines=True, expand=True)
+    for name, ratio in (("claim", 5), ("seed", 4), ("legacy", 3), ("rigorous", 7)):
         result.add_column(name, ratio=ratio)
     for row in findings:
         seed = f"{row.seed} ({row.origin})" if row.seed else row.origin
-        result.add_row(row.id, row.says, seed, row.legacy_text, row.rigorous_text)
+        result.add_row(f"{row.id} {row.says}", seed, row.legacy_text, row.rigorous_text)
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ class Fixed:
     """Stands for the figures of a model."""
 
     def figure(self, spec: str) -> float:
+        if spec.startswith("Q9"):
+            raise ConfigError("no such rule")
         return 2.0
 
 
@@ -73,14 +76,14 @@ def reproduction(answers: dict[str, str], calls: list[list[str]]) -> Reproductio
         return answers[arguments[0]]
 
     ledger = parse_ledger({"commands": commands, "claims": claims})
-    return Reproduction(ledger, run, Fixed(), {"model": "m", "work": "w"})
+    return Reproduction(ledger, run, Fixed(), {"model": "a m", "work": "w"})
 
 
 def test_a_command_runs_once_and_after_what_it_reads() -> None:
     calls: list[list[str]] = []
     made = reproduction({"sweep": "", "top": '{"n": 3}'}, calls)
     findings = [made.reproduce(claim) for claim in made.ledger.claims.values()]
-    assert calls == [["sweep", "m", "-o", "w/s"], ["top", "w/s"]]
+    assert calls == [["sweep", "a m", "-o", "w/s"], ["top", "w/s"]]
     assert [(row.rigorous_text, row.legacy_text, row.exit_code) for row in findings] == [
         ("n: 3", "", 0),
         ("n: 3", "2", 0),
@@ -93,7 +96,13 @@ def test_a_command_that_fails_is_a_finding_with_its_exit_code() -> None:
     for claim in made.ledger.claims.values():
         row = made.reproduce(claim)
         assert (row.here, row.exit_code, row.rigorous_text) == ("failed", 3, "failed: no such model")
-    assert calls == [["sweep", "m", "-o", "w/s"]]
+    assert calls == [["sweep", "a m", "-o", "w/s"]]
+
+
+def test_a_rule_that_fails_leaves_the_figure_undefined() -> None:
+    made = reproduction({"sweep": "", "top": '{"n": 3}'}, [])
+    row = made.reproduce(replace(made.ledger.claims["B"], legacy="Q9 | ten | D1"))
+    assert (row.legacy, row.legacy_text, row.exit_code) == (Undefined("no such rule"), "undefined", 0)
 
 
 def test_the_command_prints_one_document_and_a_table(
