@@ -52,7 +52,7 @@ def measure(ids: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as work:
         layers = ",".join(map(str, gateway_layers(files.layers)))
         places = {"model": MODEL, "work": work, "gateways": layers}
-        reproduction = Reproduction(ledger, run_command, LegacyFigures(lambda: loaded), places)
+        reproduction = Reproduction(ledger, run_command, LegacyFigures(loaded), places)
         for claim in claims:
             sys.stderr.write(f"{claim.id}\n")
             store(row_of(claim, reproduction) | common)
@@ -100,6 +100,10 @@ def tables() -> dict[str, str]:
     return page_tables(read_ledger(), read_rows())
 
 
+def render() -> None:
+    write_tables(PAGE, tables())
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("measure", "render"))
@@ -108,4 +112,4 @@ if __name__ == "__main__":
     if given.what == "measure":
         measure(given.ids)
     else:
-        write_tables(PAGE, tables())
+        render()

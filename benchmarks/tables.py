@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "architectures",
     "calibration_table",
+    "claims",
     "clip_table",
     "columns",
     "controls_table",

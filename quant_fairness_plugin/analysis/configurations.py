@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import langcodes
 import numpy as np
 
 from quant_fairness_plugin.analysis.causes import Series, kl_series
@@ -32,6 +31,7 @@ from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.seeds.labels import fair_efficiency_score, label, legacy_label, throughput_over_disparity
 from quant_fairness_plugin.sweep.bank import RtnBank, check_bank_fits
 from quant_fairness_plugin.sweep.walk import score_plans
+from quant_fairness_plugin.texts.languages import script_name
 
 PART: Part = "search"
 
@@ -157,7 +157,7 @@ def _row(
 def mean_disparity(series: Series, reference: str | None) -> Number:
     """Return the mean of the other languages' KL over the reference's; undefined without them."""
     others = [values for language, values in series.items() if language != reference]
-    if reference not in series or not others:
+    if reference is None or reference not in series or not others:
         return Undefined(f"the reference {reference} and another language are needed; supported: {', '.join(series)}")
     return ratio_interval(np.mean(others, axis=0), series[reference], what=f"the KL of {reference}")
 
@@ -188,7 +188,7 @@ def _use(row: Configuration, rows: Sequence[Configuration]) -> str:
 
 def _language(plan: NamedPlan, row: LanguageDamage, series: Series, reference: str | None) -> LanguageRow:
     relative: Number = Undefined(row.reason or f"the reference {reference} is not supported")
-    if row.language in series and reference in series:
+    if row.language in series and reference is not None and reference in series:
         relative = ratio_interval(series[row.language], series[reference], what=f"the KL of {reference}")
     itself = row.language == reference
     return LanguageRow(
@@ -202,12 +202,3 @@ def _language(plan: NamedPlan, row: LanguageDamage, series: Series, reference: s
         legacy_label="Reference" if itself else legacy_label(relative),
         label="reference" if itself else label(relative),
     )
-
-
-def script_name(language: str) -> str:
-    """Return the English name of the script that a language is written in.
-
-    >>> script_name("he"), script_name("sr-Latn"), script_name("de")
-    ('Hebrew', 'Latin', 'Latin')
-    """
-    return langcodes.Language.get(language).maximize().script_name()

@@ -42,8 +42,26 @@ def _row(rows: Any, wanted: str) -> Any:
     return found[0]
 
 
+def labelled(path: str, values: list[Any], between: str = "; ") -> str:
+    """Return the values in one cell, each with the row and the key that it was found at; a common key stands first.
+
+    >>> labelled("rows[kept=first].kl; rows[kept=last].kl", [0.1, 0.2]), labelled("plan.units#", [3])
+    ('kl: first 0.1; last 0.2', 'units: 3')
+    """
+    paths = [one.strip() for one in path.split(";")]
+    if path == "text":
+        return written(values[0])
+    rows = [" ".join(re.findall(r"\[[^\]=]*=([^\]]*)\]", one)) for one in paths]
+    keys = [
+        re.sub(r"\[.*?\]", "", one).rpartition(".")[2].removesuffix("#").strip("_").replace("_", " ") for one in paths
+    ]
+    common = f"{keys[0]}:{between[-1]}" if len(set(keys)) == 1 else ""
+    cells = zip(rows, keys, map(written, values), strict=True)
+    return common + between.join(" ".join(filter(None, (row, "" if common else key, cell))) for row, key, cell in cells)
+
+
 def written(value: Any) -> str:
-    """Return a value as it stands in a cell: four digits, and an interval's ends in brackets.
+    """Return a value as it stands in a cell: three digits, and an interval's ends in brackets.
 
     >>> written({"estimate": 0.0123, "low": 0.01, "high": 0.02}), written({"undefined": "no text"}), written([0, 9])
     ('0.0123 [0.01, 0.02]', 'undefined', '0, 9')
@@ -58,7 +76,7 @@ def written(value: Any) -> str:
         case bool() | str():
             return str(value)
         case float():
-            return f"{value:.4g}"
+            return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
         case list() | tuple():
             return ", ".join(map(written, value))
         case dict():

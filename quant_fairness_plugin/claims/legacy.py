@@ -7,7 +7,7 @@ three that the seeds' sweep recommends. Rules are those of `seeds.rules`, texts 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from quant_fairness_plugin.artifacts import Undefined
@@ -28,8 +28,7 @@ Figure = float | list[int] | Undefined
 class LegacyFigures:
     """Makes figures of one model, each simulation once. The model is bit-identical after every one."""
 
-    load: Callable[[], LoadedModel]
-    """Called when the first figure is wanted, and only then."""
+    loaded: LoadedModel
     _before: dict[str, dict[str, float]] = field(default_factory=dict)
     _changes: dict[tuple[str, str], dict[str, float]] = field(default_factory=dict)
 
@@ -40,7 +39,7 @@ class LegacyFigures:
             ConfigError: a spec, rule, text or figure that does not exist.
         """
         rule, texts, wanted = read_spec(spec)
-        loaded = self.load()
+        loaded = self.loaded
         if rule == SWEEP:
             return quick_sweep(loaded.model, loaded.tokenizer, LEDGER_TEXTS[texts], method="legacy")
         changes = self._degradations(loaded, rule, texts)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quant_fairness_plugin.claims.figures import written
+from quant_fairness_plugin.claims.figures import labelled, written
 from quant_fairness_plugin.claims.ledger import HERE, ORIGINS, Claim, Ledger
 
 DOCUMENTS = {
@@ -56,7 +56,7 @@ def _table(claims: Sequence[Claim], rows: Rows) -> str:
         row = rows.get(claim.id, {})
         seed = f"{claim.seed} ({claim.origin})" if claim.seed else "" if claim.origin == "statement" else claim.origin
         legacy = f"{written(row.get('legacy'))}<br>`{claim.legacy}`" if claim.legacy else ""
-        rigorous = "; ".join(map(written, row.get("rigorous") or ()))
+        rigorous = labelled(claim.path, row["rigorous"]) if row.get("rigorous") else ""
         note = "; ".join(filter(None, (claim.command and f"`{claim.command}`", _reason(claim))))
         lines.append(_line([claim.id, claim.says, seed, legacy, rigorous, note]))
     return "\n".join([*lines, ""])

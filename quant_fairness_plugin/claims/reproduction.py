@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from quant_fairness_plugin.artifacts import Undefined
-from quant_fairness_plugin.claims.figures import find, written
+from quant_fairness_plugin.claims.figures import find, labelled, written
 from quant_fairness_plugin.claims.ledger import Claim, Ledger
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 
@@ -43,6 +43,8 @@ class Finding:
     command: str
     exit_code: int | None
     """Of the command; None where there is none."""
+    path: str
+    """Where the answers were found."""
     reason: str
 
     @property
@@ -52,10 +54,10 @@ class Finding:
 
     @property
     def rigorous_text(self) -> str:
-        """Our answer in a cell, or why there is none."""
+        """Our answer in a cell, a line for each figure, or why there is none."""
         if self.rigorous is None:
             return f"{self.here}: {self.reason}"
-        return "; ".join(map(written, self.rigorous)) or "ran"
+        return labelled(self.path, self.rigorous, between="\n") if self.rigorous else "ran"
 
 
 @dataclass(slots=True)
@@ -72,8 +74,8 @@ class Reproduction:
     _answers: dict[str, str | QuantFairnessError] = field(default_factory=dict)
 
     def reproduce(self, claim: Claim) -> Finding:
-        """Return what a claim comes to. A command that fails is a finding, too: its message and exit code."""
-        legacy = self.legacy.figure(claim.legacy) if claim.legacy else None
+        """Return what a claim comes to. A rule or a command that fails is a finding, too, with its message."""
+        legacy = self._legacy_figure(claim.legacy) if claim.legacy else None
         code: int | None = None
         rigorous, reason, line = None, claim.reason, ""
         if claim.command:
@@ -92,15 +94,25 @@ class Reproduction:
             rigorous=rigorous,
             command=line,
             exit_code=code,
+            path=claim.path,
             reason=reason,
         )
 
     def line(self, name: str) -> str:
         """Return a command's line for this model."""
-        line = self.ledger.commands[name].line
+        return shlex.join(self._arguments(name))
+
+    def _arguments(self, name: str) -> list[str]:
+        arguments = shlex.split(self.ledger.commands[name].line)  # before a path with spaces is filled in
         for place, value in self.places.items():
-            line = line.replace(f"{{{place}}}", value)
-        return line
+            arguments = [argument.replace(f"{{{place}}}", value) for argument in arguments]
+        return arguments
+
+    def _legacy_figure(self, spec: str) -> Any:
+        try:
+            return self.legacy.figure(spec)
+        except QuantFairnessError as err:
+            return Undefined(str(err))
 
     def _answer(self, name: str) -> str:
         """Return the stdout of a command; raise again what it raised."""
@@ -110,7 +122,7 @@ class Reproduction:
             log.info("quant-fairness %s", self.line(name))
             begun = time.monotonic()
             try:
-                self._answers[name] = self.run(shlex.split(self.line(name)))
+                self._answers[name] = self.run(self._arguments(name))
             except QuantFairnessError as err:
                 self._answers[name] = err
             self.seconds[name] = time.monotonic() - begun

@@ -124,9 +124,10 @@ def _written(document: Mapping[str, Any], output: Path | None, *, as_json: bool)
 
 def _show(measured: LegacyMeasurement) -> None:
     title = f"{measured.model}, {measured.quantized}: one sentence a language, no intervals"
-    table = Table("language", "perplexity before", "after", "change in percent", title=title)
+    table = Table("language", "script", "perplexity before", "after", "percent", "relative", "label", title=title)
     for row in measured.languages:
-        table.add_row(row.language, _text(row.before), _text(row.after), _text(row.degradation))
+        figures = map(_text, (row.before, row.after, row.degradation, row.relative))
+        table.add_row(row.language, row.script, *figures, row.label)
     show(table)
     table = Table("disparity", "value", "formula", title=f"by the research scripts, reference {measured.reference}")
     for figure in measured.disparities:

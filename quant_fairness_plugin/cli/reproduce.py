@@ -24,7 +24,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256, resolv
 from quant_fairness_plugin.plans.controls import gateway_layers
 
 if TYPE_CHECKING:
-    from quant_fairness_plugin.model.load import LoadedModel
+    from quant_fairness_plugin.claims.legacy import LegacyFigures
 
 
 def reproduce(
@@ -71,25 +71,21 @@ def _reproduction(context: typer.Context, files: ModelFiles, model: str) -> Iter
 
 
 class _Legacy:
-    """Figures by the scripts' rules; the model is loaded when the first is wanted."""
+    """Figures by the scripts' rules; torch and the model are loaded when the first is wanted."""
 
     def __init__(self, files: ModelFiles) -> None:
-        self._files, self._figures = files, None
+        self._files = files
+        self._figures: LegacyFigures | None = None
 
     def figure(self, spec: str) -> Any:
         """Return the figure that a spec names."""
         if self._figures is None:
             # Loads torch.
             from quant_fairness_plugin.claims.legacy import LegacyFigures
+            from quant_fairness_plugin.model.load import load_model
 
-            loaded = self._load()
-            self._figures = LegacyFigures(lambda: loaded)
+            self._figures = LegacyFigures(load_model(self._files, device="cpu"))  # in float32, as the scripts did
         return self._figures.figure(spec)
-
-    def _load(self) -> LoadedModel:
-        from quant_fairness_plugin.model.load import load_model
-
-        return load_model(self._files, device="cpu")  # as the scripts did: in float32
 
 
 def _run(context: typer.Context, arguments: list[str]) -> str:
@@ -135,12 +131,10 @@ def _print(
 
 def table(model: str, findings: Sequence[Finding]) -> Table:
     """Return the findings: the scripts' figure, theirs again by their rule, ours."""
-    result = Table(title=f"claims on {model}; damage is KL in bits per byte", show_lines=True)
-    result.add_column("id", no_wrap=True)
-    result.add_column("claim", ratio=3)
-    for name, ratio in (("seed", 2), ("legacy", 2), ("rigorous", 4)):
+    result = Table(title=f"claims on {model}; kl is in bits per byte", show_lines=True, expand=True)
+    for name, ratio in (("claim", 5), ("seed", 4), ("legacy", 3), ("rigorous", 7)):
         result.add_column(name, ratio=ratio)
     for row in findings:
         seed = f"{row.seed} ({row.origin})" if row.seed else row.origin
-        result.add_row(row.id, row.says, seed, row.legacy_text, row.rigorous_text)
+        result.add_row(f"{row.id} {row.says}", seed, row.legacy_text, row.rigorous_text)
     return result

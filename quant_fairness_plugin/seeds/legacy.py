@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quant_fairness_plugin.artifacts import Undefined
+from quant_fairness_plugin.artifacts import Interval, Undefined
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import percent_change
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.seeds.disparity import DISPARITY_FORMULAS, Groups, disparity, perplexities
+from quant_fairness_plugin.seeds.labels import legacy_label
 from quant_fairness_plugin.seeds.simulation import simulate_int4, undo_simulation
 from quant_fairness_plugin.seeds.texts import DEFAULT_TEXTS, SEED_LANGUAGES
 from quant_fairness_plugin.steps import exported_state
-from quant_fairness_plugin.texts.languages import choose_languages
+from quant_fairness_plugin.texts.languages import choose_languages, script_name
 from quant_fairness_plugin.texts.load import load_texts
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class LegacyLanguage:
     after: Figure
     degradation: Figure
     """Percent change of the perplexity."""
+    script: str
+    relative: Figure
+    """Degradation over that of the reference; undefined where that one does not get worse."""
+    label: str
+    """The seeds' word for it; there is no interval that another could go by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,8 @@ def measure_legacy(
     state = _simulated(loaded.model) if checkpoint is None else exported_state(checkpoint, loaded).applied()
     with state as model:
         after = perplexities(model, loaded.tokenizer, texts)
-    rows = tuple(_language(name, before[name], after[name]) for name in texts)
+    known = disparities_by_language(before, after, reference)
+    rows = tuple(_language(name, before[name], after[name], known[name], reference) for name in texts)
     quantized = "simulated" if checkpoint is None else checkpoint.resolve().name
     return LegacyMeasurement(loaded.files.name, quantized, reference, rows, legacy_disparities(rows, reference))
 
@@ -139,12 +146,36 @@ def _simulated(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
         undo_simulation(model)
 
 
-def _language(name: str, before: float, after: float) -> LegacyLanguage:
+def disparities_by_language(
+    before: Mapping[str, float], after: Mapping[str, float], reference: str
+) -> dict[str, Figure]:
+    """Return every language's percent change of perplexity over that of the reference."""
+    base = _change(before[reference], after[reference])
+    if isinstance(base, Undefined) or base <= 0:
+        reason = base.undefined if isinstance(base, Undefined) else f"it changes by {base:.3g} %, not above 0"
+        return dict.fromkeys(before, Undefined(f"{reference}: {reason}"))
+    changes = {name: _change(before[name], after[name]) for name in before}
+    return {name: change if isinstance(change, Undefined) else change / base for name, change in changes.items()}
+
+
+def _language(name: str, before: float, after: float, relative: Figure, reference: str) -> LegacyLanguage:
+    known = [Undefined("infinite in float32") if math.isinf(value) else value for value in (before, after)]
+    label = "undefined" if isinstance(relative, Undefined) else legacy_label(Interval(relative, relative, relative))
+    return LegacyLanguage(
+        language=name,
+        before=known[0],
+        after=known[1],
+        degradation=_change(before, after),
+        script=script_name(name),
+        relative=relative,
+        label="Reference" if name == reference else label,
+    )
+
+
+def _change(before: float, after: float) -> Figure:
     if math.isinf(before) or math.isinf(after):
-        infinite = Undefined("infinite in float32")
-        known = [infinite if math.isinf(value) else value for value in (before, after)]
-        return LegacyLanguage(name, known[0], known[1], infinite)
-    return LegacyLanguage(name, before, after, percent_change(before, after))
+        return Undefined("infinite in float32")
+    return percent_change(before, after)
 
 
 def _finite(value: Figure) -> float:

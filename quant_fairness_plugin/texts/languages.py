@@ -53,6 +53,15 @@ def language_name(tag: str) -> str:
     return tag if name.startswith("Unknown") else name
 
 
+def script_name(tag: str) -> str:
+    """Return the English name of the script that a language is written in.
+
+    >>> script_name("he"), script_name("sr-Latn"), script_name("de")
+    ('Hebrew', 'Latin', 'Latin')
+    """
+    return langcodes.Language.get(tag).maximize().script_name()
+
+
 def choose_languages(
     held: Sequence[str], *, languages: Sequence[str] | None, reference: str | None, source: str
 ) -> tuple[str, ...]:

@@ -168,3 +168,15 @@ def test_intervals_are_of_resampled_sentences(load: Load) -> None:
     assert isinstance(row.kl, Interval)
     assert row.kl.low < row.kl.estimate < row.kl.high
     assert len(few_texts()) == 3
+
+
+def test_the_heads_of_a_layer_are_averaged(load: Load) -> None:
+    answer = ask(load("llama", layers=LAYERS), "heads")
+    assert [row.layer for row in answer.head_layers] == list(range(LAYERS))
+    for row in answer.head_layers:
+        plans = [plan for plan in answer.scores if plan.startswith(f"without head {row.layer}.")]
+        states = [answer.scores[plan].languages[name] for plan in plans for name in SENTENCES]
+        values = [sum(state.kl_nats) / sum(state.bytes_) / np.log(2) for state in states]
+        assert row.heads == len(plans)
+        if isinstance(row.mean_kl, Interval):  # a random model may know a language or not
+            assert row.mean_kl.estimate == pytest.approx(np.mean(values), rel=1e-5)

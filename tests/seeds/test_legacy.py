@@ -61,6 +61,10 @@ def test_the_simulation_is_measured_as_the_scripts_do(planted_model: Path) -> No
     after = perplexities(loaded.model, loaded.tokenizer, ONE_TEXT)
     change = {name: (after[name] / before[name] - 1) * 100 for name in ONE_TEXT}
     assert {row.language: row.degradation for row in measured.languages} == pytest.approx(change)
+    relative = change["he"] / change["en"]
+    english, hebrew = measured.languages
+    assert (hebrew.script, hebrew.relative) == ("Hebrew", pytest.approx(relative))
+    assert (english.label, hebrew.label == "NEEDS WORK") == ("Reference", relative >= 2)
     found = {figure.name: figure.value for figure in measured.disparities}
     assert list(found) == list(DISPARITY_FORMULAS)
     assert found["D1"] == pytest.approx(change["he"] / change["en"])
@@ -71,7 +75,10 @@ def test_the_simulation_is_measured_as_the_scripts_do(planted_model: Path) -> No
 
 def test_an_infinite_perplexity_leaves_every_disparity_undefined() -> None:
     infinite = Undefined("infinite in float32")
-    rows = (LegacyLanguage("en", 3.0, 6.0, 100.0), LegacyLanguage("he", 2.0, infinite, infinite))
+    rows = (
+        LegacyLanguage("en", 3.0, 6.0, 100.0, "Latin", 1.0, "Reference"),
+        LegacyLanguage("he", 2.0, infinite, infinite, "Hebrew", infinite, "undefined"),
+    )
     figures = legacy_disparities(rows, "en")
     assert all(isinstance(f.value, Undefined) and f.value.undefined.startswith("the perplexity of he") for f in figures)
 
