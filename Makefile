@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage clean
+.PHONY: help setup demo real test lint types tests test-readers test-kernels test-browser coverage effort clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-kernels  every case of the Triton kernels, interpreted and compiled; needs no GPU"
 	@echo "make test-browser  open the HTML report in a real Chromium"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
+	@echo "make effort        beginnings, clipping and more work for the same bytes, measured on SmolLM2; takes hours"
 	@echo "make clean         remove environments and outputs"
 
 setup: $(STAMP)
@@ -89,6 +90,15 @@ test-browser: setup
 # Every architecture that the installed Transformers has, in small: some minutes.
 coverage: setup
 	$(BIN)/python benchmarks/architectures.py
+
+# Every variant in a process of its own: an interrupted run keeps the rows that it has.
+SMOLLM2 := SmolLM2-135M --folder ../out/smollm2-135m --langs en,fr,es,ru,ar,zh
+effort: real
+	cd benchmarks && ../$(BIN)/python beginnings_table.py read $(SMOLLM2) --sentences 35
+	cd benchmarks && ../$(BIN)/python beginnings_table.py calibrate $(SMOLLM2) --sentences 35
+	cd benchmarks && ../$(BIN)/python clip_table.py compare $(SMOLLM2) --method rtn --sentences 35
+	cd benchmarks && for variant in gptq refined half shifted scaled "refined half"; do \
+		../$(BIN)/python effort_table.py measure $(SMOLLM2) "$$variant" --sentences 35 || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-gptqmodel out build dist *.egg-info
