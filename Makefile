@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help setup demo real test lint types tests test-faults test-limits test-readers test-kernels test-browser
-.PHONY: test-versions fuzz dist coverage tables peers docs test-docs test-notebooks clean
+.PHONY: test-versions fuzz dist coverage effort tables peers docs test-docs test-notebooks clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -27,6 +27,7 @@ help:
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make tables        every table of the documentation again from its stored rows, and how old these are"
 	@echo "make peers         an environment for each tool that benchmarks/peers_table.py compares us with"
+	@echo "make effort        beginnings, clipping and more work for the same bytes, measured on SmolLM2; takes hours"
 	@echo "make clean         remove environments and outputs"
 
 setup: $(STAMP)
@@ -186,6 +187,15 @@ test-docs: .venv-docs/.installed
 
 test-notebooks: .venv-docs/.installed
 	PATH="$(abspath $(BIN)):$$PATH" $(DOCS) -m pytest tests/docs -m notebooks --numprocesses 2
+
+# Every variant in a process of its own: an interrupted run keeps the rows that it has.
+SMOLLM2 := SmolLM2-135M --folder ../out/smollm2-135m --langs en,fr,es,ru,ar,zh
+effort: real
+	cd benchmarks && ../$(BIN)/python beginnings_table.py read $(SMOLLM2) --sentences 35
+	cd benchmarks && ../$(BIN)/python beginnings_table.py calibrate $(SMOLLM2) --sentences 35
+	cd benchmarks && ../$(BIN)/python clip_table.py compare $(SMOLLM2) --method rtn --sentences 35
+	cd benchmarks && for variant in gptq refined half shifted scaled "refined half"; do \
+		../$(BIN)/python effort_table.py measure $(SMOLLM2) "$$variant" --sentences 35 || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs .venv-fuzz .venv-sbom .venv-transformers-*

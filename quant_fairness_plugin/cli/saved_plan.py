@@ -38,6 +38,8 @@ def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | Non
     if path is None:
         return None, config
     plan = _read(path)
+    if config.clip is None and config.grid.clip == "absmax":  # AWQ and other tools set ranges by rules of their own
+        plan = replace(plan, grid=replace(plan.grid, clip="absmax"))
     given = {name: getattr(config, name) for name in ("protect_units", "int8_layers") if getattr(config, name)}
     if config.protect_layers not in ("auto", "none"):
         given["protect_layers"] = config.protect_layers

@@ -70,6 +70,18 @@ def test_what_does_not_count_comes_last_without_a_bar_and_its_reason_stands_belo
     assert damage_notes(state)[1] == "hi: no better than chance"
 
 
+def test_notes_say_how_texts_begin_and_a_title_that_nothing_was_held_out() -> None:
+    state = rows(en=0.1)
+    begun = replace(state, provenance=replace(state.provenance, start="chat"), held_out=False, condition="all used")
+    assert damage_notes(begun)[1:] == [
+        "Texts begin as the chat template begins a user's message; --start chooses", "all used",
+    ]  # fmt: skip
+    for table in (damage_table(begun, title="t"), comparison_table(begun, begun, title="t")):
+        assert table.title is not None
+        assert "NOT HELD OUT" in str(table.title)
+    assert "NOT HELD OUT" not in str(damage_table(replace(state, held_out=True), title="t").title)
+
+
 def test_the_comparison_shows_what_is_left_and_what_went() -> None:
     before, after = rows(en=0.1, he=0.4), rows(en=0.1, he=0.1)
     english, hebrew = lines(comparison_table(before, after, title="t"))[2:4]

@@ -10,6 +10,8 @@ import typer
 
 from quant_fairness_plugin.artifacts import ExportRecord, ProtectionPlan, load, save
 from quant_fairness_plugin.cli.main import app, run_guarded
+from quant_fairness_plugin.cli.saved_plan import planned
+from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.plans.costs import count_bytes
 from quant_fairness_plugin.recommend import explicit_plan
@@ -75,3 +77,16 @@ def test_a_plan_of_another_model_is_refused(
     assert run("quantize", planted_model, "--plan", short, "--texts", planted_file, "-o", tmp_path / "out") == 2
     assert "the plan is for 2 layers of planted" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "clip"),
+    [({}, "mse"), ({"method": "awq"}, "absmax"), ({"backend": "gptqmodel"}, "absmax"), ({"clip": "mse"}, "mse")],
+)
+def test_what_sets_ranges_itself_keeps_its_rule(plan: Path, tmp_path: Path, options: dict[str, str], clip: str) -> None:
+    made = load(ProtectionPlan, plan)
+    path = tmp_path / "plan.json"
+    save(replace(made, grid=replace(made.grid, clip="mse")), path)
+    found, config = planned(path, make_config(**options))
+    assert found is not None
+    assert found.grid.clip == config.grid.clip == clip

@@ -145,9 +145,9 @@ def test_an_unsupported_language_is_reported_and_left_out_of_summaries() -> None
 
 
 def test_a_language_that_is_no_better_than_a_byte_ngram_is_weak_and_counts() -> None:
-    learned = byte_ngram_bpb(TEXTS.sentences["he"])
-    baseline = make_scores("16 bit", TEXTS, BASE | {"he": learned + 0.01, "ar": 7.0})
-    state = make_scores("none", TEXTS, BASE | {"he": learned + 0.02, "ar": 7.5})
+    english, hebrew = (byte_ngram_bpb(TEXTS.sentences[name]) for name in ("en", "he"))
+    baseline = make_scores("16 bit", TEXTS, {"en": english - 0.01, "he": hebrew + 0.01, "ar": 7.0})
+    state = make_scores("none", TEXTS, {"en": english, "he": hebrew + 0.02, "ar": 7.5})
     damage = measure_damage(baseline, state, TEXTS, vocabulary=2**20, bootstrap=Bootstrap(draws=200))
     assert [row.fluency for row in damage] == ["fluent", "weak", "none"]
     assert damage[0].reason == ""

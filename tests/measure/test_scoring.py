@@ -241,8 +241,13 @@ def test_a_first_token_of_byte_fallback_is_one_byte(llama: Loaded) -> None:
 
 
 def test_the_beginning_is_what_the_texts_ask_for(llama: Loaded) -> None:
-    usual, eos, plain = (score(llama, replace(TEXTS, start=start)) for start in ("auto", "eos", "plain"))
+    texts = make_texts({"en": ["fox and dog", "dog"]})
+    usual, eos, plain = (score(llama, replace(texts, start=start)) for start in ("auto", "eos", "plain"))
     assert usual == eos != plain
+    assert [a - b for a, b in zip(eos[0].languages["en"].tokens, plain[0].languages["en"].tokens, strict=True)] == [
+        1,
+        1,
+    ]
 
 
 def test_a_sentence_of_one_token_without_bos_is_an_error(llama: Loaded) -> None:
