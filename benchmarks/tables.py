@@ -59,7 +59,8 @@ def age(name: str) -> str:
 
 def made(module: ModuleType, row: dict[str, Any]) -> str:
     """Return when a row was finished; of old ones that do not say, when their file was last committed."""
-    return str(row.get("finished") or row.get("time") or _git("log", "-1", "--format=%cI", "--", str(module.ROWS)).strip())
+    told = row.get("finished") or row.get("time")
+    return str(told or _git("log", "-1", "--format=%cI", "--", str(module.ROWS)).strip())
 
 
 def _git(*command: str) -> str:

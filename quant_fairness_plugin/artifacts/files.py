@@ -20,11 +20,22 @@ from pydantic import TypeAdapter, ValidationError
 from quant_fairness_plugin.artifacts.data import ExportRecord, Measurement, ProtectionPlan
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.pairs import CheckpointPair
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.errors import ArtifactError
 
-A = TypeVar("A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRecord, Evidence, ExpertCoverage)
+A = TypeVar(
+    "A",
+    Measurement,
+    CheckpointPair,
+    SweepReport,
+    UnitScores,
+    ProtectionPlan,
+    ExportRecord,
+    Evidence,
+    ExpertCoverage,
+)
 
 
 def _adapter(kind: type[A]) -> TypeAdapter[A]:
