@@ -1,9 +1,9 @@
 """Our checkpoints beside those of other tools: the same model, calibration rows and evaluation text.
 
     make real peers                           # once: the model, and an environment for each tool
-    python benchmarks/peers_table.py make     # one process a variant, minutes each; goes on where it stopped
-    python benchmarks/peers_table.py measure  # one pass over all, some minutes; writes the rows
-    python benchmarks/peers_table.py render   # writes the tables of docs/peers.md
+    python benchmarks/peers_table.py make SmolLM2-135M     # a process a variant, minutes each; goes on where it stopped
+    python benchmarks/peers_table.py measure SmolLM2-135M  # one pass over all, some minutes; writes the rows
+    python benchmarks/peers_table.py render                # writes the tables of docs/peers.md
 
 A variant is one tool with one calibration; all get the same token rows. `make` leaves a folder of each under `--work`,
 with what it cost, and makes no variant twice; `measure` reads all with our own dequantizer, in float32, and scores them
@@ -31,7 +31,8 @@ from quant_fairness_plugin.artifacts import Part, TextSet, write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "peers_table.jsonl"
 PAGE = ROOT / "docs" / "peers.md"
-MODEL = "SmolLM2-135M-Instruct, dequantized from Q4_1"
+MODELS = {"SmolLM2-135M": str(ROOT / "out" / "smollm2-135m"), "demo": "demo"}
+"""Name → bundled name or folder. llama.cpp's converter does not know the tokenizer of `demo`."""
 LANGUAGES = ("en", "fr", "es", "de", "ru", "zh", "ar")
 TOKENS = {"7 languages": 512, "English": 1536}
 """Tokens of each language of a calibration: the most whole rows that every language has, and that English has."""
@@ -91,17 +92,18 @@ def calibration_texts(calibration: Calibration) -> TextSet:
     return replace(texts, parts=parts)
 
 
-def request(model: Path, variant: Variant) -> dict[str, Any]:
+def request(model: str, variant: Variant) -> dict[str, Any]:
     """Return what a peer's script is told: token rows, the same rows as text, the grid, and its own settings."""
     from transformers import AutoTokenizer
 
+    from quant_fairness_plugin.model.resolve import resolve_model
     from quant_fairness_plugin.quantize.calibration import build_calibration
 
     asked = {"method": "gptq", "bits": 4, "group_size": 64, "symmetric": True, "damp": 0.01, "order": "default"}
     asked |= {"calibration": variant.calibration, "rows": [], "texts": []} | variant.settings
     if variant.calibration == "none":
         return asked
-    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model).folder, local_files_only=True)
     made = build_calibration(
         tokenizer, calibration_texts(variant.calibration), tokens_per_language=TOKENS[variant.calibration], seed=SEED,
         weighting="english" if variant.calibration == "English" else "uniform",
@@ -111,7 +113,7 @@ def request(model: Path, variant: Variant) -> dict[str, Any]:
     return asked | {"rows": rows, "texts": texts, "tokens_sha256": made.sha256, "tokens": sum(map(len, rows))}
 
 
-def make(model: Path, work: Path, names: list[str]) -> None:
+def make(model: str, work: Path, names: list[str]) -> None:
     """Make the checkpoints that are not there yet, one process each; a tool that fails leaves its reason."""
     work.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -121,8 +123,10 @@ def make(model: Path, work: Path, names: list[str]) -> None:
             sys.stderr.write(f"{name}: {made.get('failed') or made['cpu_seconds']}\n")
 
 
-def run(model: Path, work: Path, name: str) -> dict[str, Any]:
+def run(model: str, work: Path, name: str) -> dict[str, Any]:
     """Run a variant's script; return what it took."""
+    from quant_fairness_plugin.model.resolve import resolve_model
+
     variant, out = VARIANTS[name], work / slug(name)
     asked = request(model, variant)
     request_file = work / f"{slug(name)}.request.json"
@@ -136,7 +140,7 @@ def run(model: Path, work: Path, name: str) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with (work / f"{slug(name)}.log").open("wb") as log:
         started = time.monotonic()
-        command = list(map(str, (python, script, model, request_file, out)))
+        command = list(map(str, (python, script, resolve_model(model).folder, request_file, out)))
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -175,8 +179,8 @@ def checkpoint_of(folder: Path) -> Path:
     return next(iter(folder.glob("*.gguf")), folder)
 
 
-def measure(model: Path, work: Path, names: list[str]) -> None:
-    """Measure every checkpoint that was made in one pass, and write the rows in place of the old ones."""
+def measure(name: str, model: str, work: Path, names: list[str]) -> None:
+    """Measure every checkpoint that was made in one pass, and put the rows in place of the model's old ones."""
     import torch
 
     from quant_fairness_plugin.checkpoint.others import readable_folder
@@ -186,27 +190,33 @@ def measure(model: Path, work: Path, names: list[str]) -> None:
     from quant_fairness_plugin.steps import exported_state
 
     torch.set_num_threads(1)
-    made = {name: json.loads(done.read_text("utf-8")) for name in names if (done := note(work, name)).is_file()}
-    failed = [name for name, row in made.items() if "failed" in row]
+    made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
+    failed = [each for each, row in made.items() if "failed" in row]
     if OURS not in made:
         raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
     config = FairConfig(languages=LANGUAGES, seed=SEED)
-    quantizer = FairQuantizer.from_source(ModelSource(str(model)), config, stream=True)
+    quantizer = FairQuantizer.from_source(ModelSource(model), config, stream=True)
     states = [
-        exported_state(readable_folder(checkpoint_of(work / slug(name))), quantizer.loaded, name=name)
-        for name in made
-        if name not in failed
+        exported_state(readable_folder(checkpoint_of(work / slug(each))), quantizer.loaded, name=each)
+        for each in made
+        if each not in failed
     ]
     measured = quantizer.measure(*states)
-    common = conditions(command="python benchmarks/peers_table.py measure", seed=SEED)
-    rows = [
-        {"variant": name, "model": MODEL, "tool": VARIANTS[name].tool, "calibration": VARIANTS[name].calibration}
-        | ({} if name in failed else figures(measured, name))
+    common = conditions(command=f"python benchmarks/peers_table.py measure {name}", seed=SEED)
+    new = [
+        {"variant": each, "model": name, "tool": VARIANTS[each].tool, "calibration": VARIANTS[each].calibration}
+        | ({} if each in failed else figures(measured, each))
         | common
         | row
-        for name, row in made.items()
+        for each, row in made.items()
     ]
+    rows = sorted([*new, *(row for row in read_rows() if row["model"] != name)], key=place)
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def place(row: dict[str, Any]) -> tuple[int, int]:
+    """Return where a row stands."""
+    return list(MODELS).index(row["model"]), list(VARIANTS).index(row["variant"])
 
 
 def figures(measured: Any, name: str) -> dict[str, Any]:
@@ -233,8 +243,12 @@ def read_rows() -> list[dict[str, Any]]:
 
 def tables() -> dict[str, str]:
     """Return the Markdown tables by name."""
-    rows = [row for row in read_rows() if "failed" not in row]
-    return {"peers": table(rows), "peers-languages": by_language(rows), "peers-cost": costs(rows)} if rows else {}
+    found: dict[str, str] = {}
+    for model in MODELS:
+        rows = [row for row in read_rows() if row["model"] == model and "failed" not in row]
+        if rows:
+            found |= {f"{model}": table(rows), f"{model}-languages": by_language(rows), f"{model}-cost": costs(rows)}
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -311,14 +325,18 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("make", "measure", "render"))
-    parser.add_argument("--model", type=Path, default=ROOT / "out" / "smollm2-135m")
+    parser.add_argument("model", nargs="?", choices=MODELS, default="SmolLM2-135M")
+    parser.add_argument("--folder", help="where the model lies, unless it is where make real puts it")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "peers")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     given = parser.parse_args()
-    if given.what == "render":
-        render()
+    model, work = given.folder or MODELS[given.model], given.work / given.model
+    if given.what == "make":
+        make(model, work, given.variants)
+    elif given.what == "measure":
+        measure(given.model, model, work, given.variants)
     else:
-        {"make": make, "measure": measure}[given.what](given.model, given.work, given.variants)
+        render()
 
 
 if __name__ == "__main__":

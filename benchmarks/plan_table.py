@@ -163,7 +163,7 @@ def figure(value: dict[str, Any]) -> str:
 
 PREFACE = """# Plans by one pass of gradients
 
-Written by `benchmarks/plan_table.py`; the rows (versions, revision, machine, seed, command, checksums) are in
+Written by `benchmarks/plan_table.py`; the rows (versions, machine, seed, command, checksums) are in
 `benchmarks/results/cpu/plan_table.jsonl`. KL to the 16-bit model in thousandths of a bit per byte, with 95 % bootstrap
 intervals over sentences. All states are GPTQ on the bundled calibration rows; there is one calibration draw, which the
 intervals say nothing about. In `auto` the units in 8 bit and all others are quantized together; the 16-bit layers are

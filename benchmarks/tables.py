@@ -51,11 +51,17 @@ def rows_of(module: ModuleType) -> list[dict[str, Any]]:
 def age(name: str) -> str:
     """Return one line on the oldest row of a page, and on what has changed in the code since."""
     module = script(name)
-    oldest = min(rows_of(module), key=lambda row: row["finished"])
-    commits = _git("log", "--oneline", f"--since={oldest['finished']}", "--", *CODE).splitlines()
+    oldest = min(rows_of(module), key=lambda row: made(module, row))
+    commits = _git("log", "--oneline", f"--since={made(module, oldest)}", "--", *CODE).splitlines()
     since = f"{len(commits)} commits to the code since" if commits else "the code has not changed since"
-    page = module.PAGE.relative_to(ROOT)
-    return f"{page!s:24} oldest row {oldest['finished'][:10]}, {oldest.get('revision', 'revision not stored')}: {since}"
+    page, revision = module.PAGE.relative_to(ROOT), oldest.get("revision", "revision not stored")
+    return f"{page!s:24} oldest row {made(module, oldest)[:10]}, {revision}: {since}"
+
+
+def made(module: ModuleType, row: dict[str, Any]) -> str:
+    """Return when a row was finished; of old ones that do not say, when their file was last committed."""
+    told = row.get("finished") or row.get("time")
+    return str(told or _git("log", "-1", "--format=%cI", "--", str(module.ROWS)).strip())
 
 
 def _git(*command: str) -> str:

@@ -131,7 +131,7 @@ def _show(pair: CheckpointPair, verdict: PairVerdict, checkpoints: list[Path], m
     ):
         table.add_row(name, "", _figure(first_figure), _figure(second_figure), *_cells(difference))
     show(table)
-    typer.echo("KL in thousandths of a bit per byte; * = the paired difference's interval excludes 0")
+    typer.echo("KL in thousandths of a bit per byte; * = the paired interval excludes 0")
     notes = [note for measured in (pair.first, pair.second) for note in language_notes(measured)]
     for note in dict.fromkeys(notes):
         typer.echo(note)

@@ -46,10 +46,10 @@ def judge_pair(pair: CheckpointPair, margin: float) -> PairVerdict:
     unsure = {name: loss for name, loss in pair.differences.items() if loss.high > margin}
     if unsure:
         name = max(unsure, key=lambda name: unsure[name].high)
-        count = next(row.sentences for row in pair.second.languages if row.language == name)
-        more = more_sentences(unsure[name], count, margin)
+        sentences = next(row.sentences for row in pair.second.languages if row.language == name)
+        more = more_sentences(unsure[name], sentences, margin)
         return PairVerdict(
-            "CANNOT TELL", f"{name} loses {_figures(unsure[name])}, around {margin:g}, by {count} sentences; {more}"
+            "CANNOT TELL", f"{name} loses {_figures(unsure[name])}, around {margin:g}, by {sentences} sentences; {more}"
         )
     name = max(pair.differences, key=lambda name: pair.differences[name].high)
     return PairVerdict("NO WORSE", f"no language loses {beyond}; most {name}, {_figures(pair.differences[name])}")

@@ -105,7 +105,7 @@ def test_another_tools_checkpoint_is_judged_and_what_is_not_known_of_it_is_said(
     assert "servers also round the activations of this checkpoint" in printed
     assert run("measure", int8, *common, "--json") == 0
     measured = json.loads(capsys.readouterr().out)
-    assert 0 < measured["worst_kl"]["estimate"] < 0.001
+    assert 0 < measured["worst_kl"]["estimate"] < 0.01
     assert (measured["original_compared"], measured["held_out"]) == (False, None)
 
 

@@ -69,7 +69,7 @@ def test_the_file_holds_sums_and_counts_under_llamacpps_names(
     assert reader.get_field("general.type").contents() == "imatrix"
     assert reader.get_field("imatrix.datasets").contents() == ["some texts: en, he"]
     assert reader.get_field("imatrix.chunk_count").contents() == 3
-    with pytest.raises(UnsupportedModelError, match="llama.cpp's name of model.layers.0.mlp.experts is not known"):
+    with pytest.raises(UnsupportedModelError, match="llama.cpp's name of model.layers.0.mlp.experts .* is not known"):
         tensor_name("model.layers.0.mlp.experts", family)
 
 
