@@ -144,7 +144,10 @@ class FairQuantizer:
         and configuration, which is then not run again.
         """
         checked, place = checked or preflight(source, config, texts=texts), place or Workplace()
+        tell = progress or (lambda step, done, total: None)
+        tell("load", 0, 1)
         loaded = steps.load_checked(checked, source, config, stream=stream, memory_budget=place.memory_budget)
+        tell("load", 1, 1)
         return cls(
             loaded, checked.texts, config, progress=progress, memory_budget=place.memory_budget, work=place.folder
         )
@@ -384,7 +387,17 @@ class FairQuantizer:
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:
-        record = steps.write(self.quantize(), out, self.texts, self.config, overwrite=overwrite, measure=measure)
+        quantized, written = self.quantize(), partial(self._progress, "write and verify")
+        written(0, 1)
+
+        def then_measure(folder: Path) -> Measurement:
+            written(1, 1)
+            assert measure is not None
+            return measure(folder)
+
+        meanwhile = None if measure is None else then_measure
+        record = steps.write(quantized, out, self.texts, self.config, overwrite=overwrite, measure=meanwhile)
+        written(1, 1)
         self._exported = out
         return record
 
