@@ -264,7 +264,17 @@ class FairQuantizer(Opened):
         return plan
 
     def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:
-        record = steps.write(self.quantize(), out, self.texts, self.config, overwrite=overwrite, measure=measure)
+        quantized, written = self.quantize(), partial(self._progress, "write and verify")
+        written(0, 1)
+
+        def then_measure(folder: Path) -> Measurement:
+            written(1, 1)
+            assert measure is not None
+            return measure(folder)
+
+        meanwhile = None if measure is None else then_measure
+        record = steps.write(quantized, out, self.texts, self.config, overwrite=overwrite, measure=meanwhile)
+        written(1, 1)
         self._exported = out
         return record
 

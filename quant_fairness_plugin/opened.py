@@ -113,7 +113,10 @@ class Opened:
         and configuration, which is then not run again.
         """
         checked, place = checked or preflight(source, config, texts=texts), place or Workplace()
+        tell = progress or (lambda step, done, total: None)
+        tell("load", 0, 1)
         loaded = steps.load_checked(checked, source, config, stream=stream, memory_budget=place.memory_budget)
+        tell("load", 1, 1)
         return cls(
             loaded, checked.texts, config, progress=progress, memory_budget=place.memory_budget, work=place.folder
         )

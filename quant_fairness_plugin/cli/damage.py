@@ -5,8 +5,10 @@ Rendered from artefacts alone. Figures are thousandths of a bit per byte; `--det
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+import typer
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +20,7 @@ BAR = 16
 """Characters of the longest bar."""
 _NAME = 14
 """Characters of a language's name; a longer one is cut."""
+_FIGURE = re.compile(r"\d[\d.]*")
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _STARTS = {
     "encoded": "as the tokenizer encodes them",
@@ -77,11 +80,24 @@ def damage_notes(measurement: Measurement) -> list[str]:
 
 
 def language_notes(measurement: Measurement) -> list[str]:
-    """Return why languages do not count, how texts begin, and whether the sentences were new to the checkpoint."""
-    reasons = [f"{row.language}: {row.reason}" for row in _in_order(measurement.languages) if row.reason]
+    """Return why languages do not count, each reason once, how texts begin, and whether the sentences were new."""
+    alike: dict[str, list[LanguageDamage]] = {}
+    for row in _in_order(measurement.languages):
+        if row.reason:
+            alike.setdefault(_FIGURE.sub("", row.reason), []).append(row)
+    reasons = []
+    for rows in alike.values():
+        first, *others = rows
+        more = f" (figures of {first.language}; the others' are in --details)" if others else ""
+        reasons.append(f"{', '.join(row.language for row in rows)}: {first.reason}{more}")
     start = measurement.provenance.start
     begun = [f"Texts begin {_STARTS[start]}; --start chooses"] if start in _STARTS else []
     return [*reasons, *begun, *filter(None, [measurement.condition])]
+
+
+def show_notes(notes: Sequence[str]) -> None:
+    """Print what stands under a table, in grey on a terminal."""
+    typer.echo(typer.style("\n".join(notes), dim=True))
 
 
 def detailed_damage_table(measurement: Measurement, *, title: str) -> Table:

@@ -20,6 +20,7 @@ from quant_fairness_plugin.cli.damage import (
     damage_table,
     detailed_damage_table,
     language_notes,
+    show_notes,
 )
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import HowMeasured, check_legacy, legacy_measure
@@ -96,12 +97,12 @@ def measure(
     sentences = f"{describe_part(measured)} of {measured.provenance.text_set}"
     if checkpoint is None:
         show(baseline_table(measured, title=f"{source.name}, 16 bit: {sentences}"))
-        typer.echo("\n".join(language_notes(measured)))
+        show_notes(language_notes(measured))
         return
     show_verdict(measured, config)
     table = detailed_damage_table if shown.details else damage_table
     show(table(measured, title=f"{checkpoint} {describe_original(measured, source.name)}: {sentences}"))
-    typer.echo("\n".join(damage_notes(measured)))
+    show_notes(damage_notes(measured))
     show_answers(measured, details=shown.details)
     check_gate(measured, config)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +46,14 @@ def progress(kept: str = NOTHING_LEFT) -> Iterator[Show]:
 def _shown() -> Iterator[Show]:
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield Lines(time.monotonic).show
+        lines, ended = Lines(time.monotonic), threading.Event()
+        beat = threading.Thread(target=_beat, args=(lines, ended), daemon=True)
+        beat.start()
+        try:
+            yield lines.show
+        finally:
+            ended.set()
+            beat.join()
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeLeftColumn(),
@@ -55,17 +63,27 @@ def _shown() -> Iterator[Show]:
 
         def show(step: str, done: int, total: int) -> None:
             if step not in tasks:
-                tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done, total=total)
+                tasks[step] = bars.add_task(step, total=None)  # which moves to and fro
+            known = None if total == 1 and done == 0 else total
+            bars.update(tasks[step], completed=done, total=known)
 
         yield show
 
 
+def _beat(lines: Lines, ended: threading.Event) -> None:
+    """Let a step be heard of that says nothing itself, until all is done."""
+    while not ended.wait(1.0):
+        lines.still()
+
+
 @dataclass(slots=True)
 class _Step:
+    name: str
     started: float
     first: int
     """How much was done when it was first heard of: work that an interrupted run had left."""
+    done: int
+    total: int
     printed: float
 
 
@@ -80,22 +98,44 @@ class Lines:
         """
         self._clock = clock
         self._steps: dict[str, _Step] = {}
+        self._now: _Step | None = None
+        self._lock = threading.Lock()
 
     def show(self, step: str, done: int, total: int) -> None:
         """Write a line where a step is new, or where its last line is `SECONDS_BETWEEN_LINES` old."""
-        now = self._clock()
-        state = self._steps.get(step)
-        if state is None:
-            self._steps[step] = _Step(now, done, now)
-            sys.stderr.write(f"{step} …\n")
-        elif now - state.printed >= SECONDS_BETWEEN_LINES and done < total:
-            state.printed = now
-            sys.stderr.write(f"{step} … {done} of {total}{_left(state, now, done, total)}\n")
+        with self._lock:
+            now = self._clock()
+            state = self._now = self._steps.get(step) or _Step(step, now, done, done, total, -1.0)
+            state.done, state.total = done, total
+            if step not in self._steps:
+                self._steps[step], state.printed = state, now
+                sys.stderr.write(f"{step} …\n")
+            self._write(state, now)
+
+    def still(self) -> None:
+        """Write the line of the step that goes on, where its last one is old."""
+        with self._lock:
+            if self._now is not None:
+                self._write(self._now, self._clock())
+
+    def _write(self, state: _Step, now: float) -> None:
+        if now - state.printed < SECONDS_BETWEEN_LINES or state.done >= state.total:
+            return
+        state.printed = now
+        if state.total == 1:
+            sys.stderr.write(f"{state.name} … for {_clock_time(now - state.started)}\n")
+        else:
+            sys.stderr.write(f"{state.name} … {state.done} of {state.total}{_left(state, now)}\n")
 
 
-def _left(state: _Step, now: float, done: int, total: int) -> str:
+def _left(state: _Step, now: float) -> str:
     """Return `, about 1:20 left`; nothing before anything was done."""
-    if done <= state.first:
+    if state.done <= state.first:
         return ""
-    seconds = round((now - state.started) * (total - done) / (done - state.first))
-    return f", about {seconds // 60}:{seconds % 60:02d} left"
+    seconds = (now - state.started) * (state.total - state.done) / (state.done - state.first)
+    return f", about {_clock_time(seconds)} left"
+
+
+def _clock_time(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole // 60}:{whole % 60:02d}"

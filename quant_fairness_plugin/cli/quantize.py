@@ -8,7 +8,7 @@ import typer
 
 from quant_fairness_plugin.artifacts import ExportRecord, Measurement, ProtectionPlan, to_json
 from quant_fairness_plugin.cli.answers import show_answers
-from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table
+from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table, show_notes
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import (
     Access,
@@ -101,7 +101,7 @@ def report_checkpoint(record: ExportRecord, out: Path, config: FairConfig, shown
         show_verdict(record.measurement, config)
         title = f"{out}: damage against the 16-bit model, {describe_part(record.measurement)}"
         show((detailed_damage_table if shown.details else damage_table)(record.measurement, title=title))
-        typer.echo("\n".join(damage_notes(record.measurement)))
+        show_notes(damage_notes(record.measurement))
         show_answers(record.measurement, details=shown.details)
     more = singled_out(record.plan)
     typer.echo(verified(record.reader_run))

@@ -9,7 +9,7 @@ import typer
 from quant_fairness_plugin.artifacts import Measurement, to_json
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.cli.answers import show_answers
-from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table
+from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table, show_notes
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import Access, ModelOption, OutputFolder, Overwrite, Place, Shown, default_output
 from quant_fairness_plugin.cli.progress import progress
@@ -72,7 +72,7 @@ def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) ->
     title = f"{config.method} {result.record.grids}, {part}: without protection, and with {more}"
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
-    typer.echo("\n".join(damage_notes(result.protected)))
+    show_notes(damage_notes(result.protected))
     show_answers(result.protected, details=details)
     for reason in (*result.plan.reasons, result.verdict):
         typer.echo(reason)

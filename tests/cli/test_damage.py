@@ -82,6 +82,19 @@ def test_notes_say_how_texts_begin_and_a_title_that_nothing_was_held_out() -> No
     assert "NOT HELD OUT" not in str(damage_table(replace(state, held_out=True), title="t").title)
 
 
+def test_a_reason_that_several_languages_share_but_for_its_figures_stands_once() -> None:
+    state = rows(en=0.1, ar=1.0, hi=2.0, zh=3.0)
+    reasons = {"ar": "needs 1.97 bits (1.95)", "hi": "needs 2.50 bits (2.41)", "zh": "something else"}
+    languages = tuple(
+        replace(row, status="unsupported", reason=reasons[row.language]) if row.language in reasons else row
+        for row in state.languages
+    )
+    assert damage_notes(replace(state, languages=languages))[1:3] == [
+        "ar, hi: needs 1.97 bits (1.95) (figures of ar; the others' are in --details)",
+        "zh: something else",
+    ]
+
+
 def test_the_comparison_shows_what_is_left_and_what_went() -> None:
     before, after = rows(en=0.1, he=0.4), rows(en=0.1, he=0.1)
     english, hebrew = lines(comparison_table(before, after, title="t"))[2:4]

@@ -35,3 +35,21 @@ def test_every_step_has_its_own_line(capsys: pytest.CaptureFixture[str]) -> None
     for step in ("sweep", "quantize", "sweep"):
         lines.show(step, 1, 2)
     assert capsys.readouterr().err.splitlines() == ["sweep …", "quantize …"]
+
+
+def test_a_step_that_says_nothing_itself_is_heard_of_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    lines = Lines(lambda: now)
+    lines.still()
+    lines.show("write and verify", 0, 1)
+    for seconds in (10, 31, 45, 62):
+        now = float(seconds)
+        lines.still()
+    lines.show("write and verify", 1, 1)
+    now = 200.0
+    lines.still()
+    assert capsys.readouterr().err.splitlines() == [
+        "write and verify …",
+        "write and verify … for 0:31",
+        "write and verify … for 1:02",
+    ]

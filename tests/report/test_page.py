@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from quant_fairness_plugin.analysis.kinds import ANALYSES
 from quant_fairness_plugin.artifacts import ReaderRun, SweepReport, Undefined
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.errors import ConfigError, MissingExtraError
@@ -80,12 +81,14 @@ def test_the_four_questions_are_answered_before_anything_else(full: Elements) ->
 
 
 def test_every_part_has_a_picture_in_two_widths_with_a_text_and_a_table(full: Elements) -> None:
-    parts = ["damage", "tradeoff", "precision", "calibration", "layers", "controls"]
-    assert [a["id"] for a in full.of("h2")] == ["verdict", *parts, "provenance"]
+    parts = ["damage", "answers", "tradeoff", "precision", "calibration", "layers", "controls"]
+    parts += [f"analysis-{name}" for name in ANALYSES]
+    listed = "analysis-new"  # has no chart
+    assert [a["id"] for a in full.of("h2")] == ["verdict", *parts, listed, "provenance"]
     pictures = full.of("svg")
     assert len(pictures) == 2 * len(parts)
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
-    assert len(full.of("table")) == len(full.of("caption")) == len(parts)
+    assert len(full.of("table")) == len(full.of("caption")) == len([*parts, listed])
     assert {a["scope"] for a in full.of("th")} == {"col", "row"}
 
 
@@ -102,7 +105,7 @@ def test_the_reading_modes_are_three_radio_buttons_and_the_shortest_is_chosen(fu
         ("mode", "tldr", True), ("mode", "practitioner", False), ("mode", "researcher", False),
     ]  # fmt: skip
     levels = [(a["class"] or "").split()[1] for a in full.of("section") if (a["class"] or "").startswith("part ")]
-    assert levels == ["tldr", *["practitioner"] * 3, *["researcher"] * 3]
+    assert levels == ["tldr", *["practitioner"] * 4, *["researcher"] * (4 + len(ANALYSES))]
 
 
 def test_hostile_text_is_shown_as_text_in_every_place() -> None:
@@ -119,6 +122,9 @@ def test_hostile_text_is_shown_as_text_in_every_place() -> None:
     # `Elements` checks that no quote or bracket breaks out of its place: all tags close in order.
     shown = page(made)
     assert not shown.of("script")
+    said = page(record(replace(after, answers=answers())), *analyses())
+    assert not said.of("script")
+    assert said.text.count(f"en {HOSTILE}") == 3
     for place in ("reason", "condition", "texts", "source", "kept"):
         assert f"{place} {HOSTILE}" in shown.text
     assert all(HOSTILE in (svg["aria-label"] or "") for svg in shown.of("svg")[:2])
