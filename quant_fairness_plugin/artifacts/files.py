@@ -31,7 +31,7 @@ A = TypeVar("A", Measurement, SweepReport, UnitScores, ProtectionPlan, ExportRec
 
 
 MOST_ARTIFACT_BYTES = 256_000_000
-"""A sweep of a hundred plans on ten languages takes a tenth of it."""
+"""A sweep holds the scores of every sentence under every plan."""
 
 
 def _adapter(kind: type[A]) -> TypeAdapter[A]:
