@@ -26,10 +26,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.rows import conditions  # noqa: E402 - found by the path above
-from tests.fuzz.targets import MOST_BYTES, MOST_SECONDS, TARGETS  # noqa: E402
+from tests.fuzz import CORPUS, MOST_BYTES, MOST_SECONDS  # noqa: E402
 
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "fuzz.jsonl"
 KEPT = ROOT / "logs" / "fuzz"
+TARGETS = sorted(path.name for path in CORPUS.iterdir())
 _RUNS = re.compile(r"stat::number_of_executed_units: +(\d+)")
 _FAULT = re.compile(r"^(?:[\w.]+(?:Error|Exception)|AssertionError).*", re.MULTILINE)
 

@@ -5,13 +5,13 @@ Multiple-choice tasks (MMLU, Belebele, Global-MMLU, MultiBLiMP): a question is r
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from quant_fairness_plugin.analysis.questions import Question
+from quant_fairness_plugin.documents import parse_json
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
 from quant_fairness_plugin.texts.languages import normalise_language
 
@@ -98,7 +98,7 @@ def _read(path: Path) -> Iterator[tuple[Key, tuple[tuple[str, ...], bool]]]:
 
 def _sample(line: str, task: str, where: str) -> tuple[Key, tuple[tuple[str, ...], bool]]:
     try:
-        row: Any = json.loads(line)
+        row: Any = parse_json(line)
         key = (task, int(row["doc_id"]), str(row["doc_hash"]))
         options, right = len(row["resps"]), float(row["acc"])
     except (ValueError, KeyError, TypeError) as err:

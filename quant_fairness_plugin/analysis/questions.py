@@ -7,12 +7,12 @@ a sentence is followed by `False` and the same sentence with one word wrong; and
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant_fairness_plugin.documents import parse_json
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.texts.languages import normalise_language
 
@@ -49,7 +49,7 @@ def read_questions(path: Path) -> tuple[Question, ...]:
 def _read_jsonl(path: Path) -> Iterator[Question]:
     for number, line in enumerate(_lines(path), start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             row = None
         if not _is_question(row):

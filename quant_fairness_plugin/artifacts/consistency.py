@@ -115,8 +115,8 @@ def _check_scores(report: SweepReport) -> None:
     for name, state in report.scores.items():
         if state.languages.keys() != report.languages.keys():
             raise ValueError(f"scores.{name[:50]}: is not about the languages of the sweep")
-        if any(min(scores.bytes_) < 1 for scores in state.languages.values()):
-            raise ValueError(f"scores.{name[:50]}: a sentence has no bytes")
+        if any(min(scores.bytes_) < 0 or not any(scores.bytes_) for scores in state.languages.values()):
+            raise ValueError(f"scores.{name[:50]}: a language has no bytes")
 
 
 _RULES: Mapping[type[Any], Callable[[Any], None]] = {

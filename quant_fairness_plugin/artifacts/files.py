@@ -47,7 +47,7 @@ A = TypeVar(
 
 
 MOST_ARTIFACT_BYTES = 256_000_000
-"""A sweep of a hundred plans on ten languages takes a tenth of it."""
+"""A sweep holds the scores of every sentence under every plan."""
 
 
 def _adapter(kind: type[A]) -> TypeAdapter[A]:

@@ -20,6 +20,7 @@ CHANCE_SHARE = 0.9
 UNIFORM_BITS_PER_BYTE = 8.0
 PERPLEXITY_FACTOR = 10.0
 UNKNOWN_SHARE = 0.1
+"""Of a language's tokens, the most that may be unknown for its figures to mean something."""
 SMOOTHING = 0.5
 """Krichevsky-Trofimov: close to the best that a byte count can do on a text of unknown length."""
 ORDER = 3

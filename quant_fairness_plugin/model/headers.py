@@ -16,7 +16,7 @@ from quant_fairness_plugin.errors import ArtifactError
 TensorShapes = dict[str, tuple[str, tuple[int, ...]]]
 
 MAX_HEADER_BYTES = 25_000_000
-"""A quarter of what the library allows: 200,000 tensors. Decoded, a hostile header takes up to 30 times its bytes."""
+"""A quarter of what the library allows, and room for 200,000 tensors: decoded, JSON takes many times its bytes."""
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,

@@ -148,7 +148,8 @@ class StoredResults(Results):
             with safe_open(path, framework="pt") as file:
                 facts = json.loads(file.metadata()[_FACTS])
             places = dict(places_of_file(path))
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, ArtifactError) as err:
+            grids = {name: Grid(**grid) for name, grid in facts["grids"].items()}
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, ArtifactError) as err:
             _logger.warning("%s: not a whole layer (%s); it is solved again", path, err)
             return
         self._layers[facts["layer"]] = facts, places
@@ -156,7 +157,6 @@ class StoredResults(Results):
         assert isinstance(tensors, Lazy)
         assert isinstance(folded, Lazy)
         assert isinstance(columns, Lazy)
-        grids = {name: Grid(**grid) for name, grid in facts["grids"].items()}
         for name, grid in grids.items():
             tensors.add(name, partial(_tensor, places, name, grid))
         for name in facts[_FOLDED]:

@@ -61,10 +61,7 @@ class Work:
             loaded=self.loaded, unit=unit, weights=weights, grids=self.selection.grids, columns=self.columns,
             measured=measured,
         )  # fmt: skip
-        try:
-            self.method.solve(problem, solved)
-        except UnsolvableError as err:
-            self.keep(weights, err, solved)
+        self.method.solve(problem, solved)
 
     def keep(self, names: Iterable[str], err: UnsolvableError, solved: Solved) -> None:
         """Leave the modules of a fusion group in 16 bit, as servers merge them into one matrix; or stop."""
@@ -153,10 +150,12 @@ def _solve_unit(
     with error_prefix(first):
         moments = language_moments(work.loaded.block(unit.layer), module, unit.layer, batches, calibration)
         hessians = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
-    work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
+    try:
+        work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
+    except UnsolvableError as err:
+        return work.keep(modules, err, solved)
     for name in modules:
-        if name in solved.tensors:
-            set_linear_weight(modules[name], solved.dense(name))
+        set_linear_weight(modules[name], solved.dense(name))
 
 
 @torch.no_grad()
@@ -175,7 +174,8 @@ def _solve_experts(
     with error_prefix(prefix):
         rows = routed_rows(work.loaded.block(unit.layer), experts, unit.layer, batches, calibration)
         if not torch.isfinite(rows.hidden).all():
-            # All of them: readers take the experts of a layer for quantized, or for none.
+            # All of them: readers take the experts of a layer for quantized, or none. So what one of them alone gives
+            # itself (in front of `down`) is an error further down.
             error = UnsolvableError(f"{prefix}: the inputs of the experts held NaN or infinity on the calibration text")
             return work.keep(modules, error, solved)
     for stage in expert_stages(experts, prefix, rows):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from quant_fairness_plugin.artifacts import save
+from quant_fairness_plugin.cli.main import harmless, run_guarded
+from quant_fairness_plugin.errors import ConfigError
 from tests.cli.fresh import Commands, command_processes
 from tests.planted import planted_report
 
@@ -177,3 +179,14 @@ def test_an_import_of_torch_would_be_seen(commands: Commands, tmp_path: Path) ->
     done = commands.run("quant-fairness", "verify", ".", cwd=tmp_path)
     assert done.returncode == 5
     assert done.imported_torch
+
+
+def test_names_from_files_do_not_reach_the_terminal_as_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    def failing(**_: object) -> int:
+        raise ConfigError(f"\x1b[2J\u202eיש\x00{'x' * 10_000}")
+
+    assert run_guarded(failing, [], "quant-fairness") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: \\x1b[2J\\u202eיש\\x00xxx")
+    assert len(said) < 2100
+    assert harmless("plain ✓ text\n") == "plain ✓ text\n"

@@ -35,10 +35,8 @@ from quant_fairness_plugin.report.page import render_report
 from quant_fairness_plugin.report.section import Picture
 from quant_fairness_plugin.report.sources import Sources
 from quant_fairness_plugin.texts.sources import read_path
+from tests.fuzz import CORPUS, MOST_BYTES, MOST_SECONDS
 
-MOST_SECONDS = 1.0
-MOST_BYTES = 256 << 20
-CORPUS = Path(__file__).parent / "corpus"
 _DRAWS = 100
 _NO_PICTURE = Picture(wide=Markup('<svg width="9">'), narrow=Markup('<svg width="9">'))
 
