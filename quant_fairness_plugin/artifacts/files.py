@@ -126,8 +126,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
             os.chmod(name, 0o666 & ~_umask())
             os.replace(name, path)
-    except BaseException:
+    except BaseException as err:
         Path(name).unlink(missing_ok=True)
+        if isinstance(err, OSError) and err.filename is None:  # a failed write does not say of what
+            err.filename = str(path)
         raise
 
 

@@ -34,12 +34,14 @@ def remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove files and folders of a name that begins so, and that no living process has locked."""
     for name in os.listdir(folder):
         if name.startswith(prefix):
+            path = folder / name
             with suppress(FileNotFoundError, PermissionError):  # another process was quicker, or it is another user's
-                _remove_unlocked(folder / name)
+                if not path.is_symlink():
+                    _remove_unlocked(path)
 
 
 def _remove_unlocked(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    handle = os.open(path, os.O_RDONLY)
     try:
         if lock(handle) == "ours":
             shutil.rmtree(path) if path.is_dir() else os.unlink(path)

@@ -184,6 +184,7 @@ def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
         tempfile.tempdir = str(points.root / "tmp")
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         with watched(points):
             status = run_guarded(typer.main.get_command(app), list(command), "quant-fairness")
         gc.collect()

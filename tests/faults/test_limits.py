@@ -21,7 +21,6 @@ from tests.planted_model import planted_texts, write_planted_model
 pytestmark = pytest.mark.limits
 ROOT = Path(__file__).parents[2]
 ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
-NOBODY = 65534
 TEXTS = ("--texts", "t.json", "--group-size", "32")
 QUANTIZE = ("quantize", "model", *TEXTS, "--protect-layers", "2")
 SWEEP = ("sweep", "--model", "model", *TEXTS)
@@ -94,16 +93,12 @@ def test_a_full_disk(place: Path, small_disk: Path, command: tuple[str, ...]) ->
     assert names(small_disk) == {"rest"}
 
 
-def test_a_folder_that_nobody_may_write(place: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can become another user")
-    (place / "mine").mkdir(mode=0o755)
-    for path in (place, *place.parents):
-        if path.stat().st_uid == 0 and path != Path("/"):
-            path.chmod(path.stat().st_mode | 0o055)
-    status, line = run(place, *QUANTIZE, "-o", "mine/out", before=lambda: os.setuid(NOBODY))
+def test_a_folder_that_may_not_be_written(place: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere; `test_points.py` becomes another user for one call")
+    (place / "closed").mkdir(mode=0o555)
+    status, line = run(place, *QUANTIZE, "-o", "closed/out")
     assert (status, "Permission denied" in line) == (4, True)
-    assert names(place / "mine") == set()
 
 
 def test_two_processes_on_one_output(place: Path) -> None:

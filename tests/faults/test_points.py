@@ -15,9 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from quant_fairness_plugin.artifacts import temporary_folder, write_atomically
+from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.export.staging import MARKER, scratch_folder, staged_folder
 from tests.faults.points import Points, full_disk, io_error, watched
 
+NOBODY = 65534
 OLD, NEW = b"old " * 5000, b"new " * 5000
 Write = Callable[[Path], None]
 
@@ -111,6 +113,28 @@ def test_writing_over_the_old_one_is_found(write: Write, tmp_path: Path) -> None
 def test_a_writer_that_leaves_what_killed_ones_left_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quant_fairness_plugin.artifacts.files.remove_leftovers", lambda folder, prefix: None)
     assert any(line.startswith("the next run after kill at write") for line in wrong(write_file, tmp_path.resolve()))
+
+
+@pytest.mark.parametrize("write", [write_file, write_folder, use_scratch])
+def test_a_folder_that_may_not_be_written_is_left_alone(write: Write, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    start(root)
+    for folder in (root, *root.parents):
+        if folder.owner() == Path.home().owner() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    root.chmod(0o555)
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:  # who may write everywhere
+            os.setuid(NOBODY)
+        try:
+            write(root)
+        except (PermissionError, ResourceError):
+            os._exit(4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
+    root.chmod(0o755)
+    assert tree(root) == {"result": OLD, f"out/{MARKER}": OLD}
 
 
 def test_every_way_to_write_is_counted_and_torn(tmp_path: Path) -> None:

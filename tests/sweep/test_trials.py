@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_fairness_plugin.artifacts import StateScores, digest
+from quant_fairness_plugin.artifacts import StateScores, digest, lock
 from quant_fairness_plugin.errors import ConfigError, ResourceError
 from quant_fairness_plugin.measure.rows import Row
 from quant_fairness_plugin.model.load import LoadedModel, load_model
@@ -229,15 +228,19 @@ def test_a_result_that_many_write_is_whole_whenever_it_is_read(loaded: LoadedMod
     assert [path.name for path in tmp_path.iterdir()] == [store.path(rows).name]
 
 
-def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(loaded: LoadedModel, tmp_path: Path) -> None:
-    old, new, foreign = tmp_path / f".{'a' * 64}.json.x1", tmp_path / f".{'b' * 64}.json.x2", tmp_path / "notes.json.x"
-    for path in (old, new, foreign):
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(
+    loaded: LoadedModel, whole: tuple[dict[str, StateScores], Path], tmp_path: Path
+) -> None:
+    mine, *_ = files(whole[1])
+    killed, living = tmp_path / f".{mine}.partial-aaaaaaaa", tmp_path / f".{mine}.partial-bbbbbbbb"
+    foreign = tmp_path / "notes.json.partial-x"
+    for path in (killed, living, foreign):
         path.write_bytes(b"half")
-    (tmp_path / f".{'c' * 64}.json.x3").symlink_to("gone")  # as if its writer finished between the listing and the look
-    for path in (old, foreign):
-        os.utime(path, (0, 0))
-    sweep(loaded, tmp_path, Asked())
-    assert (old.exists(), new.exists(), foreign.exists()) == (False, True, True)
+    (tmp_path / f".{mine}.partial-cccccccc").symlink_to("gone")  # nobody's: it is left alone
+    with living.open() as file:
+        assert lock(file.fileno()) == "ours"
+        sweep(loaded, tmp_path, Asked())
+        assert (killed.exists(), living.exists(), foreign.exists()) == (False, True, True)
 
 
 def test_the_number_of_threads_around_a_sweep_changes_nothing(
