@@ -44,17 +44,21 @@ def script(name: str) -> ModuleType:
 
 
 def rows_of(module: ModuleType) -> list[dict[str, Any]]:
-    """Return the stored rows of a script."""
-    return [json.loads(line) for line in module.ROWS.read_text(encoding="utf-8").splitlines()]
+    """Return the stored rows of a script; none where it was never run."""
+    stored: Path = module.ROWS
+    return [json.loads(line) for line in stored.read_text(encoding="utf-8").splitlines()] if stored.exists() else []
 
 
 def age(name: str) -> str:
     """Return one line on the oldest row of a page, and on what has changed in the code since."""
     module = script(name)
+    page = module.PAGE.relative_to(ROOT)
+    if not rows_of(module):
+        return f"{page!s:24} no rows: not measured yet"
     oldest = min(rows_of(module), key=lambda row: made(module, row))
     commits = _git("log", "--oneline", f"--since={made(module, oldest)}", "--", *CODE).splitlines()
     since = f"{len(commits)} commits to the code since" if commits else "the code has not changed since"
-    page, revision = module.PAGE.relative_to(ROOT), oldest.get("revision", "revision not stored")
+    revision = oldest.get("revision", "revision not stored")
     return f"{page!s:24} oldest row {made(module, oldest)[:10]}, {revision}: {since}"
 
 

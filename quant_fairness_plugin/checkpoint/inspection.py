@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quant_fairness_plugin.artifacts import ExportRecord
-from quant_fairness_plugin.checkpoint.dense_modules import Layout, tensor_layout
-from quant_fairness_plugin.checkpoint.dequantize import bare_model, extra_tensors
+from quant_fairness_plugin.checkpoint.dense_modules import MARKERS, Layout, tensor_layout
+from quant_fairness_plugin.checkpoint.dequantize import bare_model, extra_tensors, quantized_modules
 from quant_fairness_plugin.checkpoint.experts import with_stacks
 from quant_fairness_plugin.checkpoint.folder import (
     check_headers,
@@ -38,7 +38,7 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     scheme_of_target,
 )
 from quant_fairness_plugin.checkpoint.values import read_values
-from quant_fairness_plugin.errors import ArtifactError
+from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.headers import TensorShapes
 from quant_fairness_plugin.model.linear import linear_weight
@@ -112,6 +112,8 @@ def inspect_checkpoint(folder: Path) -> Inspection:
     shapes = check_headers(folder)
     quantization, source = read_quantization(folder)
     layout = tensor_layout(quantization) if quantization else None
+    if layout is not None:
+        _check_packed(folder, layout, shapes)
     form = checkpoint_format("fp16-twin") if layout is None else format_of_layout(layout)
     model = bare_model(folder)
     family = detect_family(model)
@@ -238,6 +240,18 @@ def check_values(folder: Path, record: ExportRecord) -> str:
         if values.groups is not None and bool((values.groups.diff() < 0).any()):
             raise ArtifactError(f"{values.name}: groups are permuted (act-order), which vLLM refuses. Export again.")
     return "all finite"
+
+
+def _check_packed(folder: Path, layout: Layout, shapes: TensorShapes) -> None:
+    """Refuse modules that `dense_modules` reads, and whose tensors no format of ours describes."""
+    marker = ".weight_packed" if layout == "compressed-tensors" else ".qweight"
+    packed = {name.removesuffix(marker) for name, (kind, _) in shapes.items() if name.endswith(marker) and kind != "U8"}
+    others = [name for name in quantized_modules(shapes, MARKERS[layout]) if name not in packed]
+    if others:
+        raise UnsupportedModelError(
+            f"{folder}: {others[0]} and {len(others) - 1} others hold no packed integers; such folders are measured "
+            "and compared, and not verified, repaired or swept. Use quant-fairness measure"
+        )
 
 
 def _stored_grid(name: str, model: PreTrainedModel, family: Family, shapes: TensorShapes, form: Format) -> StoredGrid:

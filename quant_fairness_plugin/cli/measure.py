@@ -66,6 +66,7 @@ def measure(
     if how.method == "legacy":
         check_legacy(config, part=how.part != "confirm")
         if checkpoint is not None:
+            checkpoint = readable_folder(checkpoint)
             check_original(checkpoint, source.resolve())
         legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=shown.as_json)
         return

@@ -109,6 +109,12 @@ def test_another_tools_checkpoint_is_judged_and_what_is_not_known_of_it_is_said(
     assert (measured["original_compared"], measured["held_out"]) == (False, None)
 
 
+def test_what_is_measured_alone_is_not_verified(int8: Path, capsys: Printed) -> None:
+    assert run("verify", int8) == 3
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "and 27 others hold no packed integers; such folders are measured and compared, and not" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
