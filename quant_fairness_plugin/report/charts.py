@@ -130,7 +130,7 @@ def intervals(
 def bars(labels: Sequence[str], values: Sequence[float], *, title: str, width: int, digits: int = 0) -> Any:
     """Return a bar for each label, with its value beside it."""
     rows = [{"label": a, "value": b, "text": f"{b:,.{digits}f}"} for a, b in zip(labels, values, strict=True)]
-    reach = alt.Scale(domain=[min(0, *values), max(values) * 1.15 or 1], nice=False)
+    reach = alt.Scale(domain=[min(0, *values), max(0, *values) * 1.15 or 1], nice=False)
     base = alt.Chart(_inline(rows)).encode(
         y=_names("label", labels, labelLimit=LABELS),
         x=alt.X("value", type="quantitative", title=title, axis=alt.Axis(tickCount=_ticks(width)), scale=reach),

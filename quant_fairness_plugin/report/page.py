@@ -142,7 +142,10 @@ def _subtitle(sources: Sources, plan: ProtectionPlan | None) -> str:
 def _provenance(sources: Sources) -> Iterator[tuple[str, str]]:
     """Yield what the figures can be made again from."""
     for answer in sources.analyses:
-        yield f"analyze {answer.analysis}", "; ".join(f"{name} {value}" for name, value in answer.provenance.items())
+        yield (
+            f"analyze {answer.analysis}",
+            "; ".join(f"{name} {_plain(value)}" for name, value in answer.provenance.items()),
+        )
     made = _first_provenance(sources)
     if made is None:
         return
@@ -159,6 +162,13 @@ def _provenance(sources: Sources) -> Iterator[tuple[str, str]]:
     for name, measured in (("checkpoint", sources.measurement), ("without protection", sources.before)):
         if measured is not None:
             yield f"sentences, {name}", _sentences(measured)
+
+
+def _plain(value: object) -> str:
+    """Return a value of a provenance without the signs of its notation."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {part}" for name, part in value.items()) or "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _verified(run: ReaderRun | Undefined | None) -> str:

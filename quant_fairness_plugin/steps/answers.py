@@ -21,6 +21,7 @@ from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.steps.checkpoints import whole_checkpoint
 from quant_fairness_plugin.sweep.executors import machine_memory
 
+FLOAT32_BYTES = 4
 _logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
@@ -85,7 +86,7 @@ def _too_large(loaded: LoadedModel) -> str:
     if not isinstance(loaded, StreamedModel):
         return ""
     advice = "quant-fairness measure DIR asks where there is the memory"
-    needed = loaded.parameters * loaded.compute.itemsize
+    needed = loaded.parameters * FLOAT32_BYTES  # which the checkpoint is dequantized to
     if loaded.memory_budget is not None:
         return f"within a memory budget the model is read layer by layer, which every word would take again; {advice}"
     if 2 * needed > machine_memory():
@@ -146,9 +147,8 @@ def _compared(language: str, prompts: tuple[str, ...], before: list[str], after:
 
 def _not_asked(measurement: Measurement, texts: Mapping[str, tuple[str, ...]], prompts: Prompts) -> dict[str, str]:
     """Return the measured languages that were not asked, with the reason."""
-    unknown = {row.language: "the 16-bit model does not know it" for row in measurement.languages}
+    left_out = (row.language for row in measurement.languages if not texts.get(row.language))
     return {
-        language: f"{prompts.source} has no prompt in it" if language in texts else reason
-        for language, reason in unknown.items()
-        if not texts.get(language)
+        language: f"{prompts.source} has no prompt in it" if language in texts else "the 16-bit model does not know it"
+        for language in left_out
     }
