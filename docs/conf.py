@@ -28,6 +28,7 @@ html_title = "quant-fairness"
 html_show_sphinx = False
 myst_heading_anchors = 4
 myst_enable_extensions = ["deflist"]
+smartquotes = False  # they would make one dash of an option's two
 default_role = "code"  # docstrings name things in single backticks
 python_maximum_signature_line_length = 100
 autodoc_member_order = "bysource"
@@ -56,10 +57,13 @@ def list_options(app: Sphinx, docname: str, source: list[str]) -> None:
     source[0] = source[0].replace("<!-- options -->", "\n".join(lines))
 
 
-def take_no_line_for_a_type(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
-    """Begin what is said of an attribute with an empty line: napoleon takes `word: …` in the first one for a type."""
-    if what in ("attribute", "property"):
-        lines.insert(0, "")
+def put_words_back(app: Sphinx, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:
+    """Put words back before the first colon of what is said of an attribute, which napoleon takes for a type."""
+    for place, line in enumerate(lines):
+        if what in ("attribute", "property") and line.startswith(":type: "):
+            del lines[place]
+            lines[0] = f"{line.removeprefix(':type: ')}: {lines[0]}"
+            return
 
 
 def list_other_pages(app: Sphinx, docname: str, source: list[str]) -> None:
@@ -75,4 +79,4 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", link_to_forge)
     app.connect("source-read", list_other_pages)
     app.connect("source-read", list_options)
-    app.connect("autodoc-process-docstring", take_no_line_for_a_type, priority=400)  # napoleon's is 500
+    app.connect("autodoc-process-docstring", put_words_back, priority=600)  # napoleon's is 500

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer import TyperException
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from quant_fairness_plugin.cli import awq_quantize, gptq_quantize, main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,6 +24,7 @@ RUN = [
     *(ROOT / "docs" / f"{name}.md" for name in ("quantize", "judge", "serving", "large", "formats")),
 ]
 """Pages whose blocks are run, each page in a folder of its own, one block after the other."""
+COMMANDS = {"quant-fairness": main.app, "gptq-quantize": gptq_quantize.app, "awq-quantize": awq_quantize.app}
 BLOCK = re.compile(r"(?:<!-- (before|not run): (.*?) -->\n)?^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -61,6 +68,35 @@ def test_a_block_is_read_with_what_comes_before_it(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- before: true -->\n```bash\nfalse\n```\n\n<!-- not run: no vLLM -->\n```python\nx\n```\n")
     assert blocks(page) == [Block("bash", "false\n", before="true"), Block("python", "x\n", not_run="no vLLM")]
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The command lines of ours in the shell blocks of a page."""
+    code = "".join(block.code for block in blocks(path) if block.language == "bash").replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in code.splitlines()]
+    return [line[: line.index(">")] if ">" in line else line for line in lines if line and line[0] in COMMANDS]
+
+
+def parse(name: str, arguments: list[str]) -> None:
+    """Parse a command line as far as its command is not called."""
+    command = get_command(COMMANDS[name])
+    context = command.make_context(name, list(arguments))
+    if isinstance(command, TyperGroup):
+        said, chosen, rest = command.resolve_command(context, list(arguments))
+        assert chosen is not None
+        chosen.make_context(said, rest, parent=context)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_parser_takes_the_command_lines_of_a_page(path: Path) -> None:
+    for name, *arguments in commands(path):
+        parse(name, arguments)
+
+
+def test_an_option_that_there_is_not_would_be_seen() -> None:
+    assert ["quant-fairness", "report", "out", "-o", "report.html"] in commands(ROOT / "README.md")
+    with pytest.raises(TyperException, match="No such option"):
+        parse("quant-fairness", ["verify", "out", "--strictest"])
 
 
 def run(line: list[str], folder: Path) -> None:
