@@ -195,6 +195,10 @@ def figure(value: dict[str, Any]) -> str:
     return f"{1000 * value['estimate']:.1f} [{1000 * value['low']:.1f}, {1000 * value['high']:.1f}]"
 
 
+def render() -> None:
+    write_tables(PAGE, tables())
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -206,7 +210,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, help="of the confirm part; all by default")
     given = parser.parse_args()
     if given.what == "render":
-        write_tables(PAGE, tables())
+        render()
     else:
         measure(given)
 

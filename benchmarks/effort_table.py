@@ -254,6 +254,10 @@ def figure(values: np.ndarray) -> str:
     return f"{1000 * values[0]:.1f} [{1000 * low:.1f}, {1000 * high:.1f}]"
 
 
+def render() -> None:
+    write_tables(PAGE, tables())
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -265,7 +269,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, help="of the confirm part; all by default")
     given = parser.parse_args()
     if given.what == "render":
-        write_tables(PAGE, tables())
+        render()
     else:
         measure(given)
 

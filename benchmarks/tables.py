@@ -20,11 +20,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = (
     "architectures",
+    "beginnings_table",
     "calibration_table",
     "claims",
     "clip_table",
     "columns",
     "controls_table",
+    "effort_table",
     "peers_table",
     "plan_table",
     "protection_table",

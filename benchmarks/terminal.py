@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pages import write_tables
 
-PAGE = Path(__file__).parents[1] / "docs" / "terminal.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "terminal.md"
 COLUMNS = 80
 COMMANDS = {
     "run": "quant-fairness run --model demo --langs en,he,ar,hi --output demo-int4-fair",
@@ -38,7 +38,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     for name in wanted:
         shown = record(COMMANDS[name], folder)
-        write_tables(PAGE, {name: f"```\n$ {COMMANDS[name]}\n{shown}```\n"})
+        write_tables(DOCUMENT, {name: f"```\n$ {COMMANDS[name]}\n{shown}```\n"})
         sys.stdout.write(f"{name}: {len(shown.splitlines())} lines; {folder}\n")
 
 

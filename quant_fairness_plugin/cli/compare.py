@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
@@ -27,7 +28,7 @@ from quant_fairness_plugin.cli.tables import layer_list, number, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.preflight import preflight
+from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
 
 if TYPE_CHECKING:
@@ -39,19 +40,14 @@ CALIBRATIONS: tuple[Weighting, ...] = ("english", "uniform", "minimax")
 EFFECTS = ("calibration", "calibration_protected", "protection", "protection_calibrated", "both", "interaction")
 
 
-@options(config=("method", *GRID, "protect_layers", "top", "max_overhead", *TEXTS, *COMPUTE))
-def compare(
-    config: FairConfig,
-    access: Access,
-    checkpoints: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[A B]", help="Two checkpoints of one model: folders of any tool, or .gguf files."),
-    ] = None,
-    model: ModelOption = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What is compared, and when that fails."""
+
     margin: Annotated[
         float | None,
         Option("Of A and B: exit with status 6 unless B loses at most this beyond A, KL in bits per byte.", "Output"),
-    ] = None,
+    ] = None
     calibrations: Annotated[
         tuple[Weighting, ...],
         Option(
@@ -61,8 +57,20 @@ def compare(
             metavar="LIST",
             names=get_args(Weighting),
         ),
-    ] = CALIBRATIONS,
-    matrix: Annotated[bool, Option("Also calibrate on each language alone.", "Texts")] = False,
+    ] = CALIBRATIONS
+    matrix: Annotated[bool, Option("Also calibrate on each language alone.", "Texts")] = False
+
+
+@options(config=("method", *GRID, "protect_layers", "top", "max_overhead", *TEXTS, *COMPUTE))
+def compare(
+    config: FairConfig,
+    access: Access,
+    how: Comparison,
+    checkpoints: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[A B]", help="Two checkpoints of one model: folders of any tool, or .gguf files."),
+    ] = None,
+    model: ModelOption = None,
     output: OutputFile = None,
     as_json: Json = False,
 ) -> None:
@@ -72,32 +80,16 @@ def compare(
     one brings.
     """
     if checkpoints:
-        check_pair(config, checkpoints, margin, calibrations=calibrations != CALIBRATIONS, matrix=matrix)
+        check_pair(config, checkpoints, how.margin, calibrations=how.calibrations != CALIBRATIONS, matrix=how.matrix)
         source = access.source(model or base_model(checkpoints[0]))
-        compare_pair(source, config, checkpoints, margin, output=output, as_json=as_json)
+        compare_pair(source, config, checkpoints, how.margin, output=output, as_json=as_json)
         return
-    if margin is not None:
-        raise ConfigError(f"--margin {margin:g} is for two checkpoints; name them: compare A B --model ORIGINAL")
-    source = access.source(model)
-    checked = preflight(source, config)
+    if how.margin is not None:
+        raise ConfigError(f"--margin {how.margin:g} is for two checkpoints; name them: compare A B --model ORIGINAL")
+    result = _compare_calibrations(access.source(model), config, how)
 
-    # Loads torch.
-    from quant_fairness_plugin.analysis.calibration import Calibrations, compare_calibrations, to_json
-    from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.analysis.calibration import to_json
 
-    wanted = Calibrations(weightings=calibrations, tokens_per_language=config.tokens_per_language, matrix=matrix)
-    wanted.check(config.method)
-    with progress() as shown:
-        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
-        result = compare_calibrations(
-            quantizer.loaded,
-            quantizer.texts,
-            quantizer.recommend(),
-            wanted,
-            method=config.method,
-            bootstrap=Bootstrap(None, config.draws, config.seed),
-            progress=shown,
-        )
     document = to_json(result)
     if output is not None:
         write_atomically(output, document.encode())
@@ -107,6 +99,30 @@ def compare(
         typer.echo(document, nl=False)
         return
     _show(result)
+
+
+def _compare_calibrations(source: ModelSource, config: FairConfig, how: Comparison) -> CalibrationComparison:
+    checked = preflight(source, config)
+
+    # Loads torch.
+    from quant_fairness_plugin.analysis.calibration import Calibrations, compare_calibrations
+    from quant_fairness_plugin.fair_quantizer import FairQuantizer
+
+    wanted = Calibrations(
+        weightings=how.calibrations, tokens_per_language=config.tokens_per_language, matrix=how.matrix
+    )
+    wanted.check(config.method)
+    with progress() as shown:
+        quantizer = FairQuantizer.from_source(source, config, checked=checked, progress=shown)
+        return compare_calibrations(
+            quantizer.loaded,
+            quantizer.texts,
+            quantizer.recommend(),
+            wanted,
+            method=config.method,
+            bootstrap=Bootstrap(None, config.draws, config.seed),
+            progress=shown,
+        )
 
 
 def _show(result: CalibrationComparison) -> None:

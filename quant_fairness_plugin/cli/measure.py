@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.artifacts import Part, save, save_run_record, to_json
+from quant_fairness_plugin.artifacts import Measurement, Part, save, save_run_record, to_json
 from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.checkpoint.others import readable_folder
 from quant_fairness_plugin.cli.answers import show_answers
@@ -94,18 +94,22 @@ def measure(
         save_run_record(output, seconds=time.monotonic() - started, device=measured.provenance.device, argv=sys.argv)
     if shown.as_json:
         typer.echo(to_json(measured), nl=False)
-        return None if checkpoint is None else check_gate(measured, config)
-    sentences = f"{describe_part(measured)} of {measured.provenance.text_set}"
-    if checkpoint is None:
-        show(baseline_table(measured, title=f"{source.name}, 16 bit: {sentences}"))
+    elif checkpoint is None:
+        show(baseline_table(measured, title=f"{source.name}, 16 bit: {_sentences(measured)}"))
         show_notes(language_notes(measured))
-        return
-    show_verdict(measured, config)
-    table = detailed_damage_table if shown.details else damage_table
-    show(table(measured, title=f"{checkpoint} {describe_original(measured, source.name)}: {sentences}"))
-    show_notes(damage_notes(measured))
-    show_answers(measured, details=shown.details)
-    check_gate(measured, config)
+    else:
+        show_verdict(measured, config)
+        table = detailed_damage_table if shown.details else damage_table
+        original = describe_original(measured, source.name)
+        show(table(measured, title=f"{checkpoint} {original}: {_sentences(measured)}"))
+        show_notes(damage_notes(measured))
+        show_answers(measured, details=shown.details)
+    if checkpoint is not None:
+        check_gate(measured, config)
+
+
+def _sentences(measured: Measurement) -> str:
+    return f"{describe_part(measured)} of {measured.provenance.text_set}"
 
 
 def _base_model(checkpoint: Path | None, model: str | None) -> str:

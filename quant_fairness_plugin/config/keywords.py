@@ -46,11 +46,11 @@ class FairOptions(TypedDict, total=False):
     format: CheckpointFormat
     reader: Reader
     gate: str | None
-    prompts: str
     protect_biases: bool
     protect_final_ln: bool
     device: str
     dtype: Dtype
+    prompts: str
     draws: int
     seed: int
     strict: bool

@@ -39,7 +39,7 @@ from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.source_format import QUANTIZATION_KEYS
-from quant_fairness_plugin.model.streamed import StreamedModel
+from quant_fairness_plugin.model.streamed import budget_of
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
@@ -95,9 +95,8 @@ def export(
         _copy_companions(loaded, companions, folder)
         record = _describe(record, card, folder)
         _compare_with_memory(quantized, folder, layout)
-        budget = loaded.memory_budget if isinstance(loaded, StreamedModel) else None
-        report = verify(folder, rows=_served_rows(quantized), memory_budget=budget)
-        _say_what_was_left_out(out, report, budget)
+        report = verify(folder, rows=_served_rows(quantized), memory_budget=budget_of(loaded))
+        _say_what_was_left_out(out, report, budget_of(loaded))
         record = _describe(replace(record, reader_run=report.reader_run), card, folder)
         if measure is not None:
             measured = measure(folder)
@@ -106,7 +105,6 @@ def export(
         check_recorded_files(folder, record)
     if (summary := copies.summary()) and loaded.files.weights:
         _logger.warning("%s: %s", out, summary)
-    _logger.info("%s: written and verified, %s", out, format)
     return record
 
 

@@ -37,8 +37,8 @@ def _sweep_lines(result: Forecast) -> Iterator[str]:
     passes = f"{most.block_passes:,}" if exact else f"{result.least.block_passes:,} to {most.block_passes:,}"
     alone = len(text.batches) * result.layers * (result.plans + 1)
     yield f"sweep       {result.plans} plans; {passes} block passes, {alone:,} if every plan were run by itself"
-    yield "            of `sweep` and of --exhaustive; `run` and `quantize` sweep nothing by default: parts are scored by"
-    yield "            gradients between two quantizations, which is not forecast"
+    yield "            of sweep and --exhaustive. By default run and quantize sweep nothing: gradients between two"
+    yield "            quantizations score the parts, which is not forecast"
     yield (
         f"text        {text.sentences} sentences in {text.languages} languages: {text.scored:,} tokens, "
         f"{text.padded:,} with padding, in {len(text.batches)} batches"

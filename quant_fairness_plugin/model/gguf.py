@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quant_fairness_plugin.artifacts import temporary_folder
 from quant_fairness_plugin.errors import MissingExtraError, ResourceError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -39,6 +38,9 @@ def gguf_folder(path: Path, *, dtype: Dtype = "bfloat16") -> Path:
         UnsupportedModelError: Transformers does not read this GGUF.
         ResourceError: the cache cannot be written.
     """
+    # Here, as it loads pydantic, which resolving a name does without.
+    from quant_fairness_plugin.artifacts import temporary_folder
+
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quant-fairness" / "gguf"

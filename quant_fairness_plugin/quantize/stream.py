@@ -90,12 +90,17 @@ def quantize_model(
                 durable=place.folder is not None,
             )  # fmt: skip
             solve_on_inputs(work, rows, calibration)
+    return _as_model(work, plan, calibration)
+
+
+def _as_model(work: Work, plan: ProtectionPlan, calibration: CalibrationSet | None) -> QuantizedModel:
+    results, kept = work.results, work.selection.kept | work.results.kept
     if not results.tensors:
         raise UnsupportedModelError(f"nothing could be quantized: {next(iter(results.kept.values()))}")
     return QuantizedModel(
-        loaded=loaded, plan=plan, method=solver.name, tensors=results.tensors, folded=results.folded,
-        kept=selection.kept | results.kept, losses=results.losses, damping=results.damping, calibration=calibration,
-        columns=results.columns, grids=results.grids,
+        loaded=work.loaded, plan=plan, method=work.method.name, tensors=results.tensors, folded=results.folded,
+        kept=kept, losses=results.losses, damping=results.damping, calibration=calibration, columns=results.columns,
+        grids=results.grids,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from quant_fairness_plugin.checkpoint.dense_modules import Layout, tensor_layout
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.serve import VLLM_METHOD
 from quant_fairness_plugin.serve.linear import QuantizedLinear
 from quant_fairness_plugin.serve.planes import reason_against, stored_planes
@@ -54,7 +54,13 @@ class QuantFairnessConfig(QuantizationConfig):  # type: ignore[misc] # vLLM is n
                 "this checkpoint has act-order groups (desc_act), whose order vLLM does not keep; --quantization "
                 f"{VLLM_METHOD} reads those without. Serve it with load_quantized."
             )
-        return cls(get_quantization_config(str(config["quant_method"])).from_config(config), tensor_layout(config))
+        layout = tensor_layout(config)
+        if layout not in SUFFIXES:
+            raise UnsupportedModelError(
+                f"--quantization {VLLM_METHOD} does not read {layout}; {', '.join(SUFFIXES)} are read. Leave it out, "
+                "and vLLM uses its own method."
+            )
+        return cls(get_quantization_config(str(config["quant_method"])).from_config(config), layout)
 
     @classmethod
     def override_quantization_method(

@@ -23,7 +23,7 @@ from tests.analysis.samples import SENTENCES, few_texts, request_of
 
 Load = Callable[..., LoadedModel]
 LAYERS = 3
-GRID = Grid(group_size=32)
+GRID = Grid(group_size=32, clip="mse")
 
 
 def ask(loaded: LoadedModel, *kinds: str) -> Interventions:

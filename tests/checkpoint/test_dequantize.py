@@ -200,7 +200,7 @@ def test_activation_scales_that_nothing_follows_are_refused(damaged: Exported) -
 @pytest.mark.parametrize(
     ("format_name", "change", "message"),
     [
-        ("gptq", {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' cannot be dequantized"),
+        ("gptq", {"quant_method": "quanto"}, "quant_method 'quanto' cannot be dequantized"),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' cannot be dequantized"),
         ("awq", {"version": "GEMV"}, "awq version 'GEMV' cannot be dequantized"),
     ],

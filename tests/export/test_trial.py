@@ -119,7 +119,7 @@ def test_plan_and_quantize_say_the_same_before_the_work(tmp_path: Path, model_ty
     with pytest.raises(UnsupportedModelError) as caught:
         quantizer.save_pretrained(tmp_path / "out")
     assert problems == {"compressed-tensors": str(caught.value)}
-    assert steps == []
+    assert set(steps) == {"load"}
 
 
 def test_activations_beyond_float16_are_refused_where_readers_compute_in_it(tmp_path: Path) -> None:
@@ -135,4 +135,4 @@ def test_activations_beyond_float16_are_refused_where_readers_compute_in_it(tmp_
     )
     with pytest.raises(UnsupportedModelError, match="readers of awq compute in float16.*--format compressed-tensors"):
         quantizer.save_pretrained(tmp_path / "out")
-    assert steps == []
+    assert set(steps) == {"load"}

@@ -206,7 +206,7 @@ def test_a_real_reader_that_computes_what_the_files_say_passes(
     python = fake_reader(folder)
     named = verify(folder, reader=reader, python=python).checks[-1]
     # The fake reader is our own model in float16, which is exactly the unit.
-    assert f"{reader} 1.2.3: log-probabilities within 1.00 float16 units" in named.detail
+    assert f"{reader} 1.2.3 in float16: log-probabilities within 1.00 float16 units" in named.detail
     monkeypatch.setenv(f"QUANT_FAIRNESS_{reader.upper()}_PYTHON", str(python))
     assert verify(folder, reader=reader).checks[-1] == named
 
@@ -216,7 +216,7 @@ def test_transformers_is_run_elsewhere_where_it_cannot_read_the_format_here(
 ) -> None:
     folder = exported("llama", "gptq")
     detail = verify(folder, reader="transformers", python=fake_reader(folder)).checks[-1].detail
-    assert "transformers 1.2.3: log-probabilities within 1.00" in detail
+    assert "transformers 1.2.3 in float16: log-probabilities within 1.00" in detail
 
 
 def test_a_reader_that_mixed_up_layers_is_caught(exported: Exported, fake_reader: FakeReader) -> None:
@@ -298,7 +298,7 @@ def test_a_duplicate_key_in_a_header_is_found(damaged: Exported) -> None:
     twice = header[:-1] + b',"lm_head.weight":' + json.dumps(json.loads(header)["lm_head.weight"]).encode() + b"}"
     path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + length :])
     record_again(folder)
-    with pytest.raises(ArtifactError, match="'lm_head.weight' is listed twice"):
+    with pytest.raises(ArtifactError, match="'lm_head.weight' is there twice"):
         verify(folder)
 
 

@@ -23,7 +23,7 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceErr
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.export.contents import checkpoint_tensors
 from quant_fairness_plugin.export.shards import INDEX, write_shards
-from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.export.verify import CheckResult, VerifyReport, verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.load import from_loaded, load_model
@@ -395,7 +395,10 @@ def test_the_measurement_is_of_the_written_folder_and_lands_in_record_and_card(
 def test_a_failure_at_any_disk_operation_leaves_nothing(
     small: QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "verify", lambda folder, **options: None)  # nothing is written there
+    untried = VerifyReport(
+        folder="out", format="gptq", checks=(CheckResult(name="reader", outcome="not run", detail="not asked"),)
+    )
+    monkeypatch.setattr(writer, "verify", lambda folder, **options: untried)  # nothing is written there
     state = {"n": 0, "fail_at": 0}
 
     def counted(real: Callable[..., None]) -> Callable[..., None]:

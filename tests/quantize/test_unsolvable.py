@@ -15,7 +15,7 @@ from quant_fairness_plugin.errors import UnsolvableError, UnsupportedModelError
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize import stream
+from quant_fairness_plugin.quantize import solve_blocks
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.moments import LanguageMoment
 from quant_fairness_plugin.quantize.workplace import Workplace
@@ -31,7 +31,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Put a value that is not finite into the second moment of what one module is given, in one language."""
 
     def plant(name: str, value: float = math.nan) -> None:
-        measured = stream.language_moments
+        measured = solve_blocks.language_moments
 
         def poisoned(block: torch.nn.Module, module: torch.nn.Module, *rest: object) -> Iterator[LanguageMoment]:
             found = measured(block, module, *rest)  # type: ignore[arg-type] # handed on
@@ -43,7 +43,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                     moment[1, 2] = value
                 yield replace(statistics, moment=moment)
 
-        monkeypatch.setattr(stream, "language_moments", poisoned)
+        monkeypatch.setattr(solve_blocks, "language_moments", poisoned)
 
     return plant
 
@@ -150,7 +150,7 @@ def test_an_expert_of_zeros_comes_out_as_zeros(load: Load, rows: CalibrationSet)
     names = [f"model.layers.0.mlp.experts.2.{part}_proj" for part in ("gate", "up", "down")]
     with torch.no_grad():
         for name in names:
-            stream.linear_weight(loaded.linears(0)[name]).zero_()
+            solve_blocks.linear_weight(loaded.linears(0)[name]).zero_()
     found = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
     assert all(found.dense_weight(name).abs().max() == 0 for name in names)
     assert all(found.losses[name] == 0 for name in names)

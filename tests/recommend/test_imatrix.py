@@ -25,7 +25,7 @@ ROWS = {"en": ((3, 5, 7), (9, 11)), "he": ((13, 15),)}
 @pytest.fixture
 def calibration() -> CalibrationSet:
     return CalibrationSet(
-        rows=ROWS, source="some texts", text_sha256="0", row_tokens=3, separator=None, seed=0,
+        rows=ROWS, source="some texts", text_sha256="0", row_tokens=3, seed=0,
         weights={"en": 0.25, "he": 0.75},
     )  # fmt: skip
 

@@ -196,5 +196,5 @@ def test_recommend_prints_the_configuration_and_nothing_else(
     assert run_guarded(group, ["recommend", report, "--as", "gptqmodel"], "quant-fairness") == 2
     assert "the report only says 'tiny'" in capsys.readouterr().err
     assert run_guarded(group, ["recommend", report, "--as", "what"], "quant-fairness") == 2
-    known = "gptqmodel, llmcompressor, autoround, optimum or llama.cpp"
+    known = "gptqmodel, llmcompressor, autoround, optimum, llama.cpp or mlx"
     assert f"--as 'what' is unknown; use {known}" in capsys.readouterr().err

@@ -108,11 +108,11 @@ def sweep(
 
 
 def die_at_replace(number: int, fault: signal.Signals) -> None:
-    """Send this process a signal when it renames a finished file for the n-th time, before the rename."""
+    """Send this process a signal when it renames a finished trial for the n-th time, before the rename."""
     replace, calls = os.replace, iter(range(1, sys.maxsize))
 
     def fatal(source: str, target: str) -> None:
-        if next(calls) == number:
+        if str(target).endswith(".json") and next(calls) == number:
             os.kill(os.getpid(), fault)
         replace(source, target)
 

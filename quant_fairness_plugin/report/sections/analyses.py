@@ -52,6 +52,10 @@ _CHARTS = {
     "hypotheses": _Chart(
         kind="intervals", rows="claims", label=("figure",), value="rho", title="rank correlation with the damage"
     ),
+    "configurations": _Chart(
+        kind="intervals", rows="configurations", label=("kept",), value="worst_kl",
+        title="loss of the worst language, bits per byte",
+    ),
     "clipping": _Chart(
         kind="map", rows="languages", label=("layer", "language"), value="global_error", minus="best_error",
         title="error of one threshold for all languages beyond that of the language's own, thousandths", times=1000.0,
