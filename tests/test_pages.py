@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("benchmark", ["controls_table", "sweep", "columns"])
+@pytest.mark.parametrize("benchmark", ["controls_table", "sweep", "columns", "beginnings_table", "effort_table"])
 def test_the_tables_are_those_of_the_stored_rows(benchmark: str) -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
