@@ -57,7 +57,7 @@ from quant_fairness_plugin.artifacts.files import (
     to_json,
     write_atomically,
 )
-from quant_fairness_plugin.artifacts.locks import TemporaryFolder, lock, temporary_folder
+from quant_fairness_plugin.artifacts.locks import TemporaryFolder, held, lock, temporary_folder
 from quant_fairness_plugin.artifacts.scores import UnitScores
 from quant_fairness_plugin.artifacts.sweeps import (
     Combinations,
@@ -124,6 +124,7 @@ __all__ = [
     "bits_of_precision",
     "digest",
     "from_json",
+    "held",
     "load",
     "lock",
     "note_circumstances",

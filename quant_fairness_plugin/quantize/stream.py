@@ -26,6 +26,7 @@ from quant_fairness_plugin.artifacts import (
     ProtectionPlan,
     Unit,
     digest,
+    held,
     note_circumstances,
     package_versions,
     temporary_folder,
@@ -196,6 +197,7 @@ def quantize_model(
         ArtifactError: a weight holds NaN or infinity (names the module).
         UnsupportedModelError: a module cannot be solved (names it), or the method does not know the architecture.
         ResourceError: a budget that is too small, or a folder that cannot be written.
+        ConfigError: another process does the same work in the folder.
     """
     place = workplace or Workplace()
     solver = find_method(method) if isinstance(method, str) else method
@@ -205,6 +207,8 @@ def quantize_model(
     allowance = _rows_allowance(loaded, calibration, place, batch_tokens)
     with ExitStack() as stack:
         folder = _work_folder(loaded, plan, solver, calibration, place, batch_tokens)
+        if folder is not None:
+            stack.enter_context(held(folder))
         in_files = folder is not None or isinstance(loaded, StreamedModel)
         results = StoredResults(folder) if in_files else Results()
         work = _Work(loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results)

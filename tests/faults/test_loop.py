@@ -1,4 +1,4 @@
-"""The loop over whole commands, where that takes seconds (`make test-faults` runs all of it); and the same bytes again."""
+"""The loop over whole commands, where that takes seconds (`make test-faults` runs all of it); the same bytes again."""
 
 from __future__ import annotations
 
