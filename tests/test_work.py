@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from quant_fairness_plugin.artifacts import note_circumstances
+from quant_fairness_plugin.artifacts import held, note_circumstances
+from quant_fairness_plugin.errors import ConfigError
 
 QUESTION = {"model": "a", "plan": [0, 1]}
 HERE = {"threads": 1, "versions": {"torch": "2.13.0", "numpy": "2.4"}}
@@ -46,3 +47,10 @@ def test_a_note_that_nobody_can_read_is_made_again(tmp_path: Path, caplog: pytes
         note.write_bytes(torn)
         assert said(caplog, tmp_path) == []
     assert said(caplog, tmp_path, threads=2) != []
+
+
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path: Path) -> None:
+    with held(tmp_path), pytest.raises(ConfigError, match="is in use by another process"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass

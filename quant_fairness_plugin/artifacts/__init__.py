@@ -32,7 +32,7 @@ from quant_fairness_plugin.artifacts.files import (
     write_atomically,
 )
 from quant_fairness_plugin.artifacts.grids import Grid
-from quant_fairness_plugin.artifacts.locks import TemporaryFolder, lock, temporary_folder
+from quant_fairness_plugin.artifacts.locks import TemporaryFolder, held, lock, temporary_folder
 from quant_fairness_plugin.artifacts.measurements import LanguageDamage, LanguageScores, Measurement, StateScores
 from quant_fairness_plugin.artifacts.names import (
     CheckpointFormat,
@@ -131,6 +131,7 @@ __all__ = [
     "bits_of_precision",
     "digest",
     "from_json",
+    "held",
     "load",
     "lock",
     "note_circumstances",

@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from quant_fairness_plugin.errors import ConfigError
+
 
 def lock(handle: int) -> Literal["ours", "taken", "none"]:
     """Lock an open file or folder; `none` is a file system without locks."""
@@ -28,6 +30,24 @@ def lock(handle: int) -> Literal["ours", "taken", "none"]:
             raise
         return "none"
     return "ours"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder to work in, so that no other process works there at the same time.
+
+    Raises:
+        ConfigError: another process does.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if lock(handle) == "taken":
+            raise ConfigError(
+                f"{folder} is in use by another process; one at a time works there. Wait for it, or name another folder"
+            )
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folder: Path, prefix: str) -> None:

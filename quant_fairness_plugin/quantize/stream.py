@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from quant_fairness_plugin.artifacts import ProtectionPlan, temporary_folder
+from quant_fairness_plugin.artifacts import ProtectionPlan, held, temporary_folder
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
@@ -67,6 +67,7 @@ def quantize_model(
         UnsupportedModelError: no module can be solved, or with `strict` one of them (names it); or the method does not
             know the architecture.
         ResourceError: a budget that is too small, or a folder that cannot be written.
+        ConfigError: another process does the same work in the folder.
     """
     place = workplace or Workplace()
     solver = find_method(method) if isinstance(method, str) else method
@@ -76,6 +77,8 @@ def quantize_model(
     allowance = rows_allowance(loaded, calibration, place, batch_tokens)
     with ExitStack() as stack:
         folder = work_folder(loaded, plan, solver, calibration, place, batch_tokens)
+        if folder is not None:
+            stack.enter_context(held(folder))
         in_files = folder is not None or isinstance(loaded, StreamedModel)
         results = StoredResults(folder) if in_files else Results()
         work = Work(
