@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """The loop over whole commands, where that takes seconds (`make test-faults` runs all); and the same bytes again."""
-=======
-"""The loop over whole commands, where that takes seconds (`make test-faults` runs all of it); the same bytes again."""
->>>>>>> w/faults
 
 from __future__ import annotations
 
