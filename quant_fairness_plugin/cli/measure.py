@@ -61,8 +61,7 @@ def measure(
 
     Without DIR, the 16-bit model alone.
     """
-    source = access.source(_base_model(checkpoint, model))
-    budget = place.bytes_
+    source, budget = access.source(_base_model(checkpoint, model)), place.bytes_
     if how.method == "legacy":
         check_legacy(config, part=how.part != "confirm")
         if checkpoint is not None:
@@ -84,11 +83,10 @@ def measure(
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget), stream=True
         )
-        measured = (
-            quantizer.measure(part=how.part).measurements[BASELINE]
-            if folder is None
-            else quantizer.measure_folder(folder, part=how.part)
-        )
+        if folder is None:
+            measured = quantizer.measure(part=how.part).measurements[BASELINE]
+        else:
+            measured = quantizer.measure_folder(folder, part=how.part)
     if output is not None:
         save(measured, output)
         save_run_record(output, seconds=time.monotonic() - started, device=measured.provenance.device, argv=sys.argv)

@@ -74,24 +74,20 @@ def quantize_model(
     selection = select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
     _check_model(loaded, plan, solver)
     _check(solver, plan, selection, calibration)
-    allowance = rows_allowance(loaded, calibration, place, batch_tokens)
     with ExitStack() as stack:
         folder = work_folder(loaded, plan, solver, calibration, place, batch_tokens)
         if folder is not None:
             stack.enter_context(held(folder))
         in_files = folder is not None or isinstance(loaded, StreamedModel)
         results = StoredResults(folder) if in_files else Results()
-        work = Work(
-            loaded, solver, selection, plan.protect_columns, progress or (lambda done, total: None), results, strict
-        )
+        tell = progress or (lambda done, total: None)
+        work = Work(loaded, solver, selection, plan.protect_columns, tell, results, strict)
         if calibration is None:
             solve_from_weights(work)
         else:
             spill = folder or stack.enter_context(temporary_folder())
-            rows = Rows(
-                loaded, calibration, spill, batch_tokens=batch_tokens, allowance=allowance,
-                durable=place.folder is not None,
-            )  # fmt: skip
+            allowance, durable = rows_allowance(loaded, calibration, place, batch_tokens), place.folder is not None
+            rows = Rows(loaded, calibration, spill, batch_tokens=batch_tokens, allowance=allowance, durable=durable)
             solve_on_inputs(work, rows, calibration)
     return _as_model(work, plan, calibration)
 

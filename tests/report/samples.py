@@ -140,6 +140,7 @@ def analyses() -> list[AnalysisAnswer]:
         "interventions": {"plans": [{"kind": kind, "plan": plan, "worst_kl": kl} for kind, plan, kl in plans]},
         "choices": {"rows": [{"language": "he", "group": "verbs", "drop": figure}]},
         "hypotheses": {"claims": [{"figure": "tokens", "rho": figure, "without_a_family": [0.1, 0.2]}]},
+        "configurations": {"configurations": [{"kept": "nothing", "worst_kl": figure}]},
         "clipping": {"languages": cells},
         "new": {"rows": [{"name": "a thing", "value": 7}]},
     }
