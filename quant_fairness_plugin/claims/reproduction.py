@@ -122,7 +122,8 @@ class Reproduction:
             log.info("quant-fairness %s", self.line(name))
             begun = time.monotonic()
             try:
-                self._answers[name] = self.run(self._arguments(name))
+                stdout = self.run(self._arguments(name))
+                self._answers[name] = stdout.replace(self.places["work"], "{work}")  # another folder every time
             except QuantFairnessError as err:
                 self._answers[name] = err
             self.seconds[name] = time.monotonic() - begun
