@@ -18,7 +18,13 @@ from quant_fairness_plugin import fair_quantizer, planning, preflight
 from quant_fairness_plugin.artifacts import ExportRecord, Interval, ProtectionPlan, Ranking, load
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.config import make_config
-from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, QualityGateError, UnsupportedModelError
+from quant_fairness_plugin.errors import (
+    ConfigError,
+    InvalidLayerError,
+    QualityGateError,
+    ResourceError,
+    UnsupportedModelError,
+)
 from quant_fairness_plugin.export import writer
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.model import load as load_module
@@ -29,6 +35,7 @@ from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.quantize.workplace import Workplace
 from quant_fairness_plugin.serve.load import load_quantized
 from quant_fairness_plugin.steps import plans
+from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.texts.load import load_texts
 from tests.planted_model import LAYERS, PLANTED_LAYER, WORDS
 
@@ -329,6 +336,22 @@ def test_a_model_that_stays_in_its_files_goes_the_whole_line_to_the_same_checkpo
             assert row.status == expected.status
     with pytest.raises(ConfigError, match="block by block.*Open it without a memory budget"):
         streamed.evidence(found.plan)
+
+
+def test_the_plan_of_auto_is_the_same_with_one_block_in_memory(quantizer: FairQuantizer, planted_model: Path) -> None:
+    config = replace(quantizer.config, protect_layers="auto", precisions=None, top=None, max_overhead=0.2)
+    whole = FairQuantizer(quantizer.loaded, quantizer.texts, config).recommend()
+    source, place = ModelSource(str(planted_model)), Workplace(memory_budget=10**9)
+    streamed = FairQuantizer.from_source(source, config, place=place)
+    assert any(parameter.is_meta for parameter in streamed.loaded.model.parameters())
+    assert streamed.recommend() == whole
+    assert whole.overrides
+    with pytest.raises(ResourceError, match="memory budget 1.00 KB: one block in every precision"):
+        planning.score(replace(streamed.loaded, memory_budget=1000), quantizer.texts, config, _bank(streamed))
+
+
+def _bank(quantizer: FairQuantizer) -> Bank:
+    return planning.scoring_bank(quantizer.loaded, quantizer.config, None)
 
 
 def test_evidence_is_of_the_confirm_part_and_of_the_plan(quantizer: FairQuantizer, result: RunResult) -> None:
