@@ -24,7 +24,7 @@ def note_circumstances(folder: Path, question: Mapping[str, Any], circumstances:
         question: what the results are of (model, plan, text, …); plain data.
         circumstances: what else their bits depend on (threads, versions, device, …); plain data.
     """
-    path = folder / f"{digest(dict(question))[:16]}.made-under.json"
+    path = folder / f"{digest(dict(question))[:16]}.made-under"
     here, before = json.loads(json.dumps(dict(circumstances))), _read(path)
     if here in before:
         return
