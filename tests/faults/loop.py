@@ -8,7 +8,6 @@ end as if nothing had happened.
 
 from __future__ import annotations
 
-import atexit
 import gc
 import hashlib
 import os
@@ -16,6 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -180,6 +180,7 @@ def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
 
     status = 70  # as where this function itself fails
     try:
+        weakref.finalize._registry.clear()  # temporary folders of the process that this one is a fork of are not ours
         os.chdir(points.root)
         tempfile.tempdir = str(points.root / "tmp")
         os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
@@ -188,7 +189,7 @@ def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
         with watched(points):
             status = run_guarded(typer.main.get_command(app), list(command), "quant-fairness")
         gc.collect()
-        atexit._run_exitfuncs()  # as where a process ends by itself
+        weakref.finalize._exitfunc()  # as where a process ends by itself
         sys.stderr.flush()
     finally:
         seen.write_text("\n".join(points.seen), encoding="utf-8")

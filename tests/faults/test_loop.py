@@ -32,7 +32,9 @@ def wrong(trial: Trial, *, every: int) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("name", "every"), [("report", 2), ("repair --in-place", 25)])
+@pytest.mark.parametrize(
+    ("name", "every"), [("report", 2), pytest.param("repair --in-place", 25, marks=pytest.mark.limits)]
+)
 def test_a_command_survives_faults_wherever_it_touches_the_disk(
     name: str, every: int, start: Path, tmp_path: Path
 ) -> None:
@@ -41,6 +43,7 @@ def test_a_command_survives_faults_wherever_it_touches_the_disk(
     assert wrong(trial, every=every) == []
 
 
+@pytest.mark.limits
 def test_copies_that_are_not_kept_before_the_change_are_found(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,12 +69,14 @@ def repeat(case: Case, start: Path, place: Path, threads: Sequence[int]) -> list
     return found
 
 
+@pytest.mark.limits
 def test_the_same_run_gives_the_same_bytes(start: Path, tmp_path: Path) -> None:
     first, *others = repeat(NAMED["run"], start, tmp_path.resolve(), (1, 1, 1))
     assert {"out/model.safetensors", "out/quant_fairness.json", "out/report.html"} <= first.tree.keys()
     assert all(other.tree == first.tree for other in others)
 
 
+@pytest.mark.limits
 def test_trials_give_the_same_bytes_with_other_numbers_of_threads(start: Path, tmp_path: Path) -> None:
     one, two = repeat(NAMED["sweep --work"], start, tmp_path.resolve(), (1, 2))
     assert {"s.json", "s.html"} <= one.tree.keys()
