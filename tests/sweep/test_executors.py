@@ -143,7 +143,7 @@ def test_workers_end_when_who_started_them_is_killed(folder: Path, tmp_path: Pat
         folder,
         tmp_path,
         "--at",
-        "2",  # the first is the note of what the folder is made under
+        "1",
         "--processes",
         "1",
     ]

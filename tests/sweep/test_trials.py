@@ -105,7 +105,7 @@ def test_a_killed_process_loses_the_trial_that_it_was_writing_and_nothing_else(
         folder,
         tmp_path,
         "--at",
-        "4",  # the first is the note of what the folder is made under
+        "3",
         "--signal",
         fault,
     ]
