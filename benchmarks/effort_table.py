@@ -122,6 +122,7 @@ def add(seen: Seen, language: str, given: Tensor, right: Tensor) -> None:
 def solve(weight: Tensor, seen: Seen, calibration: Any, grid: Any, variant: str, scalable: bool) -> Tensor:
     """Return the dense weight of one module, float64 `[rows, cols]`."""
     from quant_fairness_plugin.quantize.gptq import solve_gptq
+    from quant_fairness_plugin.quantize.methods.gptq import Gptq
 
     hessian, across = torch.zeros_like(next(iter(seen.moment.values()))), 0.0
     for language, moment in seen.moment.items():
@@ -135,7 +136,10 @@ def solve(weight: Tensor, seen: Seen, calibration: Any, grid: Any, variant: str,
     if variant == "scaled" and scalable:
         scale = input_scale(weight, hessian, seen, calibration, grid)
     under = hessian / torch.outer(scale, scale)
-    tensor = solve_gptq(target * scale, under, grid, scale_dtype=torch.float16).tensor
+    usual = Gptq()
+    wanted = (target * scale).float()
+    found = solve_gptq(wanted, under, grid, scale_dtype=torch.float16, damp=usual.damp, act_order=usual.act_order)
+    tensor = found.tensor
     if "refined" in variant:
         tensor = refined(target * scale, under, tensor)
     return tensor.dequantize().double() / scale
