@@ -1,7 +1,7 @@
 """To elsewhere: a plan as the configuration of another tool, for those who quantize with that tool themselves.
 
 Takes a plan and the model's files (weights are not read); returns text. What gptqmodel and llm-compressor get is tested
-by using it; AutoRound's, optimum's and llama.cpp's follow their documentation:
+by using it; AutoRound's, optimum's, llama.cpp's and mlx's follow their documentation and were not run:
 
 - AutoRound: `layer_config`, module name → settings (its user guide);
 - mlx-lm: the `quantization` of its `config.json`, module name → bits and group size, or false; a `quant_predicate` that
