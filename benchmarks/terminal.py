@@ -3,7 +3,8 @@
     python benchmarks/terminal.py               # every command of the page, in this order
     python benchmarks/terminal.py verify        # one of them again
 
-Standard output is a terminal, whose colours are left out; progress goes to a file, where it is lines.
+Standard output is a terminal, whose colours are left out. Progress goes to a file, where it is lines; of these the page
+has the first of each step, as later ones say how busy the machine was.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ COMMANDS = {
 }
 """The later ones read what `run` wrote."""
 ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
+_FURTHER = re.compile(r" … (\d+ of \d+|for \d+:)")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
@@ -54,6 +56,7 @@ def record(command: str, folder: Path) -> str:
         status = process.wait()
         progress.seek(0)
         steps = progress.read().decode()
+    steps = "".join(f"{line}\n" for line in steps.splitlines() if not _FURTHER.search(line))
     text = _COLOUR.sub("", printed).replace("\r\n", "\n")
     lines = [line.rstrip() for line in f"{steps}{text}".splitlines()]
     return "".join(f"{line}\n" for line in lines) + (f"(exit status {status})\n" if status else "")

@@ -31,11 +31,11 @@ def show_answers(measurement: Measurement, *, details: bool) -> None:
 def summary(answers: Answers) -> str:
     """Return what was asked, and that nothing is wrong where that is so."""
     through = "the chat template" if answers.chat_template else "no chat template"
-    asked = f"Answers to {answers.prompts} prompts in {len(answers.languages)} languages, up to {answers.new_tokens} "
-    asked += f"tokens, greedy, {through}, {answers.dtype}"
+    asked = f"Answers to {answers.prompts} prompts in {len(answers.languages)} languages, at most {answers.new_tokens} "
+    asked += f"tokens, greedy, {answers.dtype}, {through}:"
     if any(row.faulty != (0, 0) for row in answers.languages):
-        return f"{asked}:"
-    return f"{asked}: none of either model is empty, repeats itself or is in another script"
+        return asked
+    return f"{asked}\nof either model none is empty, repeats itself or is in another script"
 
 
 def fault_table(answers: Answers) -> Table:

@@ -64,6 +64,8 @@ def _shown() -> Iterator[Show]:
         def show(step: str, done: int, total: int) -> None:
             if step not in tasks:
                 tasks[step] = bars.add_task(step, total=None)  # which moves to and fro
+            elif done < bars.tasks[tasks[step]].completed:  # it begins again
+                bars.reset(tasks[step])
             known = None if total == 1 and done == 0 else total
             bars.update(tasks[step], completed=done, total=known)
 
@@ -104,12 +106,12 @@ class Lines:
     def show(self, step: str, done: int, total: int) -> None:
         """Write a line where a step is new, or where its last line is `SECONDS_BETWEEN_LINES` old."""
         with self._lock:
-            now = self._clock()
-            state = self._now = self._steps.get(step) or _Step(step, now, done, done, total, -1.0)
-            state.done, state.total = done, total
-            if step not in self._steps:
-                self._steps[step], state.printed = state, now
+            now, state = self._clock(), self._steps.get(step)
+            if state is None or done < state.done:  # a step that begins again is timed anew
+                state = self._steps[step] = _Step(step, now, done, done, total, now)
                 sys.stderr.write(f"{step} …\n")
+            state.done, state.total = done, total
+            self._now = state
             self._write(state, now)
 
     def still(self) -> None:

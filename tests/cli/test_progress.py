@@ -37,6 +37,15 @@ def test_every_step_has_its_own_line(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err.splitlines() == ["sweep …", "quantize …"]
 
 
+def test_a_step_that_begins_again_is_timed_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    lines = Lines(lambda: now)
+    for seconds, done in ((0, 0), (20, 10), (1000, 0), (1031, 5)):
+        now = float(seconds)
+        lines.show("quantize", done, 10)
+    assert capsys.readouterr().err.splitlines() == ["quantize …", "quantize …", "quantize … 5 of 10, about 0:31 left"]
+
+
 def test_a_step_that_says_nothing_itself_is_heard_of_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     lines = Lines(lambda: now)
