@@ -55,7 +55,7 @@ def labelled(path: str, values: list[Any], between: str = "; ") -> str:
     keys = [
         re.sub(r"\[.*?\]", "", one).rpartition(".")[2].removesuffix("#").strip("_").replace("_", " ") for one in paths
     ]
-    common = f"{keys[0]}:{between[-1]}" if len(set(keys)) == 1 else ""
+    common = f"{keys[0]}:{between[-1] if len(keys) > 1 else ' '}" if len(set(keys)) == 1 else ""
     cells = zip(rows, keys, map(written, values), strict=True)
     return common + between.join(" ".join(filter(None, (row, "" if common else key, cell))) for row, key, cell in cells)
 
