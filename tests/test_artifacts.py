@@ -120,10 +120,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, mon
     before = path.read_bytes()
 
     def fail(handle: int) -> None:
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
     monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=r"disk full.*plan\.json"):
         save(plan(), path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

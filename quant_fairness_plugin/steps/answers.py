@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -62,11 +63,8 @@ def ask(
     if reason := _too_large(loaded):
         return Undefined(reason)
     try:
-        with _whole(loaded) as model:
-            dtype = str(model.dtype).removeprefix("torch.")
-            before = _written(model, loaded, texts, lambda done, total: progress("ask 16 bit", done, total))
-        with _whole_checkpoint(folder, state, loaded) as model:
-            after = _written(model, loaded, texts, lambda done, total: progress("ask checkpoint", done, total))
+        dtype, before = _ask_16_bit(loaded, texts, partial(progress, "ask 16 bit"))
+        after = _ask_checkpoint(folder, state, loaded, texts, partial(progress, "ask checkpoint"))
     except Exception as err:  # noqa: BLE001 - whatever a model's way to write fails of, hours of work are in the result
         said = " ".join(str(err).split())[:200]
         _logger.warning("%s was asked no prompts: %s: %s", folder, type(err).__name__, said)
@@ -92,6 +90,25 @@ def _too_large(loaded: LoadedModel) -> str:
     if 2 * needed > machine_memory():
         return f"the whole model takes {shown(needed)} of {shown(machine_memory())} of memory; {advice}"
     return ""
+
+
+def _ask_16_bit(
+    loaded: LoadedModel, texts: Mapping[str, tuple[str, ...]], progress: Callable[[int, int], None]
+) -> tuple[str, dict[str, list[str]]]:
+    """Return what the 16-bit model computes in, and its answers. Alone, so that a model loaded for them is let go."""
+    with _whole(loaded) as model:
+        return str(model.dtype).removeprefix("torch."), _written(model, loaded, texts, progress)
+
+
+def _ask_checkpoint(
+    folder: Path,
+    state: ModelState,
+    loaded: LoadedModel,
+    texts: Mapping[str, tuple[str, ...]],
+    progress: Callable[[int, int], None],
+) -> dict[str, list[str]]:
+    with _whole_checkpoint(folder, state, loaded) as model:
+        return _written(model, loaded, texts, progress)
 
 
 @contextmanager
