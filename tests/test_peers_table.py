@@ -34,14 +34,14 @@ def row(variant: str, kl: float, beyond: float, **more: Any) -> dict[str, Any]:
 
 
 def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [row(peers.OURS, 0.425, 0.0), row("gptqmodel", 0.355, -0.07), row("AutoRound", 0, 0, failed="status 1")]
+    rows = [row(peers.OURS, 0.424, 0.0), row("gptqmodel", 0.354, -0.07), row("AutoRound", 0, 0, failed="status 1")]
     monkeypatch.setattr(peers, "read_rows", lambda: rows)
     tables = peers.tables()
     assert tables.keys() == {"demo", "demo-languages", "demo-cost"}
     ours, peer = tables["demo"].splitlines()[2:]
-    assert ours == "| quant-fairness, INT4 | 7 languages, 3584 tokens | 112.8 | 425 [415, 435] | 212 [202, 222] |  |  |"
-    assert peer.endswith("| 355 [345, 365] | 178 [168, 188] | -70 [-80, -60] | -35 [-45, -25] |")
-    assert tables["demo-languages"].splitlines()[-1] == "| gptqmodel | 7 languages |" + " 355 |" * 7
+    assert ours == "| quant-fairness, INT4 | 7 languages, 3584 tokens | 112.8 | 424 [414, 434] | 212 [202, 222] |  |  |"
+    assert peer.endswith("| 354 [344, 364] | 177 [167, 187] | -70 [-80, -60] | -35 [-45, -25] |")
+    assert tables["demo-languages"].splitlines()[-1] == "| gptqmodel | 7 languages |" + " 354 |" * 7
     assert "| 188 | 201 | 2.24 GB | gptqmodel 7.6.0, torch 2.13.0 | abc1234, measured abc1234 |" in tables["demo-cost"]
 
 
