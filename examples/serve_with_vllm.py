@@ -3,7 +3,8 @@
     python serve_with_vllm.py CHECKPOINT [PROMPT ...]
 
 For a server instead: `vllm serve CHECKPOINT`, and a client of the OpenAI API. vLLM reads the quantization from the
-checkpoint's config.json; which families and formats it loads was run and is listed in docs/readers.md.
+checkpoint's config.json; which families and formats it loads was run and is listed in docs/readers.md. On a CPU it
+wants nearly all memory, unless VLLM_CPU_KVCACHE_SPACE=4 says how many GiB.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ def test_vllm_serves_the_checkpoint(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model", "llama", layers=2, width=128)  # heads of 32, the smallest that vLLM takes
     export(quantize_tiny(tmp_path / "model"), tmp_path / "out", texts=TEXTS, reader="vllm")
     line = [ROOT / ".venv-vllm" / "bin" / "python", ROOT / "examples" / "serve_with_vllm.py", "out", "abc", "de"]
+    environment = ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run(
-        line, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False, timeout=1800
+        line, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=1800
     )
     assert done.returncode == 0, done.stderr[-4000:]
     printed = [row for row in done.stdout.splitlines() if " → " in row]
