@@ -117,12 +117,12 @@ def test_two_processes_on_one_output(place: Path) -> None:
 def test_a_signal_in_the_middle(
     place: Path, command: tuple[str, ...], step: str, kept: str, number: signal.Signals
 ) -> None:
-    process = begin(place, *command, "--work", "work")
-    assert process.stderr is not None
-    said = next(line for line in process.stderr if line.startswith(step))
-    process.send_signal(number)
-    said += process.stderr.read()
-    assert process.wait() == 128 + number, said
+    with begin(place, *command, "--work", "work") as process:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if line.startswith(step))
+        process.send_signal(number)
+        said += process.stderr.read()
+    assert process.returncode == 128 + number, said
     last = said.splitlines()[-1]
     assert last.startswith("error: interrupted" if number == signal.SIGINT else f"error: stopped by {number.name}")
     assert last.endswith(f"finished {kept} are in work: give the same command again to go on")
@@ -132,12 +132,12 @@ def test_a_signal_in_the_middle(
 
 @pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0, 5.0])
 def test_a_signal_at_any_time(place: Path, seconds: float) -> None:
-    process = begin(place, "run", "--model", "model", *TEXTS, "-o", "out")
-    time.sleep(seconds)  # while libraries are loaded, mostly, which some of them do not like
-    process.terminate()
-    assert process.stderr is not None
-    said = process.stderr.read()
-    assert process.wait() in (143, -signal.SIGTERM), said  # before Python has read our first file, it is the system's
+    with begin(place, "run", "--model", "model", *TEXTS, "-o", "out") as process:
+        time.sleep(seconds)  # while libraries are loaded, mostly, which some of them do not like
+        process.terminate()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode in (143, -signal.SIGTERM), said  # before Python has read our first file, it is the system's
     assert "Traceback" not in said
     assert names(place) - {"model", "t.json"} == set()
 
