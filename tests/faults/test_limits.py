@@ -137,7 +137,8 @@ def test_a_signal_at_any_time(place: Path, seconds: float) -> None:
         process.terminate()
         assert process.stderr is not None
         said = process.stderr.read()
-    assert process.returncode in (143, -signal.SIGTERM), said  # before Python has read our first file, it is the system's
+    # Before Python has read our first file, the end is the system's.
+    assert process.returncode in (143, -signal.SIGTERM), said
     assert "Traceback" not in said
     assert names(place) - {"model", "t.json"} == set()
 
