@@ -36,7 +36,13 @@ COMMANDS = {
 
 MOST_CHARACTERS = 2000
 """Of an error: a value from a file can be as long as the file."""
-_OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "failed to map segment", "can't start new thread")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "failed to map segment",
+    "can't start new thread",
+    "std::bad_alloc",
+)
 """Words of what torch, the loader of libraries, and Python say where an address or a page is refused."""
 
 app = typer.Typer(
