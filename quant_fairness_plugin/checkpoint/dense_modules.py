@@ -9,13 +9,13 @@ packing that writes our files, nor with any loader.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from quant_fairness_plugin.documents import parse_json
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 
 Layout = Literal["compressed-tensors", "gptq", "gptq_v2", "awq", "fp8", "bitsandbytes"]
@@ -218,7 +218,7 @@ def _bitsandbytes(parts: Mapping[str, Tensor]) -> Tensor:
     """8 bits with a scale a row, or codes of 4 bits, high first, of a table, times the largest value of each block."""
     if "SCB" in parts:
         return parts["weight"].float() * parts["SCB"].float()[:, None] / 127
-    state = next(json.loads(bytes(parts[name].tolist())) for name in parts if name.startswith(_BNB_STATE))
+    state = next(parse_json(bytes(parts[name].tolist()).decode()) for name in parts if name.startswith(_BNB_STATE))
     packed = parts["weight"].flatten()
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten().long()
     largest = parts["weight.absmax"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from quant_fairness_plugin.artifacts import package_versions, write_atomically
+from quant_fairness_plugin.artifacts import package_versions, temporary_folder, write_atomically
 from quant_fairness_plugin.claims.ledger import Claim, read_ledger
 from quant_fairness_plugin.claims.reproduction import Finding, Reproduction
 from quant_fairness_plugin.cli.options import Json, OutputFile
@@ -60,13 +59,13 @@ def reproduce(
 
 @contextmanager
 def _reproduction(context: typer.Context, files: ModelFiles, model: str) -> Iterator[Reproduction]:
-    with tempfile.TemporaryDirectory(prefix="quant-fairness-") as work:
+    with temporary_folder() as work:
         layers = ",".join(map(str, gateway_layers(files.layers)))
         yield Reproduction(
             read_ledger(),
             run=lambda arguments: _run(context, arguments),
             legacy=_Legacy(files),
-            places={"model": model, "work": work, "gateways": layers},
+            places={"model": model, "work": str(work), "gateways": layers},
         )
 
 

@@ -12,12 +12,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quant_fairness_plugin.artifacts import temporary_folder
 from quant_fairness_plugin.checkpoint.readers import READERS, find_reader
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, MissingExtraError, UnsupportedModelError
@@ -101,13 +101,13 @@ def read_with(
         MissingExtraError: that Python does not have the reader.
         ConfigError: the reader is not run here.
     """
-    with tempfile.TemporaryDirectory(prefix="quant-fairness-") as name:
-        request, result = Path(name) / "request.json", Path(name) / "answer.json"
+    with temporary_folder() as place:
+        request, result = place / "request.json", place / "answer.json"
         request.write_text(json.dumps({"prompts": [list(prompt) for prompt in prompts]}), encoding="utf-8")
         # Not resolved: a virtual environment's Python is a link, and knows its packages by that name.
         command = [python.absolute(), reader_script(reader), folder.resolve(), request, result]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=name, timeout=seconds)
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place, timeout=seconds)
         except subprocess.TimeoutExpired as err:
             raise UnsupportedModelError(
                 f"{folder}: {reader} did not answer within {seconds} seconds; a small model needs about one minute. "
