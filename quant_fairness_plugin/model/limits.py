@@ -19,6 +19,9 @@ _NUMBERED = re.compile(r"(.*?\.[0-9]+)\.")
 """The beginning of a parameter's name that says which block it is of."""
 _UNLIMITED = 1 << 60
 """Version 1 of control groups writes no limit as a number of this size."""
+LIBRARY_ADDRESSES = 800_000_000
+"""What torch 2.13 for a CPU and Transformers map when they are loaded, beside what a command has loaded before that;
+builds for CUDA map more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,37 @@ def rooms(root: Path = Path("/")) -> Iterator[Room]:
         root: where `proc` and `sys` are.
     """
     status = _numbers(root / "proc/self/status")
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY:
-        room = most - 1024 * status.get("VmSize", 0)
-        yield Room(room, f"the limit of addresses (ulimit -v, {shown(most)})", mapped=True)
+    for kind, held, called in (
+        (resource.RLIMIT_AS, "VmSize", "addresses (ulimit -v"),
+        (resource.RLIMIT_DATA, "VmData", "data (ulimit -d"),
+    ):
+        most, _ = resource.getrlimit(kind)
+        if most != resource.RLIM_INFINITY:
+            room = most - 1024 * status.get(held, 0)
+            yield Room(room, f"the limit of {called}, {shown(most)})", mapped=kind == resource.RLIMIT_AS)
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield Room(machine - 1024 * status.get("VmRSS", 0), f"this machine's memory ({shown(machine)})")
     yield from _control_groups(root)
+
+
+def check_addresses(needed: int, who: str) -> None:
+    """Refuse to begin what would map more addresses than `ulimit -v` leaves, and then end the process without a word.
+
+    Libraries in C++ abort where they are refused addresses while they are loaded, and nobody can catch that.
+
+    Args:
+        needed: bytes of addresses.
+        who: maps them.
+
+    Raises:
+        ResourceError: the limit leaves less.
+    """
+    for room in rooms():
+        if room.mapped and room.bytes_ < needed:
+            raise ResourceError(
+                f"{who} map {shown(needed)} of addresses before any work, and {room.limit} leaves "
+                f"{shown(max(0, room.bytes_))}; raise that limit, or limit the container's memory instead"
+            )
 
 
 def check_room(
