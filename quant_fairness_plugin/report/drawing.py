@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from quant_fairness_plugin.errors import MissingExtraError
-from quant_fairness_plugin.model.limits import check_addresses
+from quant_fairness_plugin.model.limits import check_limit
 
 INSTALL = 'pip install "quant-fairness[report]"'
 _PACKAGES = {"altair": "altair", "vl_convert": "vl-convert-python"}
@@ -49,7 +49,7 @@ def check_drawing() -> None:
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtraError(f"a report needs {' and '.join(missing)}; install: {INSTALL}")
-    check_addresses(_ENGINE_ADDRESSES, "the drawings of a page")
+    check_limit("addresses", _ENGINE_ADDRESSES, "the drawings of a page")
 
 
 def draw(chart: Any, text: str) -> Markup:

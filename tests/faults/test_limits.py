@@ -171,7 +171,7 @@ def test_a_page_that_cannot_be_drawn_does_not_end_the_work(place: Path) -> None:
     process = begin(place, *QUANTIZE, "-o", "out", before=limit(resource.RLIMIT_AS, 8 << 30))
     _, said = process.communicate()
     assert process.returncode == 0, said
-    assert "no report.html was written: the drawings of a page map 70.00 GB of addresses" in said
+    assert "no report.html was written: the drawings of a page take 70.00 GB of addresses" in said
     assert (place / "out" / "model.safetensors").is_file()
     assert not (place / "out" / "report.html").exists()
     status, line = run(place, "report", "out", "-o", "page.html", before=limit(resource.RLIMIT_AS, 8 << 30))
