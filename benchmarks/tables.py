@@ -28,6 +28,8 @@ SCRIPTS = (
     "controls_table",
     "effort_table",
     "faults",
+    "fuzz",
+    "load",
     "peers_table",
     "plan_table",
     "protection_table",
