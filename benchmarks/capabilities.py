@@ -3,9 +3,9 @@
     python benchmarks/capabilities.py                # some minutes; writes the rows anew
     python benchmarks/capabilities.py render         # the table of docs/reliability.md from the rows
 
-`ATEN_CPU_CAPABILITY` makes PyTorch use the code of an older CPU on a newer one. MKL, which multiplies matrices, is asked
-for the same by `MKL_CBWR`. The model is the planted one of the tests, on which the same commands are run in processes of
-their own, with one thread. The first set is what the others are compared with.
+`ATEN_CPU_CAPABILITY` makes PyTorch use the code of an older CPU on a newer one; MKL, which multiplies matrices, is
+asked for the same by `MKL_CBWR`. The model is the planted one of the tests, on which the same commands run in processes
+of their own, with one thread. The first set is what the others are compared with.
 """
 
 from __future__ import annotations
@@ -107,14 +107,14 @@ def compare(made: Path, first: Path) -> dict[str, Any]:
 
 
 def chosen(folder: Path) -> Any:
-    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    return {key: plan[key] for key in ("protected_layers", "overrides", "precisions") if key in plan}
+    """Return the units of a plan with their precisions."""
+    return json.loads((folder / "plan.json").read_text(encoding="utf-8"))["units"]
 
 
 def figures(folder: Path) -> list[float]:
     """Return the KL of every language of the export's record."""
     record = json.loads((folder / "out" / "quant_fairness.json").read_text(encoding="utf-8"))
-    return [row["kl_bits_per_byte"]["value"] for row in record["measurement"]["languages"]]
+    return [row["kl_bits_per_byte"]["estimate"] for row in record["measurement"]["languages"]]
 
 
 def render() -> None:
