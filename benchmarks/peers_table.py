@@ -6,9 +6,9 @@
     python benchmarks/peers_table.py render                # writes the tables of docs/peers.md
 
 A variant is one tool with one calibration; all get the same token rows. `make` leaves a folder of each under `--work`,
-with what it cost, and makes no variant twice; `measure` reads all with our own dequantizer, in float32, and scores them
-on the `confirm` sentences, which no calibration saw. Differences between two checkpoints are paired, sentence by
-sentence.
+with what it cost, and makes no variant twice; `measure` reads the named ones and ours with our own dequantizer, in
+float32, and scores them on the `confirm` sentences, which no calibration saw; rows of others stay. Differences between
+two checkpoints are paired, sentence by sentence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Literal
 from pages import write_tables
 from rows import conditions
 
-from quant_fairness_plugin.artifacts import Part, TextSet, write_atomically
+from quant_fairness_plugin.artifacts import Part, Start, TextSet, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "peers_table.jsonl"
@@ -38,6 +38,8 @@ TOKENS = {"7 languages": 512, "English": 1536}
 """Tokens of each language of a calibration: the most whole rows that every language has, and that English has."""
 OURS = "quant-fairness, INT4"
 """What the others are compared with, pair by pair."""
+BEGINNINGS: dict[Start, int] = {"bos": 20, "chat": 20}
+"""Other beginnings than the usual one → sentences of each language behind it."""
 SEED = 0
 Calibration = Literal["7 languages", "English", "none"]
 
@@ -128,9 +130,12 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
     from quant_fairness_plugin.model.resolve import resolve_model
 
     variant, out = VARIANTS[name], work / slug(name)
-    asked = request(model, variant)
     request_file = work / f"{slug(name)}.request.json"
-    request_file.write_text(json.dumps(asked), encoding="utf-8")
+    # In a process of its own: the most memory that a process has had is passed on to those that it starts.
+    subprocess.run(
+        [sys.executable, __file__, "ask", "--folder", model, "--variants", name, "--to", request_file], check=True
+    )
+    asked = json.loads(request_file.read_text(encoding="utf-8"))
     home = ENVIRONMENTS.get(variant.tool)
     python = Path(sys.executable) if home is None else ROOT / home / "bin" / "python"
     script = ROOT / "benchmarks" / "peers" / f"{variant.tool}_quantize.py"
@@ -149,6 +154,8 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
         return {"failed": f"status {process.returncode}", "request": told}
     peer = json.loads((out / "peer.json").read_text(encoding="utf-8"))
     peer["tool_versions"] = peer.pop("versions")
+    if peer.pop("calibrated", asked.get("tokens_sha256")) != asked.get("tokens_sha256"):
+        raise SystemExit(f"{name}: calibrated on other rows than those that all get")
     return {
         "request": told,
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
@@ -180,38 +187,54 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def measure(name: str, model: str, work: Path, names: list[str]) -> None:
-    """Measure every checkpoint that was made in one pass, and put the rows in place of the model's old ones."""
+    """Measure our checkpoint and the named ones that were made, and put their rows in place of their old ones."""
     import torch
 
+    torch.set_num_threads(1)
+    made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
+    failed = [each for each, row in made.items() if "failed" in row]
+    if not note(work, OURS).is_file():
+        raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
+    found = damage(model, work, [OURS, *(each for each in made if each != OURS and each not in failed)])
+    common = conditions(command=f"python benchmarks/peers_table.py measure {name}", seed=SEED)
+    new = [
+        {"variant": each, "model": name, "tool": VARIANTS[each].tool, "calibration": VARIANTS[each].calibration}
+        | ({} if each in failed else found[each])
+        | common
+        | row
+        for each, row in made.items()
+    ]
+    kept = [row for row in read_rows() if (row["model"], row["variant"]) not in {(name, each) for each in made}]
+    rows = sorted([*new, *kept], key=place)
+    write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def damage(model: str, work: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each checkpoint: as the model is usually used, and behind other beginnings."""
     from quant_fairness_plugin.checkpoint.others import readable_folder
     from quant_fairness_plugin.config import FairConfig
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.preflight import ModelSource
     from quant_fairness_plugin.steps import exported_state
 
-    torch.set_num_threads(1)
-    made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
-    failed = [each for each, row in made.items() if "failed" in row]
-    if OURS not in made:
-        raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
     config = FairConfig(languages=LANGUAGES, seed=SEED)
     quantizer = FairQuantizer.from_source(ModelSource(model), config, stream=True)
-    states = [
-        exported_state(readable_folder(checkpoint_of(work / slug(each))), quantizer.loaded, name=each)
-        for each in made
-        if each not in failed
-    ]
-    measured = quantizer.measure(*states)
-    common = conditions(command=f"python benchmarks/peers_table.py measure {name}", seed=SEED)
-    new = [
-        {"variant": each, "model": name, "tool": VARIANTS[each].tool, "calibration": VARIANTS[each].calibration}
-        | ({} if each in failed else figures(measured, each))
-        | common
-        | row
-        for each, row in made.items()
-    ]
-    rows = sorted([*new, *(row for row in read_rows() if row["model"] != name)], key=place)
-    write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    folders = {name: readable_folder(checkpoint_of(work / slug(name))) for name in names}
+    states = [exported_state(folder, quantizer.loaded, name=name) for name, folder in folders.items()]
+    texts, usual = quantizer.texts, quantizer.measure(*states)
+    found = {name: figures(usual, name) | {"beginnings": {}} for name in names}
+    for start, sentences in BEGINNINGS.items():
+        quantizer.texts = replace(some(texts, sentences), start=start)
+        measured = quantizer.measure(*states)
+        for name in names:
+            found[name]["beginnings"][start] = figures(measured, name)
+    return found
+
+
+def some(texts: TextSet, sentences: int) -> TextSet:
+    """Return a text set with so many sentences of its confirm part, evenly spread."""
+    confirm = [place for place, part in enumerate(texts.parts) if part == "confirm"]
+    return texts.take([confirm[number * len(confirm) // sentences] for number in range(sentences)])
 
 
 def place(row: dict[str, Any]) -> tuple[int, int]:
@@ -324,8 +347,9 @@ def render() -> None:
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("make", "measure", "render"))
+    parser.add_argument("what", choices=("make", "measure", "render", "ask"))
     parser.add_argument("model", nargs="?", choices=MODELS, default="SmolLM2-135M")
+    parser.add_argument("--to", type=Path, help="where ask, of which make makes use, writes what a script is told")
     parser.add_argument("--folder", help="where the model lies, unless it is where make real puts it")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "peers")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -335,6 +359,8 @@ def main() -> None:
         make(model, work, given.variants)
     elif given.what == "measure":
         measure(given.model, model, work, given.variants)
+    elif given.what == "ask":
+        given.to.write_text(json.dumps(request(model, VARIANTS[given.variants[0]])), encoding="utf-8")
     else:
         render()
 
