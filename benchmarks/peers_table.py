@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pages import write_tables
+from peers_page import front, tables
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import Part, Start, TextSet, write_atomically
@@ -188,9 +189,6 @@ def checkpoint_of(folder: Path) -> Path:
 
 def measure(name: str, model: str, work: Path, names: list[str]) -> None:
     """Measure our checkpoint and the named ones that were made, and put their rows in place of their old ones."""
-    import torch
-
-    torch.set_num_threads(1)
     made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
     failed = [each for each, row in made.items() if "failed" in row]
     if not note(work, OURS).is_file():
@@ -211,12 +209,15 @@ def measure(name: str, model: str, work: Path, names: list[str]) -> None:
 
 def damage(model: str, work: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Return the figures of each checkpoint: as the model is usually used, and behind other beginnings."""
+    import torch
+
     from quant_fairness_plugin.checkpoint.others import readable_folder
     from quant_fairness_plugin.config import FairConfig
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.preflight import ModelSource
     from quant_fairness_plugin.steps import exported_state
 
+    torch.set_num_threads(1)
     config = FairConfig(languages=LANGUAGES, seed=SEED)
     quantizer = FairQuantizer.from_source(ModelSource(model), config, stream=True)
     folders = {name: readable_folder(checkpoint_of(work / slug(name))) for name in names}
@@ -264,84 +265,11 @@ def read_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()] if ROWS.exists() else []
 
 
-def tables() -> dict[str, str]:
-    """Return the Markdown tables by name."""
-    found: dict[str, str] = {}
-    for model in MODELS:
-        rows = [row for row in read_rows() if row["model"] == model and "failed" not in row]
-        if rows:
-            found |= {f"{model}": table(rows), f"{model}-languages": by_language(rows), f"{model}-cost": costs(rows)}
-    return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return bytes, worst and mean KL of every variant, and the paired differences to ours."""
-    lines = [
-        "| checkpoint | calibration | MB | worst KL | mean KL | worst beyond ours | mean beyond ours |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        own = row["variant"] == OURS
-        beyond = ["", ""] if own else [signed(row["beyond_ours"][key]) for key in ("worst", "mean")]
-        calibration = row["calibration"] + (
-            f", {row['request']['tokens']} tokens" if "tokens" in row["request"] else ""
-        )
-        cells = [row["variant"].removesuffix(", English").removesuffix(", no calibration"), calibration]
-        cells += [f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"]), *beyond]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def by_language(rows: list[dict[str, Any]]) -> str:
-    """Return the KL of every language, a line a variant."""
-    lines = ["| checkpoint | calibration | " + " | ".join(LANGUAGES) + " |", "|---|---|" + "---:|" * len(LANGUAGES)]
-    for row in rows:
-        cells = [f"{1000 * row['kl'][language]['estimate']:.0f}" for language in LANGUAGES]
-        name = row["variant"].removesuffix(", English").removesuffix(", no calibration")
-        lines.append("| " + " | ".join([name, row["calibration"], *cells]) + " |")
-    return "\n".join([*lines, ""])
-
-
-def costs(rows: list[dict[str, Any]]) -> str:
-    """Return what making each took, and by which versions."""
-    lines = ["| checkpoint | CPU s | wall s | most memory | versions | our revision |", "|---|---:|---:|---:|---|---|"]
-    for row in rows:
-        own = package_names(row["tool"])
-        versions = ", ".join(f"{name} {row['tool_versions'][name]}" for name in own if name in row["tool_versions"])
-        cells = [row["variant"], f"{row['cpu_seconds']:.0f}", f"{row['wall_seconds']:.0f}"]
-        cells += [f"{row['peak_rss_bytes'] / 1e9:.2f} GB", versions, f"{row['made_at']}, measured {row['revision']}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def package_names(tool: str) -> tuple[str, ...]:
-    """Return the packages whose versions the page names."""
-    named = {
-        "ours": "quant-fairness",
-        "autoround": "auto-round",
-        "llmcompressor": "llmcompressor",
-        "llamacpp": "llama-cpp-python",
-    }
-    return named.get(tool, tool), "transformers", "torch"
-
-
-def figure(value: dict[str, Any]) -> str:
-    """Return `419 [388, 455]`, thousandths."""
-    if "undefined" in value:
-        return "undefined"
-    return f"{1000 * value['estimate']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
-
-
-def signed(value: dict[str, Any]) -> str:
-    """Return `+41 [+8, +75]`, thousandths."""
-    if "undefined" in value:
-        return "undefined"
-    return f"{1000 * value['estimate']:+.0f} [{1000 * value['low']:+.0f}, {1000 * value['high']:+.0f}]"
-
-
 def render() -> None:
-    """Write the tables into their page."""
-    write_tables(PAGE, tables())
+    """Write the tables into their page, and the first one of the README."""
+    rows = read_rows()
+    write_tables(PAGE, tables(rows))
+    write_tables(ROOT / "README.md", front([row for row in rows if row["model"] == "SmolLM2-135M"]))
 
 
 def main() -> None:
