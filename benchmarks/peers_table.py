@@ -21,13 +21,17 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pages import write_tables
 from peers_page import front, tables
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import Part, Start, TextSet, write_atomically
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin import FairQuantizer
+    from quant_fairness_plugin.measure.scoring import ModelState
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "peers_table.jsonl"
@@ -39,8 +43,8 @@ TOKENS = {"7 languages": 512, "English": 1536}
 """Tokens of each language of a calibration: the most whole rows that every language has, and that English has."""
 OURS = "quant-fairness, INT4"
 """What the others are compared with, pair by pair."""
-BEGINNINGS: dict[Start, int] = {"bos": 20, "chat": 20}
-"""Other beginnings than the usual one → sentences of each language behind it."""
+BEGINNINGS: tuple[Start, ...] = ("plain", "bos", "chat")
+"""Where a tokenizer has them and they are not the usual one, the first half of the sentences is measured so, too."""
 SEED = 0
 Calibration = Literal["7 languages", "English", "none"]
 
@@ -187,14 +191,23 @@ def checkpoint_of(folder: Path) -> Path:
     return next(iter(folder.glob("*.gguf")), folder)
 
 
-def measure(name: str, model: str, work: Path, names: list[str]) -> None:
-    """Measure our checkpoint and the named ones that were made, and put their rows in place of their old ones."""
+def measure(name: str, model: str, work: Path, names: list[str], *, sentences: int | None = None) -> None:
+    """Measure our checkpoint and the named ones that were made, and put their rows in place of their old ones.
+
+    Args:
+        name: of the model.
+        model: its bundled name or folder.
+        work: where its checkpoints are.
+        names: of variants.
+        sentences: how many of each language; all of the part where None.
+    """
     made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
     failed = [each for each, row in made.items() if "failed" in row]
     if not note(work, OURS).is_file():
         raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
-    found = damage(model, work, [OURS, *(each for each in made if each != OURS and each not in failed)])
-    common = conditions(command=f"python benchmarks/peers_table.py measure {name}", seed=SEED)
+    found = damage(model, work, [OURS, *(each for each in made if each != OURS and each not in failed)], sentences)
+    option = "" if sentences is None else f" --sentences {sentences}"
+    common = conditions(command=f"python benchmarks/peers_table.py measure {name}{option}", seed=SEED)
     new = [
         {"variant": each, "model": name, "tool": VARIANTS[each].tool, "calibration": VARIANTS[each].calibration}
         | ({} if each in failed else found[each])
@@ -207,35 +220,48 @@ def measure(name: str, model: str, work: Path, names: list[str]) -> None:
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def damage(model: str, work: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+def damage(model: str, work: Path, names: list[str], sentences: int | None) -> dict[str, dict[str, Any]]:
     """Return the figures of each checkpoint: as the model is usually used, and behind other beginnings."""
     import torch
 
     from quant_fairness_plugin.checkpoint.others import readable_folder
     from quant_fairness_plugin.config import FairConfig
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.model.beginnings import all_beginnings
     from quant_fairness_plugin.preflight import ModelSource
+    from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.steps import exported_state
 
     torch.set_num_threads(1)
     config = FairConfig(languages=LANGUAGES, seed=SEED)
-    quantizer = FairQuantizer.from_source(ModelSource(model), config, stream=True)
+    quantizer = FairQuantizer.from_source(
+        ModelSource(model), config, stream=True, place=Workplace(folder=work / "sixteen-bit")
+    )
     folders = {name: readable_folder(checkpoint_of(work / slug(name))) for name in names}
     states = [exported_state(folder, quantizer.loaded, name=name) for name, folder in folders.items()]
-    texts, usual = quantizer.texts, quantizer.measure(*states)
-    found = {name: figures(usual, name) | {"beginnings": {}} for name in names}
-    for start, sentences in BEGINNINGS.items():
-        quantizer.texts = replace(some(texts, sentences), start=start)
-        measured = quantizer.measure(*states)
-        for name in names:
-            found[name]["beginnings"][start] = figures(measured, name)
-    return found
+    texts = some(quantizer.texts, sentences)
+    others = [start for start in list(all_beginnings(quantizer.loaded.tokenizer))[1:] if start in BEGINNINGS]
+    found = behind(quantizer, states, texts)
+    half = texts.take(range(len(texts) // 2))
+    behind_others = {start: behind(quantizer, states, replace(half, start=start)) for start in others}
+    return {
+        name: found[name] | {"beginnings": {start: those[name] for start, those in behind_others.items()}}
+        for name in names
+    }
 
 
-def some(texts: TextSet, sentences: int) -> TextSet:
-    """Return a text set with so many sentences of its confirm part, evenly spread."""
+def behind(quantizer: FairQuantizer, states: list[ModelState], texts: TextSet) -> dict[str, dict[str, Any]]:
+    """Return the figures of each state on texts that say what stands before them."""
+    quantizer.texts = texts
+    measured = quantizer.measure(*states)
+    return {state.name: figures(measured, state.name) for state in states}
+
+
+def some(texts: TextSet, sentences: int | None) -> TextSet:
+    """Return a text set with so many sentences of its confirm part, evenly spread, or all of them."""
     confirm = [place for place, part in enumerate(texts.parts) if part == "confirm"]
-    return texts.take([confirm[number * len(confirm) // sentences] for number in range(sentences)])
+    count = sentences or len(confirm)
+    return texts.take([confirm[number * len(confirm) // count] for number in range(count)])
 
 
 def place(row: dict[str, Any]) -> tuple[int, int]:
@@ -277,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("make", "measure", "render", "ask"))
     parser.add_argument("model", nargs="?", choices=MODELS, default="SmolLM2-135M")
+    parser.add_argument("--sentences", type=int, help="of the confirm part to measure on; all by default")
     parser.add_argument("--to", type=Path, help="where ask, of which make makes use, writes what a script is told")
     parser.add_argument("--folder", help="where the model lies, unless it is where make real puts it")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "peers")
@@ -286,7 +313,7 @@ def main() -> None:
     if given.what == "make":
         make(model, work, given.variants)
     elif given.what == "measure":
-        measure(given.model, model, work, given.variants)
+        measure(given.model, model, work, given.variants, sentences=given.sentences)
     elif given.what == "ask":
         given.to.write_text(json.dumps(request(model, VARIANTS[given.variants[0]])), encoding="utf-8")
     else:

@@ -86,7 +86,9 @@ def test_rows_of_variants_that_are_not_measured_again_stay(
     kept, old = row("gptqmodel", 0.4, 0.1), row(peers.OURS, 0.9, 0.0)
     monkeypatch.setattr(peers, "ROWS", tmp_path / "rows.jsonl")
     peers.ROWS.write_text("".join(json.dumps(each) + "\n" for each in (old, kept)), encoding="utf-8")
-    monkeypatch.setattr(peers, "damage", lambda model, work, names: {name: {"worst_kl": 0.5} for name in names})
+    monkeypatch.setattr(
+        peers, "damage", lambda model, work, names, sentences: {name: {"worst_kl": 0.5} for name in names}
+    )
     peers.note(tmp_path, peers.OURS).write_text("{}", encoding="utf-8")
     peers.measure("demo", "demo", tmp_path, [peers.OURS, "AutoRound, 20 iterations"])
     ours, other = peers.read_rows()
