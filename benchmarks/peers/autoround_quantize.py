@@ -29,6 +29,11 @@ def quantize(folder: str, request: dict[str, Any], out: Path) -> None:
         sym=request["symmetric"], dataset=list(rows.split(1)), device_map="cpu", seed=0, **settings,
     )  # fmt: skip
     tool.quantize_and_save(str(out), format="auto_gptq", inplace=True)
+    saved = next(out.rglob("config.json")).parent
+    if saved != out:  # a folder of its own below, named after the model and the scheme
+        for file in saved.iterdir():
+            file.rename(out / file.name)
+        saved.rmdir()
     names = ("auto-round", "torch", "transformers", "numpy")
     peer = {"versions": {name: metadata.version(name) for name in names}, "settings": settings}
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
