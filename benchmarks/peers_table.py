@@ -293,9 +293,13 @@ def read_rows() -> list[dict[str, Any]]:
 
 def render() -> None:
     """Write the tables into their page, and the first one of the README."""
-    rows = read_rows()
-    write_tables(PAGE, tables(rows))
-    write_tables(ROOT / "README.md", front([row for row in rows if row["model"] == "SmolLM2-135M"]))
+    write_tables(PAGE, tables(read_rows()))
+    write_tables(ROOT / "README.md", first_table())
+
+
+def first_table() -> dict[str, str]:
+    """Return the table of the README by name."""
+    return front([row for row in read_rows() if row["model"] == "SmolLM2-135M"])
 
 
 def main() -> None:
