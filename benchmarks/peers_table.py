@@ -146,6 +146,7 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
     script = ROOT / "benchmarks" / "peers" / f"{variant.tool}_quantize.py"
     if not python.exists():
         raise SystemExit(f"{python} is missing: make peers")
+    made_at = conditions(command="", seed=SEED)["revision"]
     # One thread: waiting threads of a busy machine would count as CPU time.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with (work / f"{slug(name)}.log").open("wb") as log:
@@ -167,7 +168,7 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
         "wall_seconds": round(time.monotonic() - started, 1),
         "peak_rss_bytes": 1024 * used.ru_maxrss,
         "weight_bytes": sum(path.stat().st_size for path in weight_files(out)),
-        "made_at": conditions(command="", seed=SEED)["revision"],
+        "made_at": made_at,
     } | peer
 
 
