@@ -48,7 +48,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [shown(row), calibration]
         cells += [f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"]), *beyond]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", f"On {rows[0]['sentences']} sentences of each language.", ""])
 
 
 def by_language(rows: list[dict[str, Any]]) -> str:

@@ -217,8 +217,15 @@ def measure(name: str, model: str, work: Path, names: list[str], *, sentences: i
         for each, row in made.items()
     ]
     kept = [row for row in read_rows() if (row["model"], row["variant"]) not in {(name, each) for each in made}]
+    check_alike([row for row in (*new, *kept) if row["model"] == name and "failed" not in row])
     rows = sorted([*new, *kept], key=place)
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def check_alike(rows: list[dict[str, Any]]) -> None:
+    """Refuse to put rows into one table that were measured on different things."""
+    if len({tuple(row.get(key) for key in ("model_sha256", "text_sha256", "sentences")) for row in rows}) > 1:
+        raise SystemExit("rows that stay are of another model, text or number of sentences: measure all again")
 
 
 def damage(model: str, work: Path, names: list[str], sentences: int | None) -> dict[str, dict[str, Any]]:

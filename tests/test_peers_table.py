@@ -32,6 +32,7 @@ def row(variant: str, kl: float, beyond: float, **more: Any) -> dict[str, Any]:
     return {
         "variant": variant, "model": "demo", "tool": "gptqmodel", "calibration": "7 languages",
         "request": {"tokens": 3584}, "weight_bytes": 112_760_688, "beginnings": {"bos": damage},
+        "sentences": 20,
         "kl": {name: around(kl) for name in languages}, "cpu_seconds": 188.4, "wall_seconds": 201.0,
         "peak_rss_bytes": 2_240_000_000, "made_at": "abc1234", "revision": "abc1234",
         "tool_versions": {"gptqmodel": "7.6.0", "torch": "2.13.0"},
@@ -42,7 +43,8 @@ def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType) -> None:
     rows = [row(peers.OURS, 0.424, 0.0), row("gptqmodel", 0.354, -0.07), row("AutoRound", 0, 0, failed="status 1")]
     tables = peers.tables(rows)
     assert tables.keys() == {"demo", "demo-languages", "demo-beginnings", "demo-cost"}
-    ours, peer = tables["demo"].splitlines()[2:]
+    ours, peer = tables["demo"].splitlines()[2:4]
+    assert tables["demo"].endswith("\n\nOn 20 sentences of each language.\n")
     assert ours == "| quant-fairness, INT4 | 7 languages, 3584 tokens | 112.8 | 424 [414, 434] | 212 [202, 222] |  |  |"
     assert peer.endswith("| 354 [344, 364] | 177 [167, 187] | -70 [-80, -60] | -35 [-45, -25] |")
     assert tables["demo-languages"].splitlines()[-1] == "| gptqmodel | 7 languages |" + " 354 |" * 7
@@ -86,11 +88,16 @@ def test_rows_of_variants_that_are_not_measured_again_stay(
     kept, old = row("gptqmodel", 0.4, 0.1), row(peers.OURS, 0.9, 0.0)
     monkeypatch.setattr(peers, "ROWS", tmp_path / "rows.jsonl")
     peers.ROWS.write_text("".join(json.dumps(each) + "\n" for each in (old, kept)), encoding="utf-8")
-    monkeypatch.setattr(
-        peers, "damage", lambda model, work, names, sentences: {name: {"worst_kl": 0.5} for name in names}
-    )
+
+    def damage(model: str, work: Path, names: list[str], sentences: int) -> dict[str, dict[str, Any]]:
+        return {name: {"worst_kl": 0.5, "sentences": sentences} for name in names}
+
+    monkeypatch.setattr(peers, "damage", damage)
     peers.note(tmp_path, peers.OURS).write_text("{}", encoding="utf-8")
-    peers.measure("demo", "demo", tmp_path, [peers.OURS, "AutoRound, 20 iterations"])
+    peers.measure("demo", "demo", tmp_path, [peers.OURS, "AutoRound, 20 iterations"], sentences=20)
     ours, other = peers.read_rows()
     assert (ours["variant"], ours["worst_kl"]) == (peers.OURS, 0.5)
     assert other == kept
+    with pytest.raises(SystemExit, match="number of sentences"):
+        peers.measure("demo", "demo", tmp_path, [peers.OURS], sentences=10)
+    assert peers.read_rows() == [ours, other]
