@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.export.trial import try_architecture
 from quant_fairness_plugin.export.verify import HALF_PRECISION_KERNELS
-from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.export.writer import Measure, export
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState, block_state, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
@@ -94,7 +94,7 @@ def write(
     config: FairConfig,
     *,
     overwrite: bool = False,
-    measure: Callable[[Path], Measurement] | None = None,
+    measure: Measure | None = None,
 ) -> ExportRecord:
     """Write, verify and measure a checkpoint in the configuration's format, for its reader; see `export`."""
     return export(
