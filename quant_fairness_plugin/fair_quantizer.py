@@ -37,7 +37,7 @@ from quant_fairness_plugin.export.writer import Measure
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.opened import Opened
-from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
+from quant_fairness_plugin.plans.plan_set import NONE
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.steps import EXPORTED, exported_state
 from quant_fairness_plugin.sweep.bank import Bank
@@ -63,7 +63,7 @@ class FairQuantizer(Opened):
 
         Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
         """
-        progress = partial(self._progress, f"measure {', '.join(state.name for state in states) or BASELINE}")
+        progress = partial(self._progress, steps.name_measuring(states))
         kept = None if self._place.folder is None else self._place.folder / "measured"
         return steps.measure(self.loaded, self.texts, self.config, states, part=part, kept=kept, progress=progress)
 

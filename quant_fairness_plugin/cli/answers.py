@@ -77,6 +77,7 @@ def _lines(language: str, answer: Answer) -> Iterator[str]:
         ("  16 bit", answer.sixteen_bit),
         ("  checkpoint", answer.checkpoint),
     ):
-        shown, room = " ".join(text.split()), WIDTH - _INDENT
+        # The last token can end within a character.
+        shown, room = " ".join(text.split()).rstrip("\ufffd"), WIDTH - _INDENT
         cut = shown if cell_len(shown) <= room else f"{set_cell_size(shown, room - 1).rstrip()}…"
         yield f"{name:<{_INDENT}}{cut}".rstrip()

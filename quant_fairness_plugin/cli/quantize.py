@@ -20,7 +20,7 @@ from quant_fairness_plugin.cli.options import (
     default_output,
 )
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.report import report_checkpoint_folder
+from quant_fairness_plugin.cli.report import read_next, report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
 from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
@@ -107,4 +107,5 @@ def report_checkpoint(record: ExportRecord, out: Path, config: FairConfig, shown
     more = singled_out(record.plan)
     say(verified(record.reader_run))
     say(f"{out}: {record.method} {record.grids}, {record.format}, {more}; {extent(record)}")
+    say(read_next(record, out))
     check_gate(record.measurement, config)

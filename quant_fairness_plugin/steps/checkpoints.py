@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +119,13 @@ def compare(record: ExportRecord, measured: Measured) -> RunResult:
         protected=record.measurement,
         gain=measured.gain(NONE, EXPORTED),
     )
+
+
+def name_measuring(states: Sequence[ModelState]) -> str:
+    """Return what is measured, in words for people who wait for it."""
+    words = {NONE: "the model without protection", EXPORTED: "the checkpoint"}
+    named = [words.get(state.name, f"checkpoint {state.name}") for state in states] or ["the 16-bit model"]
+    return f"measure {' and '.join(named)}"
 
 
 def unprotected_state(bare: QuantizedModel) -> ModelState:
