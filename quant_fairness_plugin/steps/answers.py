@@ -65,8 +65,8 @@ def ask(
     if reason := _over_budget(loaded, sum(map(len, texts.values()))):
         return Undefined(reason)
     try:
-        dtype, before = _ask_16_bit(loaded, texts, partial(progress, "ask 16 bit"))
-        after = _written(state, loaded, texts, partial(progress, "ask checkpoint"))
+        dtype, before = _ask_16_bit(loaded, texts, partial(progress, "answers of the 16-bit model"))
+        after = _written(state, loaded, texts, partial(progress, "answers of the checkpoint"))
     except Exception as err:  # noqa: BLE001 - whatever a model's way to write fails of, hours of work are in the result
         said = " ".join(str(err).split())[:200]
         _logger.warning("%s was asked no prompts: %s: %s", folder, type(err).__name__, said)
