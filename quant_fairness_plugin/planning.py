@@ -26,12 +26,11 @@ from quant_fairness_plugin.sweep.bank import Bank, RtnBank
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
+from quant_fairness_plugin.sweep.sampling import EXACT_SENTENCES, Sampling
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
-from quant_fairness_plugin.sweep.unit_scores import Sampling, score_units
+from quant_fairness_plugin.sweep.unit_scores import score_units
 from quant_fairness_plugin.texts.parts import overlap
 
-EXACT_SENTENCES = 8
-"""Of each language, on which a plan and its neighbours are evaluated exactly."""
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 

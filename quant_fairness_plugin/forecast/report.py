@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.checkpoint.readers import READERS
-from quant_fairness_plugin.forecast import Forecast, Memory, Range, Verdict
+from quant_fairness_plugin.forecast import Forecast, Memory, Range, Step, Verdict
+from quant_fairness_plugin.forecast.speed import NOTHING
 from quant_fairness_plugin.model.sizes import shown
 
 _STEPS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -37,8 +39,7 @@ def _sweep_lines(result: Forecast) -> Iterator[str]:
     passes = f"{most.block_passes:,}" if exact else f"{result.least.block_passes:,} to {most.block_passes:,}"
     alone = len(text.batches) * result.layers * (result.plans + 1)
     yield f"sweep       {result.plans} plans; {passes} block passes, {alone:,} if every plan were run by itself"
-    yield "            of sweep and --exhaustive. By default run and quantize sweep nothing: gradients between two"
-    yield "            quantizations score the parts, which is not forecast"
+    yield "            of sweep and --exhaustive; run and quantize sweep nothing by default, see `run` below"
     yield (
         f"text        {text.sentences} sentences in {text.languages} languages: {text.scored:,} tokens, "
         f"{text.padded:,} with padding, in {len(text.batches)} batches"
@@ -54,6 +55,18 @@ def _time_lines(result: Forecast) -> Iterator[str]:
         f"({speed.flops.low / 1e9:.0f} to {speed.flops.high / 1e9:.0f} GFLOP/s in matmuls)"
     )
     yield "            without loading the model and without the statistics; other work on the machine makes it longer"
+    yield from _run_lines(result.run)
+
+
+def _run_lines(steps: tuple[Step, ...] | Undefined) -> Iterator[str]:
+    if isinstance(steps, Undefined):
+        yield f"run         how long it takes is not known: {steps.undefined}"
+        return
+    whole = sum((step.seconds for step in steps), NOTHING)
+    factor, unit = _unit(whole)
+    yield f"run         {_duration(whole)} as it comes, with a plan by gradients: estimated likewise; in {unit}:"
+    parts = [f"{step.name} {step.seconds.low / factor:.1f} to {step.seconds.high / factor:.1f}" for step in steps]
+    yield f"            {', '.join(parts)}"
 
 
 def _memory(memory: Memory) -> str:
@@ -65,8 +78,12 @@ def _memory(memory: Memory) -> str:
 
 
 def _duration(seconds: Range) -> str:
-    factor, unit = next((step for step in _STEPS if seconds.high >= 2 * step[0]), _STEPS[-1])
+    factor, unit = _unit(seconds)
     return f"{seconds.low / factor:.1f} to {seconds.high / factor:.1f} {unit}"
+
+
+def _unit(seconds: Range) -> tuple[float, str]:
+    return next((step for step in _STEPS if seconds.high >= 2 * step[0]), _STEPS[-1])
 
 
 def _verdict(verdict: Verdict) -> str:

@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from quant_fairness_plugin.answers.ask import NEW_TOKENS, has_chat_template, write_answers
+from quant_fairness_plugin.answers.ask import has_chat_template, write_answers
 from quant_fairness_plugin.answers.faults import find_faults
-from quant_fairness_plugin.answers.prompts import Prompts, load_prompts
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS, Prompts, load_prompts
 from quant_fairness_plugin.artifacts import Answer, Answers, LanguageAnswers, Measurement, Undefined
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.measure.scoring import ModelState, block_state

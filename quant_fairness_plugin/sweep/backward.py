@@ -28,6 +28,7 @@ from quant_fairness_plugin.model.devices import wide_dtype
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, check_independent, head_input, rehearse
+from quant_fairness_plugin.sweep.sampling import BACKWARD_STEPS
 
 BATCH_TOKENS = 256
 """Tokens of a batch, padding included: a block's graph is held for one batch, at about ten values a weight's output."""
@@ -35,8 +36,6 @@ HEAD_VALUES = 1 << 23
 """Most log-probabilities that are held at once, but for a row that has more."""
 HEAD_ROWS = 4096
 """Tokens of the vocabulary whose rows of the head are read at once."""
-BACKWARD_STEPS = 3
-"""What a block costs on the way back, in forward passes: one with its graph, and the graph back for two labels."""
 
 Key = tuple[str, Precision]
 """A unit and what it is changed to."""

@@ -21,11 +21,8 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.backward import Errors, Key, Progress, is_transposed, slopes_of
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.memory import CONTEXT
+from quant_fairness_plugin.sweep.sampling import DRAWS
 
-SENTENCES = 12
-"""Of each language, evenly spread."""
-DRAWS = 2
-"""Labels of each token. With 12 sentences: 24 squared slopes a figure, each as variable as one of a normal variate."""
 SentenceScores = dict[str, dict[Precision, dict[str, tuple[float, ...]]]]
 """Unit → precision → language → nats of each sentence."""
 
