@@ -40,7 +40,7 @@ def plan(
     memory_budget: MemoryBudget = None,
     as_json: Json = False,
 ) -> None:
-    """Say how long a run and a sweep take, what memory and disk it needs, and who will load the result. Loads no model."""
+    """Say how long a run and a sweep take, their memory and disk, and who will load the result. Loads no model."""
     budget = None if memory_budget is None else parse_size(memory_budget)
     files, sentences = preflight(access.source(model), config)
 
