@@ -46,19 +46,19 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
     """
     path = Path(source).expanduser()
     if source == "bundled" or not path.exists() or _is_parallel(path):
-        found = Documents.of(load_texts(source, reference=None))
+        documents = Documents.of(load_texts(source, reference=None))
     else:
-        found = _checked(path)
+        documents = _checked(path)
     wanted = None if languages is None else [normalise_language(tag) for tag in languages]
-    kept = {name: rows for name, rows in found.texts.items() if wanted is None or name in wanted}
-    if not kept:
+    chosen_rows = {name: rows for name, rows in documents.texts.items() if wanted is None or name in wanted}
+    if not chosen_rows:
         raise UnknownLanguageError(
-            f"{found.name} has no text in {', '.join(wanted or ())} to calibrate on; it has "
-            f"{', '.join(found.languages) or 'none'}"
+            f"{documents.name} has no text in {', '.join(wanted or ())} to calibrate on; it has "
+            f"{', '.join(documents.languages) or 'none'}"
         )
-    if left_out := [name for name in found.languages if name not in kept]:
-        _logger.info("%s: not calibrated on, as --langs leaves it out: %s", found.name, ", ".join(left_out))
-    return Documents(name=found.name, texts=kept, sha256=digest(kept))
+    if left_out := [name for name in documents.languages if name not in chosen_rows]:
+        _logger.info("%s: not calibrated on, as --langs leaves it out: %s", documents.name, ", ".join(left_out))
+    return Documents(name=documents.name, texts=chosen_rows, sha256=digest(chosen_rows))
 
 
 def check_apart(documents: Documents, texts: TextSet) -> None:
