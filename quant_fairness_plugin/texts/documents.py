@@ -19,7 +19,7 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLang
 from quant_fairness_plugin.texts.languages import normalise_language
 from quant_fairness_plugin.texts.load import load_texts
 from quant_fairness_plugin.texts.sentences import clean_sentence
-from quant_fairness_plugin.texts.sources import column_language, parse_document, read_lines, read_text
+from quant_fairness_plugin.texts.sources import column_language, parse_document, read_corpus, read_lines
 
 LANGUAGE, TEXT, MESSAGES = "language", "text", "messages"
 """Keys of a row that says itself which language it is in."""
@@ -131,7 +131,7 @@ def read_jsonl(path: Path) -> Iterator[Found]:
 def read_table(path: Path) -> Iterator[Found]:
     """Yield the documents of a table with the columns `language` and `text`, or with a column for each language."""
     comma = path.suffix.lower() == ".csv"
-    lines = io.StringIO(read_text(path), newline="") if comma else iter(read_lines(path))
+    lines = io.StringIO(read_corpus(path), newline="") if comma else iter(read_lines(path))
     rows = csv.reader(lines, strict=True) if comma else (line.split("\t") for line in lines)
     try:
         header: list[str] = next(iter(rows), [])
@@ -143,7 +143,7 @@ def read_table(path: Path) -> Iterator[Found]:
 
 def read_json(path: Path) -> Iterator[Found]:
     """Yield the documents of one object `{lang: text or [texts]}`."""
-    document = parse_document(read_text(path), str(path))
+    document = parse_document(read_corpus(path), str(path))
     if not isinstance(document, dict):
         raise ArtifactError(f"{path}: {type(document).__name__} instead of an object {{language: text or [texts]}}")
     for tag, texts in document.items():
