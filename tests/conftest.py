@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,13 @@ def _torch_threads(pytestconfig: pytest.Config) -> None:
     assert torch.get_num_threads() == threads
     # Processes that tests start count the same: work is gone on from by as many threads as it was begun with.
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_as_usual() -> None:
+    """Undo what `nohup` and a shell's `&` leave ignored, which our commands respect and processes inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

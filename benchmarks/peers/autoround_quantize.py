@@ -21,14 +21,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def quantize(folder: str, request: dict[str, Any], out: Path) -> None:
     rows = torch.tensor(request["rows"])
+    # Of bare ids AutoRound hides those that are the padding token, which here is EOS and stands in the rows.
+    dataset = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows.split(1)]
     # float16 holds its scales exactly as they are written; of bfloat16 it would keep 8 bits.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     settings = {"iters": request["iters"], "nsamples": len(rows), "seqlen": rows.shape[1], "batch_size": 8}
     tool = AutoRound(
         model, AutoTokenizer.from_pretrained(folder), bits=request["bits"], group_size=request["group_size"],
-        sym=request["symmetric"], dataset=list(rows.split(1)), device_map="cpu", seed=0, **settings,
+        sym=request["symmetric"], dataset=dataset, device_map="cpu", seed=0, **settings,
     )  # fmt: skip
     tool.quantize_and_save(str(out), format="auto_gptq", inplace=True)
+    saved = next(out.rglob("config.json")).parent
+    if saved != out:  # a folder of its own below, named after the model and the scheme
+        for file in saved.iterdir():
+            file.rename(out / file.name)
+        saved.rmdir()
     names = ("auto-round", "torch", "transformers", "numpy")
     peer = {"versions": {name: metadata.version(name) for name in names}, "settings": settings}
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")

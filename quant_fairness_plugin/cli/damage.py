@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Measurement, Number
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import number
 from quant_fairness_plugin.texts.languages import language_name
 
@@ -97,7 +97,7 @@ def language_notes(measurement: Measurement) -> list[str]:
 
 def show_notes(notes: Sequence[str]) -> None:
     """Print what stands under a table, in grey on a terminal."""
-    typer.echo(typer.style("\n".join(notes), dim=True))
+    say("\n".join(notes), dim=True)
 
 
 def detailed_damage_table(measurement: Measurement, *, title: str) -> Table:

@@ -12,6 +12,7 @@ from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, MemoryBudget, ModelOption
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.sweep_options import PlansOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
@@ -66,4 +67,7 @@ def plan(
         problems = format_problems(files, sentences, config, possible, trust_remote_code=trust)
         readers = tuple(replace(one, reason=one.reason or problems.get(one.format, "")) for one in expected.readers)
         expected = replace(expected, readers=readers)
-    typer.echo(json.dumps(asdict(expected), indent=1) if as_json else "\n".join(forecast_lines(expected)))
+    if as_json:
+        typer.echo(json.dumps(asdict(expected), indent=1))
+    else:
+        say("\n".join(forecast_lines(expected)), indent=12)

@@ -20,8 +20,9 @@ from quant_fairness_plugin.cli.options import (
     Shown,
     default_output,
 )
-from quant_fairness_plugin.cli.report import report_checkpoint_folder
+from quant_fairness_plugin.cli.report import read_next, report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
@@ -90,6 +91,7 @@ def report_checkpoint(record: ExportRecord, out: Path, config: FairConfig, shown
         show_notes(damage_notes(record.measurement))
         show_answers(record.measurement, details=shown.details)
     more = singled_out(record.plan)
-    typer.echo(verified(record.reader_run))
-    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}; {extent(record)}")
+    say(verified(record.reader_run))
+    say(f"{out}: {record.method} {record.grids}, {record.format}, {more}; {extent(record)}")
+    say(read_next(record, out))
     check_gate(record.measurement, config)

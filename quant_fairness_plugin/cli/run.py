@@ -13,8 +13,9 @@ from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, det
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.line import opened_line
 from quant_fairness_plugin.cli.options import Access, ModelOption, OutputFolder, Overwrite, Place, Shown, default_output
-from quant_fairness_plugin.cli.report import report_checkpoint_folder
+from quant_fairness_plugin.cli.report import read_next, report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
@@ -61,7 +62,8 @@ def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) ->
     show_notes(damage_notes(result.protected))
     show_answers(result.protected, details=details)
     for reason in (*result.plan.reasons, result.verdict):
-        typer.echo(reason)
+        say(reason)
     protection = f"{result.plan.overhead:.1%} extra bytes for protection"
-    typer.echo(verified(result.record.reader_run))
-    typer.echo(f"{out}: {result.record.format}; {protection}; {extent(result.record)}")
+    say(verified(result.record.reader_run))
+    say(f"{out}: {result.record.format}; {protection}; {extent(result.record)}")
+    say(read_next(result.record, out))

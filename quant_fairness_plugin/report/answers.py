@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import ExportRecord, LanguageDamage, ProtectionPlan, SweepReport
+from quant_fairness_plugin.artifacts import LanguageDamage, ProtectionPlan, SweepReport
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.model.resolve import BUNDLED
 from quant_fairness_plugin.report.compared import Compared, size_of
@@ -163,7 +163,7 @@ def _cost(sources: Sources, plan: ProtectionPlan | None) -> Answer:
     question = "What does it cost?"
     parts = []
     if sources.record is not None:
-        weights = weight_bytes(sources.record)
+        weights = sources.record.weight_bytes
         share = weights / sources.record.sixteen_bit_bytes
         short = f"{size(weights)} instead of {size(sources.record.sixteen_bit_bytes)} ({share:.0%})."
     else:
@@ -181,11 +181,6 @@ def _forecast(sweep: SweepReport | None, plan: ProtectionPlan | None) -> str:
         dense = dense_bytes(sweep)
         return f"{size(total)} instead of {size(dense)} ({total / dense:.0%})."
     return "Size unknown." if plan is None else f"{plan.overhead:.1%} more bytes than without protection."
-
-
-def weight_bytes(record: ExportRecord) -> int:
-    """Return the bytes of the weight files of a checkpoint."""
-    return sum(file.bytes_ for name, file in record.files.items() if name.endswith(".safetensors"))
 
 
 def dense_bytes(sweep: SweepReport) -> int:

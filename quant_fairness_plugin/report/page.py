@@ -19,6 +19,7 @@ from quant_fairness_plugin.report.drawing import check_extra
 from quant_fairness_plugin.report.section import Section
 from quant_fairness_plugin.report.sections.analyses import analysis_section
 from quant_fairness_plugin.report.sections.answers import answers_section
+from quant_fairness_plugin.report.sections.configurations import configurations_section
 from quant_fairness_plugin.report.sections.controls import controls_section
 from quant_fairness_plugin.report.sections.coverage import coverage_section
 from quant_fairness_plugin.report.sections.damage import damage_section
@@ -112,6 +113,9 @@ def _sections(sources: Sources, plan: ProtectionPlan | None, gate: Gate) -> Iter
         asked = answers_section(sources.measurement.answers)
         if asked is not None:
             yield asked
+    chosen_from = None if sources.record is None else configurations_section(sources.record, sources.before)
+    if chosen_from is not None:
+        yield chosen_from
     tradeoff = None
     if sources.sweep is not None:
         tradeoff = sweep_tradeoff(sources.sweep, plan)

@@ -48,7 +48,7 @@ class Sources:
     measurement: Measurement | None = None
     """Of the checkpoint; the record's own where none was given besides."""
     before: Measurement | None = None
-    """Of the same quantization without protection."""
+    """Of the same quantization without protection; the record's own where none was given besides."""
     sweep: SweepReport | None = None
     plan: ProtectionPlan | None = None
     """What is recommended; that of the record or the evidence where none was given besides."""
@@ -79,7 +79,11 @@ class Sources:
     def _completed(self) -> Sources:
         owned = [source.plan for source in (self.record, self.evidence) if source is not None]
         measured = None if self.record is None else self.record.measurement
-        return replace(self, plan=self.plan or next(iter(owned), None), measurement=self.measurement or measured)
+        before = self.before
+        if before is None and self.record is not None and self.measurement in (None, measured):
+            before = self.record.unprotected
+        plan = self.plan or next(iter(owned), None)
+        return replace(self, plan=plan, measurement=self.measurement or measured, before=before)
 
     @property
     def model(self) -> str:

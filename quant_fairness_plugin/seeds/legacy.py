@@ -19,9 +19,9 @@ from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import percent_change
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.seeds.disparity import DISPARITY_FORMULAS, Groups, disparity, perplexities
-from quant_fairness_plugin.seeds.labels import legacy_label
 from quant_fairness_plugin.seeds.simulation import simulate_int4, undo_simulation
 from quant_fairness_plugin.seeds.texts import DEFAULT_TEXTS, SEED_LANGUAGES
+from quant_fairness_plugin.statistics.labels import legacy_label
 from quant_fairness_plugin.steps import exported_state
 from quant_fairness_plugin.texts.languages import choose_languages, script_name
 from quant_fairness_plugin.texts.load import load_texts
