@@ -29,6 +29,7 @@ def _torch_threads(pytestconfig: pytest.Config) -> None:
 
     threads = pytestconfig.getoption("--torch-threads")
     torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
     # Processes that tests start count the same: work is gone on from by as many threads as it was begun with.
     os.environ["OMP_NUM_THREADS"] = str(threads)
 

@@ -98,8 +98,8 @@ def skipped_patterns(model: nn.Module, quantized: Collection[str]) -> tuple[str,
 
 def expert_target(model: nn.Module, quantized: Collection[str]) -> str | None:
     """Return the regular expression for all routed experts; None where none are quantized."""
-    found = mixture_of(model) is not None and any(".experts." in name for name in quantized)
-    return r"re:.*\.experts\.\d+\..*" if found else None
+    has_experts = mixture_of(model) is not None and any(".experts." in name for name in quantized)
+    return r"re:.*\.experts\.\d+\..*" if has_experts else None
 
 
 def _expert_patterns(kept: Collection[str], mixture: Mixture) -> Iterator[str]:

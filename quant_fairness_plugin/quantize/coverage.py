@@ -120,8 +120,8 @@ def _places(loaded: LoadedModel) -> dict[str, Experts]:
     return {str(Unit(int(name.split(".")[depth]))): experts for name, experts in expert_modules(loaded.model)}
 
 
-def _counts(places: Mapping[str, Experts], found: Mapping[str, RowCounts]) -> Counts:
-    totals = {language: counts.tokens.sum(0).tolist() for language, counts in found.items()}
+def _counts(places: Mapping[str, Experts], by_language: Mapping[str, RowCounts]) -> Counts:
+    totals = {language: counts.tokens.sum(0).tolist() for language, counts in by_language.items()}
     return {
         layer: {language: tuple(numbers[i]) for language, numbers in totals.items()} for i, layer in enumerate(places)
     }
@@ -145,8 +145,8 @@ def count_rows(loaded: LoadedModel, rows: Sequence[Row]) -> RowCounts:
             assert isinstance(module, Experts)
             routing = module.routing(positional)
             chosen, weights = routing.chosen.cpu().view(len(at), -1), routing.weights.cpu().double().view(len(at), -1)
-            found = torch.zeros(len(at), shape[2], dtype=torch.int64).scatter_add_(1, chosen, torch.ones_like(chosen))
-            tokens[at, layer] = found
+            counted = torch.zeros(len(at), shape[2], dtype=torch.int64).scatter_add_(1, chosen, torch.ones_like(chosen))
+            tokens[at, layer] = counted
             gates[at, layer] = torch.zeros(len(at), shape[2], dtype=torch.float64).scatter_add_(1, chosen, weights)
 
         return hook

@@ -237,10 +237,10 @@ class Planner:
         Raises:
             QualityGateError: there is none.
         """
-        found = self._allocate(self._options())
-        if isinstance(found, Infeasible):
-            raise QualityGateError(f"no plan by these limits: {found.reason}")
-        choice = self._choice(found)
+        allocation = self._allocate(self._options())
+        if isinstance(allocation, Infeasible):
+            raise QualityGateError(f"no plan by these limits: {allocation.reason}")
+        choice = self._choice(allocation)
         if not self._all_16_bit(choice):
             return choice
         if self.demand.limit.target is not None:
@@ -263,8 +263,8 @@ class Planner:
 
     def _other(self, weights: Array) -> dict[str, Precision] | None:
         """The best choice by weighted sentences; None where there is none."""
-        found = self._allocate(self._options(weights))
-        return None if isinstance(found, Infeasible) else self._choice(found)
+        allocation = self._allocate(self._options(weights))
+        return None if isinstance(allocation, Infeasible) else self._choice(allocation)
 
     def _allocate(self, options: Options) -> Allocation | Infeasible:
         limit = self.demand.limit
@@ -280,9 +280,9 @@ class Planner:
             weights=self.demand.weights,
         )
 
-    def _choice(self, found: Allocation) -> dict[str, Precision]:
+    def _choice(self, allocation: Allocation) -> dict[str, Precision]:
         quantized = precision_of_bits(self.scores.grid.bits)
-        raised = {unit: found.units[unit] for unit in self._free if found.units[unit] != quantized}
+        raised = {unit: allocation.units[unit] for unit in self._free if allocation.units[unit] != quantized}
         return {**self.demand.overrides, **raised}
 
     def _candidate(self, name: str, choice: dict[str, Precision]) -> Candidate:

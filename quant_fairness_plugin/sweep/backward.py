@@ -85,8 +85,8 @@ def slopes_of(
         passes.forward(batches)
         _turn(loaded, batches, tokenized.rows, labels)
         passes.backward(batches, changes)
-    found = {row: each.slopes_of(number) for each in batches for number, row in enumerate(each.batch.rows)}
-    return [(row, found[row]) for row in tokenized.rows]
+    slopes = {row: each.slopes_of(number) for each in batches for number, row in enumerate(each.batch.rows)}
+    return [(row, slopes[row]) for row in tokenized.rows]
 
 
 @dataclass(slots=True)
@@ -182,10 +182,10 @@ class _Given(NamedTuple):
 
     last: Tensor
     """The output of the last block."""
-    found: Tensor
+    inputs: Tensor
     """What the head is given where a token is predicted, `[targets, width]`, with its graph."""
     gradients: list[Tensor]
-    """At `found`, for every choice of labels."""
+    """At `inputs`, for every choice of labels."""
 
 
 def _turn(loaded: LoadedModel, batches: Sequence[_Batch], rows: Sequence[Row], labels: Labels) -> None:
@@ -197,24 +197,24 @@ def _turn(loaded: LoadedModel, batches: Sequence[_Batch], rows: Sequence[Row], l
         for number, row in enumerate(each.batch.rows)
     }
     for some in _groups(rows, len(head.weight)):
-        inputs = torch.cat([at.found.detach()[where] for at, where in map(places.__getitem__, some)])
+        inputs = torch.cat([at.inputs.detach()[where] for at, where in map(places.__getitem__, some)])
         for number, gradient in enumerate(_label_gradients(head, inputs, some, labels)):
             parts = torch.split(gradient, [len(places[row][1]) for row in some])
             for row, part in zip(some, parts, strict=True):
                 at, where = places[row]
                 if number == len(at.gradients):
-                    at.gradients.append(torch.zeros_like(at.found))
+                    at.gradients.append(torch.zeros_like(at.inputs))
                 at.gradients[number][where] = part
     for each, at in zip(batches, given, strict=True):
-        each.gradients = [torch.autograd.grad(at.found, at.last, one, retain_graph=True)[0] for one in at.gradients]
+        each.gradients = [torch.autograd.grad(at.inputs, at.last, one, retain_graph=True)[0] for one in at.gradients]
         each.slopes = [{} for _ in at.gradients]
 
 
 def _at_the_head(loaded: LoadedModel, each: _Batch) -> _Given:
     with torch.enable_grad():
         last = each.state.detach().requires_grad_(True)
-        found = head_input(loaded, each.batch.ids, each.batch.mask, last).flatten(0, 1)
-        return _Given(last, found[each.batch.positions.to(found.device)], [])
+        inputs = head_input(loaded, each.batch.ids, each.batch.mask, last).flatten(0, 1)
+        return _Given(last, inputs[each.batch.positions.to(inputs.device)], [])
 
 
 def _groups(rows: Sequence[Row], vocabulary: int) -> Iterator[list[Row]]:
@@ -297,8 +297,8 @@ class _Watch:
             def add(gradient: Tensor) -> None:
                 for key, change in moved.items():
                     products = (gradient * change).reshape(self.rows, -1)
-                    found = products.sum(dim=1, dtype=wide_dtype(gradient.device)).tolist()
-                    self.slopes[key] = [a + b for a, b in zip(self.slopes[key], found, strict=True)]
+                    sums = products.sum(dim=1, dtype=wide_dtype(gradient.device)).tolist()
+                    self.slopes[key] = [a + b for a, b in zip(self.slopes[key], sums, strict=True)]
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 

@@ -100,15 +100,15 @@ class Changes:
 
     def of_layer(self, layer: int) -> Errors:
         """Return a layer's errors, which take the memory of its weights once for every precision."""
-        found: dict[str, dict[Key, Tensor]] = {}
+        by_module: dict[str, dict[Key, Tensor]] = {}
         for unit in self.parameters:
             if Unit.parse(unit).layer != layer:
                 continue
             for precision in self.precisions:
                 for name, value in self.bank.weights(unit, precision).items():
                     change = value - self.loaded.model.get_parameter(name).detach()
-                    found.setdefault(name, {})[unit, precision] = change
-        return found
+                    by_module.setdefault(name, {})[unit, precision] = change
+        return by_module
 
 
 def check_linear(loaded: LoadedModel, units: UnitMap) -> None:
