@@ -27,8 +27,9 @@ def forecast_lines(result: Forecast) -> Iterator[str]:
         f"disk        {shown(result.disk.plan)} of tensors under the plan; all layers quantized "
         f"{shown(result.disk.quantized)}, all in 16 bit {shown(result.disk.sixteen_bit)}"
     )
-    for verdict in result.readers:
-        yield _verdict(verdict)
+    yield from map(_verdict, result.readers)
+    notes = {verdict.reader: READERS[verdict.reader].note for verdict in result.readers}
+    yield from (f"            {reader}: {note}" for reader, note in notes.items() if note)
 
 
 def _sweep_lines(result: Forecast) -> Iterator[str]:
@@ -37,8 +38,10 @@ def _sweep_lines(result: Forecast) -> Iterator[str]:
     passes = f"{most.block_passes:,}" if exact else f"{result.least.block_passes:,} to {most.block_passes:,}"
     alone = len(text.batches) * result.layers * (result.plans + 1)
     yield f"sweep       {result.plans} plans; {passes} block passes, {alone:,} if every plan were run by itself"
-    yield "            of sweep and --exhaustive. By default run and quantize sweep nothing: gradients between two"
-    yield "            quantizations score the parts, which is not forecast"
+    yield (
+        "            This and what follows is for sweep and --exhaustive. By default run and quantize sweep nothing: "
+        "gradients between two quantizations score the parts, which is not forecast"
+    )
     yield (
         f"text        {text.sentences} sentences in {text.languages} languages: {text.scored:,} tokens, "
         f"{text.padded:,} with padding, in {len(text.batches)} batches"
@@ -51,9 +54,9 @@ def _time_lines(result: Forecast) -> Iterator[str]:
     yield (
         f"time        {_duration(result.seconds)} on this CPU: an estimate, from matmuls, attention, scoring and "
         f"rounding in the model's shapes, timed just now for {speed.seconds:.1f} s with {speed.threads} thread(s) "
-        f"({speed.flops.low / 1e9:.0f} to {speed.flops.high / 1e9:.0f} GFLOP/s in matmuls)"
+        f"({speed.flops.low / 1e9:.0f} to {speed.flops.high / 1e9:.0f} GFLOP/s in matmuls); without loading the model "
+        "and without the statistics; other work on the machine makes it longer"
     )
-    yield "            without loading the model and without the statistics; other work on the machine makes it longer"
 
 
 def _memory(memory: Memory) -> str:
@@ -71,6 +74,4 @@ def _duration(seconds: Range) -> str:
 
 def _verdict(verdict: Verdict) -> str:
     words = f"no: {verdict.reason}" if verdict.reason else "loads it"
-    note = READERS[verdict.reader].note
-    words += f" ({note})" if note else ""
     return f"readers     {verdict.format:<18} {verdict.reader:<12} {words}"
