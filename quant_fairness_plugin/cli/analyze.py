@@ -98,7 +98,7 @@ def _list(*, as_json: bool) -> None:
         typer.echo(json.dumps({name: analysis.question for name, analysis in ANALYSES.items()}, indent=1))
         return
     for name, analysis in ANALYSES.items():
-        say(f"{name}: {analysis.question}")
+        say(f"{name:<16}{analysis.question}", indent=16)
 
 
 def lines(result: object) -> Iterator[str | Table]:

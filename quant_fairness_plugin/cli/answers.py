@@ -33,11 +33,11 @@ def show_answers(measurement: Measurement, *, details: bool) -> None:
 def summary(answers: Answers) -> str:
     """Return what was asked, and that nothing is wrong where that is so."""
     through = "the chat template" if answers.chat_template else "no chat template"
-    asked = f"Answers to {answers.prompts} prompts in {len(answers.languages)} languages, at most {answers.new_tokens} "
-    asked += f"tokens, greedy, {answers.dtype}, {through}:"
+    asked = f"Answers to {answers.prompts} prompts in {len(answers.languages)} languages"
+    how = f"(at most {answers.new_tokens} tokens, greedy, {answers.dtype}, {through})"
     if any(row.faulty != (0, 0) for row in answers.languages):
-        return asked
-    return f"{asked}\nof either model none is empty, repeats itself or is in another script"
+        return f"{asked} {how}, 16-bit model → checkpoint:"
+    return f"{asked}: of either model none is empty, repeats itself or is in another script {how}"
 
 
 def fault_table(answers: Answers) -> Table:

@@ -29,7 +29,7 @@ _STARTS = {
     "chat": "as the chat template begins a user's message",
     "plain": "with nothing in front",
 }
-_UNIT = "In thousandths of a bit per byte; * = the 95 % interval excludes 0; changed = other top-1 token"
+_UNIT = "In thousandths of a bit per byte; * = the 95 % interval excludes 0"
 
 
 def damage_table(measurement: Measurement, *, title: str) -> Table:
@@ -74,9 +74,14 @@ def comparison_table(unprotected: Measurement, protected: Measurement, *, title:
     return table
 
 
-def damage_notes(measurement: Measurement) -> list[str]:
-    """Return what stands under a table of damage: its unit, and the notes on its languages and sentences."""
-    return [_UNIT, *language_notes(measurement)]
+def damage_notes(measurement: Measurement, *, changed: bool = True) -> list[str]:
+    """Return what stands under a table of damage: its unit, and the notes on its languages and sentences.
+
+    Args:
+        measurement: what the table shows.
+        changed: whether it has the column of changed tokens.
+    """
+    return [f"{_UNIT}; changed = other top-1 token" if changed else _UNIT, *language_notes(measurement)]
 
 
 def language_notes(measurement: Measurement) -> list[str]:

@@ -59,7 +59,7 @@ def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) ->
     title = f"{config.method} {result.record.grids}, {part}: without protection, and with {more}"
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
-    show_notes(damage_notes(result.protected))
+    show_notes(damage_notes(result.protected, changed=False))
     show_answers(result.protected, details=details)
     for reason in (*result.plan.reasons, result.verdict):
         say(reason)

@@ -28,7 +28,7 @@ from quant_fairness_plugin.model.resolve import BUNDLED
 from quant_fairness_plugin.plans.precision_map import bits_of_record, layer_ranges, module_names, written_bits
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.recommend import describe_overrides
-from quant_fairness_plugin.statistics.configurations import Configuration, configurations
+from quant_fairness_plugin.statistics.configurations import SIXTEEN_BIT, Configuration, configurations
 from quant_fairness_plugin.statistics.verdict import judge
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
@@ -189,8 +189,10 @@ def _row(damage: LanguageDamage) -> list[str]:
 
 def _configuration(row: Configuration) -> list[str]:
     """One state of the model as table cells."""
-    cells = [_plain(row.name), str(row.bytes_), f"{row.of_16_bit:.0%}", _number(row.worst_kl), _number(row.disparity)]
-    return [*cells, _plain(row.label), _plain(row.use)]
+    cells = [_plain(row.name), str(row.bytes_), f"{row.of_16_bit:.0%}"]
+    if row.name == SIXTEEN_BIT:
+        return [*cells, "0", "", "", _plain(row.use)]
+    return [*cells, _number(row.worst_kl), _number(row.disparity), _plain(row.label), _plain(row.use)]
 
 
 def _number(value: Number) -> str:

@@ -76,7 +76,7 @@ def test_the_four_questions_are_answered_before_anything_else(full: Elements) ->
     assert "1 of 2 languages lose more than 0.05 bits per byte; most he, 0.200" in start
     assert "Which language loses most? Hebrew (he). 0.200 bits per byte, 20.0 times as much as English." in start
     assert "In 25% of places another next token" in start
-    assert "Layer 0 in 16 bit; layer 2 in 8 bit; 1.down in 16 bit; all other layers in 4 bit." in start
+    assert "Layer 0 in 16 bit; layer 2 in 8 bit; 1.down in 16 bit; all else in 4 bit." in start
     assert "10 kB instead of 40 kB (25%). Protection is 2.5 kB of it, 12.5% extra." in start
 
 
@@ -147,6 +147,15 @@ def test_a_gate_changes_verdict_and_line() -> None:
     shown = page(record(measured(en=0.1)), gate=Gate("worst", 0.4))
     assert "SHIP no language loses more than 0.4" in shown.text
     assert "what the verdict accepts: 0.4 bits per byte" in shown.text
+
+
+def test_where_answers_alone_are_at_fault_the_page_says_to_read_them() -> None:
+    asked = replace(measured(en=0.01, he=0.02), answers=answers())
+    start = page(record(asked)).text
+    assert "Is that acceptable? The loss is. Read the answers." in start
+    assert "What should I ship? This checkpoint, if its answers are good enough. Layer 0" in start
+    lossy = page(record(replace(asked, languages=measured(en=0.9, he=0.9).languages))).text
+    assert "Is that acceptable? It depends on who uses it." in lossy
 
 
 def test_before_and_after_stand_side_by_side(full: Elements) -> None:

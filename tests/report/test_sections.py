@@ -269,6 +269,7 @@ def test_a_configuration_that_a_smaller_one_beats_is_of_no_use() -> None:
     assert (
         section.lead == "40 kB for the 16-bit model, 7.5 kB for INT4 without protection and 10 kB for this checkpoint."
     )
+    assert section.table.rows[0][3:6] == (Figure("0"), "", "")
     assert [row[-1] for row in section.table.rows] == [
         "where its bytes do not matter",
         "worth its bytes",

@@ -40,5 +40,7 @@ def _what(row: Configuration) -> str:
 
 
 def _cells(row: Configuration) -> tuple[Cell, ...]:
-    share = Figure(f"{row.of_16_bit:.0%}")
-    return row.name, Figure(size(row.bytes_)), share, number(row.worst_kl), number(row.disparity), row.label, row.use
+    found: tuple[Cell, ...] = (row.name, Figure(size(row.bytes_)), Figure(f"{row.of_16_bit:.0%}"))
+    if row.name == SIXTEEN_BIT:
+        return *found, Figure("0"), "", "", row.use
+    return *found, number(row.worst_kl), number(row.disparity), row.label, row.use
