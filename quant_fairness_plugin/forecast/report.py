@@ -56,8 +56,8 @@ def _time_line(result: Forecast) -> str:
         f"sweep time  {_duration(result.seconds)} on this CPU: an estimate for {result.most.flops / 1e9:,.1f} GFLOP in "
         "blocks and head, from matmuls, attention, scoring and rounding in the model's shapes, timed just now for "
         f"{speed.seconds:.1f} s with {speed.threads} thread(s) ({speed.flops.low / 1e9:.0f} to "
-        f"{speed.flops.high / 1e9:.0f} GFLOP/s in matmuls); without loading the model and without the statistics; other "
-        "work on the machine makes it longer"
+        f"{speed.flops.high / 1e9:.0f} GFLOP/s in matmuls); without loading the model and without the statistics; "
+        "other work on the machine makes it longer"
     )
 
 
@@ -68,8 +68,8 @@ def _run_line(steps: tuple[Step, ...] | Undefined) -> str:
     factor, unit = _unit(whole)
     parts = [f"{step.name} {step.seconds.low / factor:.1f} to {step.seconds.high / factor:.1f}" for step in steps]
     return (
-        f"run         {_duration(whole)} as it comes, with a plan by gradients: an estimate, from parts of the work timed "
-        f"just now. In {unit}: {', '.join(parts)}"
+        f"run         {_duration(whole)} as it comes, with a plan by gradients: an estimate, from parts of the work "
+        f"timed just now. In {unit}: {', '.join(parts)}"
     )
 
 
