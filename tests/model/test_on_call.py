@@ -13,7 +13,7 @@ from quant_fairness_plugin.model import on_call
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.model.on_call import read_on_call
 from quant_fairness_plugin.model.streamed import open_streamed
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, MIXTURES
 
 Build = Callable[..., Path]
 IDS = torch.tensor([[7, 3, 11, 2, 5], [0, 0, 13, 4, 6]])
@@ -27,7 +27,7 @@ def call(model: Any) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("held", [0, 1 << 20])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_a_call_gives_the_logits_of_the_model_in_memory(
     family: str, held: int, tiny_model: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:

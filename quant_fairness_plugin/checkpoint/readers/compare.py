@@ -225,7 +225,8 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
 def _dense_logits(folder: Path) -> list[Tensor]:
     """Logits of the dequantized model on the fixed rows, one block of it in memory at a time where that can be."""
     try:
-        return list(BlockLogits(folder, _rows(bare_model(folder))))
+        # Transformers unpacks quantized experts while loading, and stacks them in the storage dtype.
+        return list(BlockLogits(folder, _rows(bare_model(folder)), experts=announced_dtype(read_config(folder)[0])))
     except UnsupportedModelError as err:
         _logger.info("%s is run as a whole: %s", folder, err)
         dense = load_dense_model(folder)
