@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,17 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the number of torch threads: two on a loaded machine turned 1.5 s into 52 s, so one is the default."""
     parser.addoption("--torch-threads", type=int, default=1, help="torch threads of every test process")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported and collected out of every later garbage collection, which checkpoints ask for often."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let go of it at the end, where libraries count what they have not seen freed."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
