@@ -19,17 +19,18 @@ def tables(stored: list[dict[str, Any]]) -> dict[str, str]:
 def front(stored: list[dict[str, Any]]) -> dict[str, str]:
     """Return the table of the README from one model's rows: bytes, loss, and what making each took."""
     rows = {row["variant"]: row for row in stored if "failed" not in row}
-    lines = [
-        "| checkpoint | MB | worst language | mean | worst, calibrated in English | CPU s | most memory |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, row in rows.items():
-        if row["calibration"] == "English":
-            continue
-        english = rows.get(f"{name}, English")
-        cells = [name, f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"])]
-        cells += [figure(english["worst_kl"]) if english else "", f"{row['cpu_seconds']:.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{row['peak_rss_bytes'] / 1e9:.1f} GB"]) + " |")
+    shown_rows = [row for row in rows.values() if row["calibration"] != "English"]
+    head = ["checkpoint", "MB", "worst language", "mean", "CPU s", "most memory"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    if english := [row for row in rows.values() if row["calibration"] == "English"]:
+        lines = ["| " + " | ".join([*head, "worst, calibrated in English"]) + " |", "|---|" + "---:|" * len(head)]
+    for row in shown_rows:
+        cells = [row["variant"], f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"])]
+        cells += [f"{row['cpu_seconds']:.0f}", f"{row['peak_rss_bytes'] / 1e9:.1f} GB"]
+        if english:
+            other = rows.get(f"{row['variant']}, English")
+            cells.append("" if other is None else figure(other["worst_kl"]))
+        lines.append("| " + " | ".join(cells) + " |")
     return {"peers": "\n".join([*lines, ""])} if rows else {}
 
 
