@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 
-def tables(stored: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the Markdown tables of every model's rows by name."""
+def tables(stored: list[dict[str, Any]], variants: Collection[str] = ()) -> dict[str, str]:
+    """Return the Markdown tables of every model's rows by name; what of `variants` has no row is named below."""
     found: dict[str, str] = {}
     for model in dict.fromkeys(row["model"] for row in stored):
         rows = [row for row in stored if row["model"] == model and "failed" not in row]
         if rows:
-            found |= {f"{model}": table(rows), f"{model}-languages": by_language(rows), f"{model}-cost": costs(rows)}
+            found |= {
+                f"{model}": table(rows) + missing(rows, variants),
+                f"{model}-languages": by_language(rows),
+                f"{model}-cost": costs(rows),
+            }
             found[f"{model}-beginnings"] = by_beginning(rows)
     return found
+
+
+def missing(rows: list[dict[str, Any]], variants: Collection[str]) -> str:
+    """Return which variants were not measured, as a paragraph; empty where all were."""
+    left = [name for name in variants if name not in {row["variant"] for row in rows}]
+    return f"\nNot measured yet, or failed: {'; '.join(left)}.\n" if left else ""
 
 
 def front(stored: list[dict[str, Any]]) -> dict[str, str]:
