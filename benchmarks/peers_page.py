@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 
-def tables(stored: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the Markdown tables of every model's rows by name."""
+def tables(stored: list[dict[str, Any]], variants: Collection[str] = ()) -> dict[str, str]:
+    """Return the Markdown tables of every model's rows by name; what of `variants` has no row is named below."""
     found: dict[str, str] = {}
     for model in dict.fromkeys(row["model"] for row in stored):
         rows = [row for row in stored if row["model"] == model and "failed" not in row]
         if rows:
-            found |= {f"{model}": table(rows), f"{model}-languages": by_language(rows), f"{model}-cost": costs(rows)}
+            found |= {
+                f"{model}": table(rows) + missing(rows, variants),
+                f"{model}-languages": by_language(rows),
+                f"{model}-cost": costs(rows),
+            }
             found[f"{model}-beginnings"] = by_beginning(rows)
     return found
+
+
+def missing(rows: list[dict[str, Any]], variants: Collection[str]) -> str:
+    """Return which variants were not measured, as a paragraph; empty where all were."""
+    left = [name for name in variants if name not in {row["variant"] for row in rows}]
+    return f"\nNot measured yet, or failed: {'; '.join(left)}.\n" if left else ""
 
 
 def front(stored: list[dict[str, Any]]) -> dict[str, str]:
     """Return the table of the README from one model's rows: bytes, loss, and what making each took."""
     rows = {row["variant"]: row for row in stored if "failed" not in row}
-    lines = [
-        "| checkpoint | MB | worst language | mean | worst, calibrated in English | CPU s | most memory |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, row in rows.items():
-        if row["calibration"] == "English":
-            continue
-        english = rows.get(f"{name}, English")
-        cells = [name, f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"])]
-        cells += [figure(english["worst_kl"]) if english else "", f"{row['cpu_seconds']:.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{row['peak_rss_bytes'] / 1e9:.1f} GB"]) + " |")
+    shown_rows = [row for row in rows.values() if row["calibration"] != "English"]
+    head = ["checkpoint", "MB", "worst language", "mean", "CPU s", "most memory"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    if english := [row for row in rows.values() if row["calibration"] == "English"]:
+        lines = ["| " + " | ".join([*head, "worst, calibrated in English"]) + " |", "|---|" + "---:|" * len(head)]
+    for row in shown_rows:
+        cells = [row["variant"], f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"])]
+        cells += [f"{row['cpu_seconds']:.0f}", f"{row['peak_rss_bytes'] / 1e9:.1f} GB"]
+        if english:
+            other = rows.get(f"{row['variant']}, English")
+            cells.append("" if other is None else figure(other["worst_kl"]))
+        lines.append("| " + " | ".join(cells) + " |")
     return {"peers": "\n".join([*lines, ""])} if rows else {}
 
 

@@ -301,7 +301,7 @@ def read_rows() -> list[dict[str, Any]]:
 
 def render() -> None:
     """Write the tables into their page, and the first one of the README."""
-    write_tables(PAGE, tables(read_rows()))
+    write_tables(PAGE, tables(read_rows(), VARIANTS))
     write_tables(ROOT / "README.md", first_table())
 
 
