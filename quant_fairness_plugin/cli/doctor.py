@@ -103,7 +103,7 @@ def _readers() -> Iterator[Finding]:
         detail = "runs in this Python" if here else f"runs in {elsewhere}" if elsewhere else "its rules are checked"
         detail += f", but not on {' and '.join(missing)} checkpoints" if here and missing else ""
         lacks = not (here or elsewhere) or bool(missing)
-        detail += "; in an environment of its own:" if lacks else ""
+        detail += "; by itself:" if lacks else ""
         command = reader.install if lacks else ""
         yield Finding(name=name, works=bool(here or elsewhere), detail=detail, command=command)
 
