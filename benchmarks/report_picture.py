@@ -1,9 +1,9 @@
 """The pictures of a report in docs/report.md: what a real Chromium shows of the page that `run` writes.
 
-    quant-fairness run --model demo --langs en,zh,ru,ar -o out
-    python benchmarks/report_picture.py out/report.html      # in the environment of `make test-browser`
+    quant-fairness run --model demo --langs en,he,ar,hi -o demo-fair
+    python benchmarks/report_picture.py demo-fair/report.html    # in the environment of `make test-browser`
 
-The first screen on a desk in light colours, and all of it on a telephone in dark ones.
+The first screen on a desk in light colours, and on a telephone in dark ones.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from quant_fairness_plugin.analysis.lm_eval import read_pair
 from quant_fairness_plugin.analysis.quantized import quantized_state
-from quant_fairness_plugin.analysis.questions import Question, read_questions
+from quant_fairness_plugin.analysis.questions import Question, exchanged, read_questions
 from quant_fairness_plugin.analysis.request import Request
 from quant_fairness_plugin.artifacts import Bootstrap, Interval, Number, Part, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
@@ -32,6 +32,8 @@ from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE
 
+PART: Part = "search"
+"""Of the text set, where questions are made of it."""
 ALL = "all"
 """The group of all questions of a language."""
 Outcomes = Mapping[str, tuple[bool, ...]]
@@ -78,18 +80,17 @@ def analyse(request: Request) -> Choices:
     """Answer every question with both models.
 
     Raises:
-        ConfigError: no questions were given, or a group of a single question.
+        ConfigError: questions and logs were given, or a group of a single question.
         ArtifactError: a file that holds no questions.
     """
     logs = request.options.lm_eval_samples
-    if (request.options.questions is None) == (logs is None):
-        raise ConfigError(
-            "analyze choices needs --questions (a file) or --lm-eval-samples (two logs); give one of them"
-        )
+    path = request.options.questions
+    if path is not None and logs is not None:
+        raise ConfigError("analyze choices takes --questions or --lm-eval-samples, not both; leave one out")
     if logs is not None:
         return of_logs(*logs, request)
-    assert request.options.questions is not None
-    questions = read_questions(request.options.questions)
+    seed = request.config.seed
+    questions = read_questions(path) if path is not None else exchanged(request.texts.part(PART), seed)
     by_language: dict[str, list[Question]] = {}
     for question in questions:
         by_language.setdefault(question.language, []).append(question)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quant_fairness_plugin.artifacts import RECORD_NAME
 from quant_fairness_plugin.checkpoint.folder import read_quantization
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.gguf import SOURCE, gguf_folder
@@ -38,7 +39,8 @@ def weights_alone(folder: Path) -> str:
         ArtifactError: metadata that cannot be read.
     """
     quantization, _ = read_quantization(folder)
-    if (folder / SOURCE).is_file():
+    # A checkpoint of ours keeps that file of its source, and is for other servers.
+    if (folder / SOURCE).is_file() and not quantization and not (folder / RECORD_NAME).is_file():
         return "the weights alone: llama.cpp also rounds the inputs of its products to 8 bits"
     if any(_rounds_activations(quantization)):
         return "the weights alone: servers also round the activations of this checkpoint"

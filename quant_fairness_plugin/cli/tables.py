@@ -28,6 +28,7 @@ from quant_fairness_plugin.artifacts import (
     Unit,
     bits_of_precision,
 )
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.recommend import describe_overrides
 
 WIDTH_WITHOUT_TERMINAL = 180
@@ -47,7 +48,11 @@ def show(table: Table, *, keys: int = 1) -> None:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
         console.print(table)
         return
-    for part in fitting(table, console, keys=keys):
+    parts = fitting(table, console, keys=keys)
+    if table.title_justify == "left":  # a sentence, which a narrow table would break
+        say(table.title)
+        parts[0].title = None
+    for part in parts:
         console.print(part)
 
 
