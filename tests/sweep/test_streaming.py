@@ -347,6 +347,21 @@ def test_a_finished_sweep_reads_no_block_and_keeps_no_states(
     assert fetched == []
 
 
+def test_states_of_a_sweep_that_was_stopped_after_its_last_scores_are_removed(
+    loaded: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stacks: stacks_module.Stacks, batch: int) -> None:
+        raise StopError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stacks_module.Stacks, "drop", stop)
+        with pytest.raises(StopError):
+            streamed_scores(loaded, work=tmp_path)
+    assert list(tmp_path.glob("*.stack"))
+    streamed_scores(loaded, work=tmp_path)
+    assert not [*tmp_path.glob("*.stack"), *tmp_path.glob("*.index.json")]
+
+
 def test_a_killed_process_leaves_nothing_that_changes_a_bit(
     loaded: StreamedModel, folder: Path, expected: Scores, tmp_path: Path
 ) -> None:
