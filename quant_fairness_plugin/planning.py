@@ -5,7 +5,7 @@ Takes a model, texts and a `FairConfig`; returns `UnitScores`, and from them a `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from quant_fairness_plugin.artifacts import Precision, ProtectionPlan, TextSet, Unit, UnitScores, precision_of_bits
@@ -64,6 +64,17 @@ def menu_of(loaded: LoadedModel, config: FairConfig) -> tuple[tuple[Precision, .
 def _refused(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision]) -> bool:
     form, reader = config.format, config.reader
     return find_refusal(loaded.family, format=form, grid=config.grid, reader=reader, overrides=overrides) is not None
+
+
+def _refused_units(
+    loaded: LoadedModel, config: FairConfig, scores: UnitScores, menu: Collection[Precision]
+) -> dict[str, tuple[Precision, ...]]:
+    """Return what of a menu format or reader do not allow for some units, such as 8 bits for experts."""
+    by_group: dict[str | None, tuple[Precision, ...]] = {}
+    for name in scores.units:
+        if (group := Unit.parse(name).group) not in by_group:
+            by_group[group] = tuple(kind for kind in menu if _refused(loaded, config, {name: kind}))
+    return {name: by_group[Unit.parse(name).group] for name in scores.units}
 
 
 def check_scorable(loaded: LoadedModel) -> None:
@@ -126,7 +137,7 @@ def plan_by_scores(
         scores,
         Demand(
             limit=limit_of(loaded, config), menu=menu, whole_layers=whole_layers, objective=config.decides_by,
-            overrides=config.overrides, strict=config.strict,
+            overrides=config.overrides, strict=config.strict, refused=_refused_units(loaded, config, scores, menu),
         ),
     )  # fmt: skip
     candidates = planner.candidates()
