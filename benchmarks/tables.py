@@ -28,6 +28,7 @@ SCRIPTS = (
     "controls_table",
     "effort_table",
     "faults",
+    "hypotheses_table",
     "peers_table",
     "plan_table",
     "protection_table",

@@ -44,7 +44,10 @@ class Page:
 
     model: str
     subtitle: str
-    heading: Heading
+    mode: str
+    """The reading mode that it opens in."""
+    heading: Heading | None
+    """None where nothing was quantized, so that there is nothing to judge."""
     answers: tuple[Answer, ...]
     condition: str
     sections: tuple[Section, ...]
@@ -85,11 +88,13 @@ def _page(sources: Sources, gate: Gate | None) -> Page:
     plan = recommended_plan(sources)
     compared = compare(sources, plan)
     verdict = verdict_of(sources, gate)
+    alone = _first_provenance(sources) is None and plan is None  # questions about the 16-bit model
     return Page(
         model=model_words(sources.model),
         subtitle=_subtitle(sources, plan),
-        heading=heading(verdict),
-        answers=tuple(answers(sources, compared, plan, verdict, gate or Gate())),
+        mode=_MODES[-1][0] if alone else _MODES[0][0],
+        heading=None if alone else heading(verdict),
+        answers=() if alone else tuple(answers(sources, compared, plan, verdict, gate or Gate())),
         condition="" if compared is None else compared.condition,
         sections=tuple(_sections(sources, plan, gate or Gate())),
         provenance=tuple(_provenance(sources)),

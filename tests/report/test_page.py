@@ -214,9 +214,11 @@ def test_the_page_says_which_reader_ran_and_why_nothing_was_asked() -> None:
 
 
 def test_an_analysis_alone_makes_a_page() -> None:
-    text = page(analyses()[1]).text
-    assert "analyses of the 16-bit model" in text
-    assert "What of tokens?" in text
+    shown = page(analyses()[1])
+    assert "analyses of the 16-bit model" in shown.text
+    assert "What of tokens?" in shown.text
+    assert "NO CHECKPOINT" not in shown.text  # there is nothing to judge, and the page opens where its answer is
+    assert [a["id"] for a in shown.of("input") if "checked" in a] == ["mode-researcher"]
     with pytest.raises(ConfigError, match="two artifacts are a tokens analysis"):
         page(analyses()[1], analyses()[1])
     with pytest.raises(ConfigError, match="of 2 models"):
