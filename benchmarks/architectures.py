@@ -6,8 +6,8 @@
 Of every architecture a tiny model with random weights is made, written as a checkpoint, and taken through the code that
 a user's model goes through: opened, swept with every unit protected once, scored by gradients, quantized with GPTQ and
 layer 1 in 16 bit, exported in every format, and read back by Transformers, whose logits must be those of our own
-dequantizer. A row says how far it came, or the reason of the refusal. That something is quantized and read right is what
-a row shows; how much quality a trained model of the architecture keeps, it does not.
+dequantizer. A row says how far it came, or the reason of the refusal. That something is quantized and read right is
+what a row shows; how much quality a trained model of the architecture keeps, it does not.
 """
 
 from __future__ import annotations
