@@ -27,6 +27,7 @@ SCRIPTS = (
     "columns",
     "controls_table",
     "effort_table",
+    "faults",
     "hypotheses_table",
     "peers_table",
     "plan_table",

@@ -106,7 +106,7 @@ def analyse(request: Request) -> Choices:
         if request.progress is not None:
             request.progress(done + 1, len(wanted))
     compared = compare(wanted, answers, state.name, request.config.bootstrap)
-    return Choices(state.name, compared, {name: dict(found) for name, found in answers.items()})
+    return Choices(state.name, compared, {name: dict(right) for name, right in answers.items()})
 
 
 def of_logs(before: Path, after: Path, request: Request) -> Choices:
@@ -152,16 +152,16 @@ def compare(
     questions: Mapping[str, Sequence[Question]], answers: Mapping[str, Outcomes], state: str, bootstrap: Bootstrap
 ) -> tuple[ChoiceRow, ...]:
     """Return a row for every language and group, and for each language as a whole."""
-    found: dict[tuple[str, str], tuple[Array, Array]] = {}
+    cells: dict[tuple[str, str], tuple[Array, Array]] = {}
     for language, rows in questions.items():
         right = np.array([answers[language][name] for name in (BASELINE, state)], dtype=np.float64)
         chance = np.array([1 / len(row.options) for row in rows])
         for group in (ALL, *dict.fromkeys(row.group for row in rows)):
             places = [i for i, row in enumerate(rows) if group in (ALL, row.group)]
-            found[language, group] = np.vstack([right, chance[None]])[:, places], _drops(right[:, places], bootstrap)
-    tests = {key: mcnemar(*_changes(right)) for key, (right, _) in found.items()}
+            cells[language, group] = np.vstack([right, chance[None]])[:, places], _drops(right[:, places], bootstrap)
+    tests = {key: mcnemar(*_changes(right)) for key, (right, _) in cells.items()}
     adjusted = dict(zip(tests, benjamini_hochberg(list(tests.values())), strict=True))
-    return tuple(_row(key, right, series, found, adjusted[key], bootstrap) for key, (right, series) in found.items())
+    return tuple(_row(key, right, series, cells, adjusted[key], bootstrap) for key, (right, series) in cells.items())
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -172,10 +172,10 @@ def mcnemar(lost: int, won: int) -> float:
 def _is_right(questions: Sequence[Question], nll: Sequence[float]) -> list[bool]:
     right, start = [], 0
     for question in questions:
-        mine = nll[start : start + len(question.options)]
+        losses = nll[start : start + len(question.options)]
         start += len(question.options)
-        others = [value for place, value in enumerate(mine) if place != question.answer]
-        right.append(mine[question.answer] < min(others))
+        others = [value for place, value in enumerate(losses) if place != question.answer]
+        right.append(losses[question.answer] < min(others))
     return right
 
 
@@ -195,7 +195,7 @@ def _row(
     key: tuple[str, str],
     right: Array,
     series: Array,
-    found: Mapping[tuple[str, str], tuple[Array, Array]],
+    cells: Mapping[tuple[str, str], tuple[Array, Array]],
     adjusted_p: float,
     bootstrap: Bootstrap,
 ) -> ChoiceRow:
@@ -209,7 +209,7 @@ def _row(
         before=before,
         after=interval(series[:, 1]),
         drop=interval(series[:, 2]),
-        drop_ratio=_ratio(series[:, 2], found.get((bootstrap.reference or "", group)), bootstrap),
+        drop_ratio=_ratio(series[:, 2], cells.get((bootstrap.reference or "", group)), bootstrap),
         lost=lost,
         won=won,
         adjusted_p=significant(adjusted_p),

@@ -47,10 +47,10 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         UnknownLanguageError: a language that is none.
     """
     read = _read_clams if path.is_dir() else _read_multiblimp if path.suffix == ".tsv" else _read_jsonl
-    found = tuple(read(path))
-    if not found:
+    questions = tuple(read(path))
+    if not questions:
         raise ArtifactError(f"{path}: no question; expected lines {_FORM}, or a folder with he{_SUFFIX}/*.txt")
-    return found
+    return questions
 
 
 def exchanged(texts: TextSet, seed: int) -> tuple[Question, ...]:

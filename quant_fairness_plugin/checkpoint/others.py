@@ -24,9 +24,10 @@ def readable_folder(path: Path) -> Path:
     if path.is_file() and path.suffix == GGUF:
         return gguf_folder(path, dtype="float32")
     if not path.is_dir():
-        found = "is a file" if path.exists() else "is not there"
+        problem = "is a file" if path.exists() else "is not there"
         raise ConfigError(
-            f"{path} {found}; accepted is a checkpoint folder, or a .gguf file. Name the folder that holds config.json"
+            f"{path} {problem}; accepted is a checkpoint folder, or a .gguf file. "
+            "Name the folder that holds config.json"
         )
     return path
 

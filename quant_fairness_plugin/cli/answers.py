@@ -59,9 +59,9 @@ def _cells(row: LanguageAnswers) -> Iterator[str]:
 
 
 def _example(answers: Answers) -> Iterator[str]:
-    found = answers.example()
-    if found is not None:
-        yield from _lines(*found)
+    example = answers.example()
+    if example is not None:
+        yield from _lines(*example)
 
 
 def _every(answers: Answers) -> Iterator[str]:

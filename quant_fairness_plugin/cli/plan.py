@@ -1,4 +1,4 @@
-"""`quant-fairness plan`: what a sweep and its checkpoint will take, before anything is loaded."""
+"""`quant-fairness plan`: what a run, a sweep and the checkpoint will take, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def plan(
     memory_budget: MemoryBudget = None,
     as_json: Json = False,
 ) -> None:
-    """Say how long a sweep takes, what memory and disk it needs, and who will load the result. Loads no model."""
+    """Say how long a run and a sweep take, their memory and disk, and who will load the result. Loads no model."""
     budget = None if memory_budget is None else parse_size(memory_budget)
     files, sentences = preflight(access.source(model), config)
 

@@ -113,7 +113,7 @@ def describe_original(measurement: Measurement, model: str) -> str:
 
 def unit_list(units: Sequence[str]) -> str:
     """Return `0,9,11` or `3.down,5.qkv`, the forms that `--protect-layers` and `--protect-units` take."""
-    return ",".join(unit.removeprefix("layers.") for unit in units)
+    return ",".join(Unit.parse(unit).short if Unit.is_name(unit) else unit for unit in units)
 
 
 def layer_list(layers: Sequence[int]) -> str:

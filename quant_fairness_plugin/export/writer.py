@@ -260,8 +260,8 @@ def _describe(record: ExportRecord, source: SourceCard, folder: Path) -> ExportR
 def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """What the files say must be the integers that were quantized and the values that were folded, bit for bit."""
     expected = _expected_values(quantized, twin=not layout.packs)
-    for name, found in iterate_dense(folder, names=frozenset(expected)):
-        if not torch.equal(found, expected.pop(name)()):
+    for name, stored in iterate_dense(folder, names=frozenset(expected)):
+        if not torch.equal(stored, expected.pop(name)()):
             raise ArtifactError(f"{folder / name}: what was written is not what was quantized. Report this as a bug.")
     if expected:
         raise ArtifactError(
@@ -273,9 +273,9 @@ def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format
 
 def _compare_columns(quantized: QuantizedModel, folder: Path) -> None:
     """The side file must hold what the integers lack; where scales were moved, it is compared with memory alone."""
-    found = read_columns(folder)
-    for name in sorted(found.keys() | quantized.columns.keys()):
-        kept, written = quantized.columns.get(name), found.get(name)
+    in_file = read_columns(folder)
+    for name in sorted(in_file.keys() | quantized.columns.keys()):
+        kept, written = quantized.columns.get(name), in_file.get(name)
         if kept is None or written is None or not torch.equal(kept.delta.cpu(), written.delta):
             raise ArtifactError(f"{folder}: the columns of {name} are not what was kept. Report this as a bug.")
         if not find_method(quantized.method).moves_scales:

@@ -15,7 +15,7 @@ from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.recommend import recommend_plan
 from quant_fairness_plugin.report.answers import Answer, Heading, answers, heading, verdict_of
 from quant_fairness_plugin.report.compared import compare
-from quant_fairness_plugin.report.drawing import check_extra
+from quant_fairness_plugin.report.drawing import check_drawing
 from quant_fairness_plugin.report.section import Section
 from quant_fairness_plugin.report.sections.analyses import analysis_section
 from quant_fairness_plugin.report.sections.answers import answers_section
@@ -63,8 +63,9 @@ def render_report(sources: Sources, *, gate: Gate | None = None) -> str:
 
     Raises:
         MissingExtraError: the packages of the extra `report` are not installed.
+        ResourceError: the limit of addresses is below what the drawings' JavaScript engine maps.
     """
-    check_extra()
+    check_drawing()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("quant_fairness_plugin.report"),
         autoescape=True,

@@ -63,17 +63,17 @@ class Sources:
         Raises:
             ConfigError: none, two of one kind, artifacts of different models, or a measurement of no quantization.
         """
-        found: dict[str, Artifact] = {}
+        by_kind: dict[str, Artifact] = {}
         for artifact in artifacts:
             name = _place(artifact)
-            if name in found:
+            if name in by_kind:
                 raise ConfigError(f"two artifacts are a {name}; a report is about one of each kind. Leave one out")
-            found[name] = artifact
-        if not found:
+            by_kind[name] = artifact
+        if not by_kind:
             raise ConfigError("nothing to report on; name a checkpoint folder, or a JSON file that a command saved")
-        _check_one_model(found)
-        analyses = tuple(artifact for artifact in found.values() if isinstance(artifact, AnalysisAnswer))
-        others = {name: artifact for name, artifact in found.items() if artifact not in analyses}
+        _check_one_model(by_kind)
+        analyses = tuple(artifact for artifact in by_kind.values() if isinstance(artifact, AnalysisAnswer))
+        others = {name: artifact for name, artifact in by_kind.items() if artifact not in analyses}
         return cls(**others, analyses=analyses)._completed()  # type: ignore[arg-type] # each under its own type's name
 
     def _completed(self) -> Sources:
@@ -143,14 +143,14 @@ def _place(artifact: Artifact) -> str:
     return _FIELDS[type(artifact)]
 
 
-def _check_one_model(found: dict[str, Artifact]) -> None:
-    models = dict(_model(artifact) for artifact in found.values() if not isinstance(artifact, ProtectionPlan))
+def _check_one_model(by_kind: dict[str, Artifact]) -> None:
+    models = dict(_model(artifact) for artifact in by_kind.values() if not isinstance(artifact, ProtectionPlan))
     if len(models) > 1:
         raise ConfigError(
             f"the artifacts are of {len(models)} models ({', '.join(models.values())}), whose checksums differ; a "
             "report is about one. Make one for each"
         )
-    plan = found.get("plan")
+    plan = by_kind.get("plan")
     if isinstance(plan, ProtectionPlan) and models and plan.model not in models.values():
         raise ConfigError(f"the plan is for {plan.model}, the other artifacts are of {', '.join(models.values())}")
 

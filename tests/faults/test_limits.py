@@ -143,15 +143,36 @@ def test_a_signal_at_any_time(place: Path, seconds: float) -> None:
     assert names(place) - {"model", "t.json"} == set()
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("run", "--model", "model", *TEXTS, "-o", "out"),
-        (*QUANTIZE, "-o", "out"),
-        ("measure", "--model", "model", *TEXTS[:2]),
-    ],
-)
-def test_less_address_space_than_libraries_take(place: Path, command: tuple[str, ...]) -> None:
-    status, line = run(place, *command, before=limit(resource.RLIMIT_AS, 700 << 20))
-    assert (status, "--memory-budget" in line) == (4, True), line
+RUN, MEASURE = ("run", "--model", "model", *TEXTS, "-o", "out"), ("measure", "--model", "model", *TEXTS[:2])
+
+
+@pytest.mark.parametrize("command", [RUN, (*QUANTIZE, "-o", "out"), MEASURE])
+@pytest.mark.parametrize("mebibytes", [700, 850])
+def test_fewer_addresses_than_torch_maps(place: Path, command: tuple[str, ...], mebibytes: int) -> None:
+    """Libraries that were begun to be loaded would end the process: at 850 MiB, torch's do."""
+    status, line = run(place, *command, before=limit(resource.RLIMIT_AS, mebibytes << 20))
+    assert (status, "of addresses before any work" in line, "ulimit -v" in line) == (4, True, True), line
     assert names(place) == {"model", "t.json"}
+
+
+@pytest.mark.parametrize("kind", ["AS", "DATA"])
+@pytest.mark.parametrize("mebibytes", [300, 1150])
+def test_whatever_is_not_held_is_one_line(place: Path, kind: str, mebibytes: int) -> None:
+    """Below what libraries take, while they are loaded, and where it depends on the system how far the work comes."""
+    before = limit(getattr(resource, f"RLIMIT_{kind}"), mebibytes << 20)
+    status, line = run(place, *QUANTIZE, "-o", "out", before=before)
+    assert status in (0, 4), line
+    assert names(place) - {"out"} == {"model", "t.json"}
+    assert (place / "out").is_dir() == (status == 0)
+
+
+def test_a_page_that_cannot_be_drawn_does_not_end_the_work(place: Path) -> None:
+    """The drawings' engine maps 67 GB, and ends the process where that is refused."""
+    process = begin(place, *QUANTIZE, "-o", "out", before=limit(resource.RLIMIT_AS, 8 << 30))
+    _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "no report.html was written: the drawings of a page take 70.00 GB of addresses" in said
+    assert (place / "out" / "model.safetensors").is_file()
+    assert not (place / "out" / "report.html").exists()
+    status, line = run(place, "report", "out", "-o", "page.html", before=limit(resource.RLIMIT_AS, 8 << 30))
+    assert (status, "raise that limit" in line) == (4, True)

@@ -50,9 +50,9 @@ def _lead(answers: Answers) -> str:
     new = [Language.of(row.language).name for row in answers.languages if row.new_faults]
     before, after = (sum(row.faulty[state] for row in answers.languages) for state in (0, 1))
     total = sum(len(row.answers) for row in answers.languages)
-    found = f"{after} of {total} answers of this checkpoint have a fault, {before} of the 16-bit model's"
+    faults = f"{after} of {total} answers of this checkpoint have a fault, {before} of the 16-bit model's"
     where = f"in {joined(new)} it shows one that the 16-bit model does not" if new else "none is new"
-    return f"{asked}. {found}; {where}."
+    return f"{asked}. {faults}; {where}."
 
 
 def _chart(rows: list[LanguageAnswers], width: int) -> object:
