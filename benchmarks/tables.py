@@ -29,6 +29,7 @@ SCRIPTS = (
     "controls_table",
     "effort_table",
     "faults",
+    "hypotheses_table",
     "fuzz",
     "load",
     "peers_table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -23,12 +24,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torch-threads", type=int, default=1, help="torch threads of every test process")
 
 
+def pytest_collection_finish() -> None:
+    """Keep what is imported and collected out of every later garbage collection, which checkpoints ask for often."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let go of it at the end, where libraries count what they have not seen freed."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _torch_threads(pytestconfig: pytest.Config) -> None:
     import torch
 
     threads = pytestconfig.getoption("--torch-threads")
     torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
     # Processes that tests start count the same: work is gone on from by as many threads as it was begun with.
     os.environ["OMP_NUM_THREADS"] = str(threads)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,26 +24,36 @@ def row(variant: str, kl: float, beyond: float, **more: Any) -> dict[str, Any]:
     def around(value: float) -> dict[str, float]:
         return {"estimate": value, "low": value - 0.01, "high": value + 0.01}
 
+    damage = {
+        "worst_kl": around(kl), "mean_kl": around(kl / 2),
+        "beyond_ours": {"worst": around(beyond), "mean": around(beyond / 2)},
+    }  # fmt: skip
     languages = ("en", "fr", "es", "de", "ru", "zh", "ar")
     return {
         "variant": variant, "model": "demo", "tool": "gptqmodel", "calibration": "7 languages",
-        "request": {"tokens": 3584}, "weight_bytes": 112_760_688, "worst_kl": around(kl), "mean_kl": around(kl / 2),
-        "beyond_ours": {"worst": around(beyond), "mean": around(beyond / 2)},
+        "request": {"tokens": 3584}, "weight_bytes": 112_760_688, "beginnings": {"bos": damage},
+        "sentences": 20,
         "kl": {name: around(kl) for name in languages}, "cpu_seconds": 188.4, "wall_seconds": 201.0,
         "peak_rss_bytes": 2_240_000_000, "made_at": "abc1234", "revision": "abc1234",
         "tool_versions": {"gptqmodel": "7.6.0", "torch": "2.13.0"},
-    } | more  # fmt: skip
+    } | damage | more  # fmt: skip
 
 
-def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType) -> None:
     rows = [row(peers.OURS, 0.424, 0.0), row("gptqmodel", 0.354, -0.07), row("AutoRound", 0, 0, failed="status 1")]
-    monkeypatch.setattr(peers, "read_rows", lambda: rows)
-    tables = peers.tables()
-    assert tables.keys() == {"demo", "demo-languages", "demo-cost"}
-    ours, peer = tables["demo"].splitlines()[2:]
+    tables = peers.tables(rows, ["gptqmodel", "AutoRound", "llama.cpp"])
+    assert tables.keys() == {"demo", "demo-languages", "demo-beginnings", "demo-cost"}
+    ours, peer = tables["demo"].splitlines()[2:4]
+    assert tables["demo"].endswith(
+        "\n\nOn 20 sentences of each language.\n\nNot measured yet, or failed: AutoRound; llama.cpp.\n"
+    )
     assert ours == "| quant-fairness, INT4 | 7 languages, 3584 tokens | 112.8 | 424 [414, 434] | 212 [202, 222] |  |  |"
     assert peer.endswith("| 354 [344, 364] | 177 [167, 187] | -70 [-80, -60] | -35 [-45, -25] |")
     assert tables["demo-languages"].splitlines()[-1] == "| gptqmodel | 7 languages |" + " 354 |" * 7
+    assert tables["demo-beginnings"].splitlines()[2:] == [
+        "| quant-fairness, INT4 | 7 languages | 424 [414, 434] | 424 [414, 434] |",
+        "| gptqmodel | 7 languages |" + " 354 [344, 364]; -70 [-80, -60] |" * 2,
+    ]
     assert "| 188 | 201 | 2.24 GB | gptqmodel 7.6.0, torch 2.13.0 | abc1234, measured abc1234 |" in tables["demo-cost"]
 
 
@@ -55,3 +67,44 @@ def test_english_alone_is_calibrated_on_what_nothing_is_measured_on(peers: Modul
     seven, english = (peers.calibration_texts(name) for name in ("7 languages", "English"))
     assert english.part("confirm").ids == seven.part("confirm").ids
     assert set(english.part("calibrate").ids) == set(seven.part("calibrate").ids) | set(seven.part("search").ids)
+
+
+def test_the_readmes_table_has_a_line_for_each_tool_with_its_english_figure(peers: ModuleType) -> None:
+    rows = [row(peers.OURS, 0.424, 0.0), row("gptqmodel", 0.354, -0.07), row("AutoRound", 0, 0, failed="status 1")]
+    without = peers.front(rows)["peers"].splitlines()
+    assert without[0] == "| checkpoint | MB | worst language | mean | CPU s | most memory |"
+    assert without[2] == "| quant-fairness, INT4 | 112.8 | 424 [414, 434] | 212 [202, 222] | 188 | 2.2 GB |"
+    rows.append(row("gptqmodel, English", 0.7, 0.3, calibration="English"))
+    head, rule, ours, peer = peers.front(rows)["peers"].splitlines()
+    assert head.endswith("| worst, calibrated in English |")
+    assert rule.count("|") == head.count("|")
+    assert ours == f"{without[2]}  |"
+    assert peer == "| gptqmodel | 112.8 | 354 [344, 364] | 177 [167, 187] | 188 | 2.2 GB | 700 [690, 710] |"
+
+
+def test_sentences_behind_other_beginnings_are_of_the_confirm_part_alone(peers: ModuleType) -> None:
+    texts = peers.calibration_texts("7 languages")
+    few = peers.some(texts, 20)
+    assert len(set(few.ids)) == 20
+    assert set(few.ids) < set(texts.part("confirm").ids)
+
+
+def test_rows_of_variants_that_are_not_measured_again_stay(
+    peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept, old = row("gptqmodel", 0.4, 0.1), row(peers.OURS, 0.9, 0.0)
+    monkeypatch.setattr(peers, "ROWS", tmp_path / "rows.jsonl")
+    peers.ROWS.write_text("".join(json.dumps(each) + "\n" for each in (old, kept)), encoding="utf-8")
+
+    def damage(model: str, work: Path, names: list[str], sentences: int) -> dict[str, dict[str, Any]]:
+        return {name: {"worst_kl": 0.5, "sentences": sentences} for name in names}
+
+    monkeypatch.setattr(peers, "damage", damage)
+    peers.note(tmp_path, peers.OURS).write_text("{}", encoding="utf-8")
+    peers.measure("demo", "demo", tmp_path, [peers.OURS, "AutoRound, 20 iterations"], sentences=20)
+    ours, other = peers.read_rows()
+    assert (ours["variant"], ours["worst_kl"]) == (peers.OURS, 0.5)
+    assert other == kept
+    with pytest.raises(SystemExit, match="number of sentences"):
+        peers.measure("demo", "demo", tmp_path, [peers.OURS], sentences=10)
+    assert peers.read_rows() == [ours, other]

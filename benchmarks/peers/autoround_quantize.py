@@ -9,7 +9,9 @@ else is AutoRound's default. OUT becomes its `auto_gptq` folder, with `peer.json
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 def quantize(folder: str, request: dict[str, Any], out: Path) -> None:
     rows = torch.tensor(request["rows"])
+    # Of bare ids AutoRound hides those that are the padding token, which here is EOS and stands in the rows.
+    dataset = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows.split(1)]
     # float16 holds its scales exactly as they are written; of bfloat16 it would keep 8 bits.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     settings = {"iters": request["iters"], "nsamples": len(rows), "seqlen": rows.shape[1], "batch_size": 8}
     tool = AutoRound(
         model, AutoTokenizer.from_pretrained(folder), bits=request["bits"], group_size=request["group_size"],
-        sym=request["symmetric"], dataset=list(rows.split(1)), device_map="cpu", seed=0, **settings,
+        sym=request["symmetric"], dataset=dataset, device_map="cpu", seed=0, **settings,
     )  # fmt: skip
     tool.quantize_and_save(str(out), format="auto_gptq", inplace=True)
+    saved = next(out.rglob("config.json")).parent
+    if saved != out:  # a folder of its own below, named after the model and the scheme
+        for file in saved.iterdir():
+            file.rename(out / file.name)
+        saved.rmdir()
     names = ("auto-round", "torch", "transformers", "numpy")
     peer = {"versions": {name: metadata.version(name) for name in names}, "settings": settings}
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
@@ -37,7 +46,10 @@ def quantize(folder: str, request: dict[str, Any], out: Path) -> None:
 def main() -> None:
     folder, request, out = sys.argv[1:]
     torch.set_num_threads(1)
-    quantize(folder, json.loads(Path(request).read_text(encoding="utf-8")), Path(out))
+    # What torch.compile left of an earlier run would make this one look cheaper.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        quantize(folder, json.loads(Path(request).read_text(encoding="utf-8")), Path(out))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def quantize(model: str, request: dict[str, Any], out: Path) -> None:
     )  # fmt: skip
     record = quantizer.save_pretrained(out, measure=None)
     settings = {"grid": str(record.plan.grid), "plan": record.plan.source, "reasons": list(record.plan.reasons)}
-    settings["start"] = record.calibration["separator"]
+    settings["starts"] = list(record.calibration["starts"])
     peer = {"versions": package_versions(), "settings": settings, "calibrated": record.calibration["tokens_sha256"]}
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
 

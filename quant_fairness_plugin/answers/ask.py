@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.model.quiet import quiet_transformers
 from quant_fairness_plugin.model.tokenizer import check_ids, prompt_ids
 
-NEW_TOKENS = 32
-"""Of an answer, at most: enough for a loop to show."""
 BATCH = 24
 """Prompts that are answered at once."""
 SAME_LOGITS = 0.05

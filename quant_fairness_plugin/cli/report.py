@@ -80,6 +80,12 @@ def report_checkpoint_folder(
     write_report(folder / REPORT_NAME, [record, *others], config)
 
 
+def read_next(record: ExportRecord, out: Path) -> str:
+    """Say which files of a checkpoint are for people."""
+    page = f"{out / REPORT_NAME}, a page for a browser; " if REPORT_NAME in record.files else ""
+    return f"To read: {page}{out / 'README.md'}, the model card"
+
+
 def _gate(config: FairConfig) -> Gate | None:
     return None if config.gate is None else Gate.parse(config.gate)
 

@@ -174,5 +174,5 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _numbers(path: Path) -> Mapping[str, int]:
-    found = (re.match(r"(\w+):?\s+([0-9]+)", line) for line in _lines(path))
-    return {match[1]: int(match[2]) for match in found if match}
+    matches = (re.match(r"(\w+):?\s+([0-9]+)", line) for line in _lines(path))
+    return {match[1]: int(match[2]) for match in matches if match}

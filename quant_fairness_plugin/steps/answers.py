@@ -8,12 +8,13 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from quant_fairness_plugin.answers.ask import NEW_TOKENS, has_chat_template, write_answers
+from quant_fairness_plugin.answers.ask import has_chat_template, write_answers
 from quant_fairness_plugin.answers.faults import find_faults
-from quant_fairness_plugin.answers.prompts import Prompts, load_prompts
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS, Prompts, load_prompts
 from quant_fairness_plugin.artifacts import Answer, Answers, LanguageAnswers, Measurement, Undefined
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.measure.scoring import ModelState, block_state
+from quant_fairness_plugin.model.freed import return_what_is_free
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.on_call import read_on_call
 from quant_fairness_plugin.model.sizes import shown
@@ -64,8 +65,8 @@ def ask(
     if reason := _over_budget(loaded, sum(map(len, texts.values()))):
         return Undefined(reason)
     try:
-        dtype, before = _ask_16_bit(loaded, texts, partial(progress, "ask 16 bit"))
-        after = _written(state, loaded, texts, partial(progress, "ask checkpoint"))
+        dtype, before = _ask_16_bit(loaded, texts, partial(progress, "answers of the 16-bit model"))
+        after = _written(state, loaded, texts, partial(progress, "answers of the checkpoint"))
     except Exception as err:  # noqa: BLE001 - whatever a model's way to write fails of, hours of work are in the result
         said = " ".join(str(err).split())[:200]
         _logger.warning("%s was asked no prompts: %s: %s", folder, type(err).__name__, said)
@@ -113,6 +114,7 @@ def _written(
     flat = [text for rows in texts.values() for text in rows]
     streamed = state.blocks if isinstance(state.blocks, StreamedModel) else None
     on_call = nullcontext() if streamed is None else read_on_call(streamed)
+    return_what_is_free()
     with state.applied() as model, on_call:
         written = iter(write_answers(model, loaded.tokenizer, flat, together=streamed is not None, progress=progress))
     return {language: [next(written) for _ in rows] for language, rows in texts.items()}

@@ -19,7 +19,9 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from unittest.mock import patch
 
 from tests.faults.branches import Branches
@@ -170,14 +172,32 @@ def run(command: Command, points: Points) -> Left:
     """Run a command in a process of its own, in a folder; what it says goes to a file beside that."""
     root = points.root
     said, seen = root.with_name(f"{root.name}.said"), root.with_name(f"{root.name}.points")
-    child = os.fork()
-    if child == 0:
-        _be(command, points, said, seen)
+    child = fork(partial(_be, command, points, said, seen))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     left = Left(status, said.read_text("utf-8"), read(root), tuple(seen.read_text("utf-8").splitlines()))
     said.unlink()
     seen.unlink()
     return left
+
+
+def fork(become: Callable[[], None]) -> int:
+    """Fork this process, and return the number of the new one, which never returns from `become`.
+
+    A thread that has computed nothing does it: torch's threads belong to the one that computes with them, and a fork,
+    which has none of them, would wait for them without end.
+    """
+    children = list[int]()
+
+    def split() -> None:
+        child = os.fork()
+        if child == 0:
+            become()
+        children.append(child)
+
+    thread = Thread(target=split)
+    thread.start()
+    thread.join()
+    return children[0]
 
 
 def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
