@@ -35,6 +35,7 @@ setup: $(STAMP)
 # torch first and alone: a bare `torch` in a later resolution would pull the CUDA build.
 $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "$(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=python3"; exit 2; }
+	@echo "setting up $(VENV): torch alone first, then some 60 packages; minutes, and pip says nothing meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) $(TORCH)
 	$(BIN)/python $(PIP) $(TORCH) --constraint constraints.txt --editable ".[dev]"

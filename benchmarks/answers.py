@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from rows import conditions
 
-from quant_fairness_plugin.answers.ask import NEW_TOKENS, has_chat_template, write_answers
+from quant_fairness_plugin.answers.ask import has_chat_template, write_answers
 from quant_fairness_plugin.answers.faults import find_faults
-from quant_fairness_plugin.answers.prompts import load_prompts
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS, load_prompts
 from quant_fairness_plugin.artifacts import FAULTS, write_atomically
 from quant_fairness_plugin.checkpoint.folder import load_record
 from quant_fairness_plugin.model.load import load_model

@@ -15,23 +15,31 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import lzma
 import math
 import os
 import platform
-import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, nn
+from demo_card import model_card
+from demo_corpus import (
+    END_OF_TEXT,
+    MIXTURE,
+    POSITIONS,
+    VOCABULARY,
+    Chapters,
+    epoch_windows,
+    held_out_verses,
+    sample_mixture,
+    train_tokenizer,
+)
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -43,26 +51,7 @@ from transformers import (
 
 log = logging.getLogger("train_demo_model")
 
-# Share of the training chapters that each language contributes (corpus code -> BCP-47 tag, share).
-MIXTURE: dict[str, tuple[str, float]] = {
-    "eng": ("en", 1.00),
-    "deu": ("de", 0.40),
-    "fra": ("fr", 0.30),
-    "spa": ("es", 0.20),
-    "rus": ("ru", 0.10),
-    "heb": ("he", 0.10),
-    "arb": ("ar", 0.05),
-    "zho": ("zh", 0.10),
-    "jpn": ("ja", 0.05),
-    "kor": ("ko", 0.03),
-    "vie": ("vi", 0.05),
-    "fin": ("fi", 0.05),
-}
-END_OF_TEXT = "<|endoftext|>"
-VOCABULARY = 4096
-WIDTH, LAYERS, HEADS, KV_HEADS, MLP_WIDTH, POSITIONS = 256, 12, 4, 2, 512, 512
-# A document is a run of at most this many verses, so that a lone sentence after <|endoftext|> is in domain.
-MAX_VERSES_PER_DOCUMENT = 6
+WIDTH, LAYERS, HEADS, KV_HEADS, MLP_WIDTH = 256, 12, 4, 2, 512
 
 
 @dataclass(frozen=True)
@@ -89,81 +78,6 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
-
-
-Chapters = dict[str, list[str]]
-
-
-def read_chapters(data: Path, language: str, split: str) -> Chapters:
-    """Chapter id -> its verses in order, for one split of one language."""
-    wanted = {
-        line.split("\t")[0]
-        for line in (data / "splits.tsv").read_text(encoding="utf-8").splitlines()[1:]
-        if line.split("\t")[1] == split
-    }
-    chapters: Chapters = {}
-    with lzma.open(data / "bible" / f"{language}.tsv.xz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            verse_id, _, text = line.rstrip("\n").partition("\t")
-            if verse_id in wanted and text.strip():
-                chapters.setdefault(verse_id.rsplit(".", 1)[0], []).append(text.strip())
-    return chapters
-
-
-def sample_mixture(data: Path, seed: int) -> dict[str, Chapters]:
-    """The training chapters of each language, cut to its share by a seeded draw of whole chapters."""
-    mixture = {}
-    for code, (tag, share) in MIXTURE.items():
-        chapters = read_chapters(data, code, "train")
-        names = sorted(chapters)
-        random.Random(f"{seed}-{tag}").shuffle(names)
-        mixture[tag] = {name: chapters[name] for name in names[: round(share * len(names))]}
-    return mixture
-
-
-def train_tokenizer(mixture: dict[str, Chapters]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE fitted on the mixture itself, so that rare languages are also split more finely."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    verses = (v for chapters in mixture.values() for verses in chapters.values() for v in verses)
-    tokenizer.train_from_iterator(verses, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=POSITIONS
-    )
-
-
-def documents(chapters: Chapters, draw: random.Random) -> Iterator[str]:
-    """Runs of one to six verses, cut anew from the chapters in each epoch."""
-    names = sorted(chapters)
-    draw.shuffle(names)
-    for name in names:
-        verses, start = chapters[name], 0
-        while start < len(verses):
-            length = draw.randint(1, MAX_VERSES_PER_DOCUMENT)
-            yield "\n".join(verses[start : start + length])
-            start += length
-
-
-def epoch_windows(
-    mixture: dict[str, Chapters], tokenizer: PreTrainedTokenizerFast, window: int, seed: int, epoch: int
-) -> Tensor:
-    """All windows of one epoch, `[windows, window]`, shuffled over all languages."""
-    rows = []
-    for tag, chapters in mixture.items():
-        draw = random.Random(f"{seed}-{epoch}-{tag}")
-        texts = [END_OF_TEXT + text for text in documents(chapters, draw)]
-        stream = [token for ids in tokenizer(texts)["input_ids"] for token in ids]
-        rows += [stream[i : i + window] for i in range(0, len(stream) - window + 1, window)]
-    random.Random(f"{seed}-{epoch}").shuffle(rows)
-    return torch.tensor(rows, dtype=torch.long)
 
 
 def build_model(arch: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -301,13 +215,6 @@ def write_checkpoint(path: Path, optimizer: MixedPrecisionAdamW, progress: Progr
     os.replace(beside, path)
 
 
-def held_out_verses(data: Path, split: str) -> dict[str, list[str]]:
-    return {
-        tag: [v for verses in read_chapters(data, code, split).values() for v in verses]
-        for code, (tag, _) in MIXTURE.items()
-    }
-
-
 def train(arguments: TrainingArguments, data: Path, out: Path, resume: bool) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -425,56 +332,6 @@ def finish(
     }
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (out / "README.md").write_text(model_card(record), encoding="utf-8")
-
-
-def model_card(record: dict[str, Any]) -> str:
-    """The card of the bundled folder, every figure taken from `training.json`."""
-    arguments, versions = record["arguments"], record["versions"]
-    shape = "Llama, 4 heads, 2 kv heads" if arguments["arch"] == "llama" else "GPT-2, 4 heads"
-    rows = "\n".join(
-        f"| {tag} | {record['mixture'][tag]:.0%} | {row['train_bytes']:,} | {row['bits_per_byte']:.3f} "
-        f"| {row['byte_bigram_bits_per_byte']:.3f} | {_better(row)} |"
-        for tag, row in record["held_out"].items()
-    )
-    curve = "\n".join(
-        f"| {row['step']} | {row['tokens']:,} | {row['train_nats']:.3f} |" for row in record["curve"][4::10]
-    )
-    return f"""---
-license: cc0-1.0
-library_name: transformers
-pipeline_tag: text-generation
-language: [{", ".join(record["mixture"])}]
----
-
-# Bundled model of quant-fairness ({shape}, 12 layers x 256)
-
-A small language model with a *controlled* resource imbalance, to show and test language-by-language quantization
-offline. It knows the Bible and nothing else; do not use it for anything but that.
-
-Trained on public-domain and CC0 Bible translations (English: Berean Standard Bible), each language cut to the share of
-chapters below. Byte-level BPE of {VOCABULARY} tokens fitted on that mixture, head tied to the embedding, float16.
-
-| language | share of chapters | training bytes | test BPB | byte bigram BPB | better than the bigram |
-|---|---|---|---|---|---|
-{rows}
-
-Test = isolated verses of held-out chapters (no synoptic duplicates). The bigram is fitted on the same training text.
-
-Command: `{record["command"]}`
-Seed {arguments["seed"]}, {record["steps"]:,} steps, {record["tokens"]:,} tokens, {record["seconds"]:,} s on
-{arguments["device"]} ({arguments["threads"]} thread(s)); torch {versions["torch"]}, transformers
-{versions["transformers"]}.
-
-| step | tokens | training loss, nats per token |
-|---|---|---|
-{curve}
-
-The whole curve and every argument: `training.json`.
-"""
-
-
-def _better(row: dict[str, float]) -> str:
-    return "yes" if row["bits_per_byte"] < row["byte_bigram_bits_per_byte"] else "no"
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:

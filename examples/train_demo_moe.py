@@ -19,20 +19,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from train_demo_model import (
-    MIXTURE,
-    POSITIONS,
-    VOCABULARY,
-    MixedPrecisionAdamW,
-    TrainingArguments,
-    bits_per_byte,
-    cast_parameters,
-    epoch_windows,
-    held_out_verses,
-    learning_rate_at,
-    sample_mixture,
-    train_tokenizer,
-)
+from demo_corpus import MIXTURE, POSITIONS, VOCABULARY, epoch_windows, held_out_verses, sample_mixture, train_tokenizer
+from train_demo_model import MixedPrecisionAdamW, TrainingArguments, bits_per_byte, cast_parameters, learning_rate_at
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 log = logging.getLogger("train_demo_moe")

@@ -20,6 +20,7 @@ from typing_extensions import Unpack
 
 from quant_fairness_plugin import planning, steps
 from quant_fairness_plugin.artifacts import (
+    BeforeAndAfter,
     ExportRecord,
     Measurement,
     Mode,
@@ -32,10 +33,11 @@ from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.companions import companions_of
 from quant_fairness_plugin.export.push import PushOptions, push_folder
+from quant_fairness_plugin.export.writer import Measure
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.opened import Opened
-from quant_fairness_plugin.plans.plan_set import BASELINE, NONE
+from quant_fairness_plugin.plans.plan_set import NONE
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.steps import EXPORTED, exported_state
 from quant_fairness_plugin.sweep.bank import Bank
@@ -61,7 +63,7 @@ class FairQuantizer(Opened):
 
         Without a state the 16-bit model is measured against itself: its baseline and which languages it supports.
         """
-        progress = partial(self._progress, f"measure {', '.join(state.name for state in states) or BASELINE}")
+        progress = partial(self._progress, steps.name_measuring(states))
         kept = None if self._place.folder is None else self._place.folder / "measured"
         return steps.measure(self.loaded, self.texts, self.config, states, part=part, kept=kept, progress=progress)
 
@@ -236,13 +238,13 @@ class FairQuantizer(Opened):
         bare = self._unprotected() if protects else self.quantize()
         both: list[Measured] = []
 
-        def measure(folder: Path) -> Measurement:
+        def measure(folder: Path) -> BeforeAndAfter:
             state = exported_state(folder, self.loaded)
             both.append(self.measure(steps.unprotected_state(bare), state))
             protected = self._asked(folder, state, both[0].measurements[EXPORTED], "confirm", compared=True)
             if report is not None:
                 report(folder, both[0].measurements[NONE], protected)
-            return protected
+            return BeforeAndAfter(unprotected=both[0].measurements[NONE], protected=protected)
 
         record = self._export(Path(out), overwrite=overwrite, measure=measure)
         return steps.compare(record, both[0])
@@ -263,11 +265,11 @@ class FairQuantizer(Opened):
             steps.check_exportable_plan(self.loaded, self.config, plan.overrides, protected=plan.protected_layers)
         return plan
 
-    def _export(self, out: Path, *, overwrite: bool, measure: Callable[[Path], Measurement] | None) -> ExportRecord:
+    def _export(self, out: Path, *, overwrite: bool, measure: Measure | None) -> ExportRecord:
         quantized, written = self.quantize(), partial(self._progress, "write and verify")
         written(0, 1)
 
-        def then_measure(folder: Path) -> Measurement:
+        def then_measure(folder: Path) -> Measurement | BeforeAndAfter:
             written(1, 1)
             assert measure is not None
             return measure(folder)

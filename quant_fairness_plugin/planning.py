@@ -5,7 +5,7 @@ Takes a model, texts and a `FairConfig`; returns `UnitScores`, and from them a `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from quant_fairness_plugin.artifacts import Precision, ProtectionPlan, TextSet, Unit, UnitScores, precision_of_bits
@@ -13,6 +13,7 @@ from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.one_token import check_walkable
 from quant_fairness_plugin.model.streamed import budget_of
 from quant_fairness_plugin.plans.costs import bytes_at_bits, layers_budget, with_columns
 from quant_fairness_plugin.plans.units import map_units
@@ -26,12 +27,11 @@ from quant_fairness_plugin.sweep.bank import Bank, RtnBank
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
+from quant_fairness_plugin.sweep.sampling import EXACT_SENTENCES, Sampling
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
-from quant_fairness_plugin.sweep.unit_scores import Sampling, score_units
+from quant_fairness_plugin.sweep.unit_scores import score_units
 from quant_fairness_plugin.texts.parts import overlap
 
-EXACT_SENTENCES = 8
-"""Of each language, on which a plan and its neighbours are evaluated exactly."""
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
@@ -67,13 +67,26 @@ def _refused(loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Pr
     return find_refusal(loaded.family, format=form, grid=config.grid, reader=reader, overrides=overrides) is not None
 
 
+def _refused_units(
+    loaded: LoadedModel, config: FairConfig, scores: UnitScores, menu: Collection[Precision]
+) -> dict[str, tuple[Precision, ...]]:
+    """Return what of a menu format or reader do not allow for some units, such as 8 bits for experts."""
+    by_group: dict[str | None, tuple[Precision, ...]] = {}
+    for name in scores.units:
+        if (group := Unit.parse(name).group) not in by_group:
+            by_group[group] = tuple(kind for kind in menu if _refused(loaded, config, {name: kind}))
+    return {name: by_group[Unit.parse(name).group] for name in scores.units}
+
+
 def check_scorable(loaded: LoadedModel) -> None:
-    """Refuse a model that gradients cannot score, before anything is quantized for it.
+    """Refuse a model that gradients cannot score, before anything is quantized for it. One token is run.
 
     Raises:
-        UnsupportedModelError: a unit holds a weight that belongs to no linear module.
+        UnsupportedModelError: a unit holds a weight that belongs to no linear module, or layers take more from earlier
+            ones than a hidden state.
     """
     check_linear(loaded, map_units(loaded))
+    check_walkable(loaded)
 
 
 def scoring_bank(loaded: LoadedModel, config: FairConfig, bare: QuantizedModel | None) -> Bank:
@@ -127,7 +140,7 @@ def plan_by_scores(
         scores,
         Demand(
             limit=limit_of(loaded, config), menu=menu, whole_layers=whole_layers, objective=config.decides_by,
-            overrides=config.overrides, strict=config.strict,
+            overrides=config.overrides, strict=config.strict, refused=_refused_units(loaded, config, scores, menu),
         ),
     )  # fmt: skip
     candidates = planner.candidates()

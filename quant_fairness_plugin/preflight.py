@@ -20,6 +20,7 @@ from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixt
 from quant_fairness_plugin.model.beginnings import beginning, has_chat_template
 from quant_fairness_plugin.model.context import check_context, longest_input
 from quant_fairness_plugin.model.layers import check_layers
+from quant_fairness_plugin.model.limits import check_libraries
 from quant_fairness_plugin.model.native import is_wrapper
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokenizer, stored_embedding_rows
@@ -122,6 +123,7 @@ def preflight(
     Raises:
         QuantFairnessError: one of its kinds; nothing was loaded or written.
     """
+    check_libraries()
     _check_backend(config)
     if out is not None:
         check_output(out.resolve(), overwrite=overwrite)

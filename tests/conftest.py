@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,14 +24,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torch-threads", type=int, default=1, help="torch threads of every test process")
 
 
+def pytest_collection_finish() -> None:
+    """Keep what is imported and collected out of every later garbage collection, which checkpoints ask for often."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let go of it at the end, where libraries count what they have not seen freed."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _torch_threads(pytestconfig: pytest.Config) -> None:
     import torch
 
     threads = pytestconfig.getoption("--torch-threads")
     torch.set_num_threads(threads)
+    assert torch.get_num_threads() == threads
     # Processes that tests start count the same: work is gone on from by as many threads as it was begun with.
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_as_usual() -> None:
+    """Undo what `nohup` and a shell's `&` leave ignored, which our commands respect and processes inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from quant_fairness_plugin.artifacts import TextSet
 from tests.tiny import VOCABULARY, byte_tokenizer
@@ -92,6 +92,34 @@ def write_planted_model(folder: Path, *, seed: int = 0, shrink: float = SHRINK) 
     model = LlamaForCausalLM(config)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in planted_weights(seed, shrink).items()})
     model.to(torch.float16).save_pretrained(folder)  # type: ignore[arg-type] # Transformers types `to` as a method
+    byte_tokenizer().save_pretrained(folder)
+
+
+def write_planted_mixture(folder: Path) -> None:
+    """Build the same model as a mixture: every layer has two equal experts, and half of each is what the MLP was."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=CHANNELS,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    weights = {name: torch.from_numpy(value) for name, value in planted_weights(0, SHRINK).items()}
+    for layer in range(LAYERS):
+        mlp = f"model.layers.{layer}.mlp"
+        gate, up, down = (weights.pop(f"{mlp}.{name}_proj.weight") for name in ("gate", "up", "down"))
+        weights[f"{mlp}.experts.gate_up_proj"] = torch.cat([gate, up]).expand(2, -1, -1)
+        weights[f"{mlp}.experts.down_proj"] = down.expand(2, -1, -1)
+        weights[f"{mlp}.gate.weight"] = torch.zeros(2, WIDTH)
+    model = MixtralForCausalLM(config)
+    model.load_state_dict(weights)
+    model.to(torch.float16).save_pretrained(folder)  # type: ignore[arg-type] # as above
     byte_tokenizer().save_pretrained(folder)
 
 

@@ -72,7 +72,7 @@ def test_protection_helps_on_sentences_that_it_was_not_chosen_on(result: RunResu
 def test_the_record_is_what_was_returned(result: RunResult, out: Path) -> None:
     record = load(ExportRecord, out / "quant_fairness.json")
     assert record == result.record
-    assert record.measurement == result.protected
+    assert (record.measurement, record.unprotected) == (result.protected, result.unprotected)
     assert record.plan == result.plan
     assert not record.plan.predicted
 

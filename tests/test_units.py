@@ -27,3 +27,18 @@ def test_another_spelling_is_refused_with_its_value(name: str) -> None:
 def test_layers_and_parts() -> None:
     assert Unit(3, "down").whole == Unit(3) == Unit.parse("3")
     assert Unit(3).part("qkv") == Unit(3, "qkv")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "group"),
+    [
+        ("layers.3", True, False),
+        ("layers.3.down", False, True),
+        ("layers.3.self_attn.q_proj", False, True),
+        ("3", False, False),
+        ("head", False, False),
+        ("layers.x", False, False),
+    ],
+)
+def test_what_a_plan_names_is_a_layer_a_group_or_something_around_them(name: str, layer: bool, group: bool) -> None:
+    assert (Unit.is_layer(name), Unit.is_group(name)) == (layer, group)

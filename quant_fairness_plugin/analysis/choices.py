@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from quant_fairness_plugin.analysis.lm_eval import read_pair
 from quant_fairness_plugin.analysis.quantized import quantized_state
-from quant_fairness_plugin.analysis.questions import Question, read_questions
+from quant_fairness_plugin.analysis.questions import Question, exchanged, read_questions
 from quant_fairness_plugin.analysis.request import Request
 from quant_fairness_plugin.artifacts import Bootstrap, Interval, Number, Part, TextSet, Undefined
 from quant_fairness_plugin.errors import ConfigError
@@ -32,6 +32,8 @@ from quant_fairness_plugin.measure.scoring import ModelState, fixed_state, score
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.plans.plan_set import BASELINE
 
+PART: Part = "search"
+"""Of the text set, where questions are made of it."""
 ALL = "all"
 """The group of all questions of a language."""
 Outcomes = Mapping[str, tuple[bool, ...]]
@@ -78,18 +80,17 @@ def analyse(request: Request) -> Choices:
     """Answer every question with both models.
 
     Raises:
-        ConfigError: no questions were given, or a group of a single question.
+        ConfigError: questions and logs were given, or a group of a single question.
         ArtifactError: a file that holds no questions.
     """
     logs = request.options.lm_eval_samples
-    if (request.options.questions is None) == (logs is None):
-        raise ConfigError(
-            "analyze choices needs --questions (a file) or --lm-eval-samples (two logs); give one of them"
-        )
+    path = request.options.questions
+    if path is not None and logs is not None:
+        raise ConfigError("analyze choices takes --questions or --lm-eval-samples, not both; leave one out")
     if logs is not None:
         return of_logs(*logs, request)
-    assert request.options.questions is not None
-    questions = read_questions(request.options.questions)
+    seed = request.config.seed
+    questions = read_questions(path) if path is not None else exchanged(request.texts.part(PART), seed)
     by_language: dict[str, list[Question]] = {}
     for question in questions:
         by_language.setdefault(question.language, []).append(question)
@@ -105,7 +106,7 @@ def analyse(request: Request) -> Choices:
         if request.progress is not None:
             request.progress(done + 1, len(wanted))
     compared = compare(wanted, answers, state.name, request.config.bootstrap)
-    return Choices(state.name, compared, {name: dict(found) for name, found in answers.items()})
+    return Choices(state.name, compared, {name: dict(right) for name, right in answers.items()})
 
 
 def of_logs(before: Path, after: Path, request: Request) -> Choices:
@@ -151,16 +152,16 @@ def compare(
     questions: Mapping[str, Sequence[Question]], answers: Mapping[str, Outcomes], state: str, bootstrap: Bootstrap
 ) -> tuple[ChoiceRow, ...]:
     """Return a row for every language and group, and for each language as a whole."""
-    found: dict[tuple[str, str], tuple[Array, Array]] = {}
+    cells: dict[tuple[str, str], tuple[Array, Array]] = {}
     for language, rows in questions.items():
         right = np.array([answers[language][name] for name in (BASELINE, state)], dtype=np.float64)
         chance = np.array([1 / len(row.options) for row in rows])
         for group in (ALL, *dict.fromkeys(row.group for row in rows)):
             places = [i for i, row in enumerate(rows) if group in (ALL, row.group)]
-            found[language, group] = np.vstack([right, chance[None]])[:, places], _drops(right[:, places], bootstrap)
-    tests = {key: mcnemar(*_changes(right)) for key, (right, _) in found.items()}
+            cells[language, group] = np.vstack([right, chance[None]])[:, places], _drops(right[:, places], bootstrap)
+    tests = {key: mcnemar(*_changes(right)) for key, (right, _) in cells.items()}
     adjusted = dict(zip(tests, benjamini_hochberg(list(tests.values())), strict=True))
-    return tuple(_row(key, right, series, found, adjusted[key], bootstrap) for key, (right, series) in found.items())
+    return tuple(_row(key, right, series, cells, adjusted[key], bootstrap) for key, (right, series) in cells.items())
 
 
 def mcnemar(lost: int, won: int) -> float:
@@ -171,10 +172,10 @@ def mcnemar(lost: int, won: int) -> float:
 def _is_right(questions: Sequence[Question], nll: Sequence[float]) -> list[bool]:
     right, start = [], 0
     for question in questions:
-        mine = nll[start : start + len(question.options)]
+        losses = nll[start : start + len(question.options)]
         start += len(question.options)
-        others = [value for place, value in enumerate(mine) if place != question.answer]
-        right.append(mine[question.answer] < min(others))
+        others = [value for place, value in enumerate(losses) if place != question.answer]
+        right.append(losses[question.answer] < min(others))
     return right
 
 
@@ -194,7 +195,7 @@ def _row(
     key: tuple[str, str],
     right: Array,
     series: Array,
-    found: Mapping[tuple[str, str], tuple[Array, Array]],
+    cells: Mapping[tuple[str, str], tuple[Array, Array]],
     adjusted_p: float,
     bootstrap: Bootstrap,
 ) -> ChoiceRow:
@@ -208,7 +209,7 @@ def _row(
         before=before,
         after=interval(series[:, 1]),
         drop=interval(series[:, 2]),
-        drop_ratio=_ratio(series[:, 2], found.get((bootstrap.reference or "", group)), bootstrap),
+        drop_ratio=_ratio(series[:, 2], cells.get((bootstrap.reference or "", group)), bootstrap),
         lost=lost,
         won=won,
         adjusted_p=significant(adjusted_p),

@@ -78,18 +78,18 @@ def analyse(request: Request) -> Clipping:
         ConfigError: bits that cannot be used, or a language whose inputs have no spread.
     """
     loaded, texts, bits = request.load(), request.texts.part(PART), request.config.bits
-    found = collect(loaded, fixed_state("16 bit", loaded.model), texts, sample=VALUES, progress=request.progress)
+    activations = collect(loaded, fixed_state("16 bit", loaded.model), texts, sample=VALUES, progress=request.progress)
     layers, languages = [], []
     for layer in range(loaded.layers):
-        samples = {name: _some(rows, layer) for name, rows in found.items()}
+        samples = {name: _some(rows, layer) for name, rows in activations.items()}
         compared = compare_languages(samples, bits)
-        layers.append(_layer(layer, found, samples, compared, bits))
+        layers.append(_layer(layer, activations, samples, compared, bits))
         languages += [
             LanguageClipping(
                 layer=layer,
                 language=name,
-                kurtosis=significant(input_moments(found[name], layer)[3]),
-                regime=kurtosis_regime(input_moments(found[name], layer)[3]),
+                kurtosis=significant(input_moments(activations[name], layer)[3]),
+                regime=kurtosis_regime(input_moments(activations[name], layer)[3]),
                 best_alpha=significant(row.best_alpha),
                 best_error=significant(row.best_error),
                 global_error=significant(row.global_error),
@@ -105,12 +105,12 @@ def _some(rows: Activations, layer: int) -> Array:
 
 
 def _layer(
-    layer: int, found: dict[str, Activations], samples: dict[str, Array], compared: ClipComparison, bits: int
+    layer: int, activations: dict[str, Activations], samples: dict[str, Array], compared: ClipComparison, bits: int
 ) -> LayerClipping:
     parts = []
-    for rows in found.values():
+    for rows in activations.values():
         mean, variance, skewness, excess = input_moments(rows, layer)
-        parts.append(Component(1 / len(found), mean, variance, excess, skewness))
+        parts.append(Component(1 / len(activations), mean, variance, excess, skewness))
     right, legacy = laaciq_alpha(parts, bits), laaciq_alpha(parts, bits, legacy=True)
 
     def worst(alpha: float) -> float:

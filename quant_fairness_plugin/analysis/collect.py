@@ -93,16 +93,16 @@ def collect(
     tokenized = tokenize_for(loaded.model, loaded.tokenizer, texts, context=CONTEXT)
     batches = tokenized.batches(BATCH_TOKENS)
     width = int(loaded.model.config.get_text_config().hidden_size)
-    found = {name: Activations.empty(loaded.layers, len(texts), width) for name in texts.languages}
+    activations = {name: Activations.empty(loaded.layers, len(texts), width) for name in texts.languages}
     for number, batch in enumerate(batches):
-        notes = _Notes(found, _text_tokens(batch), sample)
+        notes = _Notes(activations, _text_tokens(batch), sample)
         _run(loaded.model, loaded.family.blocks, batch, notes.take_16_bit)
         with quantized.applied() as model:
             _run(model, loaded.family.blocks, batch, notes.compare)
         notes.count()
         if progress is not None:
             progress(number + 1, len(batches))
-    return found
+    return activations
 
 
 def spread(values: Array, count: int, width: int) -> Array:
@@ -122,7 +122,7 @@ Note = Callable[[int, Tensor, Tensor], None]
 class _Notes:
     """What is taken down of one batch, block by block."""
 
-    found: dict[str, Activations]
+    activations: dict[str, Activations]
     counted: dict[str, Rows]
     sample: int
     kept: dict[int, Tensor] = field(default_factory=dict)
@@ -131,16 +131,16 @@ class _Notes:
     def take_16_bit(self, layer: int, entered: Tensor, left: Tensor) -> None:
         self.kept[layer] = left.double()
         for language, rows in self.counted.items():
-            _add_16_bit(self.found[language], layer, rows, entered.double(), self.kept[layer], self.sample)
+            _add_16_bit(self.activations[language], layer, rows, entered.double(), self.kept[layer], self.sample)
 
     def compare(self, layer: int, _: Tensor, left: Tensor) -> None:
         for language, rows in self.counted.items():
-            _add_difference(self.found[language], layer, rows, self.kept[layer], left.double())
+            _add_difference(self.activations[language], layer, rows, self.kept[layer], left.double())
 
     def count(self) -> None:
         for language, rows in self.counted.items():
             for _, sentence, first, last in rows:
-                self.found[language].tokens[sentence] += last - first
+                self.activations[language].tokens[sentence] += last - first
 
 
 def _text_tokens(batch: Batch) -> dict[str, Rows]:
@@ -178,22 +178,22 @@ def hooked(blocks: nn.Module, note: Note) -> Iterator[None]:
             handle.remove()
 
 
-def _add_16_bit(found: Activations, layer: int, rows: Rows, entered: Tensor, left: Tensor, sample: int) -> None:
+def _add_16_bit(activations: Activations, layer: int, rows: Rows, entered: Tensor, left: Tensor, sample: int) -> None:
     for row, sentence, first, last in rows:
         before, after = entered[row, first:last], left[row, first:last]
-        found.squared_norm[layer, sentence] += float(after.square().sum())
-        found.added[layer, sentence] += float((after - before).abs().mean(dim=1).sum())
-        found.channels[layer] += after.square().sum(dim=0).cpu().numpy()
-        found.powers[layer] += [float(before.pow(power).sum()) for power in range(1, POWERS + 1)]
+        activations.squared_norm[layer, sentence] += float(after.square().sum())
+        activations.added[layer, sentence] += float((after - before).abs().mean(dim=1).sum())
+        activations.channels[layer] += after.square().sum(dim=0).cpu().numpy()
+        activations.powers[layer] += [float(before.pow(power).sum()) for power in range(1, POWERS + 1)]
     if sample:
         values = torch.cat([entered[row, first:last].flatten() for row, _, first, last in rows]).cpu().numpy()
-        found.samples[layer].append(spread(values, sample, entered.shape[-1]))
+        activations.samples[layer].append(spread(values, sample, entered.shape[-1]))
 
 
-def _add_difference(found: Activations, layer: int, rows: Rows, left: Tensor, other: Tensor) -> None:
+def _add_difference(activations: Activations, layer: int, rows: Rows, left: Tensor, other: Tensor) -> None:
     for row, sentence, first, last in rows:
         one, two = left[row, first:last], other[row, first:last]
-        found.squared_error[layer, sentence] += float((one - two).square().sum())
+        activations.squared_error[layer, sentence] += float((one - two).square().sum())
         # Half the squared distance of the directions is 1 - cosine, and exactly 0 for equal vectors.
         directions = nn.functional.normalize(one, dim=1) - nn.functional.normalize(two, dim=1)
-        found.cosine_distance[layer, sentence] += float(directions.square().sum()) / 2
+        activations.cosine_distance[layer, sentence] += float(directions.square().sum()) / 2

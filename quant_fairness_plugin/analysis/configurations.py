@@ -24,11 +24,16 @@ from quant_fairness_plugin.artifacts import (
     Undefined,
     precision_of_bits,
 )
-from quant_fairness_plugin.measure.damage import measure_damage, supported_languages
+from quant_fairness_plugin.measure.damage import mean_disparity, measure_damage, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples, interval, ratio_interval
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.plans.units import map_units
-from quant_fairness_plugin.seeds.labels import fair_efficiency_score, label, legacy_label, throughput_over_disparity
+from quant_fairness_plugin.statistics.labels import (
+    fair_efficiency_score,
+    label,
+    legacy_label,
+    throughput_over_disparity,
+)
 from quant_fairness_plugin.sweep.bank import RtnBank, check_bank_fits
 from quant_fairness_plugin.sweep.walk import score_plans
 from quant_fairness_plugin.texts.languages import script_name
@@ -152,14 +157,6 @@ def _row(
         score=throughput if isinstance(throughput, Undefined) else fair_efficiency_score(throughput, disparity),
         use="",
     )
-
-
-def mean_disparity(series: Series, reference: str | None) -> Number:
-    """Return the mean of the other languages' KL over the reference's; undefined without them."""
-    others = [values for language, values in series.items() if language != reference]
-    if reference is None or reference not in series or not others:
-        return Undefined(f"the reference {reference} and another language are needed; supported: {', '.join(series)}")
-    return ratio_interval(np.mean(others, axis=0), series[reference], what=f"the KL of {reference}")
 
 
 def with_uses(rows: Sequence[Configuration]) -> list[Configuration]:

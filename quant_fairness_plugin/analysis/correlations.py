@@ -43,12 +43,12 @@ def over_items(rho: float, items: int) -> Number:
 
 def permutation_p(first: Sequence[float], second: Sequence[float], *, seed: int) -> float:
     """Return the two-sided p-value of no association: how many of 10,000 shuffles are as far from 0."""
-    mine, other = rankdata(first), rankdata(second)
+    ranks, other = rankdata(first), rankdata(second)
     draw = np.random.default_rng(seed)
     shuffled = np.array([draw.permutation(other) for _ in range(PERMUTATIONS)])
-    observed = abs(correlations(mine, other[None])[0])
+    observed = abs(correlations(ranks, other[None])[0])
     # Sums of ranks are exact, their correlations are not: a tie must count as one.
-    extreme = int((np.abs(correlations(mine, shuffled)) >= observed - 1e-12).sum())
+    extreme = int((np.abs(correlations(ranks, shuffled)) >= observed - 1e-12).sum())
     return significant((extreme + 1) / (PERMUTATIONS + 1))
 
 

@@ -175,12 +175,12 @@ def verdict(value: Number, bound: float, sign: int) -> str:
 
 
 def _without_a_family(name: str, rows: Sequence[LanguageFigures]) -> tuple[float, ...]:
-    found = []
+    correlations = []
     for family in {row.family for row in rows}:
         rest = [row for row in rows if row.family != family]
         rho = spearman([row.figures[name] for row in rest], [row.kl for row in rest])
-        found += [] if isinstance(rho, Undefined) else [significant(rho)]
-    return (min(found), max(found)) if found else ()
+        correlations += [] if isinstance(rho, Undefined) else [significant(rho)]
+    return (min(correlations), max(correlations)) if correlations else ()
 
 
 def _training_shares(request: Request) -> dict[str, float]:

@@ -36,10 +36,10 @@ class NamedPlan:
     def precisions(self, units: UnitMap, quantized: Precision) -> dict[str, Precision]:
         """Return the plan as a sweep takes it."""
         plan = dict.fromkeys(units.group_names(), quantized) | units.expanded(self.overrides)
-        kept = units.expanded({str(Unit(layer)): "fp16" for layer in self.layers})
+        protected = units.expanded({str(Unit(layer)): "fp16" for layer in self.layers})
         extra = [unit for members in around_units(self.around, units).values() for unit in members]
-        found = {unit: kind for unit, kind in plan.items() if kind != "fp16" and unit not in kept}
-        return found | dict.fromkeys(extra, quantized)
+        rounded = {unit: kind for unit, kind in plan.items() if kind != "fp16" and unit not in protected}
+        return rounded | dict.fromkeys(extra, quantized)
 
 
 def named_plans(loaded: LoadedModel, units: UnitMap, grid: Grid, *, seed: int) -> list[NamedPlan]:

@@ -1,23 +1,30 @@
 """Questions with options, of which one is right; a minimal pair is one with two. Imports no torch.
 
-Three sources: JSONL, one question a line; the folders of CLAMS (`he_evalset/simple_agrmt.txt`), where a line `True` and
-a sentence is followed by `False` and the same sentence with one word wrong; and a TSV file of MultiBLiMP (`heb.tsv`).
+Three kinds of files: JSONL, one question a line; the folders of CLAMS (`he_evalset/simple_agrmt.txt`), where a line
+`True` and a sentence is followed by `False` and the same sentence with one word wrong; and a TSV file of MultiBLiMP
+(`heb.tsv`). Without a file, sentences of a text set are set against themselves with two words exchanged.
 """
 
 from __future__ import annotations
 
 import csv
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.documents import parse_json
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.texts.languages import normalise_language
 
 _FORM = '{"language": "he", "group": "adjacent", "options": ["…", "…"], "answer": 0}'
 _SUFFIX = "_evalset"
+EXCHANGED = "two words exchanged"
+"""The group of questions that are made of a text set."""
+_FEWEST_SPACES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +47,29 @@ def read_questions(path: Path) -> tuple[Question, ...]:
         UnknownLanguageError: a language that is none.
     """
     read = _read_clams if path.is_dir() else _read_multiblimp if path.suffix == ".tsv" else _read_jsonl
-    found = tuple(read(path))
-    if not found:
+    questions = tuple(read(path))
+    if not questions:
         raise ArtifactError(f"{path}: no question; expected lines {_FORM}, or a folder with he{_SUFFIX}/*.txt")
-    return found
+    return questions
+
+
+def exchanged(texts: TextSet, seed: int) -> tuple[Question, ...]:
+    """Return each sentence against itself with two neighbouring words exchanged; characters where no space separates.
+
+    It needs no file and no gold answer, and asks little: whether a model still prefers what somebody wrote.
+    """
+    draw = random.Random(seed)
+    found = []
+    for language, sentences in texts.sentences.items():
+        for sentence in sentences:
+            gap = " " if sentence.count(" ") >= _FEWEST_SPACES else ""
+            words = sentence.split(gap) if gap else list(sentence)
+            places = [place for place, (a, b) in enumerate(pairwise(words)) if a != b]
+            if places:
+                place = draw.choice(places)
+                words[place : place + 2] = words[place + 1], words[place]
+                found.append(Question(language, EXCHANGED, (sentence, gap.join(words)), 0))
+    return tuple(found)
 
 
 def _read_jsonl(path: Path) -> Iterator[Question]:

@@ -90,32 +90,34 @@ def analyse(request: Request) -> Representations:
     loaded = request.load()
     grid = request.config.fitted(loaded).grid
     state = quantized_state(loaded, grid, request.options.checkpoint)
-    found = collect(loaded, state, request.texts.part(PART), progress=request.progress)
+    activations = collect(loaded, state, request.texts.part(PART), progress=request.progress)
     kurtosis = [
         layer_statistics(linear_weight(module) for module in loaded.linears(layer).values()).kurtosis
         for layer in range(loaded.layers)
     ]
-    return summarise(state.name, found, np.array(kurtosis), request.config.bootstrap)
+    return summarise(state.name, activations, np.array(kurtosis), request.config.bootstrap)
 
 
-def summarise(state: str, found: dict[str, Activations], kurtosis: Array, bootstrap: Bootstrap) -> Representations:
+def summarise(
+    state: str, activations: dict[str, Activations], kurtosis: Array, bootstrap: Bootstrap
+) -> Representations:
     """Return the figures of all languages from their sums.
 
     Args:
         state: the name of the quantized model.
-        found: the sums.
+        activations: the sums.
         kurtosis: of the weights of every layer.
         bootstrap: resamples of the sentences, and the reference language.
     """
-    added = {name: rows.added.sum(axis=1) / rows.added.sum() for name, rows in found.items()}
+    added = {name: rows.added.sum(axis=1) / rows.added.sum() for name, rows in activations.items()}
     typical = np.mean(list(added.values()), axis=0)
     outliers = np.flatnonzero(typical > OUTLIER_LAYER * np.median(typical))
-    channels = _outlier_channels(found)
-    series = {name: _distances(rows, bootstrap) for name, rows in found.items()}
+    channels = _outlier_channels(activations)
+    series = {name: _distances(rows, bootstrap) for name, rows in activations.items()}
     reference = bootstrap.reference
     layers: list[LayerRepresentations] = []
     languages = []
-    for name, rows in found.items():
+    for name, rows in activations.items():
         errors = _errors(rows, bootstrap)
         languages.append(
             LanguageRepresentations(
@@ -175,9 +177,9 @@ def _layers(
     return result
 
 
-def _outlier_channels(found: dict[str, Activations]) -> Array:
+def _outlier_channels(activations: dict[str, Activations]) -> Array:
     """1.0 where a channel is an outlier, `[layers, width]`; every language counts alike."""
-    typical = np.mean([rows.channels / rows.tokens.sum() for rows in found.values()], axis=0)
+    typical = np.mean([rows.channels / rows.tokens.sum() for rows in activations.values()], axis=0)
     limits: Array = OUTLIER_CHANNEL * np.median(typical, axis=1, keepdims=True)
     return np.where(typical > limits, 1.0, 0.0)
 

@@ -41,7 +41,10 @@ class AnalysisOptions:
     questions: Annotated[
         Path | None,
         Option(
-            "Questions with options: JSONL, a folder of CLAMS, or a TSV file of MultiBLiMP.", "Texts", metavar="PATH"
+            "Questions with options: JSONL, a folder of CLAMS, or a TSV file of MultiBLiMP. Default: sentences of the "
+            "text set against themselves with two words exchanged.",
+            "Texts",
+            metavar="PATH",
         ),
     ] = None
     lm_eval_samples: Annotated[

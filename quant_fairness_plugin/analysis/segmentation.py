@@ -65,14 +65,14 @@ def read_gold(path: Path) -> dict[str, tuple[tuple[str, ...], ...]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as err:
         raise ArtifactError(f"{path}: cannot be read ({err}); expected language<TAB>un|happi|ness a line") from err
-    found: dict[str, list[tuple[str, ...]]] = {}
+    words_of: dict[str, list[tuple[str, ...]]] = {}
     for number, line in enumerate(lines, start=1):
         cells = line.split("\t")
         morphemes = tuple(cells[-1].split("|"))
         if len(cells) != 2 or not all(morphemes) or any(char.isspace() for char in cells[1]):
             raise ArtifactError(f"{path} line {number}: {line!r}; expected language<TAB>un|happi|ness. Correct it")
-        found.setdefault(normalise_language(cells[0]), []).append(morphemes)
-    return {language: tuple(words) for language, words in found.items()}
+        words_of.setdefault(normalise_language(cells[0]), []).append(morphemes)
+    return {language: tuple(words) for language, words in words_of.items()}
 
 
 def count_word(morphemes: Sequence[str], tokens: Sequence[Span]) -> WordCounts:

@@ -92,8 +92,8 @@ def analyse(request: Request) -> TokenStatistics:
     reference = None if bootstrap.reference is None else counts[bootstrap.reference]
     words = {name: _count_words(tokenizer, name, gold[name]) for name in texts.languages if name in gold}
     return TokenStatistics(
-        tuple(_row(name, mine, reference, bootstrap) for name, mine in counts.items()),
-        tuple(align(name, found, bootstrap) for name, found in words.items()),
+        tuple(_row(name, own_counts, reference, bootstrap) for name, own_counts in counts.items()),
+        tuple(align(name, pieces, bootstrap) for name, pieces in words.items()),
     )
 
 

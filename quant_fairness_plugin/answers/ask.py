@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS
+from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.model.quiet import quiet_transformers
 from quant_fairness_plugin.model.tokenizer import check_ids, prompt_ids
 
-NEW_TOKENS = 32
-"""Of an answer, at most: enough for a loop to show."""
 BATCH = 24
 """Prompts that are answered at once."""
 SAME_LOGITS = 0.05
@@ -33,6 +32,7 @@ def write_answers(
     prompts: Sequence[str],
     *,
     new_tokens: int = NEW_TOKENS,
+    together: bool = False,
     progress: Progress | None = None,
 ) -> list[str]:
     """Return what a model writes after each prompt, greedily, without the prompt and without special tokens.
@@ -46,16 +46,18 @@ def write_answers(
         tokenizer: the model's.
         prompts: at least one character each.
         new_tokens: where an answer stops, unless the model ends it before.
+        together: answer all prompts in as few passes as one takes, or none.
         progress: called after every step.
 
     Raises:
+        UnsupportedModelError: prompts cannot be answered together.
         ConfigError: a prompt and its answer have more tokens than the model takes.
         ArtifactError: a prompt has a token that the model has no embedding for.
     """
     rows = [_ids(tokenizer, prompt) for prompt in prompts]
     _check(model, tokenizer, rows, new_tokens)
     with _plain_greedy(model, tokenizer, new_tokens), quiet_transformers():
-        size = BATCH if _overlooks_padding(model, rows) else 1
+        size = _rows_at_once(model, rows, together=together)
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         answers: list[str] = []
         for number, batch in enumerate(batches):
@@ -65,6 +67,17 @@ def write_answers(
             answers += tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)
             count.finish(new_tokens)
     return answers
+
+
+def _rows_at_once(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, together: bool) -> int:
+    if _overlooks_padding(model, rows):
+        return len(rows) if together else BATCH
+    if together:
+        raise UnsupportedModelError(
+            f"the model reads padding as text: {len(rows)} prompts cannot be answered together, and one by one each "
+            "would take its own passes over the files"
+        )
+    return 1
 
 
 def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:

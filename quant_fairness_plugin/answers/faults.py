@@ -63,8 +63,8 @@ def in_other_script(text: str, prompts: Sequence[str]) -> bool:
     (False, True)
     """
     expected = Counter(_scripts(prompts)).most_common(1)
-    found = list(_scripts([text]))
-    return bool(expected and found) and found.count(expected[0][0]) < SHARE * len(found)
+    scripts = list(_scripts([text]))
+    return bool(expected and scripts) and scripts.count(expected[0][0]) < SHARE * len(scripts)
 
 
 def _scripts(texts: Iterable[str]) -> Iterator[str]:

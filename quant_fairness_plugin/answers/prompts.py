@@ -11,6 +11,8 @@ from quant_fairness_plugin.texts.sentences import RawTexts
 from quant_fairness_plugin.texts.sources import BUNDLED, parse_jsonl, read_path
 
 NO_PROMPTS = "none"
+NEW_TOKENS = 32
+"""Of an answer, at most: enough for a loop to show."""
 _FILE = Path(__file__).parent / "bundled" / "prompts.jsonl"
 _CHAT, _PLAIN = "question", "beginning"
 """Registers: what one asks a model that chats, and what another one goes on with."""

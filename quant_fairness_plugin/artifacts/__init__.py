@@ -33,7 +33,13 @@ from quant_fairness_plugin.artifacts.files import (
 )
 from quant_fairness_plugin.artifacts.grids import Grid
 from quant_fairness_plugin.artifacts.locks import TemporaryFolder, held, lock, temporary_folder
-from quant_fairness_plugin.artifacts.measurements import LanguageDamage, LanguageScores, Measurement, StateScores
+from quant_fairness_plugin.artifacts.measurements import (
+    BeforeAndAfter,
+    LanguageDamage,
+    LanguageScores,
+    Measurement,
+    StateScores,
+)
 from quant_fairness_plugin.artifacts.names import (
     CheckpointFormat,
     Clip,
@@ -74,6 +80,7 @@ __all__ = [
     "AnalysisAnswer",
     "Answer",
     "Answers",
+    "BeforeAndAfter",
     "Bootstrap",
     "CheckpointFormat",
     "Clip",

@@ -77,13 +77,13 @@ class Answers:
 
     def example(self) -> tuple[str, Answer] | None:
         """Return language and answer of the clearest new fault, for people to read; None where there is none."""
-        found = [
+        faulty = [
             (row, answer)
             for row in self.languages
             for answer in row.answers
             if set(answer.checkpoint_faults) & set(row.new_faults)
         ]
-        if not found:
+        if not faulty:
             return None
-        row, answer = max(found, key=lambda pair: pair[0].faulty[1] - pair[0].faulty[0])
+        row, answer = max(faulty, key=lambda pair: pair[0].faulty[1] - pair[0].faulty[0])
         return row.language, answer

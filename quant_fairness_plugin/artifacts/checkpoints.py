@@ -56,6 +56,13 @@ class ExportRecord:
     """The reader that loaded the folder when it was written and verified, or why none did; None in older records."""
     experts: ExpertCoverage | None = None
     """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
+    unprotected: Measurement | None = None
+    """Of the same quantization without protection, on the sentences of `measurement`; None where that was not made."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.bytes_ for name, file in self.files.items() if name.endswith(".safetensors"))
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -95,8 +95,13 @@ class TemporaryFolder:
 
 
 def _remove(path: Path, handle: int) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    os.close(handle)
+    try:
+        shutil.rmtree(path, ignore_errors=True)
+    except BaseException:  # whoever wants to stop stops after this: nothing else would remove the rest
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -88,6 +88,8 @@ class Measurement:
     """Largest KL per byte over the supported languages."""
     mean_kl: Number
     mean_delta_bpb: Number
+    disparity: Number | None = None
+    """Mean KL of the other supported languages over that of the reference; None in results that do not say."""
     held_out: bool | None = None
     """Whether neither calibration nor a search used these sentences; None where that is not known."""
     condition: str = ""
@@ -97,3 +99,11 @@ class Measurement:
     None where there is no folder."""
     answers: Answers | Undefined | None = None
     """What a checkpoint folder answered to a few prompts, or why it was not asked; None where there is no folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeforeAndAfter:
+    """A checkpoint's measurement, with that of the same quantization without protection, on the same sentences."""
+
+    unprotected: Measurement
+    protected: Measurement

@@ -10,6 +10,7 @@ from pydantic import ConfigDict
 from quant_fairness_plugin.artifacts.grids import Grid
 from quant_fairness_plugin.artifacts.names import Precision, precision_of_bits
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES
+from quant_fairness_plugin.artifacts.units import Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +46,7 @@ class ProtectionPlan:
         quantized = precision_of_bits(grid.bits)
         return cls(
             model=model,
-            units={f"layers.{i}": quantized for i in range(layers)},
+            units={str(Unit(i)): quantized for i in range(layers)},
             grid=grid,
             source="none",
             reasons=(),
@@ -58,12 +59,12 @@ class ProtectionPlan:
     @property
     def protected_layers(self) -> tuple[int, ...]:
         """Layers that are wholly in 16 bit, ascending."""
-        return tuple(i for i in range(self.layers) if self.units[f"layers.{i}"] == "fp16" and not self.overrides_in(i))
+        return tuple(i for i in range(self.layers) if self.units[str(Unit(i))] == "fp16" and not self.overrides_in(i))
 
     @property
     def layers(self) -> int:
         """Number of layers of the model."""
-        return sum(name.count(".") == 1 for name in self.units)
+        return sum(map(Unit.is_layer, self.units))
 
     @property
     def quantized_precision(self) -> Precision:
@@ -73,11 +74,11 @@ class ProtectionPlan:
     @property
     def overrides(self) -> dict[str, Precision]:
         """Units that get neither 16 bit as a whole layer nor the grid's own bits: `layers.5` or `layers.3.down`."""
-        whole = {f"layers.{i}" for i in self.protected_layers}
+        whole = {str(Unit(i)) for i in self.protected_layers}
         return {
             name: precision
             for name, precision in self.units.items()
-            if name not in whole and (name.count(".") > 1 or precision != self.quantized_precision)
+            if name not in whole and (Unit.is_group(name) or precision != self.quantized_precision)
         }
 
     @property
@@ -87,5 +88,5 @@ class ProtectionPlan:
 
     def overrides_in(self, layer: int) -> dict[str, Precision]:
         """Fusion groups of a layer with a precision of their own, by name within the layer."""
-        prefix = f"layers.{layer}."
+        prefix = f"{Unit(layer)}."
         return {name.removeprefix(prefix): kind for name, kind in self.units.items() if name.startswith(prefix)}

@@ -12,6 +12,7 @@ from quant_fairness_plugin.artifacts.measurements import LanguageDamage, StateSc
 from quant_fairness_plugin.artifacts.names import Granularity, Mode, Precision, SearchMethod, Status, precision_of_bits
 from quant_fairness_plugin.artifacts.numbers import Number, Undefined
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
+from quant_fairness_plugin.artifacts.units import Unit
 from quant_fairness_plugin.errors import ConfigError
 
 
@@ -54,10 +55,9 @@ class Ranking:
         Raises:
             ConfigError: they are fusion groups.
         """
-        places = [name.removeprefix("layers.") for name in self.units]
-        if not all(place.isdigit() for place in places):
+        if not all(map(Unit.is_layer, self.units)):
             raise ConfigError("the ranking is of fusion groups, not of whole layers; read its units instead")
-        return tuple(map(int, places))
+        return tuple(Unit.parse(name).layer for name in self.units)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,6 +47,16 @@ class Unit:
         """Return whether a name in a plan is that of a unit, rather than of what stands around the layers."""
         return name.startswith("layers.") and _NAME.fullmatch(name) is not None
 
+    @classmethod
+    def is_layer(cls, name: str) -> bool:
+        """Return whether a name in a plan is that of a whole layer."""
+        return cls.is_name(name) and cls.parse(name).group is None
+
+    @classmethod
+    def is_group(cls, name: str) -> bool:
+        """Return whether a name in a plan is that of a fusion group."""
+        return cls.is_name(name) and cls.parse(name).group is not None
+
     @property
     def short(self) -> str:
         """As people write it: `3`, `3.down`."""

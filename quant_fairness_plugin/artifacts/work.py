@@ -39,10 +39,10 @@ def note_circumstances(folder: Path, question: Mapping[str, Any], circumstances:
 def _read(path: Path) -> list[dict[str, Any]]:
     """Return the circumstances that a folder has results of; none where the file is missing or nobody can read it."""
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return []
-    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    return [one for one in content if isinstance(one, dict)] if isinstance(content, list) else []
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

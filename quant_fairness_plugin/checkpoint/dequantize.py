@@ -142,8 +142,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def quantized_modules(names: Iterable[str], markers: Collection[str]) -> list[str]:
     """The modules that have a tensor with one of these suffixes, by their names in files."""
-    found = {module: None for module, suffix in map(module_and_suffix, names) if suffix in markers}
-    return list(found)
+    modules = {module: None for module, suffix in map(module_and_suffix, names) if suffix in markers}
+    return list(modules)
 
 
 def module_and_suffix(name: str) -> tuple[str, str]:

@@ -77,11 +77,18 @@ def owner_of(name: str, kept: Collection[str]) -> str | None:
     return owner if owner in kept else None
 
 
-def stacked_tensors(name: str, experts: Experts) -> dict[str, Callable[[], Tensor]]:
-    """Return how to make the stacked tensors of a layer's experts, by full name."""
+def stacked_tensors(name: str, experts: Experts, stored: Callable[[str], Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """Return how to make the stacked tensors of a layer's experts, by full name.
+
+    Args:
+        name: of the experts in the model.
+        experts: them.
+        stored: parameter by full name → its value as it is stored.
+    """
     from quant_fairness_plugin.model.experts import stacked  # torch, as above
 
-    return {f"{name}.{part}": make for part, make in stacked(experts).items()}
+    made = stacked(experts, lambda own: stored(f"{name}.{own}"))
+    return {f"{name}.{part}": make for part, make in made.items()}
 
 
 def skipped_patterns(model: nn.Module, quantized: Collection[str]) -> tuple[str, ...]:
@@ -98,8 +105,8 @@ def skipped_patterns(model: nn.Module, quantized: Collection[str]) -> tuple[str,
 
 def expert_target(model: nn.Module, quantized: Collection[str]) -> str | None:
     """Return the regular expression for all routed experts; None where none are quantized."""
-    found = mixture_of(model) is not None and any(".experts." in name for name in quantized)
-    return r"re:.*\.experts\.\d+\..*" if found else None
+    has_experts = mixture_of(model) is not None and any(".experts." in name for name in quantized)
+    return r"re:.*\.experts\.\d+\..*" if has_experts else None
 
 
 def _expert_patterns(kept: Collection[str], mixture: Mixture) -> Iterator[str]:

@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from quant_fairness_plugin.checkpoint.columns import check_fit, read_columns
 from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, bare_model, open_checkpoint
-from quant_fairness_plugin.checkpoint.experts import mixture_of
+from quant_fairness_plugin.checkpoint.experts import kept_experts
 from quant_fairness_plugin.checkpoint.folder import read_config, weight_files
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.scoring import find_head
+from quant_fairness_plugin.model.experts import Experts, stacked_shapes
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.reading import Place
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
@@ -41,12 +42,16 @@ class StreamedCheckpoint(StreamedModel):
 
     checkpoint: Checkpoint
     columns: Mapping[str, KeptColumns]
+    experts: torch.dtype | None = None
+    """What the values of quantized experts are rounded to; None leaves them as they are."""
 
     def _read(self, name: str) -> Tensor:
         place = self.places[name]
         if not isinstance(place, _Packed):
             return StreamedModel._read(self, name)
         weight = self.checkpoint.dense(place.module)
+        if self.experts is not None and ".experts." in place.module:
+            weight = weight.to(self.experts).float()
         if place.module in self.columns:
             weight = self.columns[place.module].added_to(weight)
         return weight.t().contiguous() if is_conv1d(self.model.get_submodule(place.module)) else weight
@@ -59,6 +64,7 @@ def stream_checkpoint(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     with_columns: bool = True,
+    experts: torch.dtype | None = None,
 ) -> StreamedCheckpoint:
     """Open any of our exports, or a folder of another tool, to be run block by block; see `load_dense_model`.
 
@@ -68,6 +74,7 @@ def stream_checkpoint(
         dtype: what is computed in.
         device: where it is computed.
         with_columns: add the channels that a side file keeps in 16 bit, of which other readers do not know.
+        experts: round the values of quantized experts to this; None leaves them as they are.
 
     Raises:
         ArtifactError: tensors that are missing, unexpected or of another shape.
@@ -75,9 +82,9 @@ def stream_checkpoint(
     """
     checkpoint, columns = open_checkpoint(folder), read_columns(folder) if with_columns else {}
     model = bare_model(folder, dtype=dtype)
-    if mixture_of(model) is not None:
-        raise UnsupportedModelError(f"{folder}: experts are not read block by block; load it as a whole")
     places = {name: checkpoint.places[name] for name in checkpoint.plain}
+    for name, kept in kept_experts(model, checkpoint.packed).items():
+        places |= _unstacked(name, kept, places, {name, checkpoint.stored_name(name)})
     for module in checkpoint.packed:
         rows, cols = linear_weight(model.get_submodule(module)).shape
         if module in columns:
@@ -92,28 +99,72 @@ def stream_checkpoint(
     streamed = StreamedCheckpoint(
         files=files, model=model, tokenizer=cast(PreTrainedTokenizerBase, tokenizer), family=parts.family,
         storage_dtype=storage, places=parts.places, tables=parts.tables, compute=dtype, checkpoint=checkpoint,
-        columns=columns,
+        columns=columns, experts=experts,
     )  # fmt: skip
     streamed.settle(torch.device(device))
     return streamed
+
+
+def _unstacked(name: str, experts: Experts, places: dict[str, Place], stored: set[str]) -> dict[str, Place]:
+    """Return where the matrices of a layer's stacked experts are, and take the stacks from the places.
+
+    Args:
+        name: of the experts in the model.
+        experts: them.
+        places: of all tensors.
+        stored: the names that the experts may have in the files.
+
+    Raises:
+        UnsupportedModelError: stacks whose matrices do not lie one after the other.
+    """
+    stacks = {
+        part: next(places.pop(key) for key in (f"{s}.{part}" for s in stored) if key in places)
+        for part in stacked_shapes(experts)
+    }
+    if experts.is_transposed:
+        raise UnsupportedModelError(f"{name}: transposed experts are not read block by block; load it as a whole")
+    both, down = stacks["gate_up_proj"], stacks["down_proj"]
+    inner, parts = both.shape[1] // 2, dict[str, Place]()
+    for number in range(len(experts)):
+        matrices = (
+            _rows(both, 2 * number * inner, inner),
+            _rows(both, (2 * number + 1) * inner, inner),
+            _rows(down, number * down.shape[1], down.shape[1]),
+        )
+        parts |= {f"{name}.{number}.{last}.weight": place for last, place in zip(experts.names, matrices, strict=True)}
+    return parts
+
+
+def _rows(stack: Place, first: int, count: int) -> Place:
+    """Return some rows of stacked matrices, counted through all of them."""
+    columns = stack.shape[-1]
+    return Place(stack.path, stack.offset + first * columns * stack.dtype.itemsize, stack.dtype, (count, columns))
 
 
 class BlockLogits:
     """The logits of a folder's dequantized model on some rows of token ids, one row at a time."""
 
     @torch.no_grad()
-    def __init__(self, folder: Path, rows: Sequence[Sequence[int]], *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rows: Sequence[Sequence[int]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        experts: torch.dtype | None = None,
+    ) -> None:
         """Run all rows up to the head, with what the weight files alone say.
 
         Args:
             folder: the checkpoint.
             rows: token ids.
             dtype: what is computed in.
+            experts: as in `stream_checkpoint`.
 
         Raises:
             ArtifactError, UnsupportedModelError: as `stream_checkpoint`.
         """
-        loaded = stream_checkpoint(folder, dtype=dtype, with_columns=False)
+        loaded = stream_checkpoint(folder, dtype=dtype, with_columns=False, experts=experts)
         ids = [torch.tensor([row]) for row in rows]
         starts = [rehearse(loaded, row) for row in ids]
         hidden = [start.hidden for start in starts]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from quant_fairness_plugin.artifacts import RECORD_NAME
 from quant_fairness_plugin.checkpoint.folder import read_quantization
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.gguf import SOURCE, gguf_folder
@@ -23,9 +24,10 @@ def readable_folder(path: Path) -> Path:
     if path.is_file() and path.suffix == GGUF:
         return gguf_folder(path, dtype="float32")
     if not path.is_dir():
-        found = "is a file" if path.exists() else "is not there"
+        problem = "is a file" if path.exists() else "is not there"
         raise ConfigError(
-            f"{path} {found}; accepted is a checkpoint folder, or a .gguf file. Name the folder that holds config.json"
+            f"{path} {problem}; accepted is a checkpoint folder, or a .gguf file. "
+            "Name the folder that holds config.json"
         )
     return path
 
@@ -37,7 +39,8 @@ def weights_alone(folder: Path) -> str:
         ArtifactError: metadata that cannot be read.
     """
     quantization, _ = read_quantization(folder)
-    if (folder / SOURCE).is_file():
+    # A checkpoint of ours keeps that file of its source, and is for other servers.
+    if (folder / SOURCE).is_file() and not quantization and not (folder / RECORD_NAME).is_file():
         return "the weights alone: llama.cpp also rounds the inputs of its products to 8 bits"
     if any(_rounds_activations(quantization)):
         return "the weights alone: servers also round the activations of this checkpoint"

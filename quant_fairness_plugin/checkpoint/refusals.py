@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import Grid, Precision
+from quant_fairness_plugin.artifacts import Grid, Precision, Unit
 from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
 
 TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
@@ -49,7 +49,7 @@ class Request:
     def kept_experts(self) -> bool:
         """Whether the experts of a layer keep 16 bit, as far as that is known."""
         kept = any(
-            kind == "fp16" and (name.count(".") == 1 or name.endswith(f".{EXPERTS}"))
+            kind == "fp16" and (Unit.is_layer(name) or name.endswith(f".{EXPERTS}"))
             for name, kind in self.overrides.items()
         )
         return self.mixture and kept
@@ -58,7 +58,7 @@ class Request:
     def int8_experts(self) -> bool:
         """Whether routed experts get 8 bits: in a layer that does, or as its unit."""
         return self.mixture and any(
-            kind == "int8" and (name.count(".") == 1 or name.endswith(f".{EXPERTS}"))
+            kind == "int8" and (Unit.is_layer(name) or name.endswith(f".{EXPERTS}"))
             for name, kind in self.overrides.items()
         )
 
@@ -85,7 +85,7 @@ class Request:
     @property
     def single_units(self) -> tuple[str, ...]:
         """Overrides of single units, `layers.3.down`, rather than of whole layers."""
-        return tuple(name for name in self.overrides if name.count(".") > 1)  # of unknown families with more dots
+        return tuple(name for name in self.overrides if Unit.is_group(name))
 
 
 @dataclass(frozen=True, slots=True)

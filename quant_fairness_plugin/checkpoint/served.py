@@ -76,7 +76,7 @@ def _whole_logits(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> list
 def _relative_change(expected: Iterable[Tensor], served: Iterable[Tensor]) -> float:
     """Return the root mean square of the differences over that of the expected logits less their mean."""
     change = spread = 0.0
-    for logits, found in zip(expected, served, strict=True):
-        change += float((found - logits).square().sum(dtype=torch.float64))
+    for logits, computed in zip(expected, served, strict=True):
+        change += float((computed - logits).square().sum(dtype=torch.float64))
         spread += float((logits - logits.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
     return math.sqrt(change / spread) if spread else math.nan

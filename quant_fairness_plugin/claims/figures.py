@@ -38,8 +38,8 @@ def _row(rows: Any, wanted: str) -> Any:
     field, equals, text = wanted.partition("=")
     if not equals:
         return rows[int(wanted)]
-    found = [row for row in rows if str(row[field]) == text]
-    return found[0]
+    matching = [row for row in rows if str(row[field]) == text]
+    return matching[0]
 
 
 def labelled(path: str, values: list[Any], between: str = "; ") -> str:

@@ -109,5 +109,5 @@ def _check(claim: Claim, known: Mapping[str, Claim], commands: Mapping[str, Comm
         "works without a command": claim.here == "works" and not claim.command,
         "gives no reason": claim.here != "works" and not claim.reason,
     }
-    if found := [problem for problem, there in problems.items() if there]:
-        raise ConfigError(f"claim {claim.id} {found[0]}; correct claims.toml")
+    if wrong := [problem for problem, there in problems.items() if there]:
+        raise ConfigError(f"claim {claim.id} {wrong[0]}; correct claims.toml")

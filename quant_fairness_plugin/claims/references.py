@@ -16,7 +16,7 @@ _ENTRY = re.compile(r"^@\w+\{([^,]+),.*?^\}", re.DOTALL | re.MULTILINE)
 def references() -> dict[str, str]:
     """Return key → BibTeX entry, in the order of the file."""
     text = files("quant_fairness_plugin.claims").joinpath("references.bib").read_text(encoding="utf-8")
-    return {found[1]: found[0] for found in _ENTRY.finditer(text)}
+    return {entry[1]: entry[0] for entry in _ENTRY.finditer(text)}
 
 
 def cited(keys: Sequence[str]) -> list[str]:

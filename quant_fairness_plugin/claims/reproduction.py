@@ -15,7 +15,7 @@ from quant_fairness_plugin.claims.figures import find, labelled, written
 from quant_fairness_plugin.claims.ledger import Claim, Ledger
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 Run = Callable[[list[str]], str]
 """Runs a command line of `quant-fairness` and returns its stdout; raises what the command raises."""
 
@@ -119,7 +119,7 @@ class Reproduction:
         if name not in self._answers:
             for other in self.ledger.commands[name].after:
                 self._answer(other)
-            log.info("quant-fairness %s", self.line(name))
+            _logger.info("quant-fairness %s", self.line(name))
             begun = time.monotonic()
             try:
                 stdout = self.run(self._arguments(name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import write_report
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
@@ -27,6 +29,8 @@ from quant_fairness_plugin.preflight import preflight
 if TYPE_CHECKING:
     from quant_fairness_plugin.model.load import LoadedModel
 
+_FRACTION = re.compile(r"-?[\d.]*[.e][-+\d.e]*( \[.*\])?")
+_MOST_KEYS = 3
 MOST_ROWS = 60
 """Of a table on the terminal; --json has larger ones."""
 
@@ -86,7 +90,7 @@ def analyze(
         typer.echo(text, nl=False)
         return
     for line in lines(result):
-        show(line) if isinstance(line, Table) else typer.echo(line)
+        show(line, keys=_keys(line)) if isinstance(line, Table) else say(line)
 
 
 def _list(*, as_json: bool) -> None:
@@ -94,7 +98,7 @@ def _list(*, as_json: bool) -> None:
         typer.echo(json.dumps({name: analysis.question for name, analysis in ANALYSES.items()}, indent=1))
         return
     for name, analysis in ANALYSES.items():
-        typer.echo(f"{name}: {analysis.question}")
+        say(f"{name:<16}{analysis.question}", indent=16)
 
 
 def lines(result: object) -> Iterator[str | Table]:
@@ -116,6 +120,13 @@ def lines(result: object) -> Iterator[str | Table]:
             yield _table(title, value)
         elif not (_per_sentence(value) or value == ()):
             yield f"{title}: {_cell(value)}"
+
+
+def _keys(table: Table) -> int:
+    """Return how many of the first columns name a row: those in front of the first figure with a fraction."""
+    columns = [list(column.cells) for column in table.columns]
+    figure = (index for index, cells in enumerate(columns) if any(_FRACTION.fullmatch(str(cell)) for cell in cells))
+    return min(_MOST_KEYS, max(1, next(figure, 1)))
 
 
 def _table(title: str, rows: tuple[Any, ...]) -> Table:

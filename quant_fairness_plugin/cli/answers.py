@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import typer
+from rich.cells import cell_len, set_cell_size
 from rich.table import Table
 
 from quant_fairness_plugin.artifacts import FAULTS, Answer, Answers, LanguageAnswers, Measurement, Undefined
 from quant_fairness_plugin.cli.damage import language_label
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import show
 
 WIDTH = 80
@@ -19,9 +21,9 @@ def show_answers(measurement: Measurement, *, details: bool) -> None:
     """Print how many answers are faulty, and the clearest one; or that nothing was asked, with the reason."""
     answers = measurement.answers
     if isinstance(answers, Undefined):
-        typer.echo(f"No prompts were asked: {answers.undefined}")
+        say(f"No prompts were asked: {answers.undefined}")
     elif answers is not None:
-        typer.echo(summary(answers))
+        say(summary(answers))
         if any(row.faulty != (0, 0) for row in answers.languages):
             show(fault_table(answers))
         for line in _every(answers) if details else _example(answers):
@@ -31,11 +33,11 @@ def show_answers(measurement: Measurement, *, details: bool) -> None:
 def summary(answers: Answers) -> str:
     """Return what was asked, and that nothing is wrong where that is so."""
     through = "the chat template" if answers.chat_template else "no chat template"
-    asked = f"Answers to {answers.prompts} prompts in {len(answers.languages)} languages, at most {answers.new_tokens} "
-    asked += f"tokens, greedy, {answers.dtype}, {through}:"
+    asked = f"Answers to {answers.prompts} prompts in {len(answers.languages)} languages"
+    how = f"(at most {answers.new_tokens} tokens, greedy, {answers.dtype}, {through})"
     if any(row.faulty != (0, 0) for row in answers.languages):
-        return asked
-    return f"{asked}\nof either model none is empty, repeats itself or is in another script"
+        return f"{asked} {how}, 16-bit model → checkpoint:"
+    return f"{asked}: of either model none is empty, repeats itself or is in another script {how}"
 
 
 def fault_table(answers: Answers) -> Table:
@@ -57,9 +59,9 @@ def _cells(row: LanguageAnswers) -> Iterator[str]:
 
 
 def _example(answers: Answers) -> Iterator[str]:
-    found = answers.example()
-    if found is not None:
-        yield from _lines(*found)
+    example = answers.example()
+    if example is not None:
+        yield from _lines(*example)
 
 
 def _every(answers: Answers) -> Iterator[str]:
@@ -69,11 +71,13 @@ def _every(answers: Answers) -> Iterator[str]:
 
 
 def _lines(language: str, answer: Answer) -> Iterator[str]:
-    """Yield a prompt and both answers, a line each, cut to the width."""
+    """Yield a prompt and both answers, a line each, cut to the width; Chinese takes two columns a character."""
     for name, text in (
         (f"{language} asked", answer.prompt),
         ("  16 bit", answer.sixteen_bit),
         ("  checkpoint", answer.checkpoint),
     ):
-        shown, room = " ".join(text.split()), WIDTH - _INDENT
-        yield f"{name:<{_INDENT}}{shown if len(shown) <= room else shown[: room - 1] + '…'}".rstrip()
+        # The last token can end within a character.
+        shown, room = " ".join(text.split()).rstrip("\ufffd"), WIDTH - _INDENT
+        cut = shown if cell_len(shown) <= room else f"{set_cell_size(shown, room - 1).rstrip()}…"
+        yield f"{name:<{_INDENT}}{cut}".rstrip()

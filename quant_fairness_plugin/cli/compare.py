@@ -24,6 +24,7 @@ from quant_fairness_plugin.cli.options import (
 from quant_fairness_plugin.cli.original import base_model
 from quant_fairness_plugin.cli.pair import check_pair, compare_pair
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import layer_list, number, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
@@ -133,10 +134,10 @@ def _show(result: CalibrationComparison) -> None:
         show(
             _effects(table, title=f"{table.first} → {table.other} × protection of {layers}: KL lowered, bits per byte")
         )
-        typer.echo(table.verdict)
+        say(table.verdict)
     if result.matrix is not None:
         show(_matrix(result.matrix))
-        typer.echo(result.matrix.verdict)
+        say(result.matrix.verdict)
 
 
 def _outcomes(result: CalibrationComparison, *, title: str) -> Table:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from quant_fairness_plugin.artifacts import Interval, LanguageDamage, Measurement, Number
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import number
 from quant_fairness_plugin.texts.languages import language_name
 
@@ -29,7 +29,7 @@ _STARTS = {
     "chat": "as the chat template begins a user's message",
     "plain": "with nothing in front",
 }
-_UNIT = "In thousandths of a bit per byte; * = the 95 % interval excludes 0; changed = other top-1 token"
+_UNIT = "In thousandths of a bit per byte; * = the 95 % interval excludes 0"
 
 
 def damage_table(measurement: Measurement, *, title: str) -> Table:
@@ -74,9 +74,14 @@ def comparison_table(unprotected: Measurement, protected: Measurement, *, title:
     return table
 
 
-def damage_notes(measurement: Measurement) -> list[str]:
-    """Return what stands under a table of damage: its unit, and the notes on its languages and sentences."""
-    return [_UNIT, *language_notes(measurement)]
+def damage_notes(measurement: Measurement, *, changed: bool = True) -> list[str]:
+    """Return what stands under a table of damage: its unit, and the notes on its languages and sentences.
+
+    Args:
+        measurement: what the table shows.
+        changed: whether it has the column of changed tokens.
+    """
+    return [f"{_UNIT}; changed = other top-1 token" if changed else _UNIT, *language_notes(measurement)]
 
 
 def language_notes(measurement: Measurement) -> list[str]:
@@ -97,7 +102,7 @@ def language_notes(measurement: Measurement) -> list[str]:
 
 def show_notes(notes: Sequence[str]) -> None:
     """Print what stands under a table, in grey on a terminal."""
-    typer.echo(typer.style("\n".join(notes), dim=True))
+    say("\n".join(notes), dim=True)
 
 
 def detailed_damage_table(measurement: Measurement, *, title: str) -> Table:

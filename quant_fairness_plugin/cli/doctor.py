@@ -65,6 +65,8 @@ def doctor(as_json: Json = False) -> None:
             typer.echo(f"  {'✓' if finding.works else '–'} {finding.name:<14} {finding.detail}")
             if finding.command:
                 typer.echo(f"{'':<19}{finding.command}")
+        if name == "readers":
+            typer.echo(f"{'':<19}Each reader is installed into an environment of its own.")
 
 
 def _machine() -> dict[str, int | str | None]:
@@ -103,7 +105,7 @@ def _readers() -> Iterator[Finding]:
         detail = "runs in this Python" if here else f"runs in {elsewhere}" if elsewhere else "its rules are checked"
         detail += f", but not on {' and '.join(missing)} checkpoints" if here and missing else ""
         lacks = not (here or elsewhere) or bool(missing)
-        command = f"{reader.install}  # in an environment of its own" if lacks else ""
+        command = reader.install if lacks else ""
         yield Finding(name=name, works=bool(here or elsewhere), detail=detail, command=command)
 
 

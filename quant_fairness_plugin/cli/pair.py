@@ -14,6 +14,7 @@ from quant_fairness_plugin.checkpoint.original import check_original
 from quant_fairness_plugin.checkpoint.others import readable_folder
 from quant_fairness_plugin.cli.damage import language_notes
 from quant_fairness_plugin.cli.progress import progress
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import describe_original, describe_part, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
@@ -111,9 +112,9 @@ def _measure(quantizer: FairQuantizer, folders: list[Path]) -> CheckpointPair:
 
 def _show(pair: CheckpointPair, verdict: PairVerdict, checkpoints: list[Path], model: str) -> None:
     """Print the verdict, the table and what both were measured on."""
-    typer.echo(verdict)
+    say(verdict)
     for name, path, measured in zip("AB", checkpoints, (pair.first, pair.second), strict=True):
-        typer.echo(f"{name} = {path} {describe_original(measured, model)}")
+        say(f"{name} = {path} {describe_original(measured, model)}")
     table = Table(title=f"KL on {describe_part(pair.first)}", box=None, pad_edge=False, title_justify="left")
     table.add_column("language")
     for head in ("16 bit", "A", "B", "B − A", "95 % interval"):
@@ -134,7 +135,7 @@ def _show(pair: CheckpointPair, verdict: PairVerdict, checkpoints: list[Path], m
     typer.echo("KL in thousandths of a bit per byte; * = the paired interval excludes 0")
     notes = [note for measured in (pair.first, pair.second) for note in language_notes(measured)]
     for note in dict.fromkeys(notes):
-        typer.echo(note)
+        say(note)
 
 
 def _cells(difference: Number) -> list[str]:

@@ -1,4 +1,4 @@
-"""`quant-fairness plan`: what a sweep and its checkpoint will take, before anything is loaded."""
+"""`quant-fairness plan`: what a run, a sweep and the checkpoint will take, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import GRID, TEXTS, Access, Json, MemoryBudget, ModelOption
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.sweep_options import PlansOptions
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
@@ -39,7 +40,7 @@ def plan(
     memory_budget: MemoryBudget = None,
     as_json: Json = False,
 ) -> None:
-    """Say how long a sweep takes, what memory and disk it needs, and who will load the result. Loads no model."""
+    """Say how long a run and a sweep take, their memory and disk, and who will load the result. Loads no model."""
     budget = None if memory_budget is None else parse_size(memory_budget)
     files, sentences = preflight(access.source(model), config)
 
@@ -66,4 +67,7 @@ def plan(
         problems = format_problems(files, sentences, config, possible, trust_remote_code=trust)
         readers = tuple(replace(one, reason=one.reason or problems.get(one.format, "")) for one in expected.readers)
         expected = replace(expected, readers=readers)
-    typer.echo(json.dumps(asdict(expected), indent=1) if as_json else "\n".join(forecast_lines(expected)))
+    if as_json:
+        typer.echo(json.dumps(asdict(expected), indent=1))
+    else:
+        say("\n".join(forecast_lines(expected)), indent=12)

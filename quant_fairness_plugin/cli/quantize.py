@@ -10,6 +10,7 @@ from quant_fairness_plugin.artifacts import ExportRecord, Measurement, Protectio
 from quant_fairness_plugin.cli.answers import show_answers
 from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table, show_notes
 from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.line import opened_line
 from quant_fairness_plugin.cli.options import (
     Access,
     ModelArgument,
@@ -19,13 +20,13 @@ from quant_fairness_plugin.cli.options import (
     Shown,
     default_output,
 )
-from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.report import report_checkpoint_folder
+from quant_fairness_plugin.cli.report import read_next, report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.preflight import ModelSource, preflight
+from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.quantize.calibration import coverage_lines
 
 
@@ -60,21 +61,7 @@ def write_checkpoint(
     place: Place | None = None,
 ) -> ExportRecord:
     """Check what can be checked without torch, then quantize, export, verify and measure."""
-    place = place or Place()
-    budget = place.bytes_
-    checked = preflight(source, config, out=out, overwrite=overwrite)
-
-    # Loads torch.
-    from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.quantize.workplace import Workplace
-    from quant_fairness_plugin.steps import can_go_in_blocks
-
-    with progress(place.kept) as tell:
-        quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
-            stream=can_go_in_blocks(config),
-        )  # fmt: skip
-        quantizer = quantizer if plan is None else quantizer.following(plan)
+    with opened_line(source, config, out, plan=plan, overwrite=overwrite, place=place or Place()) as quantizer:
 
         def measure(folder: Path) -> Measurement:
             measured = quantizer.measure_folder(folder)
@@ -104,6 +91,7 @@ def report_checkpoint(record: ExportRecord, out: Path, config: FairConfig, shown
         show_notes(damage_notes(record.measurement))
         show_answers(record.measurement, details=shown.details)
     more = singled_out(record.plan)
-    typer.echo(verified(record.reader_run))
-    typer.echo(f"{out}: {record.method} {record.grids}, {record.format}, {more}; {extent(record)}")
+    say(verified(record.reader_run))
+    say(f"{out}: {record.method} {record.grids}, {record.format}, {more}; {extent(record)}")
+    say(read_next(record, out))
     check_gate(record.measurement, config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from quant_fairness_plugin.cli.legacy import check_legacy, legacy_recommend
 from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.recommend_options import SEED_TOP, Limits, Printed
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
@@ -89,10 +89,10 @@ def _plan_by_sweep(swept: SweepReport, config: FairConfig, limits: Limits) -> Pr
 def _say_why(plan: ProtectionPlan, *, by_number: bool) -> None:
     """Write the reasons to stderr: as a warning where the plan is shaky or empty, and where a budget decided."""
     if not plan.stable or not plan_list(plan):
-        sys.stderr.write(f"warning: {'; '.join(plan.reasons)}\n")
+        say(f"warning: {'; '.join(plan.reasons)}", err=True)
     elif not by_number:
         doubt = " (predicted until the plan itself is evaluated on the confirm part)" if plan.predicted else ""
-        sys.stderr.write(f"note: {'; '.join(plan.reasons)}{doubt}\n")
+        say(f"note: {'; '.join(plan.reasons)}{doubt}", err=True)
 
 
 def _print_frontier(swept: SweepReport, *, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from quant_fairness_plugin.cli.options import Json
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import verified
 from quant_fairness_plugin.cli.verify import show_readers
 from quant_fairness_plugin.export.repair import RepairReport
@@ -46,7 +47,7 @@ def _show(report: RepairReport) -> None:
         typer.echo(f"backups: {', '.join(report.backups)}")
     if report.verified is not None:
         show_readers(report.verified)
-        typer.echo(verified(report.verified.reader_run))
+        say(verified(report.verified.reader_run))
         typer.echo(f"{report.out}: written, weights unchanged")
 
 

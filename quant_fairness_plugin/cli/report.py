@@ -13,8 +13,8 @@ from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, Measureme
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.errors import ConfigError, MissingExtraError
-from quant_fairness_plugin.report.drawing import check_extra
+from quant_fairness_plugin.errors import ConfigError, MissingExtraError, ResourceError
+from quant_fairness_plugin.report.drawing import check_drawing
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.report.sources import Artifact
@@ -37,7 +37,7 @@ def report(
 ) -> None:
     """Write one HTML page, which opens offline, about saved artifacts of one model. No model is loaded."""
     _check_place(output)
-    check_extra()
+    check_drawing()
 
     # Loads Altair.
     from quant_fairness_plugin.report.page import render_report
@@ -51,14 +51,14 @@ def report(
 def write_report(path: Path, artifacts: Iterable[Artifact], config: FairConfig) -> None:
     """Write a page beside a result, or say on stderr why there is none: the result must not be lost over it."""
     try:
-        check_extra()
+        check_drawing()
 
         # Loads Altair.
         from quant_fairness_plugin.report.page import render_report
         from quant_fairness_plugin.report.sources import Sources
 
         write_atomically(path, render_report(Sources.of(artifacts), gate=_gate(config)).encode())
-    except MissingExtraError as err:
+    except (MissingExtraError, ResourceError) as err:
         typer.echo(f"no {path.name} was written: {err}", err=True)
     except Exception as err:  # noqa: BLE001 - whatever a drawing fails of, hours of work are in the result
         said = " ".join(str(err).split())
@@ -78,6 +78,12 @@ def report_checkpoint_folder(
     """
     record = replace(load(ExportRecord, folder / RECORD_NAME), measurement=measured)
     write_report(folder / REPORT_NAME, [record, *others], config)
+
+
+def read_next(record: ExportRecord, out: Path) -> str:
+    """Say which files of a checkpoint are for people."""
+    page = f"{out / REPORT_NAME}, a page for a browser; " if REPORT_NAME in record.files else ""
+    return f"To read: {page}{out / 'README.md'}, the model card"
 
 
 def _gate(config: FairConfig) -> Gate | None:

@@ -17,6 +17,7 @@ from quant_fairness_plugin.artifacts import package_versions, temporary_folder, 
 from quant_fairness_plugin.claims.ledger import Claim, read_ledger
 from quant_fairness_plugin.claims.reproduction import Finding, Reproduction
 from quant_fairness_plugin.cli.options import Json, OutputFile
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import show
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256, resolve_model
@@ -110,7 +111,7 @@ def _list(claims: Sequence[Claim], *, as_json: bool) -> None:
         typer.echo(json.dumps([asdict(claim) for claim in claims], ensure_ascii=False, indent=1))
         return
     for claim in claims:
-        typer.echo(f"{claim.id:<8} {claim.here:<10} {claim.says}")
+        say(f"{claim.id:<8} {claim.here:<10} {claim.says}", indent=20)
 
 
 def _print(

@@ -11,14 +11,14 @@ from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.cli.answers import show_answers
 from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table, show_notes
 from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.line import opened_line
 from quant_fairness_plugin.cli.options import Access, ModelOption, OutputFolder, Overwrite, Place, Shown, default_output
-from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.report import report_checkpoint_folder
+from quant_fairness_plugin.cli.report import read_next, report_checkpoint_folder
 from quant_fairness_plugin.cli.saved_plan import PlanFile, planned
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import describe_part, extent, show, singled_out, verified
 from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.preflight import preflight
 from quant_fairness_plugin.quantize.calibration import coverage_lines
 
 
@@ -38,20 +38,7 @@ def run(
     saved, config = planned(plan, config)
     source = access.source(model)
     out = output or default_output(source.name)
-    budget = place.bytes_
-    checked = preflight(source, config, out=out, overwrite=overwrite)
-
-    # Loads torch.
-    from quant_fairness_plugin.fair_quantizer import FairQuantizer
-    from quant_fairness_plugin.quantize.workplace import Workplace
-    from quant_fairness_plugin.steps import can_go_in_blocks
-
-    with progress(place.kept) as tell:
-        quantizer = FairQuantizer.from_source(
-            source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
-            stream=can_go_in_blocks(config),
-        )  # fmt: skip
-        quantizer = quantizer if saved is None else quantizer.following(saved)
+    with opened_line(source, config, out, plan=saved, overwrite=overwrite, place=place) as quantizer:
 
         def report(folder: Path, unprotected: Measurement, protected: Measurement) -> None:
             others = [other for other in (unprotected, quantizer.last_sweep) if other is not None]
@@ -72,10 +59,11 @@ def _show(result: RunResult, config: FairConfig, out: Path, *, details: bool) ->
     title = f"{config.method} {result.record.grids}, {part}: without protection, and with {more}"
     table = detailed_comparison_table if details else comparison_table
     show(table(result.unprotected, result.protected, title=title))
-    show_notes(damage_notes(result.protected))
+    show_notes(damage_notes(result.protected, changed=False))
     show_answers(result.protected, details=details)
     for reason in (*result.plan.reasons, result.verdict):
-        typer.echo(reason)
+        say(reason)
     protection = f"{result.plan.overhead:.1%} extra bytes for protection"
-    typer.echo(verified(result.record.reader_run))
-    typer.echo(f"{out}: {result.record.format}; {protection}; {extent(result.record)}")
+    say(verified(result.record.reader_run))
+    say(f"{out}: {result.record.format}; {protection}; {extent(result.record)}")
+    say(read_next(result.record, out))

@@ -16,6 +16,7 @@ from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile, describe_kept
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import write_report
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.sweep_checks import check_execution, check_sets
 from quant_fairness_plugin.cli.sweep_options import ExecutionOptions, PlansOptions, SearchOptions
 from quant_fairness_plugin.cli.tables import (
@@ -103,24 +104,24 @@ def _save(report: SweepReport, output: Path, config: FairConfig, *, seconds: flo
 def _show(report: SweepReport, objective: str, counts: Sequence[str], *, bank: bool) -> None:
     show(sweep_table(report, objective))
     if bank:
-        typer.echo(f"quantized weights: {report.provenance.arguments['bank']}")
+        say(f"quantized weights: {report.provenance.arguments['bank']}")
     if report.around:
         show(around_table(report, objective))
-    typer.echo("\n".join(counts))
+    say("\n".join(counts))
     for table in synergy_tables(report, objective):
         show(table)
     _say(report, objective)
     if report.condition:
-        typer.echo(report.condition)
+        say(report.condition)
 
 
 def _say(report: SweepReport, objective: str) -> None:
     for line in necessity_lines(report, objective):
-        typer.echo(line)
+        say(line)
     for mode in report.modes:
         ranking = report.rankings[f"{mode} {objective}"]
         if isinstance(ranking, Undefined):
-            typer.echo(f"{mode}: {report.granularity}s cannot be ranked by {objective}: {ranking.undefined}")
+            say(f"{mode}: {report.granularity}s cannot be ranked by {objective}: {ranking.undefined}")
             continue
         verdict = "stable" if ranking.stable else "unstable"
-        typer.echo(f"{mode}, most worth protecting first: {unit_list(ranking.units)} ({verdict}: {ranking.reason})")
+        say(f"{mode}, most worth protecting first: {unit_list(ranking.units)} ({verdict}: {ranking.reason})")

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.measure import Measurement as Width
+from rich.table import Column, Table
 
 from quant_fairness_plugin.artifacts import (
     ExportRecord,
@@ -27,6 +28,7 @@ from quant_fairness_plugin.artifacts import (
     Unit,
     bits_of_precision,
 )
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.recommend import describe_overrides
 
 WIDTH_WITHOUT_TERMINAL = 180
@@ -34,12 +36,59 @@ LISTED_UNITS = 8
 """More of them are counted."""
 
 
-def show(table: Table) -> None:
-    """Print a table to stdout, wide enough for its columns where stdout is not a terminal."""
+def show(table: Table, *, keys: int = 1) -> None:
+    """Print a table to stdout, wide enough for its columns where stdout is not a terminal.
+
+    Args:
+        table: what to print; on a terminal that it is too wide for, its columns come in several tables.
+        keys: how many of the first columns name a row, and stand in each of these.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH_WITHOUT_TERMINAL)
-    console.print(table)
+        console.print(table)
+        return
+    parts = fitting(table, console, keys=keys)
+    if table.title_justify == "left":  # a sentence, which a narrow table would break
+        say(table.title)
+        parts[0].title = None
+    for part in parts:
+        console.print(part)
+
+
+def fitting(table: Table, console: Console, *, keys: int = 1) -> list[Table]:
+    """Return a table as tables that fit a console; a column that is too wide by itself is left to wrap."""
+    if table.expand:  # made for any width
+        return [table]
+    line, edge = (3, 1) if table.box else (2, -2 * (not table.pad_edge))
+    widths = [line + _width(console, column) for column in table.columns]
+    room = console.width - edge - sum(widths[:keys])
+    groups: list[list[int]] = [[]]
+    for index in range(keys, len(widths)):
+        if groups[-1] and sum(widths[i] for i in groups[-1]) + widths[index] > room:
+            groups.append([])
+        groups[-1].append(index)
+    if len(groups) == 1:
+        return [table]
+    parts = [_columns(table, [*range(keys), *group]) for group in groups]
+    parts[0].title, parts[-1].caption = table.title, table.caption
+    return parts
+
+
+def _width(console: Console, column: Column) -> int:
+    """Return the characters of a column's longest cell."""
+    return max(Width.get(console, console.options, cell).maximum for cell in (column.header, *column.cells))
+
+
+def _columns(table: Table, chosen: Sequence[int]) -> Table:
+    """Return a table of some columns of another."""
+    some = Table(box=table.box, pad_edge=table.pad_edge, title_justify=table.title_justify, show_lines=table.show_lines)
+    kept = [table.columns[index] for index in chosen]
+    for column in kept:
+        some.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
+    for row, cells in zip(table.rows, zip(*(column.cells for column in kept), strict=True), strict=True):
+        some.add_row(*cells, style=row.style, end_section=row.end_section)
+    return some
 
 
 def number(value: Number, digits: int = 5) -> str:
@@ -64,7 +113,7 @@ def describe_original(measurement: Measurement, model: str) -> str:
 
 def unit_list(units: Sequence[str]) -> str:
     """Return `0,9,11` or `3.down,5.qkv`, the forms that `--protect-layers` and `--protect-units` take."""
-    return ",".join(unit.removeprefix("layers.") for unit in units)
+    return ",".join(Unit.parse(unit).short if Unit.is_name(unit) else unit for unit in units)
 
 
 def layer_list(layers: Sequence[int]) -> str:
@@ -251,8 +300,8 @@ def verified(run: ReaderRun | Undefined | None) -> str:
 def extent(record: ExportRecord) -> str:
     """Return how much of a model a checkpoint quantizes, and what stays in 16 bit against the plan, as a clause."""
     done, total = len(record.quantized_modules), record.linear_modules
-    size = sum(file.bytes_ for name, file in record.files.items() if name.endswith(".safetensors"))
-    text = f"{done} of {total} linear modules quantized, weights {size / record.sixteen_bit_bytes:.0%} of 16 bit"
+    share = record.weight_bytes / record.sixteen_bit_bytes
+    text = f"{done} of {total} linear modules quantized, weights {share:.0%} of 16 bit"
     if not record.kept_modules:
         return text
     name, reason = next(iter(record.kept_modules.items()))

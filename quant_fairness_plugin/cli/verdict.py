@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import typer
-
 from quant_fairness_plugin.artifacts import Measurement
 from quant_fairness_plugin.artifacts.gates import Gate
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import QualityGateError
 from quant_fairness_plugin.statistics.verdict import Verdict, judge
@@ -18,7 +17,7 @@ def verdict_of(measurement: Measurement, config: FairConfig) -> Verdict:
 
 def show_verdict(measurement: Measurement, config: FairConfig) -> None:
     """Print the verdict to stdout."""
-    typer.echo(verdict_of(measurement, config))
+    say(verdict_of(measurement, config))
 
 
 def check_gate(measurement: Measurement | None, config: FairConfig) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.options import Json
+from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.export.verify import VerifyReport
 from quant_fairness_plugin.export.verify import verify as verify_folder
 
@@ -35,7 +36,7 @@ def verify(
         typer.echo(json.dumps(report.to_dict(), indent=1))
         return
     for check in report.checks:
-        typer.echo(f"{check.name:<12} {check.outcome:<8} {check.detail}")
+        say(f"{check.name:<12} {check.outcome:<8} {check.detail}", indent=22)
     show_readers(report)
 
 
@@ -43,4 +44,5 @@ def show_readers(report: VerifyReport) -> None:
     """Print a line for each reader: whether its rules take this folder right."""
     for reader, problem in report.problems.items():
         note = f" ({READERS[reader].note})" if READERS[reader].note else ""
-        typer.echo(f"{reader:<12} {'no' if problem else 'reads':<8} {problem or 'every module as it is stored'}{note}")
+        said = f"{problem or 'every module as it is stored'}{note}"
+        say(f"{reader:<12} {'no' if problem else 'reads':<8} {said}", indent=22)

@@ -28,6 +28,7 @@ from quant_fairness_plugin.model.resolve import BUNDLED
 from quant_fairness_plugin.plans.precision_map import bits_of_record, layer_ranges, module_names, written_bits
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.recommend import describe_overrides
+from quant_fairness_plugin.statistics.configurations import SIXTEEN_BIT, Configuration, configurations
 from quant_fairness_plugin.statistics.verdict import judge
 
 _MARKUP = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
@@ -37,7 +38,7 @@ def render_card(record: ExportRecord, source: SourceCard = NO_CARD) -> str:
     """The card as Markdown with YAML front matter. Names and texts from outside are escaped.
 
     Args:
-        record: what was exported; its `files` are not used.
+        record: what was exported; of its `files` only the bytes of the weights are used.
         source: what the card of the source says that holds for the export too.
     """
     environment = jinja2.Environment(
@@ -68,6 +69,7 @@ def render_card(record: ExportRecord, source: SourceCard = NO_CARD) -> str:
         command=command_again(record),
         bound=Gate().most,
         rows=[_row(damage) for damage in measurement.languages] if measurement else [],
+        configurations=[_configuration(row) for row in configurations(record)] if record.weight_bytes else [],
         refusals={reader: _refusal(record, reader) for reader in READERS},
     )
 
@@ -183,6 +185,14 @@ def _row(damage: LanguageDamage) -> list[str]:
     cells = [_plain(damage.language), f"{damage.baseline_bpb:.3f}", f"{damage.quantized_bpb:.3f}"]
     cells += [_number(damage.delta_bpb), _number(damage.kl_bits_per_byte), _number(damage.flip_rate)]
     return [*cells, damage.status if damage.status == "supported" else _plain(f"{damage.status}: {damage.reason}")]
+
+
+def _configuration(row: Configuration) -> list[str]:
+    """One state of the model as table cells."""
+    cells = [_plain(row.name), str(row.bytes_), f"{row.of_16_bit:.0%}"]
+    if row.name == SIXTEEN_BIT:
+        return [*cells, "0", "", "", _plain(row.use)]
+    return [*cells, _number(row.worst_kl), _number(row.disparity), _plain(row.label), _plain(row.use)]
 
 
 def _number(value: Number) -> str:

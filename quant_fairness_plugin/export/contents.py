@@ -52,7 +52,7 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
             dense = dense.t() if is_conv1d(loaded.model.get_submodule(module)) else dense
             yield stored_name(name, family), dense.to("cpu", dtype).contiguous()
     for owner, experts in kept.items():
-        for part, stack in stacked_tensors(owner, experts).items():
+        for part, stack in stacked_tensors(owner, experts, loaded.stored).items():
             yield stored_name(part, family), stack().to("cpu", dtype)
     for name, length in layout.added_tensors(loaded.model).items():
         yield name, torch.ones(length, dtype=dtype)

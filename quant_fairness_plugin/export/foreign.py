@@ -106,9 +106,9 @@ def read_foreign(
     with torch.no_grad():
         files = dict(_tensors(folder))
         marker = f".{layout.suffixes[0]}"
-        found = {name.removesuffix(marker) for name in files if name.endswith(marker)}
-        for name in sorted(found ^ set(job.grids)):
-            raise _wrong(tool, name, "is quantized" if name in found else "is in 16 bit", "the plan, module by module")
+        packed = {name.removesuffix(marker) for name in files if name.endswith(marker)}
+        for name in sorted(packed ^ set(job.grids)):
+            raise _wrong(tool, name, "is quantized" if name in packed else "is in 16 bit", "the plan, module by module")
         tensors = {name: _module(name, files, layout, job, tool) for name in job.grids}
         folded = _compare_rest(files, loaded, job, tool)
     return tensors, folded
@@ -176,8 +176,8 @@ def _module(name: str, files: dict[str, Tensor], layout: Format, job: Job, tool:
     rows, cols = job.shapes[name]
     groups = 1 if grid.group_size == -1 else cols // grid.group_size
     if read.integers.shape != (rows, cols) or read.scales.shape != (rows, groups):
-        found = f"is {list(read.integers.shape)} with scales {list(read.scales.shape)}"
-        raise _wrong(tool, name, found, f"{[rows, cols]} with scales {[rows, groups]}")
+        problem = f"is {list(read.integers.shape)} with scales {list(read.scales.shape)}"
+        raise _wrong(tool, name, problem, f"{[rows, cols]} with scales {[rows, groups]}")
     if grid.symmetric and not bool((read.zeros == 2 ** (grid.bits - 1)).all()):
         raise _wrong(tool, name, "has zero points", "a symmetric grid")
     if not torch.equal(read.scales.to(dtype).to(read.scales.dtype), read.scales):

@@ -210,33 +210,33 @@ class RepairPlan:
     """Weight file → the name that loaders look for."""
 
 
-def plan_repair(found: Inspection) -> RepairPlan:
+def plan_repair(inspection: Inspection) -> RepairPlan:
     """Work out the universal metadata of a checkpoint.
 
     Args:
-        found: what the folder holds.
+        inspection: what the folder holds.
 
     Raises:
         UnsupportedModelError: metadata cannot make this folder load everywhere; says what stands against it.
     """
-    _refuse(found)
-    quantization = universal_quantization(found)
-    config_path, side_path = found.folder / "config.json", found.folder / SIDE_FILES[0]
+    _refuse(inspection)
+    quantization = universal_quantization(inspection)
+    config_path, side_path = inspection.folder / "config.json", inspection.folder / SIDE_FILES[0]
     before = {"config.json": read_json(config_path)}
     before[side_path.name] = read_json(side_path) if side_path.is_file() else {}
-    dtypes = {key: found.dtype for key in ("dtype", "torch_dtype") if key in found.config}
+    dtypes = {key: inspection.dtype for key in ("dtype", "torch_dtype") if key in inspection.config}
     after = {
         "config.json": before["config.json"] | dtypes | {"quantization_config": quantization},
         side_path.name: {k: v for k, v in before[side_path.name].items() if k not in _STALE} | quantization,
     }
-    renames = {} if found.weights[0].startswith("model") else {found.weights[0]: "model.safetensors"}
+    renames = {} if inspection.weights[0].startswith("model") else {inspection.weights[0]: "model.safetensors"}
     changes = [Change(old, "file name", old, new) for old, new in renames.items()]
     for name in after:
         changes += _differences(name, before[name], after[name])
     return RepairPlan(tuple(changes), {name: new for name, new in after.items() if new != before[name]}, renames)
 
 
-def universal_quantization(found: Inspection) -> dict[str, Any]:
+def universal_quantization(inspection: Inspection) -> dict[str, Any]:
     """The `quantization_config` that every reader takes right; keys that no loader's choice depends on stay.
 
     Raises:
@@ -244,75 +244,77 @@ def universal_quantization(found: Inspection) -> dict[str, Any]:
     """
     from quant_fairness_plugin.checkpoint.module_map import module_map
 
-    widths = {name: module.bits for name, module in found.packed.items()}
+    widths = {name: module.bits for name, module in inspection.packed.items()}
     bits = Counter(widths.values()).most_common(1)[0][0]
     others = {name: width for name, width in widths.items() if width != bits}
-    modules = module_map(found.model, found.family, found.packed, bits=others, sizes=_group_sizes(found))
-    assert found.layout is not None  # says `_refuse`
-    layout = format_of_layout(found.layout)
+    modules = module_map(
+        inspection.model, inspection.family, inspection.packed, bits=others, sizes=_group_sizes(inspection)
+    )
+    assert inspection.layout is not None  # says `_refuse`
+    layout = format_of_layout(inspection.layout)
     if layout.uniform and len(set(modules.sizes.values())) > 1:
-        _stop(found, f"has modules of several group sizes, and {layout.name} holds one", "one size")
-    grid = Grid(bits=bits, group_size=modules.usual_size(-1), symmetric=found.facts.symmetric)
+        _stop(inspection, f"has modules of several group sizes, and {layout.name} holds one", "one size")
+    grid = Grid(bits=bits, group_size=modules.usual_size(-1), symmetric=inspection.facts.symmetric)
     needed = layout.quantization_config(modules, grid)
     other_names = {
         "method": layout.method,
         "format": needed["checkpoint_format"],
-        "block_name_to_quantize": found.family.blocks,
+        "block_name_to_quantize": inspection.family.blocks,
     }
-    needed |= {key: value for key, value in other_names.items() if key in found.quantization}
+    needed |= {key: value for key, value in other_names.items() if key in inspection.quantization}
     dropped = _STALE | _AUTOAWQ_ONLY
-    return {key: value for key, value in found.quantization.items() if key not in dropped} | needed
+    return {key: value for key, value in inspection.quantization.items() if key not in dropped} | needed
 
 
-def _group_sizes(found: Inspection) -> dict[str, int]:
+def _group_sizes(inspection: Inspection) -> dict[str, int]:
     """The announced size for every module if it fits all, else the only one that does, else that of each module."""
     from quant_fairness_plugin.checkpoint.inspection import STORED_SIZES
 
-    announced = found.quantization.get("group_size")
+    announced = inspection.quantization.get("group_size")
     candidates = [announced] if type(announced) is int and (announced > 0 or announced == -1) else []
     for size in (*candidates, *STORED_SIZES):
-        if all(module.fits(size) for module in found.packed.values()):
-            return dict.fromkeys(found.packed, int(size))
-    for name in sorted(found.packed.keys() - found.modules.sizes.keys()):
-        _stop(found, f"has {name} in groups of no size that tools write", "groups of one size in a module")
-    return dict(found.modules.sizes)
+        if all(module.fits(size) for module in inspection.packed.values()):
+            return dict.fromkeys(inspection.packed, int(size))
+    for name in sorted(inspection.packed.keys() - inspection.modules.sizes.keys()):
+        _stop(inspection, f"has {name} in groups of no size that tools write", "groups of one size in a module")
+    return dict(inspection.modules.sizes)
 
 
-def _refuse(found: Inspection) -> None:
+def _refuse(inspection: Inspection) -> None:
     """Everything that stands in the tensors and that no metadata can put right."""
-    if found.layout is None or not found.packed:
-        _stop(found, "holds no quantized modules", "a checkpoint in gptq or awq")
-    if found.layout == "compressed-tensors":
-        _stop(found, "is compressed-tensors, which has one list and no readers' dialects", "gptq or awq")
-    if found.family.generic:
-        _stop(found, "is of an architecture whose merged modules are not known", "a known family")
-    for name in found.modules.split_groups:
-        _stop(found, f"has mixed shards: {name} is merged by servers, and its parts differ", "whole fusion groups")
-    for name in found.modules.quantized:
-        if not name.startswith(f"{found.family.blocks}."):
-            _stop(found, f"has {name} quantized, outside of the decoder blocks", "16 bit there")
-    if found.layout == "awq":
-        _refuse_awq(found)
+    if inspection.layout is None or not inspection.packed:
+        _stop(inspection, "holds no quantized modules", "a checkpoint in gptq or awq")
+    if inspection.layout == "compressed-tensors":
+        _stop(inspection, "is compressed-tensors, which has one list and no readers' dialects", "gptq or awq")
+    if inspection.family.generic:
+        _stop(inspection, "is of an architecture whose merged modules are not known", "a known family")
+    for name in inspection.modules.split_groups:
+        _stop(inspection, f"has mixed shards: {name} is merged by servers, and its parts differ", "whole fusion groups")
+    for name in inspection.modules.quantized:
+        if not name.startswith(f"{inspection.family.blocks}."):
+            _stop(inspection, f"has {name} quantized, outside of the decoder blocks", "16 bit there")
+    if inspection.layout == "awq":
+        _refuse_awq(inspection)
     else:
-        _refuse_gptq(found)
+        _refuse_gptq(inspection)
 
 
-def _refuse_awq(found: Inspection) -> None:
-    for name in found.facts.missing_scales:
-        _stop(found, f"lacks {name}, without which Transformers computes NaN", "activation scales in every block")
+def _refuse_awq(inspection: Inspection) -> None:
+    for name in inspection.facts.missing_scales:
+        _stop(inspection, f"lacks {name}, without which Transformers computes NaN", "activation scales in every block")
 
 
-def _refuse_gptq(found: Inspection) -> None:
-    if not found.facts.ordered:
-        _stop(found, "has act-order (desc_act true, permuted g_idx), which vLLM refuses", "groups in order")
-    if not found.facts.symmetric:
-        _stop(found, "has an asymmetric gptq grid, and vLLM reads symmetric ones only", "sym=True")
+def _refuse_gptq(inspection: Inspection) -> None:
+    if not inspection.facts.ordered:
+        _stop(inspection, "has act-order (desc_act true, permuted g_idx), which vLLM refuses", "groups in order")
+    if not inspection.facts.symmetric:
+        _stop(inspection, "has an asymmetric gptq grid, and vLLM reads symmetric ones only", "sym=True")
 
 
-def _stop(found: Inspection, problem: str, allowed: str) -> NoReturn:
+def _stop(inspection: Inspection, problem: str, allowed: str) -> NoReturn:
     raise UnsupportedModelError(
-        f"{found.folder} {problem}; allowed: {allowed}. A repair changes no tensors: quantize again, or use a reader "
-        "that quant-fairness verify names."
+        f"{inspection.folder} {problem}; allowed: {allowed}. A repair changes no tensors: quantize again, or use a "
+        "reader that quant-fairness verify names."
     )
 
 

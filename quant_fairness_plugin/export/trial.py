@@ -107,7 +107,7 @@ def _run_blocks(loaded: LoadedModel) -> None:
         hidden = rehearsal.hidden
         for layer, call in enumerate(rehearsal.calls):
             hidden = call.run(loaded.block(layer), hidden)
-        found = head_input(loaded, ids, None, hidden)
+        computed = head_input(loaded, ids, None, hidden)
         given: list[torch.Tensor] = []
         head = loaded.model.get_submodule(loaded.family.head)
         hook = head.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
@@ -115,5 +115,5 @@ def _run_blocks(loaded: LoadedModel) -> None:
             loaded.model(input_ids=ids, use_cache=False)
         finally:
             hook.remove()
-    if not torch.allclose(found, given[0], rtol=1e-3, atol=1e-4):
+    if not torch.allclose(computed, given[0], rtol=1e-3, atol=1e-4):
         raise UnsupportedModelError("its blocks, run one by one, compute something else than the model")

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, ExportRecord, Measurement, TextSet, save
+from quant_fairness_plugin.artifacts import (
+    BeforeAndAfter,
+    CheckpointFormat,
+    ExportRecord,
+    Measurement,
+    TextSet,
+    save,
+)
 from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
@@ -43,6 +50,7 @@ from quant_fairness_plugin.model.streamed import budget_of
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
+Measure = Callable[[Path], Measurement | BeforeAndAfter]
 _logger = logging.getLogger(__name__)
 
 
@@ -55,7 +63,7 @@ def export(
     reader: str = "transformers",
     seed: int = 0,
     overwrite: bool = False,
-    measure: Callable[[Path], Measurement] | None = None,
+    measure: Measure | None = None,
 ) -> ExportRecord:
     """Write a checkpoint folder beside its final name, verify it, measure it, and only then give it that name.
 
@@ -67,7 +75,8 @@ def export(
         reader: who must be able to load it, one of `checkpoint.readers.READERS`.
         seed: the seed of the whole line, recorded.
         overwrite: replace an earlier export of that name.
-        measure: measures a written folder; its result goes into the record and the card.
+        measure: measures a written folder, and may add what the same quantization without protection does; its result
+            goes into the record and the card.
 
     Returns:
         The content of `quant_fairness.json`.
@@ -99,13 +108,19 @@ def export(
         _say_what_was_left_out(out, report, budget_of(loaded))
         record = _describe(replace(record, reader_run=report.reader_run), card, folder)
         if measure is not None:
-            measured = measure(folder)
-            evaluated = replace(plan, predicted=plan.predicted and measured.held_out is False)
-            record = _describe(replace(record, plan=evaluated, measurement=measured), card, folder)
+            record = _describe(_measured(record, measure(folder)), card, folder)
         check_recorded_files(folder, record)
     if (summary := copies.summary()) and loaded.files.weights:
         _logger.warning("%s: %s", out, summary)
     return record
+
+
+def _measured(record: ExportRecord, found: Measurement | BeforeAndAfter) -> ExportRecord:
+    """Return the record with what was measured; a plan is a prediction until sentences that are new to it were read."""
+    before = found.unprotected if isinstance(found, BeforeAndAfter) else None
+    measured = found.protected if isinstance(found, BeforeAndAfter) else found
+    plan = replace(record.plan, predicted=record.plan.predicted and measured.held_out is False)
+    return replace(record, plan=plan, measurement=measured, unprotected=before)
 
 
 def _say_what_was_left_out(out: Path, report: VerifyReport, memory_budget: int | None) -> None:
@@ -245,8 +260,8 @@ def _describe(record: ExportRecord, source: SourceCard, folder: Path) -> ExportR
 def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """What the files say must be the integers that were quantized and the values that were folded, bit for bit."""
     expected = _expected_values(quantized, twin=not layout.packs)
-    for name, found in iterate_dense(folder, names=frozenset(expected)):
-        if not torch.equal(found, expected.pop(name)()):
+    for name, stored in iterate_dense(folder, names=frozenset(expected)):
+        if not torch.equal(stored, expected.pop(name)()):
             raise ArtifactError(f"{folder / name}: what was written is not what was quantized. Report this as a bug.")
     if expected:
         raise ArtifactError(
@@ -258,9 +273,9 @@ def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format
 
 def _compare_columns(quantized: QuantizedModel, folder: Path) -> None:
     """The side file must hold what the integers lack; where scales were moved, it is compared with memory alone."""
-    found = read_columns(folder)
-    for name in sorted(found.keys() | quantized.columns.keys()):
-        kept, written = quantized.columns.get(name), found.get(name)
+    in_file = read_columns(folder)
+    for name in sorted(in_file.keys() | quantized.columns.keys()):
+        kept, written = quantized.columns.get(name), in_file.get(name)
         if kept is None or written is None or not torch.equal(kept.delta.cpu(), written.delta):
             raise ArtifactError(f"{folder}: the columns of {name} are not what was kept. Report this as a bug.")
         if not find_method(quantized.method).moves_scales:

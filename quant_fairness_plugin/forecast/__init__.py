@@ -1,4 +1,4 @@
-"""What a sweep and the checkpoint after it will take, before anything is loaded: `forecast`.
+"""What a sweep, a run and its checkpoint will take, before anything is loaded: `forecast`.
 
 Takes a model's config, the headers of its files, its tokenizer and a text set; no weight is read. Passes, tokens and
 bytes are counted, by the code that the sweep itself counts with; memory follows from shapes; time is an estimate, from
@@ -7,14 +7,17 @@ parts of the work that are timed on this machine while it is made.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
+    Part,
     Reader,
     TextSet,
+    Undefined,
     precision_of_bits,
 )
 from quant_fairness_plugin.checkpoint.formats import FORMATS
@@ -31,9 +34,10 @@ from quant_fairness_plugin.forecast.passes import (
     swept_units,
     unit_map,
 )
+from quant_fairness_plugin.forecast.run import Run, Step
 from quant_fairness_plugin.forecast.speed import Speed, measure_speed
 from quant_fairness_plugin.forecast.work import Work, count_work
-from quant_fairness_plugin.measure.rows import tokenize
+from quant_fairness_plugin.measure.rows import TokenRows, tokenize
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.outline import Outline, outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
@@ -45,7 +49,7 @@ from quant_fairness_plugin.plans.units import check_around
 from quant_fairness_plugin.sweep.config import SweepConfig
 from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
 
-__all__ = ["Disk", "Forecast", "Memory", "Range", "Verdict", "Speed", "Text", "Work", "forecast"]
+__all__ = ["Disk", "Forecast", "Memory", "Range", "Verdict", "Speed", "Step", "Text", "Work", "forecast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,8 @@ class Forecast:
     """The same as `least`, but where only sets of leading units are evaluated: it depends on which units lead."""
     seconds: Range
     """Of the block passes, the head and the rounding; without loading the model, and without the statistics."""
+    run: tuple[Step, ...] | Undefined
+    """What `run` as it comes takes: with a plan by gradients, which sweeps nothing."""
     speed: Speed
     memory: Memory
     """With the whole model in memory."""
@@ -122,7 +128,8 @@ def forecast(
     config = config.fitted(outline, uniform=takes_one_group_size(config.format, config.reader))
     groups, trees = fitting_groups(outline, config.grid), _walks(outline, config, sweep)
     protected = check_layers(config.protect_layers, files.layers) if isinstance(config.protect_layers, tuple) else ()
-    text = _read_text(files, outline, texts.part("search"), trust_remote_code)
+    tokenized = _tokenize(files, outline, texts, trust_remote_code)
+    text = _count(tokenized, texts, "search")
     speed = measure_speed(
         outline, config.grid, row_tokens=text.padded // sum(rows for rows, _, _ in text.batches),
         heads=_heads(files, outline), states=len(trees[1][1].stages[-1]),
@@ -137,12 +144,27 @@ def forecast(
         least=least,
         most=most,
         seconds=Range(least.seconds(speed).low, most.seconds(speed).high),
+        run=_run(outline, config, texts, tokenized, speed).steps(),
         speed=speed,
         memory=in_memory(outline, groups, trees[1], text, precisions=precisions),
         streamed=streamed(outline, trees[1], text, precisions=precisions, budget=memory_budget),
         disk=count_disk(outline, config.grid, protected),
         readers=_verdicts(outline, config, formats, readers),
     )  # fmt: skip
+
+
+def _run(
+    outline: Outline, config: FairConfig, texts: TextSet, tokenized: Mapping[Part, TokenRows], speed: Speed
+) -> Run:
+    search, confirm = (_count(tokenized, texts, part) for part in ("search", "confirm"))
+    return Run(
+        outline=outline, config=config, languages=texts.languages,
+        calibrated=_calibrated(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
+    )  # fmt: skip
+
+
+def _count(tokenized: Mapping[Part, TokenRows], texts: TextSet, part: Part) -> Text:
+    return count_text(tokenized[part], texts.part(part), batch_tokens=BATCH_TOKENS)
 
 
 def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[list[StateTree], list[StateTree]]:
@@ -154,12 +176,25 @@ def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[li
     return possible_walks(planned, units, around_plans(sweep.also, units, singled_out, sweep.modes))
 
 
-def _read_text(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_code: bool) -> Text:
+def _tokenize(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_code: bool) -> Mapping[Part, TokenRows]:
     tokenizer = counting_tokenizer(files, trust_remote_code=trust_remote_code, templates=texts.start == "chat")
     if not is_plain(files):  # else `preflight` did
         check_vocabulary(tokenizer, texts, rows=outline.vocabulary, name=files.name)
-    tokenized = tokenize(cast(Any, tokenizer), texts, context=min(CONTEXT, outline.positions))
-    return count_text(tokenized, texts, batch_tokens=BATCH_TOKENS)
+    context = min(CONTEXT, outline.positions)
+    return {part: tokenize(cast(Any, tokenizer), texts.part(part), context=context) for part in get_args(Part)}
+
+
+def _calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
+    """Return how many tokens of all languages are calibrated on; line ends and beginnings are not counted."""
+    if config.calibration_texts is not None and config.tokens_per_language is None:
+        return None
+    counts = Counter[str]()
+    for row in tokenized.rows:
+        counts[row.language] += len(row.ids)
+    if config.calibration == "proportional":
+        return counts.total()
+    languages = 1 if config.calibration == "english" else len(counts)
+    return languages * (config.tokens_per_language or min(counts.values()))
 
 
 def _heads(files: ModelFiles, outline: Outline) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.checkpoint.readers import READERS
-from quant_fairness_plugin.forecast import Forecast, Memory, Range, Verdict
+from quant_fairness_plugin.forecast import Forecast, Memory, Range, Step, Verdict
+from quant_fairness_plugin.forecast.speed import NOTHING
 from quant_fairness_plugin.model.sizes import shown
 
 _STEPS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -19,16 +21,18 @@ def forecast_lines(result: Forecast) -> Iterator[str]:
     )
     if result.kept_groups:
         yield f"            {', '.join(result.kept_groups)}: not fitted by the grid, 16 bit in every plan"
+    yield _run_line(result.run)
     yield from _sweep_lines(result)
-    yield from _time_lines(result)
+    yield _time_line(result)
     yield f"memory      at least {_memory(result.memory)}; Python, its libraries and freed memory come on top"
     yield f"            layer by layer (--memory-budget): at least {_memory(result.streamed)}"
     yield (
         f"disk        {shown(result.disk.plan)} of tensors under the plan; all layers quantized "
         f"{shown(result.disk.quantized)}, all in 16 bit {shown(result.disk.sixteen_bit)}"
     )
-    for verdict in result.readers:
-        yield _verdict(verdict)
+    yield from map(_verdict, result.readers)
+    notes = {verdict.reader: READERS[verdict.reader].note for verdict in result.readers}
+    yield from (f"            {reader}: {note}" for reader, note in notes.items() if note)
 
 
 def _sweep_lines(result: Forecast) -> Iterator[str]:
@@ -36,24 +40,37 @@ def _sweep_lines(result: Forecast) -> Iterator[str]:
     exact = result.least.block_passes == most.block_passes
     passes = f"{most.block_passes:,}" if exact else f"{result.least.block_passes:,} to {most.block_passes:,}"
     alone = len(text.batches) * result.layers * (result.plans + 1)
-    yield f"sweep       {result.plans} plans; {passes} block passes, {alone:,} if every plan were run by itself"
-    yield "            of sweep and --exhaustive. By default run and quantize sweep nothing: gradients between two"
-    yield "            quantizations score the parts, which is not forecast"
+    yield (
+        f"sweep       of sweep and --exhaustive alone: {result.plans} plans; {passes} block passes, {alone:,} if every "
+        "plan were run by itself"
+    )
     yield (
         f"text        {text.sentences} sentences in {text.languages} languages: {text.scored:,} tokens, "
         f"{text.padded:,} with padding, in {len(text.batches)} batches"
     )
 
 
-def _time_lines(result: Forecast) -> Iterator[str]:
+def _time_line(result: Forecast) -> str:
     speed = result.speed
-    yield f"arithmetic  {result.most.flops / 1e9:,.1f} GFLOP in blocks and head"
-    yield (
-        f"time        {_duration(result.seconds)} on this CPU: an estimate, from matmuls, attention, scoring and "
-        f"rounding in the model's shapes, timed just now for {speed.seconds:.1f} s with {speed.threads} thread(s) "
-        f"({speed.flops.low / 1e9:.0f} to {speed.flops.high / 1e9:.0f} GFLOP/s in matmuls)"
+    return (
+        f"sweep time  {_duration(result.seconds)} on this CPU: an estimate for {result.most.flops / 1e9:,.1f} GFLOP in "
+        "blocks and head, from matmuls, attention, scoring and rounding in the model's shapes, timed just now for "
+        f"{speed.seconds:.1f} s with {speed.threads} thread(s) ({speed.flops.low / 1e9:.0f} to "
+        f"{speed.flops.high / 1e9:.0f} GFLOP/s in matmuls); without loading the model and without the statistics; "
+        "other work on the machine makes it longer"
     )
-    yield "            without loading the model and without the statistics; other work on the machine makes it longer"
+
+
+def _run_line(steps: tuple[Step, ...] | Undefined) -> str:
+    if isinstance(steps, Undefined):
+        return f"run         how long it takes is not known: {steps.undefined}"
+    whole = sum((step.seconds for step in steps), NOTHING)
+    factor, unit = _unit(whole)
+    parts = [f"{step.name} {step.seconds.low / factor:.1f} to {step.seconds.high / factor:.1f}" for step in steps]
+    return (
+        f"run         {_duration(whole)} as it comes, with a plan by gradients: an estimate, from parts of the work "
+        f"timed just now. In {unit}: {', '.join(parts)}"
+    )
 
 
 def _memory(memory: Memory) -> str:
@@ -65,12 +82,14 @@ def _memory(memory: Memory) -> str:
 
 
 def _duration(seconds: Range) -> str:
-    factor, unit = next((step for step in _STEPS if seconds.high >= 2 * step[0]), _STEPS[-1])
+    factor, unit = _unit(seconds)
     return f"{seconds.low / factor:.1f} to {seconds.high / factor:.1f} {unit}"
+
+
+def _unit(seconds: Range) -> tuple[float, str]:
+    return next((step for step in _STEPS if seconds.high >= 2 * step[0]), _STEPS[-1])
 
 
 def _verdict(verdict: Verdict) -> str:
     words = f"no: {verdict.reason}" if verdict.reason else "loads it"
-    note = READERS[verdict.reader].note
-    words += f" ({note})" if note else ""
     return f"readers     {verdict.format:<18} {verdict.reader:<12} {words}"

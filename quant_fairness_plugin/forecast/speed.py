@@ -24,6 +24,8 @@ REPEATS = 4
 PIECE = 1 << 27
 """Multiplications of one timed matmul: some milliseconds on one core."""
 HEAD_TOKENS = 32
+FEW_TOKENS = 18
+"""Three prompts in six languages."""
 NOTHING = Range(0.0, 0.0)
 
 
@@ -33,6 +35,8 @@ class Speed:
 
     block: Range
     """Of one token through one block of one state."""
+    few: Range
+    """The same where only a few tokens go through a block together, as when a model writes."""
     head: Range
     """Of one token's scores in one state."""
     rounding: Range
@@ -59,18 +63,27 @@ def measure_speed(outline: Outline, grid: Grid, *, row_tokens: int, heads: int, 
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        matmuls, flops = _matmuls(outline, generator)
+        matmuls, flops = _matmuls(outline, generator, most=STACK_TOKENS.cpu)
+        written, _ = _matmuls(outline, generator, most=FEW_TOKENS)
         around = _between(outline, generator, row_tokens=row_tokens, heads=heads)
         head = _head(outline, generator, states=states)
         rounding = _rounding(outline, grid, generator)
-    return Speed(matmuls + around, head, rounding, flops, torch.get_num_threads(), time.perf_counter() - started)
+    return Speed(
+        matmuls + around,
+        written + around,
+        head,
+        rounding,
+        flops,
+        torch.get_num_threads(),
+        time.perf_counter() - started,
+    )
 
 
-def timed(call: Callable[[], object]) -> Range:
+def timed(call: Callable[[], object], *, repeats: int = REPEATS) -> Range:
     """Seconds of the fastest and the slowest of several calls, after one that warms up."""
     call()
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         before = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - before)
@@ -83,14 +96,14 @@ def _random(generator: object, *shape: int) -> Tensor:
     return torch.randn(shape, generator=generator)  # type: ignore[call-overload, no-any-return]
 
 
-def _matmuls(outline: Outline, generator: object) -> tuple[Range, Range]:
-    """A token through the linear modules of a block, and the rate at which they multiplied and added."""
+def _matmuls(outline: Outline, generator: object, *, most: int) -> tuple[Range, Range]:
+    """A token, beside at most so many, through a block's linear modules, and the rate of multiplying and adding."""
     from torch.nn.functional import linear
 
     shapes = [outline.matrix(name) for name in widest_layer(outline)]
     per_token: dict[tuple[int, int], Range] = {}
     for rows, columns in set(shapes):
-        tokens = max(1, min(STACK_TOKENS.cpu, PIECE // (rows * columns)))
+        tokens = max(1, min(most, PIECE // (rows * columns)))
         some = max(1, min(rows, PIECE // (tokens * columns)))
         hidden, weight = _random(generator, tokens, columns), _random(generator, some, columns)
         seconds = timed(lambda hidden=hidden, weight=weight: linear(hidden, weight))  # type: ignore[misc]

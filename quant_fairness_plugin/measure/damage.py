@@ -6,7 +6,7 @@ of a `Measurement`, and objectives per resample.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,11 +41,12 @@ from quant_fairness_plugin.measure.objectives import OBJECTIVES, Objective, find
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Three figures of a `Measurement`, over its supported languages."""
+    """Four figures of a `Measurement`, over its supported languages."""
 
     worst_kl: Number
     mean_kl: Number
     mean_delta_bpb: Number
+    disparity: Number
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +183,24 @@ def summarise(
     languages = supported_languages(damage)
     if not languages:
         nothing = Undefined("no language is supported by the 16-bit model and intact in the quantized one")
-        return Summary(nothing, nothing, nothing)
+        return Summary(nothing, nothing, nothing, nothing)
     sums = _resampled(baseline, state, languages, bootstrap)
     worst, mean, bpb = (_number(sums, languages, find_objective(name), None) for name in ("worst", "mean", "bpb"))
-    return Summary(worst, mean, bpb)
+    disparity = mean_disparity(dict(zip(languages, sums.kl_bpb.T, strict=True)), bootstrap.reference)
+    return Summary(worst, mean, bpb, disparity)
+
+
+def mean_disparity(kl: Mapping[str, Array], reference: str | None) -> Number:
+    """Return the mean of the other languages' KL over the reference's; undefined without them.
+
+    Args:
+        kl: language → KL in bits per byte, `[1 + draws]`, the estimate first.
+        reference: the language that the others are set against.
+    """
+    others = [values for language, values in kl.items() if language != reference]
+    if reference is None or reference not in kl or not others:
+        return Undefined(f"the reference {reference} and another language are needed; supported: {', '.join(kl)}")
+    return ratio_interval(np.mean(others, axis=0), kl[reference], what=f"the KL of {reference}")
 
 
 def objective_values(

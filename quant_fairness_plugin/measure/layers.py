@@ -101,9 +101,9 @@ class HeadInputs:
                     progress()
                     reported += 1
         for number, batch in enumerate(batches):
-            found = head_input(loaded, batch.ids, batch.mask, hidden.read(number, 0))
+            inputs = head_input(loaded, batch.ids, batch.mask, hidden.read(number, 0))
             with self._given.next_stage(missing[number], 0, 1) as following:
-                following.put(0, found.flatten(0, 1)[batch.positions.to(device)])
+                following.put(0, inputs.flatten(0, 1)[batch.positions.to(device)])
             hidden.drop(number)
 
     def _stacks(

@@ -123,6 +123,7 @@ def measure_states(
             worst_kl=summary.worst_kl,
             mean_kl=summary.mean_kl,
             mean_delta_bpb=summary.mean_delta_bpb,
+            disparity=summary.disparity,
             held_out=not sample.condition,
             condition=sample.condition,
         )

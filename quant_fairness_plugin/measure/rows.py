@@ -27,7 +27,7 @@ from quant_fairness_plugin.model.tokenizer import check_ids, text_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 PAD = 0
 """Any id will do: padding stands on the right, is masked, and its predictions are never read."""
@@ -192,7 +192,7 @@ def _first_token_bytes(
 def _warn_of_unknown_tokens(language: str, texts: Sequence[_Text]) -> None:
     share = sum(text.unknown for text in texts) / sum(len(text.ids) for text in texts)
     if share > UNKNOWN_SHARE:
-        logger.warning(
+        _logger.warning(
             "%s: %.1f %% of the tokens are unknown to the tokenizer; its scores mean little", language, 100 * share
         )
 

@@ -132,9 +132,9 @@ class _Run:
 
         def run(number: int) -> Tensor:
             with state.applied() as model:
-                found = _head_inputs(model, batches[number], state.name)
+                inputs = _head_inputs(model, batches[number], state.name)
             count()
-            return found
+            return inputs
 
         with state.applied() as model:
             return cls(state, _output_head(model), run)
@@ -192,8 +192,8 @@ def _score_batch(runs: Sequence[_Run], number: int, batch: Batch) -> list[Tensor
         if indices or not others:
             states = [given[index][None] for index in indices]
             stacked = torch.cat([reference[None][:0], *states])
-            nll, found = score_hidden(reference, stacked, targets, first.head, state_head=head)
-            scores |= dict(zip(indices, found.cpu(), strict=True))
+            nll, scored = score_hidden(reference, stacked, targets, first.head, state_head=head)
+            scores |= dict(zip(indices, scored.cpu(), strict=True))
     assert nll is not None
     baseline = torch.zeros(len(targets), 3, dtype=torch.float64)
     baseline[:, 0] = nll.cpu()
@@ -205,10 +205,10 @@ def _head_inputs(model: PreTrainedModel, batch: Batch, name: str) -> Tensor:
     """What the head of a model is given where a token is predicted, `[targets, width]`."""
     if model.training:
         raise ConfigError(f"state {name!r} is in training mode, where dropout makes scores random; call model.eval()")
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
-        found.append(positional[0])
+        inputs.append(positional[0])
         raise EnoughError
 
     handle = _head_module(model).register_forward_pre_hook(note)
@@ -217,4 +217,4 @@ def _head_inputs(model: PreTrainedModel, batch: Batch, name: str) -> Tensor:
             model(input_ids=batch.ids.to(model.device), attention_mask=batch.mask.to(model.device), use_cache=False)
     finally:
         handle.remove()
-    return found[0].flatten(0, 1)[batch.positions.to(found[0].device)]
+    return inputs[0].flatten(0, 1)[batch.positions.to(inputs[0].device)]

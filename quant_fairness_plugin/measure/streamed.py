@@ -39,8 +39,8 @@ class Head:
     def logits(self, hidden: Tensor, part: slice) -> Tensor:
         """Return logits of a slice of the vocabulary, float32 `[…, slice]`; a head in another type is converted."""
         bias = None if self.bias is None else self.bias[part].to(hidden.dtype)
-        found = torch.nn.functional.linear(hidden, self._rows(part).to(hidden.dtype), bias).float()
-        return found if self.rule is None else self.rule(found)
+        logits = torch.nn.functional.linear(hidden, self._rows(part).to(hidden.dtype), bias).float()
+        return logits if self.rule is None else self.rule(logits)
 
     def equals(self, other: Head) -> bool:
         """Return whether both give the same logits."""

@@ -42,23 +42,23 @@ def beginning(tokenizer: Tokenizing, start: Start) -> Beginning:
     Raises:
         ConfigError: a start that the tokenizer does not have; says which it has.
     """
-    found = _beginning(tokenizer, find_start(tokenizer, start))
-    if found is None:
+    beginning = _beginning(tokenizer, find_start(tokenizer, start))
+    if beginning is None:
         usable = [name for name in get_args(Start) if name == "auto" or _beginning(tokenizer, name) is not None]
         raise ConfigError(f"start {start!r}: {_LACKING[start]}; accepted here are {', '.join(usable)}")
-    return found
+    return beginning
 
 
 def all_beginnings(tokenizer: Tokenizing) -> dict[Start, Beginning]:
     """Return every way in which a text can begin under a tokenizer, each once, that of `auto` first."""
     usual = find_start(tokenizer, "auto")
-    found: dict[Start, Beginning] = {}
+    beginnings: dict[Start, Beginning] = {}
     others: tuple[Start, ...] = ("plain", "bos", "eos", "chat")
     for name in (usual, *others):
         ids = _beginning(tokenizer, name)
-        if ids is not None and ids not in found.values():
-            found[name] = ids
-    return found
+        if ids is not None and ids not in beginnings.values():
+            beginnings[name] = ids
+    return beginnings
 
 
 def has_chat_template(files: ModelFiles) -> bool:
@@ -108,8 +108,8 @@ def _chat_beginning(tokenizer: Any) -> Beginning | None:
         said = str(tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], tokenize=False))
     except Exception:  # noqa: BLE001 - templates are programs of others, which raise whatever they like
         return None
-    before, found, _ = said.partition(_PROBE)
-    return tuple(text_ids(tokenizer, [before])["input_ids"][0]) if found and before else None
+    before, probe, _ = said.partition(_PROBE)
+    return tuple(text_ids(tokenizer, [before])["input_ids"][0]) if probe and before else None
 
 
 _LACKING = {

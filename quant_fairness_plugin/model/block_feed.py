@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor
 
+from quant_fairness_plugin.model.freed import return_when_freed
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
-
-_MMAP_THRESHOLD = -3
-"""glibc's name (malloc.h) for the size from which an allocation is a mapping of its own."""
-
-_LARGE_BYTES = 4 << 20
 
 
 @contextmanager
@@ -32,7 +27,7 @@ def block_feed(
     if not isinstance(loaded, StreamedModel):
         yield lambda layer: nullcontext()
         return
-    _return_freed_memory()
+    return_when_freed()
     model, following = loaded, dict(zip(layers, layers[1:], strict=False))
     coming: dict[int, Future[dict[str, Tensor]]] = {}
 
@@ -51,13 +46,3 @@ def block_feed(
 def block_in_memory(loaded: LoadedModel, layer: int) -> AbstractContextManager[None]:
     """Return a context in which a block has its parameters."""
     return loaded.resident(layer) if isinstance(loaded, StreamedModel) else nullcontext()
-
-
-def _return_freed_memory() -> None:
-    """Have the C library return large tensors to the system as soon as they are freed, from now on in this process.
-
-    By default glibc learns to keep allocations of up to 32 MiB for itself, and weights of one block then lie scattered
-    between those of the next: 0.3 GB more than was in use, and growing, for blocks of 60 million values (measured).
-    """
-    with suppress(AttributeError, OSError, TypeError):  # a C library without it, or no way to call it
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)

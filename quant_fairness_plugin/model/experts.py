@@ -119,25 +119,29 @@ def stacked_shapes(experts: Experts) -> dict[str, tuple[int, ...]]:
     return {"gate_up_proj": both, "down_proj": last}
 
 
-def stacked(experts: Experts) -> dict[str, Callable[[], Tensor]]:
+def stacked(experts: Experts, value: Callable[[str], Tensor] | None = None) -> dict[str, Callable[[], Tensor]]:
     """Return how to make the tensors of a layer's experts as Transformers holds them, by the last part of their names.
 
     The inverse of unfolding.
+
+    Args:
+        experts: them.
+        value: parameter of the experts, such as `3.down_proj.weight` → its value; None takes what is in memory.
     """
+    own = experts.get_parameter if value is None else value
+
+    def matrix(number: int, name: str) -> Tensor:
+        return own(f"{number}.{name}.weight").detach()
 
     def both() -> Tensor:
-        rows = [torch.cat([m.weight.detach() for m in list(_values(experts, n))[:2]]) for n in range(len(experts))]
+        rows = [torch.cat([matrix(number, name) for name in experts.names[:2]]) for number in range(len(experts))]
         return _turned(torch.stack(rows), experts.is_transposed)
 
     def down() -> Tensor:
-        rows = [list(_values(experts, number))[2].weight.detach() for number in range(len(experts))]
+        rows = [matrix(number, experts.names[2]) for number in range(len(experts))]
         return _turned(torch.stack(rows), experts.is_transposed)
 
     return {"gate_up_proj": both, "down_proj": down}
-
-
-def _values(experts: Experts, number: int) -> Iterator[nn.Linear]:
-    return iter(experts.expert(number).values())
 
 
 def _turned(tensor: Tensor, transposed: bool) -> Tensor:

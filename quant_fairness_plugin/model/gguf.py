@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["bfloat16", "float32"]
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 SOURCE = "gguf_source.json"
 """What the folder was made from: name and sha256 of the GGUF file."""
@@ -81,7 +81,7 @@ def convert_gguf(path: Path, folder: Path, *, checksum: str, dtype: Dtype = "bfl
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f"{path}: reading GGUF needs {' and '.join(missing)}. Install them: {_INSTALL}")
-    log.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
+    _logger.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
     model, tokenizer = _read(path, dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

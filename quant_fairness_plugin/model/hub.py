@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quant_fairness_plugin.errors import ConfigError, ExternalServiceError
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -93,7 +93,7 @@ def download(name: str, *, revision: str | None, allow_pickle: bool, trust_remot
                 f"{name}: not in the local Hub cache, and the Hub did not answer "
                 f"({' '.join(str(err).split())[:200]}). {hint}"
             ) from err
-        log.warning("%s: the Hub did not answer, using the cached revision %s", name, cached.name)
+        _logger.warning("%s: the Hub did not answer, using the cached revision %s", name, cached.name)
         return cached
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Literal
 
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
@@ -19,6 +20,14 @@ _NUMBERED = re.compile(r"(.*?\.[0-9]+)\.")
 """The beginning of a parameter's name that says which block it is of."""
 _UNLIMITED = 1 << 60
 """Version 1 of control groups writes no limit as a number of this size."""
+_LIBRARY_ADDRESSES, _LIBRARY_DATA = 800_000_000, 300_000_000
+"""What torch 2.13 for a CPU and Transformers take when they are loaded, beside what a command has loaded before that;
+builds for CUDA take more."""
+_LIMITS: tuple[tuple[int, str, str, Literal["addresses", "data"]], ...] = (
+    (resource.RLIMIT_AS, "v", "VmSize", "addresses"),
+    (resource.RLIMIT_DATA, "d", "VmData", "data"),
+)
+"""Limits of a process: number, letter of `ulimit`, what is held of it, what it counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +37,8 @@ class Room:
     bytes_: int
     limit: str
     """What it is called, with its size."""
-    mapped: bool = False
-    """Whether it is of addresses, so that files that are mapped count as well."""
+    counts: Literal["memory", "addresses", "data"] = "memory"
+    """What is limited; of addresses, files that are mapped count as well."""
 
 
 def rooms(root: Path = Path("/")) -> Iterator[Room]:
@@ -39,13 +48,45 @@ def rooms(root: Path = Path("/")) -> Iterator[Room]:
         root: where `proc` and `sys` are.
     """
     status = _numbers(root / "proc/self/status")
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY:
-        room = most - 1024 * status.get("VmSize", 0)
-        yield Room(room, f"the limit of addresses (ulimit -v, {shown(most)})", mapped=True)
+    for kind, letter, held, name in _LIMITS:
+        most, _ = resource.getrlimit(kind)
+        if most != resource.RLIM_INFINITY:
+            room = most - 1024 * status.get(held, 0)
+            yield Room(room, f"the limit of {name} (ulimit -{letter}, {shown(most)})", name)
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     yield Room(machine - 1024 * status.get("VmRSS", 0), f"this machine's memory ({shown(machine)})")
     yield from _control_groups(root)
+
+
+def check_libraries() -> None:
+    """Refuse to load torch and Transformers where a limit is certainly below what they take.
+
+    Raises:
+        ResourceError: the limit of addresses or of data.
+    """
+    check_limit("addresses", _LIBRARY_ADDRESSES, "torch and Transformers")
+    check_limit("data", _LIBRARY_DATA, "torch and Transformers")
+
+
+def check_limit(counts: Literal["addresses", "data"], needed: int, who: str) -> None:
+    """Refuse to begin what takes more addresses or data than a limit leaves, and would then end the process.
+
+    Libraries in C++ abort where they are refused addresses while they are loaded, and nobody can catch that.
+
+    Args:
+        counts: which limit.
+        needed: bytes.
+        who: takes them.
+
+    Raises:
+        ResourceError: the limit leaves less.
+    """
+    for room in rooms():
+        if room.counts == counts and room.bytes_ < needed:
+            raise ResourceError(
+                f"{who} take {shown(needed)} of {counts} before any work, and {room.limit} leaves "
+                f"{shown(max(0, room.bytes_))}; raise that limit, or limit the container's memory instead"
+            )
 
 
 def check_room(
@@ -72,7 +113,7 @@ def check_room(
     values = _largest_block(shapes) if blocks else sum(map(prod, shapes.values()))
     needed = max(values * value_bytes, budget or 0)
     for room in rooms(root):
-        required = needed + (max(path.stat().st_size for path in files.weights) if room.mapped else 0)
+        required = needed + (max(path.stat().st_size for path in files.weights) if room.counts == "addresses" else 0)
         if required > room.bytes_:
             raise ResourceError(
                 f"{files.name} needs at least {shown(required)} beside what this process holds, and {room.limit} "
@@ -133,5 +174,5 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _numbers(path: Path) -> Mapping[str, int]:
-    found = (re.match(r"(\w+):?\s+([0-9]+)", line) for line in _lines(path))
-    return {match[1]: int(match[2]) for match in found if match}
+    matches = (re.match(r"(\w+):?\s+([0-9]+)", line) for line in _lines(path))
+    return {match[1]: int(match[2]) for match in matches if match}

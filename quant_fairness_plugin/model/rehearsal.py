@@ -106,13 +106,13 @@ def head_input(loaded: LoadedModel, ids: Tensor, mask: Tensor | None, hidden: Te
         mask: attention mask, or None.
         hidden: the output of the last block.
     """
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def replace(layer: int, passed: Tensor, positional: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         return hidden if layer == loaded.layers - 1 else passed
 
     def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
-        found.append(positional[0])
+        inputs.append(positional[0])
         raise EnoughError
 
     handle = loaded.model.get_submodule(loaded.family.head).register_forward_pre_hook(note)
@@ -121,7 +121,7 @@ def head_input(loaded: LoadedModel, ids: Tensor, mask: Tensor | None, hidden: Te
             _run(loaded, ids, mask)
     finally:
         handle.remove()
-    return found[0]
+    return inputs[0]
 
 
 Rule = Callable[[Tensor], Tensor]
@@ -150,12 +150,13 @@ def model_logit_rule(model: PreTrainedModel, head: nn.Module) -> Rule | None:
     plain = head.__dict__.get("forward")
     head.forward = lambda hidden: given.expand(*hidden.shape[:-1], -1)
     try:
-        found = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False).logits[0, -1]
+        ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, -1]
     finally:
         del head.forward
         if plain is not None:
             head.forward = plain
-    known, seen = given.float(), found.float()
+    known, seen = given.float(), logits.float()
     if torch.equal(known, seen):
         return None
     factor, cap = float(seen[-1] / known[-1]), getattr(model.config.get_text_config(), "final_logit_softcapping", None)
@@ -185,7 +186,7 @@ Part = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 @contextmanager
 def _played_by(loaded: LoadedModel, part: Part) -> Iterator[None]:
-    """All blocks replaced by `part(layer, hidden, positional, named)` for the time of a `with` block."""
+    """All blocks replaced by `part(layer, hidden, positional, named)` while the context is open."""
     tupled = _returns_tuple(loaded)
 
     def forward(layer: int) -> Callable[..., Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import write_atomically
 from quant_fairness_plugin.errors import ResourceError
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -134,7 +134,7 @@ class Stacks:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError, ResourceError) as err:
-            logger.warning("%s: no whole states of a batch (%s); it is run again from the beginning", path, err)
+            _logger.warning("%s: no whole states of a batch (%s); it is run again from the beginning", path, err)
             return None
         return stack
 

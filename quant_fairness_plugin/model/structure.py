@@ -25,12 +25,12 @@ def norms(module: nn.Module) -> Iterator[str]:
 
 def block_structure(block: nn.Module) -> Block:
     """Return the structure of a block. It may live on the meta device."""
-    found = dict(linears(block))
-    conv1d = frozenset(name for name, module in found.items() if is_conv1d(module))
+    modules = dict(linears(block))
+    conv1d = frozenset(name for name, module in modules.items() if is_conv1d(module))
     return Block(
-        linears=tuple(found),
+        linears=tuple(modules),
         conv1d=conv1d,
-        plain=frozenset(found) - conv1d,
+        plain=frozenset(modules) - conv1d,
         norms=frozenset(norms(block)),
-        biased=frozenset(name for name, module in found.items() if module.bias is not None),
+        biased=frozenset(name for name, module in modules.items() if module.bias is not None),
     )

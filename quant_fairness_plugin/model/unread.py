@@ -72,9 +72,9 @@ def sort_names(model: PreTrainedModel, family: Family, stored: Iterable[str]) ->
     """
     names, result = LoadedNames(model), SortedNames()
     judge = _Judge(model, family, names.wanted)
-    found = {name: names.find(name) for name in stored}
-    ordinary = judge.extra_layers(found.values())
-    for name, loaded in found.items():
+    loaded_names = {name: names.find(name) for name in stored}
+    ordinary = judge.extra_layers(loaded_names.values())
+    for name, loaded in loaded_names.items():
         if loaded in names.wanted and family.owns(loaded):
             result.own[name] = loaded
         elif judge.is_part(loaded):
@@ -97,8 +97,8 @@ def roots(own: Iterable[str], unread: Iterable[str]) -> tuple[str, ...]:
         unread: names in files of those that it has not.
     """
     taken = {beginning for name in own for beginning in _beginnings(name)}
-    found = (next((some for some in _beginnings(name) if some not in taken), name) for name in unread)
-    return tuple(dict.fromkeys(found))
+    outermost = (next((some for some in _beginnings(name) if some not in taken), name) for name in unread)
+    return tuple(dict.fromkeys(outermost))
 
 
 def _beginnings(name: str) -> Iterator[str]:

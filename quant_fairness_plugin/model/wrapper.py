@@ -37,8 +37,8 @@ class Wrapper:
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a module or tensor of the decoder or the head in files."""
-        found = _exchanged(name, tuple((stored, loaded) for loaded, stored in self.renamed))
-        return found if self.owns(found) else name
+        inner = _exchanged(name, tuple((stored, loaded) for loaded, stored in self.renamed))
+        return inner if self.owns(inner) else name
 
 
 def find_wrapper(model: PreTrainedModel) -> Wrapper | None:

@@ -34,7 +34,7 @@ def bits_of_record(record: ExportRecord) -> Bits:
         return bits_of_plan(record.plan)
     places = list(dict.fromkeys(place for _, place in bits))
     for layer in range(record.plan.layers):
-        named = {record.plan.units.get(f"layers.{layer}"), *record.plan.overrides_in(layer).values()}
+        named = {record.plan.units.get(str(Unit(layer))), *record.plan.overrides_in(layer).values()}
         if "fp16" in named:
             bits |= {(layer, place): {16} for place in places if (layer, place) not in bits}
     return bits

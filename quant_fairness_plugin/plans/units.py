@@ -128,7 +128,7 @@ def _in_layer(family: Family, layer: Unit, prefix: str, names: Sequence[str]) ->
         for group in family.units_of(layer.layer)
     }
     weights = {name for members in groups.values() for name in members}
-    # What always stays in 16 bit is no unit.
+    # What always stays in 16 bit belongs to no unit.
     weights |= {f"{module}.weight" for module in family.kept(layer.layer)}
     biases = tuple(name for name in names if name.endswith(".bias"))
     rest = (name for name in names if name not in weights and name not in biases)

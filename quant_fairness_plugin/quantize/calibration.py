@@ -121,7 +121,7 @@ class CalibrationSet:
 
 
 def coverage_lines(summary: Mapping[str, Any]) -> list[str]:
-    """What was calibrated on, for people: a line on the text, then one per language.
+    """What was calibrated on, for people: a line on the text, then one for all languages that got alike.
 
     Args:
         summary: of a `CalibrationSet`, also as an `ExportRecord` holds it; empty where nothing was calibrated.
@@ -131,10 +131,13 @@ def coverage_lines(summary: Mapping[str, Any]) -> list[str]:
     tokens, rows, weights = (summary[key] for key in ("tokens_per_language", "rows_per_language", "weights"))
     source = f"calibration: {summary['source']}, sha256 {summary['text_sha256'][:12]}, weights {summary['weighting']}"
     tried, starts = summary.get("rounds", []), summary.get("starts", {})
+    alike: dict[str, list[str]] = {}
+    for name, count in tokens.items():
+        alike.setdefault(f"{rows[name]} rows, {count} tokens, weight {weights[name]:.3f}", []).append(name)
     return [
         source + (f" after {len(tried)} rounds" if tried else ""),
         *([f"  rows begin in turn: {', '.join(starts)}"] if starts else []),
-        *(f"  {name}: {rows[name]} rows, {count} tokens, weight {weights[name]:.3f}" for name, count in tokens.items()),
+        *(f"  {', '.join(names)}: {'each ' * (len(names) > 1)}{got}" for got, names in alike.items()),
     ]
 
 

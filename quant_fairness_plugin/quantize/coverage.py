@@ -16,11 +16,15 @@ from quant_fairness_plugin.artifacts import ExpertCoverage, Part, TextSet, Unit
 from quant_fairness_plugin.artifacts.experts import Counts
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.rows import position_limit, tokenize_for
+from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.experts import Experts, expert_modules
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.rehearsal import rehearse
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 
 BATCH_TOKENS = 2048
+HELD_VALUES = 1 << 26
+"""Of hidden states between two blocks, 256 MiB in float32; what is more takes another pass through all blocks."""
 CONTEXT = 512
 DIGITS = 5
 Row = tuple[int, ...]
@@ -120,8 +124,8 @@ def _places(loaded: LoadedModel) -> dict[str, Experts]:
     return {str(Unit(int(name.split(".")[depth]))): experts for name, experts in expert_modules(loaded.model)}
 
 
-def _counts(places: Mapping[str, Experts], found: Mapping[str, RowCounts]) -> Counts:
-    totals = {language: counts.tokens.sum(0).tolist() for language, counts in found.items()}
+def _counts(places: Mapping[str, Experts], by_language: Mapping[str, RowCounts]) -> Counts:
+    totals = {language: counts.tokens.sum(0).tolist() for language, counts in by_language.items()}
     return {
         layer: {language: tuple(numbers[i]) for language, numbers in totals.items()} for i, layer in enumerate(places)
     }
@@ -143,25 +147,57 @@ def count_rows(loaded: LoadedModel, rows: Sequence[Row]) -> RowCounts:
     def note(layer: int) -> Any:
         def hook(module: nn.Module, positional: tuple[Any, ...]) -> None:
             assert isinstance(module, Experts)
+            if not at:  # a rehearsal
+                return
             routing = module.routing(positional)
             chosen, weights = routing.chosen.cpu().view(len(at), -1), routing.weights.cpu().double().view(len(at), -1)
-            found = torch.zeros(len(at), shape[2], dtype=torch.int64).scatter_add_(1, chosen, torch.ones_like(chosen))
-            tokens[at, layer] = found
+            counted = torch.zeros(len(at), shape[2], dtype=torch.int64).scatter_add_(1, chosen, torch.ones_like(chosen))
+            tokens[at, layer] = counted
             gates[at, layer] = torch.zeros(len(at), shape[2], dtype=torch.float64).scatter_add_(1, chosen, weights)
 
         return hook
 
     handles = [module.register_forward_pre_hook(note(layer)) for layer, module in enumerate(modules)]
     try:
-        for numbers in _batches(rows):
-            at[:] = numbers
-            loaded.model.base_model(
-                input_ids=torch.tensor([rows[i] for i in numbers], device=loaded.model.device), use_cache=False
-            )
+        for some in _portions(list(_batches(rows)), rows, loaded):
+            _run_through(loaded, [(numbers, [rows[i] for i in numbers]) for numbers in some], at)
     finally:
         for handle in handles:
             handle.remove()
     return RowCounts(tokens, gates)
+
+
+def _portions(batches: Sequence[list[int]], rows: Sequence[Row], loaded: LoadedModel) -> Iterator[list[list[int]]]:
+    """Yield as many batches together as may be held between two blocks."""
+    width, held, some = loaded.model.config.get_text_config().hidden_size, 0, list[list[int]]()
+    for numbers in batches:
+        size = len(numbers) * len(rows[numbers[0]]) * width
+        if some and held + size > HELD_VALUES:
+            yield some
+            held, some = 0, []
+        held += size
+        some.append(numbers)
+    yield from [some] if some else []
+
+
+def _run_through(loaded: LoadedModel, batches: Sequence[tuple[list[int], list[Row]]], at: list[int]) -> None:
+    """Run batches through all blocks, one block in memory at a time where it is read from its file.
+
+    Args:
+        loaded: the model.
+        batches: numbers of rows, and the rows.
+        at: is set to the numbers of the batch that is running.
+    """
+    starts = [rehearse(loaded, torch.tensor(some, device=loaded.model.device)) for _, some in batches]
+    hidden = [start.hidden for start in starts]
+    layers = range(loaded.layers)
+    with block_feed(loaded, layers, prefetch=True) as resident:
+        for layer in layers:
+            with resident(layer):
+                for place, (numbers, _) in enumerate(batches):
+                    at[:] = numbers
+                    hidden[place] = starts[place].calls[layer].run(loaded.block(layer), hidden[place])
+                at.clear()
 
 
 def _batches(rows: Sequence[Row]) -> Iterator[list[int]]:

@@ -66,7 +66,7 @@ def routed_rows(
     Raises:
         UnsupportedModelError: the block does not hand its experts every token exactly once.
     """
-    found: list[Routing] = []
+    collected: list[Routing] = []
     shares: list[Tensor] = []
     for language, tokens in calibration.coverage.items():
         routings = list(_routings(block, experts, layer, [b for b in batches if b.language == language]))
@@ -78,12 +78,12 @@ def routed_rows(
             )
         energy = sum(_energy(experts, routing) for routing in routings) / tokens
         share = calibration.shares[language] / tokens / energy if energy > 0 else 0.0
-        found += routings
+        collected += routings
         shares.append(torch.full((tokens,), share, dtype=torch.float32, device=routings[0].hidden.device))
     return RoutedRows(
-        hidden=torch.cat([routing.hidden for routing in found]),
-        chosen=torch.cat([routing.chosen for routing in found]),
-        gates=torch.cat([routing.weights.float() for routing in found]),
+        hidden=torch.cat([routing.hidden for routing in collected]),
+        chosen=torch.cat([routing.chosen for routing in collected]),
+        gates=torch.cat([routing.weights.float() for routing in collected]),
         shares=torch.cat(shares),
     )
 

@@ -25,7 +25,7 @@ from quant_fairness_plugin.quantize.calibration import CalibrationSet, MinimaxRo
 from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 ROUNDS = 6
 PATIENCE = 2
@@ -83,7 +83,7 @@ def quantize_minimax(
         used = replace(calibration, weights=weights, weighting="minimax")
         quantized = quantize(used)
         outcome = MinimaxRound(weights, calibration_damage(quantized, part))
-        log.info("round %d: worst %s, KL %.5f bits per byte", len(tried), outcome.worst, outcome.worst_kl)
+        _logger.info("round %d: worst %s, KL %.5f bits per byte", len(tried), outcome.worst, outcome.worst_kl)
         if best is None or outcome.worst_kl < tried[best_round].worst_kl:
             best, best_round = replace(quantized, calibration=used), len(tried)
         tried.append(outcome)

@@ -73,9 +73,9 @@ class Results:
 
     def add(self, layer: int, solved: Solved) -> None:
         """Take in what a layer came to."""
-        for mine, its in ((self.tensors, solved.tensors), (self.folded, solved.folded), (self.columns, solved.columns)):
-            assert isinstance(mine, dict)
-            mine |= its
+        for ours, its in ((self.tensors, solved.tensors), (self.folded, solved.folded), (self.columns, solved.columns)):
+            assert isinstance(ours, dict)
+            ours |= its
         self._note(solved.losses, solved.damping, {name: tensor.grid for name, tensor in solved.tensors.items()})
         self.kept |= solved.kept
 

@@ -26,7 +26,7 @@ from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import has_columns
 from quant_fairness_plugin.quantize.moments import MomentWatch
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +123,7 @@ def solve_gptq_unit(problem: Problem, solved: Solved, *, damp: float, act_order:
         results = _gptq(problem, apart, damp=damp, act_order=act_order)
     for name, result in results.items():
         if result.damp_used > damp:
-            log.warning("%s: damping raised from %g to %g", name, damp, result.damp_used)
+            _logger.warning("%s: damping raised from %g to %g", name, damp, result.damp_used)
         solved.tensors[name], solved.damping[name] = result.tensor, result.damp_used
         solved.losses[name] = result.loss_relative_to_output_energy
         if index is not None:

@@ -5,7 +5,7 @@ The scores predict; a few plans near the limit are then evaluated exactly, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -50,6 +50,8 @@ class Demand:
     limit: Limit
     menu: tuple[Precision, ...]
     """What a unit can get instead of the grid's precision, as far as format and reader allow."""
+    refused: Mapping[str, Collection[Precision]] = field(default_factory=dict)
+    """Unit → what of the menu format or reader do not allow for it."""
     whole_layers: bool = False
     """Give whole layers one precision, where no reader knows their units."""
     objective: str = "worst"
@@ -215,12 +217,13 @@ class Planner:
         """What to choose from, with the sentences weighted."""
         weights = np.ones(self._sentences) if weights is None else weights
         quantized, given = precision_of_bits(self.scores.grid.bits), self.demand.overrides
-        kinds = dict.fromkeys((quantized, *self.demand.menu))
+        kinds = {unit: self._kinds(unit) for unit in self._free}
         floor = bytes_of(self.scores, given)
         bytes_ = {
-            unit: {kind: bytes_of(self.scores, {**given, unit: kind}) - floor for kind in kinds} for unit in self._free
+            unit: {kind: bytes_of(self.scores, {**given, unit: kind}) - floor for kind in kinds[unit]}
+            for unit in self._free
         }
-        damage = {unit: {kind: self._kl(unit, kind, weights) for kind in kinds} for unit in self._free}
+        damage = {unit: {kind: self._kl(unit, kind, weights) for kind in kinds[unit]} for unit in self._free}
         base = dict.fromkeys(self._languages, 0.0)
         for name in self.scores.units:
             unit = Unit.parse(name)
@@ -231,16 +234,24 @@ class Planner:
                 base[language] += added
         return Options(bytes_=bytes_, damage=damage, base=base, other_bytes=floor, quantized=quantized)
 
+    def _kinds(self, unit: str) -> tuple[Precision, ...]:
+        """Return what a unit, or the units of a layer, can get."""
+        layer = Unit.parse(unit)
+        members = [name for name in self.scores.units if name == unit or Unit.parse(name).whole == layer]
+        refused = {kind for name in members for kind in self.demand.refused.get(name, ())}
+        kinds = dict.fromkeys((precision_of_bits(self.scores.grid.bits), *self.demand.menu))
+        return tuple(kind for kind in kinds if kind not in refused)
+
     def _best(self) -> dict[str, Precision]:
         """The best choice by all sentences.
 
         Raises:
             QualityGateError: there is none.
         """
-        found = self._allocate(self._options())
-        if isinstance(found, Infeasible):
-            raise QualityGateError(f"no plan by these limits: {found.reason}")
-        choice = self._choice(found)
+        allocation = self._allocate(self._options())
+        if isinstance(allocation, Infeasible):
+            raise QualityGateError(f"no plan by these limits: {allocation.reason}")
+        choice = self._choice(allocation)
         if not self._all_16_bit(choice):
             return choice
         if self.demand.limit.target is not None:
@@ -251,7 +262,7 @@ class Planner:
         # A budget that pays for everything still asks for a quantized model: of the unit that loses least.
         least = min(self._free, key=self._worst_on_grid)
         del choice[least]
-        if "int8" in self.demand.menu:
+        if "int8" in self._kinds(least):
             choice[least] = "int8"
         return choice
 
@@ -263,8 +274,8 @@ class Planner:
 
     def _other(self, weights: Array) -> dict[str, Precision] | None:
         """The best choice by weighted sentences; None where there is none."""
-        found = self._allocate(self._options(weights))
-        return None if isinstance(found, Infeasible) else self._choice(found)
+        allocation = self._allocate(self._options(weights))
+        return None if isinstance(allocation, Infeasible) else self._choice(allocation)
 
     def _allocate(self, options: Options) -> Allocation | Infeasible:
         limit = self.demand.limit
@@ -280,9 +291,9 @@ class Planner:
             weights=self.demand.weights,
         )
 
-    def _choice(self, found: Allocation) -> dict[str, Precision]:
+    def _choice(self, allocation: Allocation) -> dict[str, Precision]:
         quantized = precision_of_bits(self.scores.grid.bits)
-        raised = {unit: found.units[unit] for unit in self._free if found.units[unit] != quantized}
+        raised = {unit: allocation.units[unit] for unit in self._free if allocation.units[unit] != quantized}
         return {**self.demand.overrides, **raised}
 
     def _candidate(self, name: str, choice: dict[str, Precision]) -> Candidate:

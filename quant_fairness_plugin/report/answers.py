@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from quant_fairness_plugin.artifacts import ExportRecord, LanguageDamage, ProtectionPlan, SweepReport
+from quant_fairness_plugin.artifacts import LanguageDamage, ProtectionPlan, SweepReport
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.model.resolve import BUNDLED
 from quant_fairness_plugin.report.compared import Compared, size_of
@@ -25,6 +25,13 @@ class Answer:
 
 
 _MARKS = {"SHIP": ("ship", "✓"), "SHIP WITH CARE": ("care", "!"), "DO NOT SHIP": ("stop", "✕")}
+
+
+_READ_ANSWERS = Answer(
+    question="Is that acceptable?",
+    short="The loss is. Read the answers.",
+    more="To some prompts it answers with a fault that the 16-bit model does not have; “Practitioner” shows them all.",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +63,19 @@ def answers(
     sources: Sources, compared: Compared | None, plan: ProtectionPlan | None, verdict: Verdict | None, gate: Gate
 ) -> list[Answer]:
     """Return the four answers, in the order in which people ask."""
+    faulty = verdict is not None and verdict.decision == "SHIP WITH CARE" and _loses_little(sources, gate)
     return [
         _who(compared, sources),
-        _acceptable(verdict, gate),
-        _what_to_ship(sources, plan, verdict),
+        _READ_ANSWERS if faulty else _acceptable(verdict, gate),
+        _what_to_ship(sources, plan, verdict, faulty=faulty),
         _cost(sources, plan),
     ]
+
+
+def _loses_little(sources: Sources, gate: Gate) -> bool:
+    """Return whether a checkpoint's losses alone would let it be shipped, so that its answers are what is wrong."""
+    measured = sources.measurement
+    return measured is not None and judge(replace(measured, answers=None), gate).decision == "SHIP"
 
 
 def _who(compared: Compared | None, sources: Sources) -> Answer:
@@ -110,7 +124,7 @@ def _acceptable(verdict: Verdict | None, gate: Gate) -> Answer:
     return Answer(question=question, short=said, more=bound)
 
 
-def _what_to_ship(sources: Sources, plan: ProtectionPlan | None, verdict: Verdict | None) -> Answer:
+def _what_to_ship(sources: Sources, plan: ProtectionPlan | None, verdict: Verdict | None, *, faulty: bool) -> Answer:
     question = "What should I ship?"
     if verdict is None:
         return _plan_to_make(question, sources, plan)
@@ -118,6 +132,8 @@ def _what_to_ship(sources: Sources, plan: ProtectionPlan | None, verdict: Verdic
     model = _to_type(sources.model)
     if verdict.decision == "SHIP":
         return Answer(question=question, short="This checkpoint.", more=made)
+    if faulty:
+        return Answer(question=question, short="This checkpoint, if its answers are good enough.", more=made)
     if verdict.decision == "SHIP WITH CARE":
         return Answer(
             question=question,
@@ -163,7 +179,7 @@ def _cost(sources: Sources, plan: ProtectionPlan | None) -> Answer:
     question = "What does it cost?"
     parts = []
     if sources.record is not None:
-        weights = weight_bytes(sources.record)
+        weights = sources.record.weight_bytes
         share = weights / sources.record.sixteen_bit_bytes
         short = f"{size(weights)} instead of {size(sources.record.sixteen_bit_bytes)} ({share:.0%})."
     else:
@@ -181,11 +197,6 @@ def _forecast(sweep: SweepReport | None, plan: ProtectionPlan | None) -> str:
         dense = dense_bytes(sweep)
         return f"{size(total)} instead of {size(dense)} ({total / dense:.0%})."
     return "Size unknown." if plan is None else f"{plan.overhead:.1%} more bytes than without protection."
-
-
-def weight_bytes(record: ExportRecord) -> int:
-    """Return the bytes of the weight files of a checkpoint."""
-    return sum(file.bytes_ for name, file in record.files.items() if name.endswith(".safetensors"))
 
 
 def dense_bytes(sweep: SweepReport) -> int:

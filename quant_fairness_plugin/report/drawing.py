@@ -8,10 +8,13 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from quant_fairness_plugin.errors import MissingExtraError
+from quant_fairness_plugin.model.limits import check_limit
 
 INSTALL = 'pip install "quant-fairness[report]"'
 _PACKAGES = {"altair": "altair", "vl_convert": "vl-convert-python"}
 """Module → package of the extra `report`."""
+_ENGINE_ADDRESSES = 70_000_000_000
+"""What vl-convert's JavaScript engine maps while it starts, hardly any of it memory. Refused, it ends the process."""
 _FONT = "Helvetica, Arial, sans-serif"  # vl-convert has metrics of these
 _TITLE = {"titleColor": "var(--muted)", "titleFontWeight": "normal", "titleFontSize": 12}
 _CONFIG: dict[str, Any] = {
@@ -36,15 +39,17 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def check_extra() -> None:
+def check_drawing() -> None:
     """Check that charts can be drawn.
 
     Raises:
         MissingExtraError: a package of the extra `report` is not installed.
+        ResourceError: the limit of addresses is below what the drawings' JavaScript engine maps.
     """
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtraError(f"a report needs {' and '.join(missing)}; install: {INSTALL}")
+    check_limit("addresses", _ENGINE_ADDRESSES, "the drawings of a page")
 
 
 def draw(chart: Any, text: str) -> Markup:

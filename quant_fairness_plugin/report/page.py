@@ -15,10 +15,11 @@ from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.recommend import recommend_plan
 from quant_fairness_plugin.report.answers import Answer, Heading, answers, heading, verdict_of
 from quant_fairness_plugin.report.compared import compare
-from quant_fairness_plugin.report.drawing import check_extra
+from quant_fairness_plugin.report.drawing import check_drawing
 from quant_fairness_plugin.report.section import Section
 from quant_fairness_plugin.report.sections.analyses import analysis_section
 from quant_fairness_plugin.report.sections.answers import answers_section
+from quant_fairness_plugin.report.sections.configurations import configurations_section
 from quant_fairness_plugin.report.sections.controls import controls_section
 from quant_fairness_plugin.report.sections.coverage import coverage_section
 from quant_fairness_plugin.report.sections.damage import damage_section
@@ -43,7 +44,10 @@ class Page:
 
     model: str
     subtitle: str
-    heading: Heading
+    mode: str
+    """The reading mode that it opens in."""
+    heading: Heading | None
+    """None where nothing was quantized, so that there is nothing to judge."""
     answers: tuple[Answer, ...]
     condition: str
     sections: tuple[Section, ...]
@@ -59,8 +63,9 @@ def render_report(sources: Sources, *, gate: Gate | None = None) -> str:
 
     Raises:
         MissingExtraError: the packages of the extra `report` are not installed.
+        ResourceError: the limit of addresses is below what the drawings' JavaScript engine maps.
     """
-    check_extra()
+    check_drawing()
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("quant_fairness_plugin.report"),
         autoescape=True,
@@ -83,11 +88,13 @@ def _page(sources: Sources, gate: Gate | None) -> Page:
     plan = recommended_plan(sources)
     compared = compare(sources, plan)
     verdict = verdict_of(sources, gate)
+    alone = _first_provenance(sources) is None and plan is None  # questions about the 16-bit model
     return Page(
         model=model_words(sources.model),
         subtitle=_subtitle(sources, plan),
-        heading=heading(verdict),
-        answers=tuple(answers(sources, compared, plan, verdict, gate or Gate())),
+        mode=_MODES[-1][0] if alone else _MODES[0][0],
+        heading=None if alone else heading(verdict),
+        answers=() if alone else tuple(answers(sources, compared, plan, verdict, gate or Gate())),
         condition="" if compared is None else compared.condition,
         sections=tuple(_sections(sources, plan, gate or Gate())),
         provenance=tuple(_provenance(sources)),
@@ -112,6 +119,9 @@ def _sections(sources: Sources, plan: ProtectionPlan | None, gate: Gate) -> Iter
         asked = answers_section(sources.measurement.answers)
         if asked is not None:
             yield asked
+    chosen_from = None if sources.record is None else configurations_section(sources.record, sources.before)
+    if chosen_from is not None:
+        yield chosen_from
     tradeoff = None
     if sources.sweep is not None:
         tradeoff = sweep_tradeoff(sources.sweep, plan)

@@ -48,7 +48,7 @@ class Sources:
     measurement: Measurement | None = None
     """Of the checkpoint; the record's own where none was given besides."""
     before: Measurement | None = None
-    """Of the same quantization without protection."""
+    """Of the same quantization without protection; the record's own where none was given besides."""
     sweep: SweepReport | None = None
     plan: ProtectionPlan | None = None
     """What is recommended; that of the record or the evidence where none was given besides."""
@@ -63,23 +63,27 @@ class Sources:
         Raises:
             ConfigError: none, two of one kind, artifacts of different models, or a measurement of no quantization.
         """
-        found: dict[str, Artifact] = {}
+        by_kind: dict[str, Artifact] = {}
         for artifact in artifacts:
             name = _place(artifact)
-            if name in found:
+            if name in by_kind:
                 raise ConfigError(f"two artifacts are a {name}; a report is about one of each kind. Leave one out")
-            found[name] = artifact
-        if not found:
+            by_kind[name] = artifact
+        if not by_kind:
             raise ConfigError("nothing to report on; name a checkpoint folder, or a JSON file that a command saved")
-        _check_one_model(found)
-        analyses = tuple(artifact for artifact in found.values() if isinstance(artifact, AnalysisAnswer))
-        others = {name: artifact for name, artifact in found.items() if artifact not in analyses}
+        _check_one_model(by_kind)
+        analyses = tuple(artifact for artifact in by_kind.values() if isinstance(artifact, AnalysisAnswer))
+        others = {name: artifact for name, artifact in by_kind.items() if artifact not in analyses}
         return cls(**others, analyses=analyses)._completed()  # type: ignore[arg-type] # each under its own type's name
 
     def _completed(self) -> Sources:
         owned = [source.plan for source in (self.record, self.evidence) if source is not None]
         measured = None if self.record is None else self.record.measurement
-        return replace(self, plan=self.plan or next(iter(owned), None), measurement=self.measurement or measured)
+        before = self.before
+        if before is None and self.record is not None and self.measurement in (None, measured):
+            before = self.record.unprotected
+        plan = self.plan or next(iter(owned), None)
+        return replace(self, plan=plan, measurement=self.measurement or measured, before=before)
 
     @property
     def model(self) -> str:
@@ -139,14 +143,14 @@ def _place(artifact: Artifact) -> str:
     return _FIELDS[type(artifact)]
 
 
-def _check_one_model(found: dict[str, Artifact]) -> None:
-    models = dict(_model(artifact) for artifact in found.values() if not isinstance(artifact, ProtectionPlan))
+def _check_one_model(by_kind: dict[str, Artifact]) -> None:
+    models = dict(_model(artifact) for artifact in by_kind.values() if not isinstance(artifact, ProtectionPlan))
     if len(models) > 1:
         raise ConfigError(
             f"the artifacts are of {len(models)} models ({', '.join(models.values())}), whose checksums differ; a "
             "report is about one. Make one for each"
         )
-    plan = found.get("plan")
+    plan = by_kind.get("plan")
     if isinstance(plan, ProtectionPlan) and models and plan.model not in models.values():
         raise ConfigError(f"the plan is for {plan.model}, the other artifacts are of {', '.join(models.values())}")
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import langcodes
 
-from quant_fairness_plugin.artifacts import Interval, Number, ProtectionPlan
+from quant_fairness_plugin.artifacts import Interval, Number, ProtectionPlan, bits_of_precision
 from quant_fairness_plugin.recommend import describe_overrides
 from quant_fairness_plugin.texts.languages import language_name
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LISTED = 4
+"""Parts of a plan that a sentence can name."""
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -106,10 +109,14 @@ def layer_words(layers: Sequence[int]) -> str:
 
 
 def plan_words(plan: ProtectionPlan) -> str:
-    """Say what a plan keeps wider than its grid, as a clause."""
+    """Say what a plan keeps wider than its grid, as a clause; more than a few parts are counted, not listed."""
     layers, others = plan.protected_layers, describe_overrides(plan)
     parts = [f"{layer_words(layers)} in 16 bit"] if layers else []
-    parts += [others] if others else []
+    if len(plan.overrides) > _LISTED:
+        kinds = Counter(plan.overrides.values())
+        parts += [f"{count} parts of layers in {bits_of_precision(kind)} bit" for kind, count in kinds.items()]
+    else:
+        parts += [others] if others else []
     parts += [f"{100 * plan.protect_columns:.3g} % of all input channels in 16 bit"] if plan.protect_columns else []
     rest = f"{plan.grid.bits} bit"
-    return f"{'; '.join(parts)}; all other layers in {rest}" if parts else f"all layers in {rest}, nothing protected"
+    return f"{'; '.join(parts)}; all else in {rest}" if parts else f"all layers in {rest}, nothing protected"

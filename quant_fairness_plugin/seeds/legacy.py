@@ -19,9 +19,9 @@ from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.metrics import percent_change
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.seeds.disparity import DISPARITY_FORMULAS, Groups, disparity, perplexities
-from quant_fairness_plugin.seeds.labels import legacy_label
 from quant_fairness_plugin.seeds.simulation import simulate_int4, undo_simulation
 from quant_fairness_plugin.seeds.texts import DEFAULT_TEXTS, SEED_LANGUAGES
+from quant_fairness_plugin.statistics.labels import legacy_label
 from quant_fairness_plugin.steps import exported_state
 from quant_fairness_plugin.texts.languages import choose_languages, script_name
 from quant_fairness_plugin.texts.load import load_texts
@@ -125,7 +125,7 @@ def legacy_disparities(rows: tuple[LegacyLanguage, ...], reference: str) -> tupl
     What retains quality (D5) is the perplexity before over that after, in percent.
     """
     infinite = [row.language for row in rows if isinstance(row.degradation, Undefined)]
-    groups, found = Groups(reference=reference), []
+    groups, disparities = Groups(reference=reference), []
     for name, record in DISPARITY_FORMULAS.items():
         if infinite:
             value: Figure = Undefined(f"the perplexity of {', '.join(infinite)} is infinite in float32")
@@ -133,8 +133,8 @@ def legacy_disparities(rows: tuple[LegacyLanguage, ...], reference: str) -> tupl
             change = {row.language: _finite(row.degradation) for row in rows}
             retained = {language: 100.0 / (1.0 + percent / 100.0) for language, percent in change.items()}
             value = disparity(name, change if record.takes == "degradation" else retained, groups=groups)
-        found.append(LegacyDisparity(name, record.formula, value))
-    return tuple(found)
+        disparities.append(LegacyDisparity(name, record.formula, value))
+    return tuple(disparities)
 
 
 @contextmanager

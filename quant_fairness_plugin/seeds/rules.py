@@ -56,11 +56,11 @@ def read_rule(text: str, model: PreTrainedModel) -> Recipe:
         ConfigError: text that is no rule.
         UnsupportedModelError: an architecture whose parts are not known.
     """
-    found = _RULE.fullmatch(text)
-    if found is None:
+    match = _RULE.fullmatch(text)
+    if match is None:
         raise ConfigError(f"{text!r} is no rule; write 'Q3', 'Q3 int3: 0 11' or 'Q1: 0@8 9@8 mlp'")
-    variant, rest, family = found[1], int(found[2] or 4), detect_family(model)
-    items = [_read_item(item) for item in (found[3] or "").split()]
+    variant, rest, family = match[1], int(match[2] or 4), detect_family(model)
+    items = [_read_item(item) for item in (match[3] or "").split()]
     single = next((item.value for item in items if item.name == "largest"), 0.0)
     chosen = [(_matcher(item, family, model), item.bits) for item in items if item.name != "largest"]
 
@@ -90,11 +90,11 @@ def _taken(name: str, variant: str) -> bool:
 
 
 def _read_item(text: str) -> _Item:
-    found = _ITEM.fullmatch(text)
-    if found is None:
+    match = _ITEM.fullmatch(text)
+    if match is None:
         raise ConfigError(f"{text!r} names no part of a model; write 0, 0.mlp, 9@8, attention, largest=5% or the like")
-    value = float(found[3] or 0) / (100 if found[4] else 1)
-    return _Item(found[1], found[2], value, int(found[5] or 0), None if found[6] is None else int(found[6]))
+    value = float(match[3] or 0) / (100 if match[4] else 1)
+    return _Item(match[1], match[2], value, int(match[5] or 0), None if match[6] is None else int(match[6]))
 
 
 def _matcher(item: _Item, family: Family, model: PreTrainedModel) -> Matches:

@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.families import detect_family
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 Variant = Literal["Q1", "Q2", "Q3"]
 Rule = Callable[[str], int | None]
@@ -112,7 +112,7 @@ def simulate_int4(
             "protect_final_ln=False has no effect with exclude=, which leaves all norms alone; leave it out"
         )
     if not protect_biases:
-        log.warning("protect_biases=False changes nothing: the seeds' simulation takes no parameter that is a bias")
+        _logger.warning("protect_biases=False changes nothing: the seeds' simulation takes no parameter that is a bias")
     layers = _check_layers(model, protect_layers or exclude or ()) | _state(model).registered
     final_norm = _final_norm(model) if protect_final_ln else None
     marks = _layer_marks(list(model.state_dict()), variant, layers)

@@ -19,7 +19,7 @@ from quant_fairness_plugin.seeds.simulation import is_simulated, simulate_int4, 
 from quant_fairness_plugin.seeds.texts import Method, one_text_each, text_set
 from quant_fairness_plugin.sweep.engine import sweep_units
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def quick_sweep(
         order = tuple(row.layer for row in swept)
         for row in swept[:top_n]:
             if isinstance(row.disparity, Undefined):
-                log.warning(
+                _logger.warning(
                     "layer %d is among the first %d without a disparity: %s", row.layer, top_n, row.disparity.undefined
                 )
     return sorted(order[:top_n])

@@ -134,9 +134,9 @@ def _times_reference(measurement: Measurement, row: LanguageDamage) -> str:
 
 
 def _cannot_tell(subject: str, loss: Interval, sentences: int, bound: Gate) -> Verdict:
-    found = f"{subject} loses {loss.low:.3f} to {loss.high:.3f} bits per byte"
+    measured = f"{subject} loses {loss.low:.3f} to {loss.high:.3f} bits per byte"
     more = more_sentences(loss, sentences, bound.most)
-    return Verdict("CANNOT TELL", f"{found}, on both sides of {bound.most:g}, by {sentences} sentences; {more}")
+    return Verdict("CANNOT TELL", f"{measured}, on both sides of {bound.most:g}, by {sentences} sentences; {more}")
 
 
 def more_sentences(loss: Interval, sentences: int, bound: float) -> str:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel
-
-from quant_fairness_plugin.answers.ask import NEW_TOKENS, has_chat_template, write_answers
+from quant_fairness_plugin.answers.ask import has_chat_template, write_answers
 from quant_fairness_plugin.answers.faults import find_faults
-from quant_fairness_plugin.answers.prompts import Prompts, load_prompts
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS, Prompts, load_prompts
 from quant_fairness_plugin.artifacts import Answer, Answers, LanguageAnswers, Measurement, Undefined
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.measure.scoring import ModelState
-from quant_fairness_plugin.model.load import LoadedModel, load_model
+from quant_fairness_plugin.measure.scoring import ModelState, block_state
+from quant_fairness_plugin.model.freed import return_what_is_free
+from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.on_call import read_on_call
 from quant_fairness_plugin.model.sizes import shown
-from quant_fairness_plugin.model.streamed import StreamedModel
-from quant_fairness_plugin.steps.checkpoints import whole_checkpoint
-from quant_fairness_plugin.sweep.executors import machine_memory
+from quant_fairness_plugin.model.streamed import StreamedModel, budget_of
 
 FLOAT32_BYTES = 4
+EXPECTED_TOKENS = 64 + NEW_TOKENS
+"""Of a prompt in its chat template and its answer, to tell what the model remembers of them."""
+BUDGET_SHARE = 0.25
+"""Of a memory budget that this may take."""
 _logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
@@ -39,8 +41,8 @@ def ask(
 ) -> Answers | Undefined:
     """Put the prompts to the 16-bit model and to a checkpoint, in the languages that the 16-bit model knows.
 
-    Models that are read block by block are loaded as a whole for this, one after the other: block by block, every token
-    would take a pass over the files. They are not asked where that would not fit, or a memory budget was stated.
+    Where the 16-bit model is read block by block, the prompts are answered so, too: all together, since every token
+    takes a pass over the files.
 
     Args:
         loaded: the 16-bit model.
@@ -60,11 +62,11 @@ def ask(
     texts = {language: prompts.of(language, chat=chat) for language in known}
     if not any(texts.values()):
         return Undefined(f"{prompts.source} has no prompt in {', '.join(known)}")
-    if reason := _too_large(loaded):
+    if reason := _over_budget(loaded, sum(map(len, texts.values()))):
         return Undefined(reason)
     try:
-        dtype, before = _ask_16_bit(loaded, texts, partial(progress, "ask 16 bit"))
-        after = _ask_checkpoint(folder, state, loaded, texts, partial(progress, "ask checkpoint"))
+        dtype, before = _ask_16_bit(loaded, texts, partial(progress, "answers of the 16-bit model"))
+        after = _written(state, loaded, texts, partial(progress, "answers of the checkpoint"))
     except Exception as err:  # noqa: BLE001 - whatever a model's way to write fails of, hours of work are in the result
         said = " ".join(str(err).split())[:200]
         _logger.warning("%s was asked no prompts: %s: %s", folder, type(err).__name__, said)
@@ -79,70 +81,42 @@ def ask(
     )
 
 
-def _too_large(loaded: LoadedModel) -> str:
-    """Return why a model that is read block by block cannot be asked; empty where it can."""
-    if not isinstance(loaded, StreamedModel):
+def _over_budget(loaded: LoadedModel, rows: int) -> str:
+    """Return why a stated memory budget does not hold what the model remembers of the prompts; empty where it does."""
+    budget = budget_of(loaded)
+    if budget is None:
         return ""
-    advice = "quant-fairness measure DIR asks where there is the memory"
-    needed = loaded.parameters * FLOAT32_BYTES  # which the checkpoint is dequantized to
-    if loaded.memory_budget is not None:
-        return f"within a memory budget the model is read layer by layer, which every word would take again; {advice}"
-    if 2 * needed > machine_memory():
-        return f"the whole model takes {shown(needed)} of {shown(machine_memory())} of memory; {advice}"
-    return ""
+    width = loaded.model.config.get_text_config().hidden_size
+    cached = rows * EXPECTED_TOKENS * 2 * loaded.layers * width * FLOAT32_BYTES  # keys and values, at most
+    if cached <= BUDGET_SHARE * budget:
+        return ""
+    advice = "quant-fairness measure DIR asks without one"
+    return (
+        f"keys and values of {rows} prompts take up to {shown(cached)} of the memory budget, {shown(budget)}; {advice}"
+    )
 
 
 def _ask_16_bit(
     loaded: LoadedModel, texts: Mapping[str, tuple[str, ...]], progress: Callable[[int, int], None]
 ) -> tuple[str, dict[str, list[str]]]:
-    """Return what the 16-bit model computes in, and its answers. Alone, so that a model loaded for them is let go."""
-    with _whole(loaded) as model:
-        return str(model.dtype).removeprefix("torch."), _written(model, loaded, texts, progress)
-
-
-def _ask_checkpoint(
-    folder: Path,
-    state: ModelState,
-    loaded: LoadedModel,
-    texts: Mapping[str, tuple[str, ...]],
-    progress: Callable[[int, int], None],
-) -> dict[str, list[str]]:
-    with _whole_checkpoint(folder, state, loaded) as model:
-        return _written(model, loaded, texts, progress)
-
-
-@contextmanager
-def _whole(loaded: LoadedModel) -> Iterator[PreTrainedModel]:
-    if not isinstance(loaded, StreamedModel):
-        yield loaded.model
-        return
-    yield load_model(
-        loaded.files,
-        dtype=loaded.compute,
-        trust_remote_code=loaded.files.runs_code,
-        device=str(loaded.model.device),
-        storage=loaded.storage_dtype,
-    ).model
-
-
-@contextmanager
-def _whole_checkpoint(folder: Path, state: ModelState, loaded: LoadedModel) -> Iterator[PreTrainedModel]:
-    if state.blocks is None:
-        with state.applied() as model:
-            yield model
-        return
-    yield whole_checkpoint(folder, loaded)
+    """Return what the 16-bit model computes in, and its answers."""
+    state = block_state("16 bit", loaded)
+    return str(loaded.model.dtype).removeprefix("torch."), _written(state, loaded, texts, progress)
 
 
 def _written(
-    model: PreTrainedModel,
+    state: ModelState,
     loaded: LoadedModel,
     texts: Mapping[str, tuple[str, ...]],
     progress: Callable[[int, int], None],
 ) -> dict[str, list[str]]:
     """Return the answers of a model by language, in the order of the prompts."""
     flat = [text for rows in texts.values() for text in rows]
-    written = iter(write_answers(model, loaded.tokenizer, flat, progress=progress))
+    streamed = state.blocks if isinstance(state.blocks, StreamedModel) else None
+    on_call = nullcontext() if streamed is None else read_on_call(streamed)
+    return_what_is_free()
+    with state.applied() as model, on_call:
+        written = iter(write_answers(model, loaded.tokenizer, flat, together=streamed is not None, progress=progress))
     return {language: [next(written) for _ in rows] for language, rows in texts.items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.export.trial import try_architecture
 from quant_fairness_plugin.export.verify import HALF_PRECISION_KERNELS
-from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.export.writer import Measure, export
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState, block_state, fixed_state
 from quant_fairness_plugin.model.activations import LARGEST_FLOAT16, largest_activation, probe_rows
@@ -94,7 +94,7 @@ def write(
     config: FairConfig,
     *,
     overwrite: bool = False,
-    measure: Callable[[Path], Measurement] | None = None,
+    measure: Measure | None = None,
 ) -> ExportRecord:
     """Write, verify and measure a checkpoint in the configuration's format, for its reader; see `export`."""
     return export(
@@ -119,6 +119,13 @@ def compare(record: ExportRecord, measured: Measured) -> RunResult:
         protected=record.measurement,
         gain=measured.gain(NONE, EXPORTED),
     )
+
+
+def name_measuring(states: Sequence[ModelState]) -> str:
+    """Return what is measured, in words for people who wait for it."""
+    words = {NONE: "the model without protection", EXPORTED: "the checkpoint"}
+    named = [words.get(state.name, f"checkpoint {state.name}") for state in states] or ["the 16-bit model"]
+    return f"measure {' and '.join(named)}"
 
 
 def unprotected_state(bare: QuantizedModel) -> ModelState:

@@ -15,7 +15,6 @@ from quant_fairness_plugin.checkpoint.readers import takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.measure.rows import embedding_rows
-from quant_fairness_plugin.model.architectures.experts import find_mixture
 from quant_fairness_plugin.model.beginnings import beginning
 from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
 from quant_fairness_plugin.model.in_memory import copy_model
@@ -80,9 +79,8 @@ def load_checked(
 
 
 def can_stream(files: ModelFiles) -> bool:
-    """Return whether blocks can be read from the files; experts are read with the whole model."""
-    readable = bool(files.weights) and files.weights[0].suffix == ".safetensors"
-    return readable and find_mixture(str(files.config.get("model_type", ""))) is None
+    """Return whether blocks can be read from the files."""
+    return bool(files.weights) and files.weights[0].suffix == ".safetensors"
 
 
 def can_go_in_blocks(config: FairConfig) -> bool:

@@ -9,14 +9,12 @@ from quant_fairness_plugin.checkpoint.readers import check_exportable, takes_one
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.planning import limit_of
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.selection import group_sizes
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
-from quant_fairness_plugin.steps.opening import can_stream, check_whole
 
 
 def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | None) -> ProtectionPlan:
@@ -133,8 +131,6 @@ def check_exportable_plan(
     loaded: LoadedModel, config: FairConfig, overrides: Mapping[str, Precision], *, protected: Collection[int] = ()
 ) -> None:
     """Check precisions and group sizes against format and reader. Raises as `check_exportable_before_sweep`."""
-    if isinstance(loaded, StreamedModel) and not can_stream(loaded.files):
-        check_whole(loaded, "quantized, as it holds experts")
     check_exportable(
         loaded.family,
         format=config.format,

@@ -23,11 +23,14 @@ from quant_fairness_plugin.errors import ResourceError, UnsupportedModelError
 from quant_fairness_plugin.measure.rows import Batch, Row, TokenRows, pad_rows
 from quant_fairness_plugin.measure.scoring import find_head
 from quant_fairness_plugin.measure.streamed import Head
+from quant_fairness_plugin.model.architectures.experts import EXPERTS
 from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.devices import wide_dtype
+from quant_fairness_plugin.model.experts import Experts
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import BlockCall, check_independent, head_input, rehearse
+from quant_fairness_plugin.sweep.sampling import BACKWARD_STEPS
 
 BATCH_TOKENS = 256
 """Tokens of a batch, padding included: a block's graph is held for one batch, at about ten values a weight's output."""
@@ -35,8 +38,6 @@ HEAD_VALUES = 1 << 23
 """Most log-probabilities that are held at once, but for a row that has more."""
 HEAD_ROWS = 4096
 """Tokens of the vocabulary whose rows of the head are read at once."""
-BACKWARD_STEPS = 3
-"""What a block costs on the way back, in forward passes: one with its graph, and the graph back for two labels."""
 
 Key = tuple[str, Precision]
 """A unit and what it is changed to."""
@@ -86,8 +87,8 @@ def slopes_of(
         passes.forward(batches)
         _turn(loaded, batches, tokenized.rows, labels)
         passes.backward(batches, changes)
-    found = {row: each.slopes_of(number) for each in batches for number, row in enumerate(each.batch.rows)}
-    return [(row, found[row]) for row in tokenized.rows]
+    slopes = {row: each.slopes_of(number) for each in batches for number, row in enumerate(each.batch.rows)}
+    return [(row, slopes[row]) for row in tokenized.rows]
 
 
 @dataclass(slots=True)
@@ -183,10 +184,10 @@ class _Given(NamedTuple):
 
     last: Tensor
     """The output of the last block."""
-    found: Tensor
+    inputs: Tensor
     """What the head is given where a token is predicted, `[targets, width]`, with its graph."""
     gradients: list[Tensor]
-    """At `found`, for every choice of labels."""
+    """At `inputs`, for every choice of labels."""
 
 
 def _turn(loaded: LoadedModel, batches: Sequence[_Batch], rows: Sequence[Row], labels: Labels) -> None:
@@ -198,24 +199,24 @@ def _turn(loaded: LoadedModel, batches: Sequence[_Batch], rows: Sequence[Row], l
         for number, row in enumerate(each.batch.rows)
     }
     for some in _groups(rows, len(head.weight)):
-        inputs = torch.cat([at.found.detach()[where] for at, where in map(places.__getitem__, some)])
+        inputs = torch.cat([at.inputs.detach()[where] for at, where in map(places.__getitem__, some)])
         for number, gradient in enumerate(_label_gradients(head, inputs, some, labels)):
             parts = torch.split(gradient, [len(places[row][1]) for row in some])
             for row, part in zip(some, parts, strict=True):
                 at, where = places[row]
                 if number == len(at.gradients):
-                    at.gradients.append(torch.zeros_like(at.found))
+                    at.gradients.append(torch.zeros_like(at.inputs))
                 at.gradients[number][where] = part
     for each, at in zip(batches, given, strict=True):
-        each.gradients = [torch.autograd.grad(at.found, at.last, one, retain_graph=True)[0] for one in at.gradients]
+        each.gradients = [torch.autograd.grad(at.inputs, at.last, one, retain_graph=True)[0] for one in at.gradients]
         each.slopes = [{} for _ in at.gradients]
 
 
 def _at_the_head(loaded: LoadedModel, each: _Batch) -> _Given:
     with torch.enable_grad():
         last = each.state.detach().requires_grad_(True)
-        found = head_input(loaded, each.batch.ids, each.batch.mask, last).flatten(0, 1)
-        return _Given(last, found[each.batch.positions.to(found.device)], [])
+        inputs = head_input(loaded, each.batch.ids, each.batch.mask, last).flatten(0, 1)
+        return _Given(last, inputs[each.batch.positions.to(inputs.device)], [])
 
 
 def _groups(rows: Sequence[Row], vocabulary: int) -> Iterator[list[Row]]:
@@ -265,6 +266,8 @@ class _Watch:
     slopes: dict[Key, list[float]] = field(default_factory=dict)
     rows: int = 0
     tokens: int = 0
+    chosen: dict[str, Tensor] = field(default_factory=dict)
+    """Experts of the block by full name → the numbers of those that each token goes to, `[rows · tokens, k]`."""
 
     @classmethod
     @contextmanager
@@ -272,6 +275,9 @@ class _Watch:
         """Watch the modules of these weights inside a `with` block."""
         watch = cls(frozenset(key for changes in errors.values() for key in changes))
         with ExitStack() as stack:
+            for name in {experts for experts, _ in map(_expert_of, errors) if experts}:
+                experts = loaded.model.get_submodule(name)
+                stack.callback(experts.register_forward_pre_hook(watch._note_routing(name)).remove)
             for name, changes in errors.items():
                 hook = watch._hook(name, is_transposed(loaded, name), changes)
                 module = loaded.model.get_submodule(name.removesuffix(".weight"))
@@ -288,7 +294,7 @@ class _Watch:
         self, name: str, transposed: bool, changes: Mapping[Key, Tensor]
     ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            self._check_rows(name, output)
+            owners = self._owners(name, output)
             with torch.no_grad():
                 moved = {
                     key: given[0] @ change if transposed else nn.functional.linear(given[0], change)
@@ -297,21 +303,43 @@ class _Watch:
 
             def add(gradient: Tensor) -> None:
                 for key, change in moved.items():
-                    products = (gradient * change).reshape(self.rows, -1)
-                    found = products.sum(dim=1, dtype=wide_dtype(gradient.device)).tolist()
-                    self.slopes[key] = [a + b for a, b in zip(self.slopes[key], found, strict=True)]
+                    products = (gradient * change).flatten(0, -2).sum(dim=1, dtype=wide_dtype(gradient.device))
+                    sums = products.new_zeros(self.rows).index_add_(0, owners, products).tolist()
+                    self.slopes[key] = [a + b for a, b in zip(self.slopes[key], sums, strict=True)]
 
             output.register_hook(add)  # type: ignore[no-untyped-call]
 
         return hook
 
-    def _check_rows(self, name: str, output: Tensor) -> None:
-        """Refuse a module that does not see all tokens, row after row."""
-        if output.shape[:-1] not in ((self.rows, self.tokens), (self.rows * self.tokens,)):
+    def _note_routing(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def note(experts: nn.Module, given: tuple[Tensor, ...]) -> None:
+            assert isinstance(experts, Experts)
+            self.chosen[name] = experts.routing(given).chosen
+
+        return note
+
+    def _owners(self, name: str, output: Tensor) -> Tensor:
+        """Return the row of every token that a module was given, `[tokens]`.
+
+        Raises:
+            UnsupportedModelError: it does not see all tokens, row after row, and is no expert.
+        """
+        experts, number = _expert_of(name)
+        if experts in self.chosen:
+            return (self.chosen[experts] == number).nonzero()[:, 0] // self.tokens
+        given, lead = self.rows * self.tokens, output.shape[:-1]
+        if lead.numel() != given or lead[0] not in (self.rows, given):
             raise UnsupportedModelError(
                 f"{name} returned {list(output.shape)} for {self.rows} rows of {self.tokens} tokens, so that its "
                 "rounding error cannot be told apart by sentence; [rows, tokens, …] is accepted. Use --exhaustive."
             )
+        return torch.arange(self.rows, device=output.device).repeat_interleave(self.tokens)
+
+
+def _expert_of(parameter: str) -> tuple[str, int]:
+    """Return the experts that a weight belongs to, by full name, and its number there; "" where it is no expert's."""
+    path, _, number = parameter.removesuffix(".weight").rpartition(".")[0].rpartition(".")
+    return (path, int(number)) if path.endswith(f".{EXPERTS}") and number.isdecimal() else ("", 0)
 
 
 def is_transposed(loaded: LoadedModel, parameter: str) -> bool:

@@ -24,7 +24,7 @@ from quant_fairness_plugin.model.devices import devices_like
 from quant_fairness_plugin.sweep.jobs import Job, Recipe, pack, unpack
 from quant_fairness_plugin.sweep.runner import BatchScores
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 Trials = Mapping[int, Sequence[Row]]
 """Number → rows. The number says where the result belongs."""
@@ -80,7 +80,7 @@ class ProcessExecutor:
         recipe = pack(job)
         devices = devices_like(recipe.device) if self.spread else (recipe.device,)
         count = self.workers or (_fitting_workers(job) if devices == ("cpu",) else len(devices))
-        logger.info("%d trials in %d processes on %s", len(trials), min(count, len(trials)), ", ".join(devices))
+        _logger.info("%d trials in %d processes on %s", len(trials), min(count, len(trials)), ", ".join(devices))
         started: list[ProcessWorker] = []
 
         def start() -> ProcessWorker:
@@ -160,7 +160,7 @@ class Crew(Generic[W]):
                     f"trial {number} ended its worker {ATTEMPTS} times ({err}), as a machine without memory left does; "
                     "use fewer workers or smaller batches."
                 ) from err
-            logger.warning("a worker was lost at trial %d (%s); the trial is run again", number, err)
+            _logger.warning("a worker was lost at trial %d (%s); the trial is run again", number, err)
             del self._busy[worker]
             worker.stop()
             waiting.appendleft(number)
@@ -185,7 +185,7 @@ class ProcessWorker:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
-        logger.info("worker process %d", self._process.pid)
+        _logger.info("worker process %d", self._process.pid)
 
     @property
     def running(self) -> bool:
@@ -197,7 +197,7 @@ class ProcessWorker:
         try:
             self.connection.send(tuple(rows))
         except OSError as err:
-            logger.debug("worker %s is gone: %s", self._process.pid, err)
+            _logger.debug("worker %s is gone: %s", self._process.pid, err)
 
     def result(self) -> BatchScores:
         """Receive the result."""

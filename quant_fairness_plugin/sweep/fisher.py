@@ -21,11 +21,8 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.backward import Errors, Key, Progress, is_transposed, slopes_of
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.memory import CONTEXT
+from quant_fairness_plugin.sweep.sampling import DRAWS
 
-SENTENCES = 12
-"""Of each language, evenly spread."""
-DRAWS = 2
-"""Labels of each token. With 12 sentences: 24 squared slopes a figure, each as variable as one of a normal variate."""
 SentenceScores = dict[str, dict[Precision, dict[str, tuple[float, ...]]]]
 """Unit → precision → language → nats of each sentence."""
 
@@ -103,15 +100,15 @@ class Changes:
 
     def of_layer(self, layer: int) -> Errors:
         """Return a layer's errors, which take the memory of its weights once for every precision."""
-        found: dict[str, dict[Key, Tensor]] = {}
+        by_module: dict[str, dict[Key, Tensor]] = {}
         for unit in self.parameters:
             if Unit.parse(unit).layer != layer:
                 continue
             for precision in self.precisions:
                 for name, value in self.bank.weights(unit, precision).items():
                     change = value - self.loaded.model.get_parameter(name).detach()
-                    found.setdefault(name, {})[unit, precision] = change
-        return found
+                    by_module.setdefault(name, {})[unit, precision] = change
+        return by_module
 
 
 def check_linear(loaded: LoadedModel, units: UnitMap) -> None:

@@ -18,7 +18,7 @@ from quant_fairness_plugin.sweep.executors import Crew, Results, Trials, WorkerL
 from quant_fairness_plugin.sweep.jobs import Job, Recipe, pack, unpack
 from quant_fairness_plugin.sweep.runner import BatchScores
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class RayExecutor:
         try:
             gpus = int(job.loaded.model.device.type == "cuda")
             count = self.workers or _fitting_actors(ray, job.threads, gpus)
-            logger.info("%d trials in %d Ray actors", len(trials), min(count, len(trials)))
+            _logger.info("%d trials in %d Ray actors", len(trials), min(count, len(trials)))
             actor = ray.remote(num_cpus=job.threads, num_gpus=gpus, max_restarts=0)(Actor)
             shared = ray.put(recipe)
             crew = Crew(lambda: RayWorker(ray, actor.remote(shared)), wait_for_actors, workers=count)

@@ -115,6 +115,9 @@ class _Sweep:
         """Return the scores of every batch."""
         stored = [None if self.store is None else self.store.read(batch.rows) for batch in self.batches]
         unfinished = [number for number, scores in enumerate(stored) if scores is None]
+        if self.store is not None:  # a run that was stopped right after it had stored scores left the hidden states
+            for number in set(range(len(stored))).difference(unfinished):
+                self.stacks.drop(number)
         self._enter([number for number in unfinished if self.stacks.stage(number) is None])
         reached = {number: self.stacks.stage(number) or 0 for number in unfinished}
         self._count_before(len(stored) - len(unfinished), reached)

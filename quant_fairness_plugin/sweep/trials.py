@@ -36,7 +36,7 @@ from quant_fairness_plugin.sweep.memory import BATCH_TOKENS
 from quant_fairness_plugin.sweep.runner import BatchScores
 from quant_fairness_plugin.sweep.walk import Progress, add_up, plan_tree, tokenize_texts
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 def score_plans_resumably(
@@ -93,7 +93,7 @@ def _run_all(
             progress(len(results) * job.tree.block_passes, len(batches) * job.tree.block_passes)
 
     if results:
-        logger.info("%d of %d trials were finished before", len(results), len(batches))
+        _logger.info("%d of %d trials were finished before", len(results), len(batches))
         report()
     if not missing:
         return results
@@ -127,7 +127,7 @@ class Store:
         except FileNotFoundError:
             return None
         except (OSError, ArtifactError) as err:
-            logger.warning("%s: not a whole result (%s); its trial is computed again", path, err)
+            _logger.warning("%s: not a whole result (%s); its trial is computed again", path, err)
             return None
 
     def write(self, rows: Sequence[Row], scores: BatchScores) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 from quant_fairness_plugin.artifacts import Grid, Precision, TextSet, UnitScores, precision_of_bits
@@ -15,21 +14,10 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank, check_bank_fits
 from quant_fairness_plugin.sweep.engine import support_of
 from quant_fairness_plugin.sweep.execution import Execution
-from quant_fairness_plugin.sweep.fisher import DRAWS, SENTENCES, Changes, score_sentences, spread
+from quant_fairness_plugin.sweep.fisher import Changes, score_sentences, spread
 from quant_fairness_plugin.sweep.memory import count_needs
+from quant_fairness_plugin.sweep.sampling import Sampling
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """What scores are estimated from."""
-
-    sentences: int = SENTENCES
-    """Of each language."""
-    draws: int = DRAWS
-    """Labels drawn for each token."""
-    seed: int = 0
-    """Of the labels."""
 
 
 def score_units(

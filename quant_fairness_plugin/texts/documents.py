@@ -19,7 +19,7 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLang
 from quant_fairness_plugin.texts.languages import normalise_language
 from quant_fairness_plugin.texts.load import load_texts
 from quant_fairness_plugin.texts.sentences import clean_sentence
-from quant_fairness_plugin.texts.sources import column_language, parse_document, read_lines, read_text
+from quant_fairness_plugin.texts.sources import column_language, parse_document, read_corpus, read_lines
 
 LANGUAGE, TEXT, MESSAGES = "language", "text", "messages"
 """Keys of a row that says itself which language it is in."""
@@ -46,19 +46,19 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
     """
     path = Path(source).expanduser()
     if source == "bundled" or not path.exists() or _is_parallel(path):
-        found = Documents.of(load_texts(source, reference=None))
+        documents = Documents.of(load_texts(source, reference=None))
     else:
-        found = _checked(path)
+        documents = _checked(path)
     wanted = None if languages is None else [normalise_language(tag) for tag in languages]
-    kept = {name: rows for name, rows in found.texts.items() if wanted is None or name in wanted}
-    if not kept:
+    chosen_rows = {name: rows for name, rows in documents.texts.items() if wanted is None or name in wanted}
+    if not chosen_rows:
         raise UnknownLanguageError(
-            f"{found.name} has no text in {', '.join(wanted or ())} to calibrate on; it has "
-            f"{', '.join(found.languages) or 'none'}"
+            f"{documents.name} has no text in {', '.join(wanted or ())} to calibrate on; it has "
+            f"{', '.join(documents.languages) or 'none'}"
         )
-    if left_out := [name for name in found.languages if name not in kept]:
-        _logger.info("%s: not calibrated on, as --langs leaves it out: %s", found.name, ", ".join(left_out))
-    return Documents(name=found.name, texts=kept, sha256=digest(kept))
+    if left_out := [name for name in documents.languages if name not in chosen_rows]:
+        _logger.info("%s: not calibrated on, as --langs leaves it out: %s", documents.name, ", ".join(left_out))
+    return Documents(name=documents.name, texts=chosen_rows, sha256=digest(chosen_rows))
 
 
 def check_apart(documents: Documents, texts: TextSet) -> None:
@@ -131,7 +131,7 @@ def read_jsonl(path: Path) -> Iterator[Found]:
 def read_table(path: Path) -> Iterator[Found]:
     """Yield the documents of a table with the columns `language` and `text`, or with a column for each language."""
     comma = path.suffix.lower() == ".csv"
-    lines = io.StringIO(read_text(path), newline="") if comma else iter(read_lines(path))
+    lines = io.StringIO(read_corpus(path), newline="") if comma else iter(read_lines(path))
     rows = csv.reader(lines, strict=True) if comma else (line.split("\t") for line in lines)
     try:
         header: list[str] = next(iter(rows), [])
@@ -143,7 +143,7 @@ def read_table(path: Path) -> Iterator[Found]:
 
 def read_json(path: Path) -> Iterator[Found]:
     """Yield the documents of one object `{lang: text or [texts]}`."""
-    document = parse_document(read_text(path), str(path))
+    document = parse_document(read_corpus(path), str(path))
     if not isinstance(document, dict):
         raise ArtifactError(f"{path}: {type(document).__name__} instead of an object {{language: text or [texts]}}")
     for tag, texts in document.items():

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from quant_fairness_plugin.artifacts import Part
 from quant_fairness_plugin.errors import ArtifactError
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # A novel is about a million characters: whatever is longer in one piece is a file that lost its line ends.
 MAX_CHARACTERS = 1_000_000
@@ -77,7 +77,7 @@ def drop_repeated(raw: RawTexts, source: str) -> RawTexts:
         repeated |= {index for index, text in enumerate(rows) if first[text] != index}
     if not repeated:
         return raw
-    log.warning("%s: left out %d of %d rows that repeat an earlier one", source, len(repeated), len(raw.ids))
+    _logger.warning("%s: left out %d of %d rows that repeat an earlier one", source, len(repeated), len(raw.ids))
     keep = [index for index in range(len(raw.ids)) if index not in repeated]
     return replace(
         raw,

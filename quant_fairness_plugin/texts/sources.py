@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from quant_fairness_plugin.artifacts import Part
-from quant_fairness_plugin.documents import first_repeated, parse_json
+from quant_fairness_plugin.documents import MOST_BYTES, first_repeated, parse_json
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
 from quant_fairness_plugin.texts.columns import (
     META,
@@ -64,7 +64,7 @@ def read_folder(folder: Path) -> RawTexts:
 
 def read_json(path: Path) -> RawTexts:
     """Read one object `{lang: text or [texts]}`, the format of the seeds."""
-    document = parse_document(decode(_read_bytes(path), str(path)), str(path))
+    document = parse_document(read_corpus(path), str(path))
     if not isinstance(document, dict):
         raise ArtifactError(
             f"{path}: {type(document).__name__} instead of an object; expected {{language: text or [texts]}}"
@@ -248,14 +248,18 @@ def _read_bytes(path: Path) -> bytes:
         raise ArtifactError(f"{path}: cannot be read ({err.strerror}); check the file and its permissions") from err
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raises as `decode`, and ArtifactError where it cannot be read."""
+def read_corpus(path: Path) -> str:
+    """Return the text of a UTF-8 file, however large: sentences are read line by line, and `parse_document` is bounded.
+
+    Raises:
+        ArtifactError: it cannot be read, or is not UTF-8; names the line.
+    """
     return decode(_read_bytes(path), str(path))
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file; raises as `read_text`."""
-    return _split_lines(read_text(path))
+    """Return the lines of a UTF-8 file; raises as `read_corpus`."""
+    return _split_lines(read_corpus(path))
 
 
 def _split_lines(text: str) -> list[str]:
@@ -268,8 +272,10 @@ def parse_document(text: str, where: str) -> object:
     """Return a decoded JSON document without repeated keys.
 
     Raises:
-        ArtifactError: it is none; says where.
+        ArtifactError: it is none, or larger than `MOST_BYTES`; says where.
     """
+    if len(text) > MOST_BYTES:
+        raise ArtifactError(f"{where}: JSON of more than {MOST_BYTES} characters; write a row a line in a .jsonl file")
     try:
         return parse_json(text)
     except ValueError as err:

@@ -13,12 +13,13 @@ from scipy.stats import binom
 
 from quant_fairness_plugin.analysis.choices import BASELINE, Choices, analyse, answer, compare, mcnemar
 from quant_fairness_plugin.analysis.quantized import rounded_state
-from quant_fairness_plugin.analysis.questions import Question, read_questions
+from quant_fairness_plugin.analysis.questions import EXCHANGED, Question, exchanged, read_questions
 from quant_fairness_plugin.artifacts import Bootstrap, Grid, Interval, Undefined
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
 from quant_fairness_plugin.measure.scoring import fixed_state
 from quant_fairness_plugin.model.load import LoadedModel
 from tests.analysis.samples import request_of
+from tests.measure.samples import make_texts, numbered_texts
 
 BOOTSTRAP = Bootstrap(draws=400)
 PAIRS = (("cedar lamp", "cedar lqmp"), ("stone", "stine"), ("river bread", "rivrr bread"), ("window", "windew"))
@@ -86,8 +87,36 @@ def test_questions_are_asked_from_a_file(load: Callable[..., LoadedModel], tmp_p
     path.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="'spelling' has 1 question in en"):
         analyse(request_of(load("llama", layers=2), options={"questions": path}))
-    with pytest.raises(ConfigError, match="--questions"):
-        analyse(request_of(load("llama", layers=2)))
+    with pytest.raises(ConfigError, match="not both"):
+        analyse(request_of(load("llama", layers=2), options={"questions": path, "lm_eval_samples": (path, path)}))
+
+
+def test_without_a_file_sentences_are_asked_against_themselves_with_two_words_exchanged() -> None:
+    texts = numbered_texts(6)
+    made = exchanged(texts, 0)
+    assert made == exchanged(texts, 0) != exchanged(texts, 1)
+    assert [question.options[question.answer] for question in made] == [
+        sentence for sentences in texts.sentences.values() for sentence in sentences
+    ]
+    for question in made:
+        right, wrong = (option.split() for option in question.options)
+        first, second = (place for place, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b)
+        assert (second, wrong[first], wrong[second]) == (first + 1, right[second], right[first])
+
+
+def test_questions_of_the_text_set_are_answered(load: Callable[..., LoadedModel]) -> None:
+    request = request_of(load("llama", layers=2))
+    rows = [row for row in analyse(request).rows if row.group == EXCHANGED]
+    asked = request.texts.part("search").sentences
+    assert [(row.language, row.questions) for row in rows] == [(name, len(asked[name])) for name in asked]
+
+
+def test_where_no_space_separates_two_characters_are_exchanged() -> None:
+    (question,) = exchanged(make_texts({"zh": ["一二三四五"]}), 3)
+    right, wrong = question.options
+    assert (sorted(right), len(wrong)) == (sorted(wrong), 5)
+    assert sum(a != b for a, b in zip(right, wrong, strict=True)) == 2
+    assert exchanged(make_texts({"zh": ["一一一"]}), 0) == ()  # nothing would change
 
 
 def test_clams_is_read_by_folder(tmp_path: Path) -> None:

@@ -46,10 +46,18 @@ def test_the_record_holds_what_both_models_say_and_comes_back_from_its_file(
 
 
 def test_a_model_that_stays_in_its_files_gives_the_same_answers(
-    planted_model: Path, quantizer: FairQuantizer, record: ExportRecord, tmp_path: Path
+    planted_model: Path,
+    quantizer: FairQuantizer,
+    record: ExportRecord,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("quant_fairness_plugin.model.load.load_model", None)  # nothing is loaded as a whole
     streamed = FairQuantizer.from_source(ModelSource(str(planted_model)), quantizer.config, stream=True)
     assert answers(streamed.save_pretrained(tmp_path / "out")) == answers(record)
+    budget = Workplace(memory_budget=1 << 26)
+    budgeted = FairQuantizer.from_source(ModelSource(str(planted_model)), quantizer.config, place=budget)
+    assert answers(budgeted.save_pretrained(tmp_path / "budgeted")) == answers(record)
 
 
 def test_what_is_not_asked_is_said_with_its_reason(
@@ -67,9 +75,8 @@ def test_what_is_not_asked_is_said_with_its_reason(
     config = quantizer.config
     assert reason(replace(config, prompts="none")) == "--prompts none"
     assert reason(replace(config, prompts=str(prompts))) == "russian.tsv has no prompt in en, he"
-    assert reason(config, Workplace(memory_budget=1 << 26)).startswith("within a memory budget the model is read layer")
-    monkeypatch.setattr("quant_fairness_plugin.steps.answers.machine_memory", lambda: 1000)
-    assert "of 1.00 KB of memory" in reason(config, stream=True)
+    monkeypatch.setattr("quant_fairness_plugin.steps.answers.EXPECTED_TOKENS", 1 << 20)
+    assert reason(config, Workplace(memory_budget=1 << 26)).startswith("keys and values of 6 prompts take up to ")
 
 
 def test_a_language_that_the_16_bit_model_does_not_know_is_not_asked(

@@ -19,7 +19,15 @@ ROWS = [(0, 5, 9, 200, 3), (7,), (11, 12, 13)]
 
 @pytest.mark.parametrize(
     ("family", "format_name"),
-    [("llama", "compressed-tensors"), ("gpt_neox", "gptq"), ("gpt2", "fp16-twin"), ("bloom", "compressed-tensors")],
+    [
+        ("llama", "compressed-tensors"),
+        ("gpt_neox", "gptq"),
+        ("gpt2", "fp16-twin"),
+        ("bloom", "compressed-tensors"),
+        ("qwen3_moe", "compressed-tensors"),
+        ("mixtral", "compressed-tensors"),
+        ("mixtral", "fp16-twin"),
+    ],
 )
 def test_logits_are_those_of_the_whole_model(
     tiny_model: Callable[..., Path], tmp_path: Path, family: str, format_name: Any

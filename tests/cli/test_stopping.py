@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,31 @@ def test_it_says_how_far_the_work_was_and_what_is_kept(
 
     assert run(quantize) == 143
     assert f"error: stopped by SIGTERM in 'quantize', 12 of 30; {kept}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_something_removes_itself_is_not_lost(capfd: pytest.CaptureFixture[str], number: int) -> None:
+    removed = []
+
+    class Temporary:
+        """Removes itself when nobody holds it any more."""
+
+    def remove() -> None:
+        os.kill(os.getpid(), number)
+        sum(range(1000))  # Python sees the signal here, where an exception would be printed and forgotten
+        removed.append(True)
+
+    def work() -> None:
+        kept = Temporary()
+        weakref.finalize(kept, remove)
+        del kept
+        time.sleep(5)
+
+    before = signal.getsignal(signal.SIGALRM)
+    assert run(work) == 128 + number
+    assert removed == [True]
+    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_what_is_cleaned_up_is_not_stopped_again() -> None:

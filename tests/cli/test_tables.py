@@ -11,6 +11,7 @@ from quant_fairness_plugin.artifacts import Combinations, Grid, ProtectionPlan, 
 from quant_fairness_plugin.cli.tables import (
     SHOWN,
     combination_lines,
+    fitting,
     necessity_lines,
     singled_out,
     sweep_table,
@@ -101,3 +102,29 @@ def test_what_a_plan_singles_out_is_listed_or_counted() -> None:
     assert singled_out(some) == "layers 0 in 16 bit; 3.down in 8 bit; 1% of input channels in 16 bit"
     many = replace(plain, units=plain.units | {f"layers.{i}.down": "int8" for i in range(11)})
     assert singled_out(many) == "11 units in 8 bit"
+
+
+def test_a_table_that_a_terminal_is_too_narrow_for_comes_in_parts_that_repeat_what_names_a_row() -> None:
+    figures = [f"figure {i}" for i in range(9)]
+    table = Table("layer", "language", *figures, title="many", caption="below")
+    for layer in range(3):
+        cells = [f"0.{layer}{i}23 {{0.1, 0.2}}" for i in range(9)]
+        table.add_row(str(layer), "he", *cells, style="bold" if layer else "")
+    console = Console(width=80, file=io.StringIO())
+    parts = fitting(table, console, keys=2)
+    for part in parts:
+        console.print(part)
+    text = console.file.getvalue()  # type: ignore[attr-defined] # a StringIO
+    assert max(map(len, text.splitlines())) <= 80
+    assert {tuple(str(column.header) for column in part.columns[:2]) for part in parts} == {("layer", "language")}
+    assert [str(column.header) for part in parts for column in part.columns[2:]] == figures
+    assert all(f"0.{layer}{i}23 {{0.1, 0.2}}" in text for layer in range(3) for i in range(9))
+    assert [part.title for part in parts] == ["many"] + [None] * (len(parts) - 1)
+    assert [row.style for part in parts for row in part.rows] == ["", "bold", "bold"] * len(parts)
+    assert text.rstrip().endswith("below")
+
+
+def test_a_table_that_fits_is_left_alone() -> None:
+    table = Table("plan", "worst")
+    table.add_row("none", "0.1")
+    assert fitting(table, Console(width=80)) == [table]

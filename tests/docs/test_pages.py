@@ -94,9 +94,9 @@ def test_the_parser_takes_the_command_lines_of_a_page(path: Path) -> None:
 
 
 def test_an_option_that_there_is_not_would_be_seen() -> None:
-    assert ["quant-fairness", "report", "out", "-o", "report.html"] in commands(ROOT / "README.md")
+    assert ["quant-fairness", "report", "demo-fair", "-o", "report.html"] in commands(ROOT / "README.md")
     with pytest.raises(TyperException, match="No such option"):
-        parse("quant-fairness", ["verify", "out", "--strictest"])
+        parse("quant-fairness", ["verify", "demo-fair", "--strictest"])
 
 
 def run(line: list[str], folder: Path) -> None:

@@ -17,6 +17,7 @@ from quant_fairness_plugin.artifacts import (
     Answer,
     Answers,
     ExportRecord,
+    Interval,
     LanguageAnswers,
     Precision,
     ReaderRun,
@@ -181,6 +182,19 @@ def test_the_table_has_one_row_for_each_language_with_intervals(record: ExportRe
     assert "`confirm`" in card
     assert "**SHIP WITH CARE: 1 of 1 languages lose more than 0.05 bits per byte; most en, 0.125 " in card
     assert "three words" in card
+
+
+def test_the_checkpoint_stands_beside_the_16_bit_model_and_itself_without_protection(record: ExportRecord) -> None:
+    ratio = Interval(1.5, 1.25, 1.75)
+    found = replace(measurement(), disparity=ratio)
+    plan = replace(record.plan, extra_bytes=1000)
+    card = render_card(replace(record, plan=plan, measurement=found, unprotected=found))
+    rows = [line.split(" | ") for line in card.split("| configuration |")[1].splitlines()[2:5]]
+    whole, bare, this = record.sixteen_bit_bytes, record.weight_bytes - 1000, record.weight_bytes
+    assert [row[0] for row in rows] == ["| 16-bit model", "| INT4 without protection", "| this checkpoint"]
+    assert [int(row[1]) for row in rows] == [whole, bare, this]
+    assert [row[2] for row in rows] == ["100%", f"{bare / whole:.0%}", f"{this / whole:.0%}"]
+    assert [row[4:6] for row in rows[1:]] == [["1.5000 [1.2500, 1.7500]", "others lose more"]] * 2
 
 
 def test_an_undefined_number_is_shown_with_its_reason(record: ExportRecord) -> None:

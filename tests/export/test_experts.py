@@ -15,9 +15,13 @@ from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths
 from quant_fairness_plugin.checkpoint.readers import find_refusal
+from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.export.verify import verify
 from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.fair_quantizer import FairQuantizer
+from quant_fairness_plugin.preflight import ModelSource
+from quant_fairness_plugin.quantize.workplace import Workplace
 from tests.export.build import TEXTS, quantize_tiny
 from tests.tiny import MIXTURES
 
@@ -43,6 +47,18 @@ def written(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Call
         return out
 
     return build
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+def test_a_mixture_that_stays_in_its_files_gives_the_same_bytes(tiny_model: Model, tmp_path: Path, family: str) -> None:
+    """Layer 1 keeps 16 bit, so that its experts are stacked in the file."""
+    folder, config = tiny_model(family, layers=3), FairConfig(group_size=32, method="rtn", protect_layers=(1,))
+    weights = []
+    for name, place in {"whole": None, "in blocks": Workplace(memory_budget=1 << 26)}.items():
+        quantizer = FairQuantizer.from_source(ModelSource(str(folder)), config, place=place)
+        quantizer.save_pretrained(tmp_path / name, measure=None)
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

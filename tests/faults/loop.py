@@ -1,9 +1,9 @@
 """The loop: every command meets every fault at every point, and what is left must be right, also for the next run.
 
-A process that has everything imported forks for each run. What a kill leaves at a point is copied while one untouched
-run goes by; the other faults take a run each. After a fault the command is run once more without one, once for each
-state that faults leave (what lies in a half-written folder does not make another state: nothing reads it), and has to
-end as if nothing had happened.
+A process that has everything imported forks for each run. One run goes by untouched: what a kill leaves at a point is
+copied, and for each of the other faults it forks there (`branches.py`). After a fault the command is run once more
+without one, once for each state that faults leave (what lies in a half-written folder does not make another state:
+nothing reads it), and has to end as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from unittest.mock import patch
 
+from tests.faults.branches import Branches
 from tests.faults.cases import Case
-from tests.faults.points import ACTIONS, KILL, Points, applies, watched
+from tests.faults.points import KILL, Points, watched
 
 KILLED = 137
 STATUS = {KILL: {KILLED}, "SIGTERM": {0, 143}, "SIGINT": {0, 130}, "EIO": {0, 4}, "ENOSPC": {0, 4}}
@@ -56,15 +59,22 @@ class Trial:
     place: Path
     start: Tree
     expected: Left
+    points: tuple[str, ...] = ()
+    """What the command touches."""
     known: dict[bytes, list[str]] = field(default_factory=dict)
     """State that a fault left → what was wrong with the next run."""
 
     def meets(self, *, every: int = 1) -> list[tuple[int, str]]:
-        """Return every point with every fault that it can meet; of faults other than kills only every n-th."""
-        points = list(enumerate(self.expected.points, start=1))
-        kills = [(number, KILL) for number, _ in points]
-        others = [(number, action) for number, point in points for action in ACTIONS if applies(action, point)]
-        return kills + others[::every]
+        """Meet every point with every fault that it can meet, of faults other than kills only every n-th; name them."""
+        trunk, branches = self.place / "trunk", self.place / "branches"
+        branches.mkdir()
+        shutil.copytree(self.place / "start", trunk)
+        ended = run(self.case.command, Points(trunk, copies=self.place / "copies", branches=Branches(branches, every)))
+        assert (ended.status, ended.tree) == (0, self.expected.tree), f"its children have changed a run: {ended.said}"
+        self.points = ended.points
+        others = (path.name.removesuffix(".status").split("-") for path in branches.glob("*.status"))
+        kills = [(number, KILL) for number, _ in enumerate(self.points, start=1)]
+        return kills + sorted((int(number), action) for action, number in others)
 
     def meet(self, number: int, action: str) -> list[str]:
         """Return what is wrong after a fault at a point; nothing where all is well."""
@@ -72,10 +82,10 @@ class Trial:
             root = self.place / "copies" / str(number)
             left = Left(KILLED, "", read(root))
         else:
-            root = self.place / f"{action}-{number}"
-            shutil.copytree(self.place / "start", root)
-            left = run(self.case.command, Points(root, number, ACTIONS[action]))
-        problems = list(self._wrong(left, action, self.expected.points[number - 1]))
+            root = self.place / "branches" / f"{action}-{number}"
+            said, status = (root.with_name(f"{root.name}.{end}").read_text("utf-8") for end in ("said", "status"))
+            left = Left(int(status), said, read(root))
+        problems = list(self._wrong(left, action, self.points[number - 1]))
         state = digest(left.tree)
         if state not in self.known:
             self.known[state] = list(self._wrong_next(left, root))
@@ -144,7 +154,7 @@ class Trial:
 
 
 def open_trial(case: Case, start: Path, place: Path) -> Trial:
-    """Make what a command starts from, and run it once untouched, counting its points and keeping what kills leave."""
+    """Make what a command starts from, and run it once untouched."""
     own, whole = place / "start", place / "whole"
     shutil.copytree(start, own)
     for command in case.prepare:
@@ -153,7 +163,7 @@ def open_trial(case: Case, start: Path, place: Path) -> Trial:
     if case.changed is not None:
         case.changed(own)
     shutil.copytree(own, whole)
-    expected = run(case.command, Points(whole, copies=place / "copies"))
+    expected = run(case.command, Points(whole))
     assert expected.status == 0, expected.said
     return Trial(case, place, read(own), expected)
 
@@ -162,14 +172,32 @@ def run(command: Command, points: Points) -> Left:
     """Run a command in a process of its own, in a folder; what it says goes to a file beside that."""
     root = points.root
     said, seen = root.with_name(f"{root.name}.said"), root.with_name(f"{root.name}.points")
-    child = os.fork()
-    if child == 0:
-        _be(command, points, said, seen)
+    child = fork(partial(_be, command, points, said, seen))
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     left = Left(status, said.read_text("utf-8"), read(root), tuple(seen.read_text("utf-8").splitlines()))
     said.unlink()
     seen.unlink()
     return left
+
+
+def fork(become: Callable[[], None]) -> int:
+    """Fork this process, and return the number of the new one, which never returns from `become`.
+
+    A thread that has computed nothing does it: torch's threads belong to the one that computes with them, and a fork,
+    which has none of them, would wait for them without end.
+    """
+    children = list[int]()
+
+    def split() -> None:
+        child = os.fork()
+        if child == 0:
+            become()
+        children.append(child)
+
+    thread = Thread(target=split)
+    thread.start()
+    thread.join()
+    return children[0]
 
 
 def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
@@ -180,6 +208,7 @@ def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
 
     status = 70  # as where this function itself fails
     try:
+        gc.freeze()  # else looking through everything that is imported takes longer than most commands do
         weakref.finalize._registry.clear()  # temporary folders of the process that this one is a fork of are not ours
         os.chdir(points.root)
         tempfile.tempdir = str(points.root / "tmp")
@@ -197,12 +226,16 @@ def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
 
 
 def without_slow_readers() -> ExitStack:
-    """Replace what only reads and computes for long: the page's drawings, and the two readers of `verify`."""
+    """Replace what only reads and computes for long: the page's drawings, and the two readers of `verify`.
+
+    And the thread that repeats the last line of long steps, as a process with threads must not fork.
+    """
     stack = ExitStack()
     stubs: dict[str, Callable[..., object]] = {
         "report.page.render_report": lambda sources, gate=None: "<title>page</title>\n" * 400,
         "checkpoint.served.compare_served": lambda folder, rows: "not compared",
         "checkpoint.readers.compare.compare_with_transformers": lambda folder: 0.0,
+        "cli.progress._beat": lambda lines, ended: None,
     }
     for name, stub in stubs.items():
         stack.enter_context(patch(f"quant_fairness_plugin.{name}", stub))

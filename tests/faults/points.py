@@ -48,6 +48,8 @@ class Points:
     """What happens there; the operation is done after it where it returns."""
     copies: Path | None = None
     """Where to keep a copy of the folder at every point, as a kill there would leave it."""
+    branches: Callable[[Points], None] | None = None
+    """What is done at every point first; see `branches.py`."""
     seen: list[str] = field(default_factory=list)
     """Kind and name of every point so far."""
     _full: bool = False
@@ -64,6 +66,10 @@ class Points:
             copy = self.copies / str(len(self.seen))
             shutil.copytree(self.root, copy, symlinks=True)
             tear(copy / where)
+            self._busy = False
+        if self.branches is not None:
+            self._busy = True
+            self.branches(self)
             self._busy = False
         if len(self.seen) == self.at:
             tear(self.root / where) if kind != "step" and self.act not in SIGNALLING else None

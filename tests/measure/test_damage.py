@@ -9,6 +9,7 @@ import pytest
 from quant_fairness_plugin.artifacts import Bootstrap, Interval, LanguageDamage, Number, StateScores, Undefined
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 from quant_fairness_plugin.measure.damage import (
+    mean_disparity,
     measure_damage,
     objective_draws,
     objective_values,
@@ -176,7 +177,7 @@ def test_summaries_without_a_supported_language_are_undefined() -> None:
     damage = measure_damage(baseline, baseline, TEXTS, vocabulary=2**20, bootstrap=Bootstrap(draws=200))
     summary = summarise(baseline, baseline, damage, bootstrap=Bootstrap(draws=200))
     assert "no language is supported" in why(summary.worst_kl)
-    assert summary.worst_kl == summary.mean_kl == summary.mean_delta_bpb
+    assert summary.worst_kl == summary.mean_kl == summary.mean_delta_bpb == summary.disparity
     values = objective_values(baseline, baseline, damage, bootstrap=Bootstrap(draws=200))
     assert set(values) == set(OBJECTIVES)
     assert {why(value) for value in values.values()} == {"the 16-bit model supports none of the languages"}
@@ -239,6 +240,17 @@ def test_hurting_only_the_reference_lowers_excess_and_disparity_but_not_worst() 
     assert known(after["excess"]).estimate < known(before["excess"]).estimate
     assert known(after["disparity"]).estimate < known(before["disparity"]).estimate
     assert known(after["worst"]).estimate > known(before["worst"]).estimate
+
+
+def test_the_disparity_of_a_state_is_the_mean_of_the_others_over_the_reference() -> None:
+    state = changed({"en": 0.02, "he": 0.04, "ar": 0.08})
+    damage = tuple(measure(state).values())
+    kl = {row.language: row.kl_bits_per_byte.estimate for row in damage}
+    found = known(summarise(BASELINE, state, damage, bootstrap=Bootstrap(draws=200)).disparity)
+    assert found.estimate == pytest.approx((kl["he"] + kl["ar"]) / 2 / kl["en"], rel=1e-5)
+    assert found.low < found.estimate < found.high
+    alone = mean_disparity({"en": np.ones(201)}, "en")
+    assert why(alone) == "the reference en and another language are needed; supported: en"
 
 
 def test_the_maximum_is_taken_inside_every_resample() -> None:

@@ -191,17 +191,20 @@ def test_minimax_starts_with_the_rows_and_weights_of_uniform(texts: TextSet) -> 
     assert minimax.weighting == "minimax"
 
 
-def test_the_coverage_is_one_line_per_language(texts: TextSet) -> None:
+def test_the_coverage_is_one_line_for_languages_that_got_alike(texts: TextSet) -> None:
     calibration = build_calibration(byte_tokenizer(), texts, tokens_per_language=31, row_tokens=10)
     lines = coverage_lines(calibration.summary())
     assert lines[0] == "calibration: small, sha256 000000000000, weights uniform"
     assert lines[1] == "  rows begin in turn: eos, plain"
-    assert lines[2:] == [f"  {name}: 4 rows, 31 tokens, weight 0.333" for name in ("en", "he", "zh")]
+    assert lines[2:] == ["  en, he, zh: each 4 rows, 31 tokens, weight 0.333"]
     tried = MinimaxRound({"en": 0.5, "he": 0.25, "zh": 0.25}, {"en": 0.1, "he": 0.3})
     found = replace(calibration, weights=tried.weights, weighting="minimax", rounds=(tried, tried))
     lines = coverage_lines(found.summary())
     assert lines[0].endswith("weights minimax after 2 rounds")
-    assert lines[2].endswith("weight 0.500")
+    assert lines[2:] == [
+        "  en: 4 rows, 31 tokens, weight 0.500",
+        "  he, zh: each 4 rows, 31 tokens, weight 0.250",
+    ]
     assert found.summary()["rounds"][1]["worst"] == "he"
     assert coverage_lines({}) == ["not calibrated"]
 

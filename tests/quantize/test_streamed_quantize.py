@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,19 @@ def test_a_streamed_model_is_quantized_to_the_same_bits(
     given = {"grid": grid, "method": method, "calibration": rows, "columns": columns}
     streamed = open_streamed(str(folder))
     found = quantize_layers(streamed, [1], **given)
+    assert_same(found, quantize_layers(load_model(str(folder)), [1], **given))
+    assert all(parameter.is_meta for parameter in streamed.block(2).parameters())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])  # the first block of DeepSeek has no experts
+def test_a_streamed_mixture_is_quantized_to_the_same_bits(
+    family: str, tiny_model: Callable[..., Path], rows: CalibrationSet
+) -> None:
+    folder = tiny_model(family, layers=3)
+    given = {"grid": GRID, "method": "gptq", "calibration": rows}
+    streamed = open_streamed(str(folder))
+    found = quantize_layers(streamed, [1], **given)
+    assert any(".experts." in name for name in found.tensors)
     assert_same(found, quantize_layers(load_model(str(folder)), [1], **given))
     assert all(parameter.is_meta for parameter in streamed.block(2).parameters())
 

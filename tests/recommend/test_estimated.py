@@ -93,6 +93,19 @@ def test_the_plan_is_the_best_of_all_choices_within_the_budget(seed: int) -> Non
     assert plan.overrides == chosen.choice
 
 
+def test_a_unit_gets_nothing_that_its_reader_refuses() -> None:
+    scores = unit_scores(1)
+    budget = OTHER + sum(SIZES.values()) * 2 + 110
+    free = Planner(scores, Demand(limit=Limit(max_bytes=budget), menu=MENU)).candidates()[0].choice
+    unit, kind = next(iter(free.items()))
+    refused = {unit: (kind,)}
+    allowed = [choice for choice in every_choice() if choice[unit] != kind]
+    best = min(max(kl.values()) for total, kl in (by_hand(scores, c) for c in allowed) if total <= budget)
+    chosen = Planner(scores, Demand(limit=Limit(max_bytes=budget), menu=MENU, refused=refused)).candidates()[0]
+    assert chosen.choice.get(unit) != kind
+    assert max(by_hand(scores, dict(chosen.choice))[1].values()) == pytest.approx(best, rel=1e-5)
+
+
 def test_a_target_takes_the_fewest_bytes_and_limits_of_languages_are_kept() -> None:
     scores = unit_scores(1)
     target = 0.3 * max(by_hand(scores, {})[1].values())

@@ -22,7 +22,7 @@ from tests.report.samples import analyses, answers, evidence, measured, record
 pytestmark = pytest.mark.browser
 SIZES = [(1280, 900), (390, 844)]
 DRAWN = [f"analysis-{name}" for name in ANALYSES]
-SHORT = ["damage", "answers", "tradeoff", "precision", "calibration"]
+SHORT = ["damage", "answers", "configurations", "tradeoff", "precision", "calibration"]
 PARTS = [*SHORT, "layers", "controls", *DRAWN, "analysis-new", "provenance"]
 
 
@@ -73,7 +73,7 @@ def test_charts_are_drawn_in_the_width_that_fits_and_nothing_is_requested(
     opened = Opened(chromium, file, size)
     opened.page.locator("#mode-researcher").check(force=True)
     boxes = [svg.bounding_box() for svg in opened.page.locator("figure svg").all() if svg.is_visible()]
-    assert len(boxes) == len(PARTS) - 2  # provenance has none, nor an analysis that nothing draws
+    assert len(boxes) == len(PARTS) - 3  # not provenance, not configurations, nor an analysis that nothing draws
     assert all(box["width"] > 150 and box["height"] > 50 and box["x"] >= 0 for box in boxes)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == size[0]  # no sideways scrolling
     assert opened.asked == [file.as_uri()]

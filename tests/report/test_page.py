@@ -76,19 +76,21 @@ def test_the_four_questions_are_answered_before_anything_else(full: Elements) ->
     assert "1 of 2 languages lose more than 0.05 bits per byte; most he, 0.200" in start
     assert "Which language loses most? Hebrew (he). 0.200 bits per byte, 20.0 times as much as English." in start
     assert "In 25% of places another next token" in start
-    assert "Layer 0 in 16 bit; layer 2 in 8 bit; 1.down in 16 bit; all other layers in 4 bit." in start
+    assert "Layer 0 in 16 bit; layer 2 in 8 bit; 1.down in 16 bit; all else in 4 bit." in start
     assert "10 kB instead of 40 kB (25%). Protection is 2.5 kB of it, 12.5% extra." in start
 
 
 def test_every_part_has_a_picture_in_two_widths_with_a_text_and_a_table(full: Elements) -> None:
     parts = ["damage", "answers", "tradeoff", "precision", "calibration", "layers", "controls"]
     parts += [f"analysis-{name}" for name in ANALYSES]
-    listed = "analysis-new"  # has no chart
-    assert [a["id"] for a in full.of("h2")] == ["verdict", *parts, listed, "provenance"]
+    listed = ["configurations", "analysis-new"]  # have no chart
+    shown = [a["id"] for a in full.of("h2")]
+    assert [name for name in shown if name not in listed] == ["verdict", *parts, "provenance"]
+    assert [name for name in shown if name in listed] == listed
     pictures = full.of("svg")
     assert len(pictures) == 2 * len(parts)
     assert all(a["role"] == "img" and len(a["aria-label"] or "") > 20 for a in pictures)
-    assert len(full.of("table")) == len(full.of("caption")) == len([*parts, listed])
+    assert len(full.of("table")) == len(full.of("caption")) == len([*parts, *listed])
     assert {a["scope"] for a in full.of("th")} == {"col", "row"}
 
 
@@ -105,7 +107,7 @@ def test_the_reading_modes_are_three_radio_buttons_and_the_shortest_is_chosen(fu
         ("mode", "tldr", True), ("mode", "practitioner", False), ("mode", "researcher", False),
     ]  # fmt: skip
     levels = [(a["class"] or "").split()[1] for a in full.of("section") if (a["class"] or "").startswith("part ")]
-    assert levels == ["tldr", *["practitioner"] * 4, *["researcher"] * (4 + len(ANALYSES))]
+    assert levels == ["tldr", *["practitioner"] * 5, *["researcher"] * (4 + len(ANALYSES))]
 
 
 def test_hostile_text_is_shown_as_text_in_every_place() -> None:
@@ -147,6 +149,15 @@ def test_a_gate_changes_verdict_and_line() -> None:
     shown = page(record(measured(en=0.1)), gate=Gate("worst", 0.4))
     assert "SHIP no language loses more than 0.4" in shown.text
     assert "what the verdict accepts: 0.4 bits per byte" in shown.text
+
+
+def test_where_answers_alone_are_at_fault_the_page_says_to_read_them() -> None:
+    asked = replace(measured(en=0.01, he=0.02), answers=answers())
+    start = page(record(asked)).text
+    assert "Is that acceptable? The loss is. Read the answers." in start
+    assert "What should I ship? This checkpoint, if its answers are good enough. Layer 0" in start
+    lossy = page(record(replace(asked, languages=measured(en=0.9, he=0.9).languages))).text
+    assert "Is that acceptable? It depends on who uses it." in lossy
 
 
 def test_before_and_after_stand_side_by_side(full: Elements) -> None:
@@ -203,9 +214,11 @@ def test_the_page_says_which_reader_ran_and_why_nothing_was_asked() -> None:
 
 
 def test_an_analysis_alone_makes_a_page() -> None:
-    text = page(analyses()[1]).text
-    assert "analyses of the 16-bit model" in text
-    assert "What of tokens?" in text
+    shown = page(analyses()[1])
+    assert "analyses of the 16-bit model" in shown.text
+    assert "What of tokens?" in shown.text
+    assert "NO CHECKPOINT" not in shown.text  # there is nothing to judge, and the page opens where its answer is
+    assert [a["id"] for a in shown.of("input") if "checked" in a] == ["mode-researcher"]
     with pytest.raises(ConfigError, match="two artifacts are a tokens analysis"):
         page(analyses()[1], analyses()[1])
     with pytest.raises(ConfigError, match="of 2 models"):

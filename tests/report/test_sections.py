@@ -16,6 +16,7 @@ from quant_fairness_plugin.report.section import Section, shade
 from quant_fairness_plugin.report.sections import analyses as analyses_module
 from quant_fairness_plugin.report.sections.analyses import analysis_section
 from quant_fairness_plugin.report.sections.answers import answers_section
+from quant_fairness_plugin.report.sections.configurations import configurations_section
 from quant_fairness_plugin.report.sections.controls import controls_section
 from quant_fairness_plugin.report.sections.coverage import coverage_section
 from quant_fairness_plugin.report.sections.damage import damage_section
@@ -259,3 +260,30 @@ def test_an_analysis_without_a_chart_and_undefined_figures_are_in_the_table() ->
     assert (new.picture, new.table_open, new.table.rows) == (None, True, (("a thing", Figure("7")),))
     assert changes.table.rows[1][2] == "undefined: no language"
     assert analysis_section(replace(analyses()[0], result={"layers": []})) is None
+
+
+def test_a_configuration_that_a_smaller_one_beats_is_of_no_use() -> None:
+    made = replace(record(measured(en=0.2, he=0.4)), unprotected=measured("none", en=0.1, he=0.3))
+    section = configurations_section(made, None)
+    assert section is not None
+    assert (
+        section.lead == "40 kB for the 16-bit model, 7.5 kB for INT4 without protection and 10 kB for this checkpoint."
+    )
+    assert section.table.rows[0][3:6] == (Figure("0"), "", "")
+    assert [row[-1] for row in section.table.rows] == [
+        "where its bytes do not matter",
+        "worth its bytes",
+        "none: INT4 without protection takes no more and loses less",
+    ]
+    better = replace(made, unprotected=None)
+    assert configurations_section(better, measured("none", en=0.9)) is not None
+    rows = configurations_section(better, None)
+    assert rows is not None
+    assert [row[0] for row in rows.table.rows] == ["16-bit model", "this checkpoint"]
+    assert configurations_section(record(), None) is None
+
+
+def test_a_collapsed_configuration_is_of_no_use() -> None:
+    section = configurations_section(record(measured(en=0.2, xx=9.0)), None)
+    assert section is not None
+    assert section.table.rows[1][3:] == (Figure("undefined: collapsed in xx"),) * 2 + ("undefined", "none")

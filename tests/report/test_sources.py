@@ -33,6 +33,13 @@ def test_a_measurement_that_is_given_is_taken_before_the_records_own() -> None:
     assert Sources.of([record(measured(en=0.1)), other]).measurement == other
 
 
+def test_what_the_record_knows_of_the_model_without_protection_goes_with_its_own_measurement_alone() -> None:
+    made = replace(record(measured(en=0.1)), unprotected=measured("none", en=0.3))
+    assert Sources.of([made]).before == made.unprotected
+    assert Sources.of([made, measured(en=0.2)]).before is None  # on other sentences, perhaps
+    assert Sources.of([made, measured("none", en=0.4)]).before == measured("none", en=0.4)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"kind": "frontier"}', '{"kind": ["plan"]}', '{"kind": "plan"}'])
 def test_other_files_are_refused(content: str, tmp_path: Path) -> None:
     path = tmp_path / "file.json"

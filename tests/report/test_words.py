@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from quant_fairness_plugin.artifacts import Undefined
@@ -38,7 +40,13 @@ def test_languages_have_two_names_and_no_tag_breaks_them() -> None:
 
 
 def test_a_plan_in_words() -> None:
-    assert plan_words(PLAN) == "layer 0 in 16 bit; layer 2 in 8 bit; 1.down in 16 bit; all other layers in 4 bit"
+    assert plan_words(PLAN) == "layer 0 in 16 bit; layer 2 in 8 bit; 1.down in 16 bit; all else in 4 bit"
+
+
+def test_a_plan_of_many_parts_is_counted() -> None:
+    units = {f"layers.1.{name}": "int8" for name in "abcde"}
+    plan = replace(PLAN, units={name: kind for name, kind in PLAN.units.items() if "down" not in name} | units)
+    assert plan_words(plan) == "layer 0 in 16 bit; 6 parts of layers in 8 bit; all else in 4 bit"
 
 
 def test_model_names() -> None:

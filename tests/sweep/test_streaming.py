@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, StateScores, TextSet
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, StateScores
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from quant_fairness_plugin.model import stacks as stacks_module
 from quant_fairness_plugin.model.load import LoadedModel, load_model
@@ -29,39 +29,24 @@ from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.executors import LocalExecutor
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise, sweep_needs
 from quant_fairness_plugin.sweep.walk import plan_tree, score_plans
-from tests.planted_model import planted_texts
+from tests.sweep.streamed_cases import (
+    BATCH_TOKENS,
+    EVERYTHING,
+    GRID,
+    LAYERS,
+    PLANS,
+    PLENTY,
+    WIDTH,
+    streamed_scores,
+    texts,
+)
 from tests.tiny import FAMILIES
 
 Build = Callable[..., Path]
 Scores = Mapping[str, StateScores]
-GRID = Grid(group_size=-1)
-LAYERS, WIDTH = 3, 40
-BATCH_TOKENS = 120
-PLENTY = 10**9
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 """Nats per token: the difference that float32 additions in another order can make over three blocks."""
-EVERYTHING: dict[str, Precision] = {f"layers.{i}": "int3" for i in range(LAYERS)}
-PLANS: dict[str, dict[str, Precision]] = {
-    "none": EVERYTHING,
-    **{f"protect {i}": {k: v for k, v in EVERYTHING.items() if k != f"layers.{i}"} for i in range(LAYERS)},
-    "mixed": {"layers.0": "int8", "layers.1": "int2"},
-}
-
-
-def texts() -> TextSet:
-    """Four sentences in two languages: three batches."""
-    return planted_texts().part("search").take(range(4))
-
-
-def streamed_scores(
-    loaded: LoadedModel, *, plans: Mapping[str, Mapping[str, Precision]] = PLANS, budget: int = PLENTY, **options: Any
-) -> dict[str, StateScores]:
-    units = map_units(loaded)
-    bank = options.pop("bank", None) or RtnBank(loaded, units, GRID, keep=False)
-    how = {name: options.pop(name) for name in ("work", "prefetch") if name in options}
-    execution = Execution(memory_budget=budget, **how)
-    options = {"batch_tokens": BATCH_TOKENS} | options
-    return score_plans_layerwise(loaded, plans, texts(), units=units, bank=bank, execution=execution, **options)
 
 
 def whole_scores(folder: Path, plans: Mapping[str, Mapping[str, Precision]] = PLANS) -> dict[str, StateScores]:
@@ -362,23 +347,28 @@ def test_a_finished_sweep_reads_no_block_and_keeps_no_states(
     assert fetched == []
 
 
-def test_a_killed_process_leaves_nothing_that_changes_a_bit(
-    loaded: StreamedModel, expected: Scores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_states_of_a_sweep_that_was_stopped_after_its_last_scores_are_removed(
+    loaded: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = os.fork()
-    if child == 0:  # killed in the middle of writing the states after layer 1
-        plain = stacks_module._Writer.put
+    def stop(stacks: stacks_module.Stacks, batch: int) -> None:
+        raise StopError
 
-        def fatal(self: stacks_module._Writer, node: int, values: Tensor) -> None:
-            plain(self, node, values)
-            if self._stack.stage == 2 and node == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+    with monkeypatch.context() as patched:
+        patched.setattr(stacks_module.Stacks, "drop", stop)
+        with pytest.raises(StopError):
+            streamed_scores(loaded, work=tmp_path)
+    assert list(tmp_path.glob("*.stack"))
+    streamed_scores(loaded, work=tmp_path)
+    assert not [*tmp_path.glob("*.stack"), *tmp_path.glob("*.index.json")]
 
-        monkeypatch.setattr(stacks_module._Writer, "put", fatal)
-        streamed_scores(loaded, work=tmp_path, prefetch=False)
-        os._exit(1)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+
+def test_a_killed_process_leaves_nothing_that_changes_a_bit(
+    loaded: StreamedModel, folder: Path, expected: Scores, tmp_path: Path
+) -> None:
+    # A process of its own: one that is forked from this one would wait for threads of torch that it has not got.
+    command: list[str | Path] = [sys.executable, "-m", "tests.sweep.streamed_cases", folder, tmp_path]
+    died = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert died.returncode == -signal.SIGKILL, died.stderr
     assert len(list(tmp_path.glob("*-2.stack"))) == 1
     assert streamed_scores(loaded, work=tmp_path) == expected
 

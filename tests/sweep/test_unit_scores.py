@@ -12,7 +12,8 @@ from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.model_bank import ModelBank
-from quant_fairness_plugin.sweep.unit_scores import Sampling, score_units
+from quant_fairness_plugin.sweep.sampling import Sampling
+from quant_fairness_plugin.sweep.unit_scores import score_units
 from tests.planted_model import IDLE_LAYER, PLANTED_LAYER, planted_texts
 
 GRID = Grid(group_size=32)

@@ -111,6 +111,15 @@ def test_a_malformed_json_file_is_refused(tmp_path: Path, text: str, message: st
         read_path(path)
 
 
+def test_a_json_file_that_is_too_large_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "texts.json", json.dumps({"en": "The fox.", "he": "השועל."}))
+    monkeypatch.setattr("quant_fairness_plugin.texts.sources.MOST_BYTES", 20)
+    with pytest.raises(ArtifactError, match=r"JSON of more than 20 characters; write a row a line in a \.jsonl file"):
+        read_path(path)
+
+
 def test_jsonl_rows_bring_ids_parts_and_registers(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path / "texts.jsonl",

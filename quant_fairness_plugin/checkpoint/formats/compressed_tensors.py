@@ -186,7 +186,7 @@ def _wrong_experts(groups: object) -> Iterator[str]:
     tables = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
     patterns = [[target.startswith("re:") for target in group.get("targets", ())] for group in tables]
     named = [g for g in tables if any(t.startswith("re:") and "experts" in t for t in g.get("targets", ()))]
-    plain = [group for group, found in zip(tables, patterns, strict=True) if not all(found)]
+    plain = [group for group, matches in zip(tables, patterns, strict=True) if not all(matches)]
     for group in [*named, *plain][:1]:
         yield from _wrong_group(group, STORED_BITS)
 

@@ -36,6 +36,7 @@ from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
+from quant_fairness_plugin.model.freed import return_what_is_free
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
 from quant_fairness_plugin.model.storage import announced_dtype
@@ -189,6 +190,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         UnsupportedModelError: it loads, and computes something else.
     """
     expected = _dense_logits(folder)
+    return_what_is_free()
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         loaded: Any = auto_class(read_config(folder)[0]).from_pretrained(
@@ -203,6 +205,8 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
         actual = _logits(model)
+    del loaded, model
+    return_what_is_free()
     largest = max(float(row.abs().max()) for row in expected)
     difference = max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True)) / largest
     if not difference <= tolerance:  # also when it is NaN
@@ -221,7 +225,8 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
 def _dense_logits(folder: Path) -> list[Tensor]:
     """Logits of the dequantized model on the fixed rows, one block of it in memory at a time where that can be."""
     try:
-        return list(BlockLogits(folder, _rows(bare_model(folder))))
+        # Transformers unpacks quantized experts while loading, and stacks them in the storage dtype.
+        return list(BlockLogits(folder, _rows(bare_model(folder)), experts=announced_dtype(read_config(folder)[0])))
     except UnsupportedModelError as err:
         _logger.info("%s is run as a whole: %s", folder, err)
         dense = load_dense_model(folder)

@@ -45,10 +45,10 @@ def trace_blocks(model: PreTrainedModel, path: str) -> tuple[BlockKind, ...]:
             _traced[key] = _trace(model, path)
         except UnsupportedModelError as err:
             _traced[key] = str(err)
-    found = _traced[key]
-    if isinstance(found, str):
-        raise UnsupportedModelError(found)
-    return found
+    result = _traced[key]
+    if isinstance(result, str):
+        raise UnsupportedModelError(result)
+    return result
 
 
 def _config_text(model: PreTrainedModel) -> str:

@@ -18,13 +18,13 @@ def named_groups(trial: Trial, layer: int, reads: Sequence[Event]) -> Iterator[F
     taken: set[str] = set()
     # What stands in the block itself comes last: beside a whole MLP it is something else.
     parents = sorted(dict.fromkeys(event.parent for event in reads), key=lambda parent: not parent)
-    found: list[FusionGroup] = []
+    groups: list[FusionGroup] = []
     for parent in parents:
         events = [event for event in reads if event.parent == parent]
-        whole = not {group.name for group in found}.isdisjoint(("down", "fc_out"))
-        found += _plain(events) if whole and not parent else _groups_of_parent(trial, layer, events)
+        whole = not {group.name for group in groups}.isdisjoint(("down", "fc_out"))
+        groups += _plain(events) if whole and not parent else _groups_of_parent(trial, layer, events)
     order = {event.name: place for place, event in enumerate(reads)}
-    for group in sorted(found, key=lambda group: min(order[name] for name in group.modules)):
+    for group in sorted(groups, key=lambda group: min(order[name] for name in group.modules)):
         name = group.name if group.name not in taken else plain_name(group.modules)
         taken.add(name)
         yield FusionGroup(name, group.modules, group.fused)

@@ -15,7 +15,7 @@ from quant_fairness_plugin.quantize.backends import Job, require
 from quant_fairness_plugin.quantize.backends.rules import gptqmodel_config
 from quant_fairness_plugin.quantize.backends.running import running
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 INSTALL = "pip install torch==2.13.0 && pip install torch==2.13.0 'quant-fairness[gptqmodel]'"
 WORKERS = "GPTQMODEL_CPU_WORKERS"
@@ -109,7 +109,7 @@ def longest_rows(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     equal = [row for row in rows if len(row) == longest]
     tokens, used = sum(map(len, rows)), longest * len(equal)
     if used < tokens:
-        log.warning(
+        _logger.warning(
             "gptqmodel's AWQ needs rows of one length: %d of %d calibration tokens are left out", tokens - used, tokens
         )
     return equal

@@ -14,7 +14,7 @@ from typing import IO
 
 from quant_fairness_plugin.errors import QuantFairnessError, ResourceError, UnsupportedModelError
 
-log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -80,10 +80,10 @@ def _aside(tool: str) -> Iterator[None]:
 
 
 def _log_lines(tool: str, aside: IO[bytes]) -> None:
-    if log.isEnabledFor(logging.DEBUG):
+    if _logger.isEnabledFor(logging.DEBUG):
         aside.seek(0)
         for line in aside.read().decode("utf-8", "replace").splitlines():
-            log.debug("%s: %s", tool, line)
+            _logger.debug("%s: %s", tool, line)
 
 
 @contextmanager

@@ -33,8 +33,8 @@ def answers_section(answers: Answers) -> Section | None:
         lead=_lead(answers),
         picture=Picture.of(lambda width: _chart(rows, width), _lead(answers)),
         keys=(
-            Key(symbol="shade-low", text="no answer"),
-            Key(symbol="shade-high", text="all answers; 16-bit model → this checkpoint, of so many"),
+            Key(symbol="shade-low", text="no answer has the fault"),
+            Key(symbol="shade-high", text="all have it; in figures: 16-bit model → this checkpoint"),
         ),
         table=_table(rows),
         table_open=any(row.new_faults for row in rows),
@@ -50,9 +50,9 @@ def _lead(answers: Answers) -> str:
     new = [Language.of(row.language).name for row in answers.languages if row.new_faults]
     before, after = (sum(row.faulty[state] for row in answers.languages) for state in (0, 1))
     total = sum(len(row.answers) for row in answers.languages)
-    found = f"{after} of {total} answers of this checkpoint have a fault, {before} of the 16-bit model's"
+    faults = f"{after} of {total} answers of this checkpoint have a fault, {before} of the 16-bit model's"
     where = f"in {joined(new)} it shows one that the 16-bit model does not" if new else "none is new"
-    return f"{asked}. {found}; {where}."
+    return f"{asked}. {faults}; {where}."
 
 
 def _chart(rows: list[LanguageAnswers], width: int) -> object:
@@ -71,7 +71,9 @@ def _chart(rows: list[LanguageAnswers], width: int) -> object:
 
 def _table(rows: list[LanguageAnswers]) -> Table:
     def cells(row: LanguageAnswers, answer: Answer) -> tuple[Cell, ...]:
-        texts = (Written(text, row.language) for text in (answer.prompt, answer.sixteen_bit, answer.checkpoint))
+        # The last token can end within a character.
+        written = (answer.prompt, *(text.rstrip("\ufffd") for text in (answer.sixteen_bit, answer.checkpoint)))
+        texts = (Written(text, row.language) for text in written)
         return Language.of(row.language), *texts, ", ".join(answer.checkpoint_faults) or "none"
 
     columns = ("language", "prompt", "the 16-bit model", "this checkpoint", "faults of this checkpoint")

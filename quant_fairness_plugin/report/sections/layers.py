@@ -58,8 +58,10 @@ def _by_language(row: SweepRow) -> dict[str, LanguageDamage]:
 
 def _effects(row: SweepRow, none: dict[str, LanguageDamage], languages: list[str]) -> list[float]:
     """Return in thousandths what protecting a unit saves; what quantizing it alone costs, without `none`."""
-    mine = {language: damage.kl_bits_per_byte.estimate for language, damage in _by_language(row).items()}
-    return [1000 * (none[name].kl_bits_per_byte.estimate - mine[name] if none else mine[name]) for name in languages]
+    damages = {language: damage.kl_bits_per_byte.estimate for language, damage in _by_language(row).items()}
+    return [
+        1000 * (none[name].kl_bits_per_byte.estimate - damages[name] if none else damages[name]) for name in languages
+    ]
 
 
 def _chart(effects: dict[str, list[float]], languages: list[str], width: int) -> object:

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from quant_fairness_plugin.artifacts import Interval, Number, Undefined
-from quant_fairness_plugin.seeds.labels import (
+from quant_fairness_plugin.statistics.labels import (
     LAYER_LABELS,
     fair_efficiency_score,
     label,

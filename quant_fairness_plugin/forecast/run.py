@@ -1,0 +1,139 @@
+"""The time of a whole `run` with its default plan: what each step does, counted, at the speed that was measured.
+
+Counted is what takes most of the time: tokens through blocks and head, second moments, the solver. Left out are
+starting Python, reading files and choosing among plans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS, load_prompts
+from quant_fairness_plugin.artifacts import Undefined, precision_of_bits
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.forecast.memory import fitting_weights
+from quant_fairness_plugin.forecast.passes import Range, Text, fitting_groups
+from quant_fairness_plugin.forecast.solving import Solving, measure_solving
+from quant_fairness_plugin.forecast.speed import NOTHING, Speed
+from quant_fairness_plugin.model.outline import Outline
+from quant_fairness_plugin.recommend.estimated import NEIGHBOURS
+from quant_fairness_plugin.sweep.sampling import BACKWARD_STEPS, EXACT_SENTENCES, SENTENCES
+
+STATES = 3
+"""That are measured together: 16 bit, without protection, and the checkpoint."""
+READINGS = Range(2.0, 8.0)
+"""How often a weight is made from its integers while a checkpoint is written, checked and read: by the reader that is
+run, by ours in float32 and in the dtype of the config."""
+PROMPT_TOKENS = 24
+HEAD_BACK = 4
+"""What scoring one token takes with the way back for two labels, in tokens that are scored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A part of a run."""
+
+    name: str
+    seconds: Range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run is made of."""
+
+    outline: Outline
+    config: FairConfig
+    languages: tuple[str, ...]
+    calibrated: int | None
+    """Tokens that are calibrated on, all languages together; None where that is not known before."""
+    search: Text
+    confirm: Text
+    speed: Speed
+
+    def steps(self) -> tuple[Step, ...] | Undefined:
+        """Return the steps of `run --protect-layers auto` in their order, or why their time is not known."""
+        if self.config.method != "gptq" or self.config.backend != "native":
+            return Undefined(f"only the time of our own GPTQ is forecast, not that of {self.config.method}")
+        if any(group.routed for layer in range(self.outline.layers) for group in self.outline.family.units_of(layer)):
+            return Undefined("it depends on the experts that the tokens of every language reach")
+        if self.calibrated is None:
+            return Undefined("it depends on how much the calibration texts hold; say so with --tokens-per-language")
+        return tuple(self._steps(measure_solving(self.outline, self.config.grid), self.calibrated))
+
+    def _steps(self, solving: Solving, calibrated: int) -> Iterator[Step]:
+        quantized = self._quantized(solving, calibrated)
+        yield Step("quantize twice", quantized.times(2))  # to score the errors, and by the plan
+        yield Step("score", self._scored())
+        yield Step("try plans", self._tried())
+        yield Step("write and verify", self._read())
+        yield Step("measure", self._passed(self.confirm, 1.0, passes=STATES, states=STATES))
+        if prompts := self._prompts():
+            yield Step("prompts", prompts)
+
+    def _quantized(self, solving: Solving, calibrated: int) -> Range:
+        """One quantization: calibration tokens up to every fusion group and behind the block, moments, solutions."""
+        outline, total = self.outline, NOTHING
+        for layer in range(outline.layers):
+            passes, done, sizes = 1.0, 0, self._group_sizes(layer)
+            for group in sizes:
+                passes += done / sum(sum(map(math.prod, shapes)) for shapes in sizes)
+                done += sum(map(math.prod, group))
+                total += self._flops(_moment_flops(group, calibrated))
+                total = sum((solving.of(*shape) for shape in group), total)
+            total += self.speed.block.times(calibrated * passes)
+        return total
+
+    def _group_sizes(self, layer: int) -> list[list[tuple[int, int]]]:
+        prefix = f"{self.outline.family.blocks}.{layer}"
+        units = self.outline.family.units_of(layer)
+        return [[self.outline.matrix(f"{prefix}.{module}") for module in unit.modules] for unit in units]
+
+    def _scored(self) -> Range:
+        """Which languages the model knows, then gradients on some sentences of each along the errors of every unit."""
+        kinds = len({*self.config.menu, precision_of_bits(self.config.bits)} - {"fp16"})
+        share = self._share(SENTENCES)
+        weights = fitting_weights(self.outline, fitting_groups(self.outline, self.config.grid))
+        found = self._passed(self.search, 1.0, passes=1, states=1)
+        found += self._passed(self.search, share, passes=1 + BACKWARD_STEPS + kinds, states=HEAD_BACK)
+        return found + self.speed.rounding.times(kinds * weights)
+
+    def _tried(self) -> Range:
+        """The plan and its neighbours, which share the blocks before the first difference."""
+        least, most = (
+            self._passed(self.search, self._share(EXACT_SENTENCES), passes=plans, states=plans + 1)
+            for plans in (2, 2 + NEIGHBOURS)
+        )
+        return Range(least.low, most.high)
+
+    def _read(self) -> Range:
+        once = self.speed.rounding.times(self.outline.parameters)
+        return Range(READINGS.low * once.low, READINGS.high * once.high)
+
+    def _prompts(self) -> Range | None:
+        """Both models write, all prompts together."""
+        prompts = load_prompts(self.config.prompts)
+        if prompts is None:
+            return None
+        rows = sum(len(prompts.of(language, chat=True)) for language in self.languages)
+        tokens = 2 * rows * (PROMPT_TOKENS + NEW_TOKENS)
+        return self.speed.few.times(tokens * self.outline.layers) + self.speed.head.times(tokens)
+
+    def _passed(self, text: Text, share: float, *, passes: float, states: int) -> Range:
+        """A share of a text through all blocks so many times, and through the head once a state."""
+        blocks = self.speed.block.times(share * text.padded * self.outline.layers * passes)
+        return blocks + self.speed.head.times(share * text.scored * states)
+
+    def _share(self, sentences: int) -> float:
+        """So many sentences of each language, as a share of the search part."""
+        return min(1.0, sentences / self.search.sentences)
+
+    def _flops(self, count: float) -> Range:
+        return Range(count / self.speed.flops.high, count / self.speed.flops.low)
+
+
+def _moment_flops(group: list[tuple[int, int]], tokens: int) -> float:
+    """Of the second moment of a group's inputs, and of the output energy, which is in float64 and so counts twice."""
+    columns = group[0][1]
+    return 2 * tokens * columns**2 + sum(2 * 2 * rows * columns**2 for rows, _ in group)

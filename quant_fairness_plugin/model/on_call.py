@@ -1,0 +1,81 @@
+"""A model whose blocks are in files, called as any model is: each block is read when the model calls it.
+
+What runs a model itself (Transformers' `generate`) has no place for a loop over blocks. A pass takes the time of
+reading all blocks, so many rows should share it; blocks of a small model stay in memory from the first pass on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quant_fairness_plugin.model.streamed import StreamedModel
+from quant_fairness_plugin.model.tables import Table
+
+VOCABULARY_PIECE = 4096
+"""Rows of the head that are read at once."""
+HELD_BYTES = 512 << 20
+"""Blocks that take no more, all together in the compute dtype, are read once. Those of a model of 135 million weights
+are; asking it takes half the time then (measured)."""
+
+
+@contextmanager
+def read_on_call(streamed: StreamedModel) -> Iterator[None]:
+    """Let the model be called as a whole while the context is open: its blocks and its head are read as they are run.
+
+    Calls must not overlap.
+    """
+    prefix = f"{streamed.family.blocks}."
+    values = sum(math.prod(place.shape) for name, place in streamed.places.items() if name.startswith(prefix))
+    hold = values * streamed.compute.itemsize <= HELD_BYTES and streamed.memory_budget is None
+    with ExitStack() as hooks:
+        for layer in range(streamed.layers):
+            hooks.enter_context(_block_read_on_call(streamed, layer, hold=hold))
+        table = streamed.tables.get(f"{streamed.family.head}.weight")
+        if table is not None:
+            hooks.enter_context(_head_read_on_call(streamed.model.get_submodule(streamed.family.head), table))
+        yield
+
+
+@contextmanager
+def _block_read_on_call(streamed: StreamedModel, layer: int, *, hold: bool) -> Iterator[None]:
+    block, held = streamed.block(layer), ExitStack()
+
+    def read(*_: Any) -> None:
+        held.enter_context(streamed.resident(layer))  # which does nothing where it is in memory
+
+    def leave(*_: Any) -> None:
+        if not hold:
+            held.close()
+
+    before = block.register_forward_pre_hook(read)
+    after = block.register_forward_hook(leave, always_call=True)  # after an error, too
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+        held.close()
+
+
+@contextmanager
+def _head_read_on_call(head: nn.Module, table: Table) -> Iterator[None]:
+    def logits(hidden: Tensor) -> Tensor:
+        bias: Tensor | None = getattr(head, "bias", None)
+        pieces = []
+        for start in range(0, table.place.shape[0], VOCABULARY_PIECE):
+            part = slice(start, min(start + VOCABULARY_PIECE, table.place.shape[0]))
+            pieces.append(nn.functional.linear(hidden, table.part(part), None if bias is None else bias[part]))
+        return torch.cat(pieces, dim=-1)
+
+    forward: Callable[[Tensor], Tensor] = logits
+    head.forward = forward  # calls of the module look it up on the instance first
+    try:
+        yield
+    finally:
+        del head.forward
