@@ -22,6 +22,7 @@ SCRIPTS = (
     "architectures",
     "beginnings_table",
     "calibration_table",
+    "capabilities",
     "claims",
     "clip_table",
     "columns",
