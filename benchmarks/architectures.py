@@ -4,10 +4,10 @@
     python benchmarks/architectures.py --only phi3 lfm2   # these rows anew, beside the stored ones
 
 Of every architecture a tiny model with random weights is made, written as a checkpoint, and taken through the code that
-a user's model goes through: opened, swept with every unit protected once, quantized with GPTQ and layer 1 in 16 bit,
-exported in every format, and read back by Transformers, whose logits must be those of our own dequantizer. A row says
-how far it came, or the reason of the refusal. That something is quantized and read right is what a row shows; how much
-quality a trained model of the architecture keeps, it does not.
+a user's model goes through: opened, swept with every unit protected once, scored by gradients, quantized with GPTQ and
+layer 1 in 16 bit, exported in every format, and read back by Transformers, whose logits must be those of our own
+dequantizer. A row says how far it came, or the reason of the refusal. That something is quantized and read right is
+what a row shows; how much quality a trained model of the architecture keeps, it does not.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class Row:
     model_type: str
     units: str = ""
     swept: bool = False
+    scored: bool = False
+    """Every unit by gradients, as `auto` does; with the model read block by block, too, to the same figures."""
     quantized: bool = False
     formats: tuple[str, ...] = ()
     """Written and checked tensor by tensor."""
@@ -173,6 +175,11 @@ def _walk(model_type: str, folder: Path, work: Path) -> Row:
     except Exception as err:  # noqa: BLE001 - a plan can be given without a sweep
         stops = f"sweep: {_one_line(err, folder)}"
     try:
+        _score(loaded, folder)
+        row["scored"] = True
+    except Exception as err:  # noqa: BLE001 - a plan can be given without scores
+        stops = stops or f"score: {_one_line(err, folder)}"
+    try:
         quantized = _quantize(loaded)
         row["quantized"] = True
     except Exception as err:  # noqa: BLE001 - the row says where it stops
@@ -215,6 +222,27 @@ def _sweep(loaded: LoadedModel) -> None:
     scores = score_plans(loaded, plans, _texts(), units=units, bank=RtnBank(loaded, units, Grid(group_size=GROUP)))
     if set(scores) < set(plans):
         raise ValueError("plans without scores")
+
+
+def _score(loaded: LoadedModel, folder: Path) -> None:
+    from quant_fairness_plugin.model.streamed import open_streamed
+
+    scores, in_blocks = (_scores(each) for each in (loaded, open_streamed(str(folder))))
+    if not scores or scores != in_blocks:
+        raise ValueError("read block by block, it has other scores" if scores else "no scores")
+
+
+def _scores(loaded: LoadedModel) -> Any:
+    from quant_fairness_plugin.artifacts import Grid
+    from quant_fairness_plugin.planning import check_scorable
+    from quant_fairness_plugin.plans.units import map_units
+    from quant_fairness_plugin.sweep.bank import RtnBank
+    from quant_fairness_plugin.sweep.fisher import Changes, score_sentences
+
+    check_scorable(loaded)
+    units = map_units(loaded)
+    bank = RtnBank(loaded, units, Grid(group_size=GROUP), keep=False)
+    return score_sentences(loaded, _texts(), Changes.of(loaded, units, bank, ("int4",)))[0]
 
 
 def _quantize(loaded: LoadedModel) -> Any:
@@ -270,6 +298,7 @@ def row_text(row: Row) -> str:
         row.model_type,
         row.units,
         "yes" if row.swept else "no",
+        "yes" if row.scored else "no",
         "yes" if row.quantized else "no",
         ", ".join(row.formats) or "none",
         ", ".join(row.read) or "none",
@@ -286,7 +315,17 @@ def page(stored: Mapping[str, Mapping[str, Any]]) -> str:
     members = [row for row in rows if row.member]
     stopped = [row for row in rows if row.units and not row.member]
     refused = [row for row in rows if not row.units]
-    header = ("architecture", "units of a layer", "swept", "quantized", "written", "read back", "AWQ folds", "stops at")
+    header = (
+        "architecture",
+        "units of a layer",
+        "swept",
+        "scored",
+        "quantized",
+        "written",
+        "read back",
+        "AWQ folds",
+        "stops at",
+    )
     return "\n".join(
         [
             "# Architectures",
@@ -296,7 +335,8 @@ def page(stored: Mapping[str, Mapping[str, Any]]) -> str:
             f"Every causal architecture of Transformers {versions['transformers']} "
             f"(torch {versions['torch'].split('+')[0]}): {len(members)} of {len(rows)} come all the way, "
             f"{len(stopped)} stop on it, {len(refused)} are refused before anything is quantized.",
-            "A row is a tiny model with random weights: opened, swept with every unit protected once, quantized with "
+            "A row is a tiny model with random weights: opened, swept with every unit protected once, scored by "
+            "gradients as `auto` does (read block by block as well, with the same figures), quantized with "
             f"GPTQ (INT4, groups of {GROUP}) and layer 1 in 16 bit, written in each format. *Read back*: Transformers "
             "loads it and computes the logits of our own dequantizer; gptq and awq need gptqmodel for that, and are "
             "only checked tensor by tensor ([readers.md](readers.md) has them read). *AWQ folds*: units whose input "

@@ -29,6 +29,8 @@ SCRIPTS = (
     "effort_table",
     "faults",
     "hypotheses_table",
+    "fuzz",
+    "load",
     "peers_table",
     "plan_table",
     "protection_table",

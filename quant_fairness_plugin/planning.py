@@ -13,6 +13,7 @@ from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.one_token import check_walkable
 from quant_fairness_plugin.model.streamed import budget_of
 from quant_fairness_plugin.plans.costs import bytes_at_bits, layers_budget, with_columns
 from quant_fairness_plugin.plans.units import map_units
@@ -78,12 +79,14 @@ def _refused_units(
 
 
 def check_scorable(loaded: LoadedModel) -> None:
-    """Refuse a model that gradients cannot score, before anything is quantized for it.
+    """Refuse a model that gradients cannot score, before anything is quantized for it. One token is run.
 
     Raises:
-        UnsupportedModelError: a unit holds a weight that belongs to no linear module.
+        UnsupportedModelError: a unit holds a weight that belongs to no linear module, or layers take more from earlier
+            ones than a hidden state.
     """
     check_linear(loaded, map_units(loaded))
+    check_walkable(loaded)
 
 
 def scoring_bank(loaded: LoadedModel, config: FairConfig, bare: QuantizedModel | None) -> Bank:

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 
+from quant_fairness_plugin import planning
 from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
+from quant_fairness_plugin.model.load import from_loaded
 from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.quantize.workplace import Workplace
 from tests.planted_model import PLANTED_LAYER, write_planted_mixture
+from tests.tiny import byte_tokenizer
+from tests.traced import traced_model
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +23,13 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mixture") / "planted"
     write_planted_mixture(folder)
     return folder
+
+
+@pytest.mark.filterwarnings("ignore")  # the model's own code warns
+def test_layers_that_share_more_than_a_hidden_state_are_refused_before_the_work() -> None:
+    loaded = from_loaded(traced_model("gemma4_text"), byte_tokenizer())
+    with pytest.raises(UnsupportedModelError, match="keys and values from earlier ones.*Name the layers to protect"):
+        planning.check_scorable(loaded)
 
 
 def test_experts_are_scored_and_get_what_readers_take(mixture: Path, planted_file: str, tmp_path: Path) -> None:

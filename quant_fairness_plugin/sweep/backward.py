@@ -327,7 +327,8 @@ class _Watch:
         experts, number = _expert_of(name)
         if experts in self.chosen:
             return (self.chosen[experts] == number).nonzero()[:, 0] // self.tokens
-        if output.shape[:-1] not in ((self.rows, self.tokens), (self.rows * self.tokens,)):
+        given, lead = self.rows * self.tokens, output.shape[:-1]
+        if lead.numel() != given or lead[0] not in (self.rows, given):
             raise UnsupportedModelError(
                 f"{name} returned {list(output.shape)} for {self.rows} rows of {self.tokens} tokens, so that its "
                 "rounding error cannot be told apart by sentence; [rows, tokens, …] is accepted. Use --exhaustive."

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant_fairness_plugin.export.staging import staged_folder
 from tests.planted_model import planted_texts, write_planted_model
@@ -164,6 +166,45 @@ def test_whatever_is_not_held_is_one_line(place: Path, kind: str, mebibytes: int
     assert status in (0, 4), line
     assert names(place) - {"out"} == {"model", "t.json"}
     assert (place / "out").is_dir() == (status == 0)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, start: Path) -> Path:
+    """A model of two blocks of 1.2 GB in float32; a file of holes, which takes no room on a disk."""
+    folder, width, inner = Path(shutil.copytree(start, tmp_path_factory.mktemp("large") / "start")), 1024, 100_000
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 2, "head_dim": width // 4}
+    (folder / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with torch.device("meta"):
+        parameters = LlamaForCausalLM(LlamaConfig(**config)).state_dict()
+    header, end = {}, 0
+    for name, value in parameters.items():
+        begin, end = end, end + 2 * value.numel()
+        header[name] = {"dtype": "F16", "shape": list(value.shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header).encode()
+    with (folder / "model" / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + end)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        (RUN, "use a smaller model"),
+        ((*QUANTIZE[:-1], "0", "-o", "out"), "use a smaller model"),
+        (MEASURE, "use a smaller model"),
+        ((*SWEEP, "--top", "1", "-o", "s.json"), "read it block by block with --memory-budget"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["AS", "DATA"])
+def test_a_model_that_the_limit_does_not_hold_is_refused_before_it_is_read(
+    large: Path, command: tuple[str, ...], advice: str, kind: str
+) -> None:
+    before = limit(getattr(resource, f"RLIMIT_{kind}"), {"AS": 2200, "DATA": 1000}[kind] << 20)
+    status, line = run(large, *command, before=before)
+    assert (status, "model needs at least" in line, advice in line) == (4, True, True), line
+    assert names(large) == {"model", "t.json"}
 
 
 def test_a_page_that_cannot_be_drawn_does_not_end_the_work(place: Path) -> None:

@@ -1,5 +1,8 @@
 """Fuzzing of every parser of files; see `targets`. Nothing heavy is imported here."""
 
+from __future__ import annotations
+
+import tempfile
 from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -8,3 +11,9 @@ MOST_SECONDS = 1.0
 """Of the processor, for one file."""
 MOST_BYTES = 256 << 20
 """By which the memory of a process may grow."""
+
+
+def place_in_memory() -> tempfile.TemporaryDirectory[str]:
+    """Return a temporary folder, in memory where the system has such a place."""
+    shared = Path("/dev/shm")
+    return tempfile.TemporaryDirectory(prefix="fuzz-", dir=shared if shared.is_dir() else None)

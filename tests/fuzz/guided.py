@@ -1,19 +1,22 @@
-"""Fuzz one target for a while, guided by coverage: `python -m tests.fuzz.guided TARGET SECONDS FOLDER`. Needs atheris.
+"""Fuzz one target for a while, guided by coverage. Needs atheris.
 
-What reached new code is added to FOLDER, what went wrong lies there as `crash-…`. libFuzzer ends with its statistics on
-stderr, the number of executions among them.
+    python -m tests.fuzz.guided TARGET SECONDS FOLDER PLACE
+
+What reached new code is added to FOLDER, what went wrong lies there as `crash-…`; the target works in PLACE. libFuzzer
+ends the process with its statistics on stderr, the number of executions among them, so that nothing is removed here.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from random import Random
 
 import atheris
 
 with atheris.instrument_imports(include=["quant_fairness_plugin"]):
-    from tests.fuzz.targets import CORPUS, opened
+    from tests.fuzz.targets import CORPUS, Target
 
 from tests.fuzz.mutations import MOST, mutated
 
@@ -30,23 +33,23 @@ def mutate(content: bytes, most: int, seed: int) -> bytes:
 
 
 def main() -> None:
-    name, seconds, folder = sys.argv[1:]
+    name, seconds, folder, place = sys.argv[1:]
     logging.disable(logging.CRITICAL)
-    with opened(name) as target:
+    target = Target(name, Path(place))
 
-        def read(content: bytes) -> None:
-            target(content)
+    def read(content: bytes) -> None:
+        target(content)
 
-        options = [
-            f"-max_total_time={seconds}",
-            f"-max_len={MOST}",
-            f"-artifact_prefix={folder}/",
-            "-verbosity=0",
-            "-print_final_stats=1",
-        ]
-        options += ["-rss_limit_mb=0", "-timeout=60"]  # the target measures both itself
-        atheris.Setup([sys.argv[0], *options, folder, str(CORPUS / name)], read, custom_mutator=mutate)
-        atheris.Fuzz()
+    options = [
+        f"-max_total_time={seconds}",
+        f"-max_len={MOST}",
+        f"-artifact_prefix={folder}/",
+        "-verbosity=0",
+        "-print_final_stats=1",
+    ]
+    options += ["-rss_limit_mb=0", "-timeout=60"]  # the target measures both itself
+    atheris.Setup([sys.argv[0], *options, folder, str(CORPUS / name)], read, custom_mutator=mutate)
+    atheris.Fuzz()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from quant_fairness_plugin.report.page import render_report
 from quant_fairness_plugin.report.section import Picture
 from quant_fairness_plugin.report.sources import Sources
 from quant_fairness_plugin.texts.sources import read_path
-from tests.fuzz import CORPUS, MOST_BYTES, MOST_SECONDS
+from tests.fuzz import CORPUS, MOST_BYTES, MOST_SECONDS, place_in_memory
 
 _DRAWS = 100
 _NO_PICTURE = Picture(wide=Markup('<svg width="9">'), narrow=Markup('<svg width="9">'))
@@ -162,9 +161,8 @@ def _peak() -> int:
 
 @contextmanager
 def opened(name: str) -> Iterator[Target]:
-    """Yield a target in a temporary folder, in memory where the system has such a place."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=shared if shared.is_dir() else None) as folder:
+    """Yield a target in a temporary folder."""
+    with place_in_memory() as folder:
         yield Target(name, Path(folder))
 
 

@@ -21,7 +21,7 @@ from tests.tiny import write_tiny_model
 GRID = Grid(group_size=32)
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral", "qwen2_moe"])
+@pytest.fixture(scope="module", params=["llama", "gpt2", "mixtral", "deepseek_v3"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp(request.param)
     write_tiny_model(folder, request.param)
