@@ -19,9 +19,12 @@ NAMED = {case.name: case for case in CASES}
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("start").resolve() / "start"
     folder.mkdir()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a run that forks on its way must have no threads of torch
     write_start(folder)
     with without_slow_readers():
         yield folder
+    torch.set_num_threads(before)
 
 
 def wrong(trial: Trial, *, every: int) -> list[str]:
