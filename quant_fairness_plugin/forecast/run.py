@@ -18,6 +18,8 @@ from quant_fairness_plugin.forecast.passes import Range, Text, fitting_groups
 from quant_fairness_plugin.forecast.solving import Solving, measure_solving
 from quant_fairness_plugin.forecast.speed import NOTHING, Speed
 from quant_fairness_plugin.model.outline import Outline
+from quant_fairness_plugin.quantize.backends import NATIVE
+from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.recommend.estimated import NEIGHBOURS
 from quant_fairness_plugin.sweep.sampling import BACKWARD_STEPS, EXACT_SENTENCES, SENTENCES
 
@@ -54,7 +56,7 @@ class Run:
 
     def steps(self) -> tuple[Step, ...] | Undefined:
         """Return the steps of `run --protect-layers auto` in their order, or why their time is not known."""
-        if self.config.method != "gptq" or self.config.backend != "native":
+        if not find_method(self.config.method).timed or self.config.backend != NATIVE:
             return Undefined(f"only the time of our own GPTQ is forecast, not that of {self.config.method}")
         if any(group.routed for layer in range(self.outline.layers) for group in self.outline.family.units_of(layer)):
             return Undefined("it depends on the experts that the tokens of every language reach")

@@ -34,7 +34,7 @@ def test_compare_prints_tables_and_a_verdict_and_saves_the_document(
     worst = document["outcomes"][0]["worst_kl"]["estimate"]
     assert f"{worst:.4f}" in printed.out
     assert "weights english" in printed.err
-    assert "  he: " in printed.err
+    assert "  en, he: each 3 rows" in printed.err
 
 
 def test_compare_prints_the_document_and_nothing_else_as_json(

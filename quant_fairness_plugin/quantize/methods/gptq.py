@@ -21,6 +21,7 @@ class Gptq(Method):
     needs_calibration: ClassVar[bool] = True
     clips: ClassVar[tuple[Clip, ...]] = CLIPS
     keeps_columns: ClassVar[bool] = True
+    timed: ClassVar[bool] = True
 
     damp: float = 0.05
     """Share of the mean Hessian diagonal that is added to the diagonal."""

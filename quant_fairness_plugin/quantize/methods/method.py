@@ -38,6 +38,8 @@ class Method(ABC):
     """Whether it scales input channels and divides the module in front by that, which changes 16-bit values too."""
     keeps_columns: ClassVar[bool] = False
     """Whether it can leave some input channels of a module in 16 bit beside the integers."""
+    timed: ClassVar[bool] = False
+    """Whether `forecast.solving` times its solver, so that a run's time is known before it."""
 
     def check_model(self, loaded: LoadedModel) -> None:  # noqa: B027 - a method without conditions is the rule
         """Refuse a model that the method cannot solve, before the work begins.
