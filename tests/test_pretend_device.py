@@ -19,33 +19,25 @@ TOLERANCE = 1e-4
 TWO_DEVICES = "Expected all tensors to be on the same device"
 
 
-@pytest.fixture(scope="module")
-def line(planted_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `tests/pretend_line.py` prints."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.pretend_line",
-        str(planted_model),
-        str(tmp_path_factory.mktemp("out") / "out"),
-    ]
+def run_line(model: Path, out: Path) -> dict[str, Any]:
+    """Return what `tests/pretend_line.py` prints."""
+    command = [sys.executable, "-m", "tests.pretend_line", str(model), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def test_the_model_is_on_the_device_and_every_result_says_so(line: dict[str, Any]) -> None:
-    assert line["placed"]
-    assert line["device"] == ["cpu", "pretend"]
-
-
-def test_every_step_gives_the_numbers_of_the_cpu(line: dict[str, Any]) -> None:
-    assert line["equal"] == {"bpb": True, "plan": True, "tensors": True}
-    assert line["kl_distance"] < TOLERANCE
-    assert line["written"]
-
-
-@pytest.mark.parametrize("planted", ["planted_buffer", "planted_sums"])
-def test_a_tensor_that_is_left_on_the_cpu_is_found(line: dict[str, Any], planted: str) -> None:
-    assert TWO_DEVICES in line[planted]
+def test_the_whole_line_on_another_device(planted_model: Path, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """One test, so that workers do not run the line twice: it takes fifteen seconds."""
+    line = run_line(planted_model, tmp_path / "out")
+    with subtests.test("the model is on the device and every result says so"):
+        assert line["placed"]
+        assert line["device"] == ["cpu", "pretend"]
+    with subtests.test("every step gives the numbers of the cpu"):
+        assert line["equal"] == {"bpb": True, "plan": True, "tensors": True}
+        assert line["kl_distance"] < TOLERANCE
+        assert line["written"]
+    for planted in ("planted_buffer", "planted_sums"):
+        with subtests.test("a tensor that is left on the cpu is found", planted=planted):
+            assert TWO_DEVICES in line[planted]
