@@ -17,6 +17,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -225,10 +226,33 @@ def _be(command: Command, points: Points, said: Path, seen: Path) -> None:
         os._exit(status)
 
 
+class AtOnce:
+    """An executor that does at once what it is given, in the thread that gives it."""
+
+    def __init__(self, max_workers: int) -> None:
+        """Take what a pool of threads takes."""
+
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def submit(self, work: Callable[..., object], *given: object) -> Future[object]:
+        """Return the result of the work, or its error."""
+        done: Future[object] = Future()
+        try:
+            done.set_result(work(*given))
+        except Exception as err:  # noqa: BLE001 - whoever asks for the result gets it
+            done.set_exception(err)
+        return done
+
+
 def without_slow_readers() -> ExitStack:
     """Replace what only reads and computes for long: the page's drawings, and the two readers of `verify`.
 
-    And the thread that repeats the last line of long steps, as a process with threads must not fork.
+    And the threads that repeat the last line of long steps and read the next block, as a process with threads must not
+    fork: a child would wait for what the thread of its parent reads.
     """
     stack = ExitStack()
     stubs: dict[str, Callable[..., object]] = {
@@ -236,6 +260,7 @@ def without_slow_readers() -> ExitStack:
         "checkpoint.served.compare_served": lambda folder, rows: "not compared",
         "checkpoint.readers.compare.compare_with_transformers": lambda folder: 0.0,
         "cli.progress._beat": lambda lines, ended: None,
+        "model.block_feed.ThreadPoolExecutor": AtOnce,
     }
     for name, stub in stubs.items():
         stack.enter_context(patch(f"quant_fairness_plugin.{name}", stub))
