@@ -15,14 +15,16 @@ Weights are sums and well-conditioned solutions in float64, so that CPUs differ 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from quant_fairness_plugin.artifacts import TextSet
 from tests.tiny import VOCABULARY, byte_tokenizer
@@ -57,6 +59,19 @@ class Bigrams:
     """Places in `ids` that only the second language has."""
 
 
+_CONFIG: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": CHANNELS,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
 def planted_texts() -> TextSet:
     """60 sentences of five words, in every part the same kind."""
     draw = np.random.default_rng(0)
@@ -78,38 +93,12 @@ def planted_texts() -> TextSet:
 
 def write_planted_model(folder: Path, *, seed: int = 0, shrink: float = SHRINK) -> None:
     """Build the model and save it in float16; without shrinking (1) the same model, in which no layer is special."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=CHANNELS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = LlamaForCausalLM(config)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in planted_weights(seed, shrink).items()})
-    model.to(torch.float16).save_pretrained(folder)  # type: ignore[arg-type] # Transformers types `to` as a method
-    byte_tokenizer().save_pretrained(folder)
+    weights = {name: torch.from_numpy(value) for name, value in planted_weights(seed, shrink).items()}
+    _save(LlamaForCausalLM(LlamaConfig(**_CONFIG)), weights, folder)
 
 
 def write_planted_mixture(folder: Path) -> None:
     """Build the same model as a mixture: every layer has two equal experts, and half of each is what the MLP was."""
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=CHANNELS,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-        num_experts_per_tok=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
     weights = {name: torch.from_numpy(value) for name, value in planted_weights(0, SHRINK).items()}
     for layer in range(LAYERS):
         mlp = f"model.layers.{layer}.mlp"
@@ -117,9 +106,13 @@ def write_planted_mixture(folder: Path) -> None:
         weights[f"{mlp}.experts.gate_up_proj"] = torch.cat([gate, up]).expand(2, -1, -1)
         weights[f"{mlp}.experts.down_proj"] = down.expand(2, -1, -1)
         weights[f"{mlp}.gate.weight"] = torch.zeros(2, WIDTH)
-    model = MixtralForCausalLM(config)
+    config = MixtralConfig(**_CONFIG, num_local_experts=2, num_experts_per_tok=2)
+    _save(MixtralForCausalLM(config), weights, folder)
+
+
+def _save(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
     model.load_state_dict(weights)
-    model.to(torch.float16).save_pretrained(folder)  # type: ignore[arg-type] # as above
+    model.to(torch.float16).save_pretrained(folder)  # type: ignore[arg-type] # Transformers types `to` as a method
     byte_tokenizer().save_pretrained(folder)
 
 

@@ -117,10 +117,10 @@ def _unstacked(name: str, experts: Experts, places: dict[str, Place], stored: se
     Raises:
         UnsupportedModelError: stacks whose matrices do not lie one after the other.
     """
-    stacks = {
-        part: next(places.pop(key) for key in (f"{s}.{part}" for s in stored) if key in places)
-        for part in stacked_shapes(experts)
-    }
+    keys = {part: [key for key in (f"{s}.{part}" for s in stored) if key in places] for part in stacked_shapes(experts)}
+    if not all(keys.values()):
+        return {}  # the check of all tensors says what is missing
+    stacks = {part: places.pop(key) for part, [key] in keys.items()}
     if experts.is_transposed:
         raise UnsupportedModelError(f"{name}: transposed experts are not read block by block; load it as a whole")
     both, down = stacks["gate_up_proj"], stacks["down_proj"]

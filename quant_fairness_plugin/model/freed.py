@@ -16,7 +16,7 @@ def return_when_freed() -> None:
     """Have large tensors returned to the system as soon as they are freed, from now on in this process.
 
     By default glibc learns to keep allocations of up to 32 MiB for itself, and weights of one block then lie scattered
-    between those of the next: 0.3 GB more than was in use, and growing, for blocks of 60 million values (measured).
+    between those of the next: more than is in use, and growing.
     """
     with suppress(AttributeError, OSError, TypeError):  # a C library without it, or no way to call it
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _LARGE_BYTES)
@@ -25,8 +25,7 @@ def return_when_freed() -> None:
 def return_what_is_free() -> None:
     """Return to the system what is free now, objects in reference cycles included.
 
-    After Transformers had read a checkpoint of 135 million weights and the model was gone, 0.6 GB were still with the
-    process (measured).
+    A model that Transformers has read and that is gone leaves about its own size with the process otherwise.
     """
     gc.collect()
     with suppress(AttributeError, OSError, TypeError):

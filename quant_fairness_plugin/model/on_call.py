@@ -14,14 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant_fairness_plugin.model.in_blocks import VOCABULARY_PIECE
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.model.tables import Table
 
-VOCABULARY_PIECE = 4096
-"""Rows of the head that are read at once."""
 HELD_BYTES = 512 << 20
-"""Blocks that take no more, all together in the compute dtype, are read once. Those of a model of 135 million weights
-are; asking it takes half the time then (measured)."""
+"""Blocks that take no more, all together in the compute dtype, are read once."""
 
 
 @contextmanager

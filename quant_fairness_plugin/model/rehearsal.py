@@ -89,6 +89,15 @@ def check_independent(call: BlockCall) -> None:
         )
 
 
+def may_share(call: BlockCall) -> bool:
+    """Return whether a call hands on something that layers can write into, beside the hidden state."""
+    return any(_holds_mapping(value) for value in (*call.positional, *call.named.values()))
+
+
+def _holds_mapping(value: Any) -> bool:
+    return any(map(_holds_mapping, value)) if isinstance(value, tuple) else isinstance(value, MutableMapping)
+
+
 def _is_filled(value: Any) -> bool:
     if isinstance(value, tuple):
         return any(map(_is_filled, value))
