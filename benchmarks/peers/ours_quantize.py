@@ -21,6 +21,8 @@ from quant_fairness_plugin.artifacts import package_versions
 
 def quantize(model: str, request: dict[str, Any], out: Path) -> None:
     options = {key: request[key] for key in ("protect_layers", "max_overhead") if key in request}
+    if "our_group_size" in request:  # by default it is the largest that fits each module
+        options["group_size"] = request["our_group_size"]
     english = request["calibration"] == "English"
     quantizer = FairQuantizer.from_pretrained(
         model, texts=calibration_texts(request["calibration"]), seed=SEED,

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.errors import UnsolvableError
 from quant_fairness_plugin.quantize.gptq import output_loss
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, quantize_rtn, to_integers
+from quant_fairness_plugin.quantize.moments import check_finite
 
 RATIOS = 20
 """Exponents of the input magnitude: 0, 1/20, … 19/20, as in the paper's grid search."""
@@ -71,7 +71,7 @@ def solve_awq(
         UnsolvableError: the Hessian holds NaN or infinity.
         UnsupportedModelError: a scale is too large for `scale_dtype`.
     """
-    check_hessians(hessians)
+    check_finite(*hessians.values())
     wide = {name: weight.float() for name, weight in weights.items()}
     scale = torch.ones_like(magnitude)
     if effective is not None:
@@ -86,19 +86,6 @@ def solve_awq(
         loss = output_loss(weight, tensor.dequantize() / scale, hessians[name])
         results[name] = AwqResult(tensor, loss)
     return results, scale
-
-
-def check_hessians(hessians: Mapping[str, Tensor]) -> None:
-    """Refuse inputs that were not finite.
-
-    Raises:
-        UnsolvableError: a Hessian holds NaN or infinity.
-    """
-    if not all(bool(torch.isfinite(hessian).all()) for hessian in hessians.values()):
-        raise UnsolvableError(
-            "the inputs of the module held NaN or infinity on the calibration text; "
-            "quantize with method 'rtn', or protect the layer"
-        )
 
 
 def _search_scale(

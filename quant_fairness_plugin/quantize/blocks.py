@@ -81,6 +81,7 @@ class Rows:
         batch_tokens: int,
         allowance: int | None,
         durable: bool,
+        name: str = "rows",
     ) -> None:
         """Open the rows; nothing is run yet.
 
@@ -91,6 +92,7 @@ class Rows:
             batch_tokens: most tokens of a batch.
             allowance: bytes of hidden states in memory; None holds all.
             durable: whether the folder is one to resume from.
+            name: of the files in it, where several streams of the same rows lie there.
 
         Raises:
             ConfigError, ArtifactError: as `first_inputs`.
@@ -102,7 +104,7 @@ class Rows:
         sizes = [prod(shape) * loaded.model.dtype.itemsize for shape in shapes]
         held = frozenset(range(len(sizes))) if allowance is None else batches_in_memory(sizes, allowance)
         self._stacks = Stacks(
-            folder, [f"rows-{number:05d}" for number in range(len(sizes))], shapes, loaded.model.dtype,
+            folder, [f"{name}-{number:05d}" for number in range(len(sizes))], shapes, loaded.model.dtype,
             loaded.model.device, held, durable,
         )  # fmt: skip
         self._calls: list[tuple[BlockCall, ...]] = []
@@ -127,11 +129,11 @@ class Rows:
         return [self._batch(number) for number in range(len(self._rows))]
 
     @torch.no_grad()
-    def advance(self, layer: int) -> None:
+    def advance(self, layer: int, block: nn.Module) -> None:
         """Run a block on every batch that is not behind it yet."""
         for number in range(len(self._rows)):
             if self._stacks.stage(number) == layer:
-                output = self._batch(number).run(self._loaded.block(layer), layer)
+                output = self._batch(number).run(block, layer)
                 with self._stacks.next_stage(number, layer + 1, 1) as following:
                     following.put(0, output)
 

@@ -20,7 +20,8 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError, UnsolvableError
 from quant_fairness_plugin.model.devices import wide_dtype
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
-from quant_fairness_plugin.quantize.moments import GroupMoments, working_dtype
+from quant_fairness_plugin.quantize.moments import GroupMoments, check_finite, working_dtype
+from quant_fairness_plugin.quantize.refinement import refine
 
 MAX_DAMP = 100.0
 """Past this the Hessian is all but a multiple of the identity: the solution is plain rounding."""
@@ -47,6 +48,7 @@ def solve_gptq(
     block: int = 128,
     act_order: bool = True,
     inputs: GroupMoments | None = None,
+    refinements: int = 0,
 ) -> GptqResult:
     """Quantize a weight against the second moment of its inputs.
 
@@ -62,6 +64,7 @@ def solve_gptq(
         block: columns between two updates of the rest of the weight; changes the speed, not the solution.
         act_order: largest Hessian diagonal first, instead of left to right.
         inputs: per-language moments, for a grid with clip `minimax` only.
+        refinements: how often scales and integers are solved again afterwards, each for the others (`refinement`).
 
     Raises:
         ConfigError: an argument that cannot be used, a Hessian of another shape than the weight's columns, or clip
@@ -82,6 +85,7 @@ def solve_gptq(
     integers = torch.empty_like(solved)
     integers[:, order] = solved
     tensor = QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
+    tensor = refine(tensor, weight, live, rounds=refinements)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), damp_used)
 
 
@@ -105,11 +109,7 @@ def _check(weight: Tensor, hessian: Tensor, *, damp: float, block: int) -> None:
         raise ConfigError(f"damping {damp!r} cannot be used; use a number above 0 and up to {MAX_DAMP:g}, such as 0.05")
     if block < 1:
         raise ConfigError(f"block {block!r} cannot be used; use a number of columns, such as 128")
-    if not torch.isfinite(hessian).all():
-        raise UnsolvableError(
-            "the inputs of the module held NaN or infinity on the calibration text; "
-            "quantize with method 'rtn', or protect the layer"
-        )
+    check_finite(hessian)
 
 
 def _without_dead(moment: Tensor) -> Tensor:
@@ -148,18 +148,20 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
 def _solve(
     work: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, groups: list[int], *, bits: int, block: int
 ) -> Tensor:
-    """Integers `[rows, cols]` in the order of the columns of `work`, which is used up."""
-    integers = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    for start in range(0, work.shape[1], block):
-        stop = min(start + block, work.shape[1])
-        part, errors = work[:, start:stop], torch.empty_like(work[:, start:stop])
+    """Integers `[rows, cols]` in the order of the columns of `work`."""
+    # Columns are rows here, so that what one of them is computed from lies together.
+    rest, scales, zeros = work.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
+    integers = torch.empty(rest.shape, dtype=torch.uint8, device=work.device)
+    for start in range(0, len(rest), block):
+        stop = min(start + block, len(rest))
+        part, errors = rest[start:stop], torch.empty_like(rest[start:stop])
         for i in range(stop - start):
             group, pivot = groups[start + i], factor[start + i, start + i : stop]
-            scale, zero = scales[:, group], zeros[:, group]
-            levels = to_integers(part[:, i], scale, zero, bits=bits)
+            scale, zero = scales[group], zeros[group]
+            levels = to_integers(part[i], scale, zero, bits=bits)
             value = (levels.to(work.dtype) - zero) * scale.to(work.dtype)
-            errors[:, i] = (part[:, i] - value) / pivot[0]
-            part[:, i:] -= errors[:, i : i + 1] * pivot
-            integers[:, start + i] = levels
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    return integers
+            errors[i] = (part[i] - value) / pivot[0]
+            part[i:].addr_(pivot, errors[i], alpha=-1)
+            integers[start + i] = levels
+        rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return integers.T.contiguous()

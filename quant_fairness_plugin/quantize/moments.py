@@ -1,9 +1,9 @@
 """The second moments of what a linear module is given, language by language, and what the methods need of them.
 
-A block is run on the calibration rows of one language after the other (`language_moments`), so that one matrix
-`[cols, cols]` is held at a time. As the stream passes, three things are made of it: the Hessian of the fair objective
-(`fair_moments`: GPTQ, AWQ), the mean input magnitude (`FairMagnitude`: AWQ), and, for the language-aware clip, the
-diagonal blocks of every language's matrix (`MomentWatch`).
+A block is run on the calibration rows of one language after the other (`language_moments`), so that the matrices
+`[cols, cols]` of one language are held at a time. As the stream passes, three things are made of it: the Hessian of the
+fair objective (`fair_moments`: GPTQ, AWQ), the mean input magnitude (`FairMagnitude`: AWQ), and, for the language-aware
+clip, the diagonal blocks of every language's matrix (`MomentWatch`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.errors import ConfigError, UnsolvableError, UnsupportedModelError
 from quant_fairness_plugin.model.rehearsal import EnoughError
 from quant_fairness_plugin.quantize.blocks import Running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
@@ -38,52 +38,121 @@ class LanguageMoment:
     """`[cols, cols]`: mean over tokens of xxᵀ."""
     magnitude: Tensor
     """`[cols]`: mean over tokens of |x|."""
+    across: Tensor | None = None
+    """`[cols, cols]`: mean over tokens of (x₁₆ - x)xᵀ, where x₁₆ is what the module is given in the 16-bit model; None
+    where nobody asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A block as it was, and the calibration rows as they reach it in the 16-bit model."""
+
+    block: nn.Module
+    batches: Sequence[Running]
+    """The same rows in the same order as those of the quantized model."""
 
 
 @torch.no_grad()
 def language_moments(
-    block: nn.Module, module: nn.Module, layer: int, batches: Sequence[Running], calibration: CalibrationSet
+    block: nn.Module,
+    module: nn.Module,
+    layer: int,
+    batches: Sequence[Running],
+    calibration: CalibrationSet,
+    original: Original | None = None,
 ) -> Iterator[LanguageMoment]:
-    """Yield the statistics of a module's inputs, one language at a time, so that only one matrix is held here.
+    """Yield the statistics of a module's inputs, one language at a time, so that those of one are held here.
+
+    Args:
+        block: as far as it is quantized.
+        module: one of its modules.
+        layer: which block it is.
+        batches: the calibration rows as they reach the block.
+        calibration: the same rows as tokens.
+        original: to compare the module's inputs with those that it has in the 16-bit model; None does not.
 
     Raises:
         UnsupportedModelError: the block does not give the module every token exactly once.
     """
+    twin = None if original is None else original.block.get_submodule(_name_in(block, module))
     for language, tokens in calibration.coverage.items():
-        seen = 0
-        moment = magnitude = torch.empty(0)
-
-        def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
-            nonlocal seen, moment, magnitude
-            inputs = positional[0].detach().flatten(0, -2).float()
-            if not seen:
-                columns, kind = inputs.shape[1], working_dtype(inputs.device)
-                moment = torch.zeros(columns, columns, dtype=kind, device=inputs.device)
-                magnitude = torch.zeros(columns, dtype=kind, device=inputs.device)
-            seen += len(inputs)
-            moment.add_(inputs.T @ inputs)
-            magnitude.add_(inputs.abs().sum(0))
-            raise EnoughError
-
-        handle = module.register_forward_pre_hook(note)
-        try:
-            for batch in batches:
-                if batch.language == language:
-                    with suppress(EnoughError):
-                        batch.run(block, layer)
-        finally:
-            handle.remove()
+        seen, total = 0, _Sums()
+        for number, batch in enumerate(batches):
+            if batch.language == language:
+                for given in _inputs(block, module, layer, batch):
+                    right: Sequence[Tensor] = ()
+                    if original is not None and twin is not None:
+                        right = _inputs(original.block, twin, layer, original.batches[number])
+                    total.add(given, *right)
+                    seen += len(given)
         if seen != tokens:
             raise UnsupportedModelError(
                 f"the block gave the module {seen} of {tokens} calibration tokens of {language}; "
                 "only blocks that give every module every token can be calibrated. Quantize with method 'rtn'"
             )
-        yield LanguageMoment(language, moment.div_(tokens), magnitude.div_(tokens))
+        yield total.mean(language, tokens)
+
+
+def _name_in(block: nn.Module, module: nn.Module) -> str:
+    name: str = next(name for name, candidate in block.named_modules() if candidate is module)
+    return name
+
+
+def _inputs(block: nn.Module, module: nn.Module, layer: int, batch: Running) -> list[Tensor]:
+    """What a block gives a module the first time on a batch, float32 `[tokens, cols]`; empty where it does not."""
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, positional: tuple[Any, ...]) -> None:
+        found.append(positional[0].detach().flatten(0, -2).float())
+        raise EnoughError
+
+    handle = module.register_forward_pre_hook(note)
+    try:
+        with suppress(EnoughError):
+            batch.run(block, layer)
+    finally:
+        handle.remove()
+    return found
+
+
+class _Sums:
+    """Statistics of one language, summed over tokens."""
+
+    def __init__(self) -> None:
+        self._moment = self._magnitude = torch.empty(0)
+        self._across: Tensor | None = None
+
+    def add(self, given: Tensor, right: Tensor | None = None) -> None:
+        """Add a batch, `[tokens, cols]`, and where asked for what it is in the 16-bit model."""
+        columns, kind = given.shape[1], working_dtype(given.device)
+        if not len(self._moment):
+            self._moment = torch.zeros(columns, columns, dtype=kind, device=given.device)
+            self._magnitude = torch.zeros(columns, dtype=kind, device=given.device)
+            self._across = None if right is None else torch.zeros_like(self._moment)
+        self._moment.add_(given.T @ given)
+        self._magnitude.add_(given.abs().sum(0))
+        if self._across is not None and right is not None:
+            self._across.add_((right - given).T @ given)
+
+    def mean(self, language: str, tokens: int) -> LanguageMoment:
+        """Return what was summed as means; the sums are used up."""
+        across = None if self._across is None else self._across.div_(tokens)
+        return LanguageMoment(language, self._moment.div_(tokens), self._magnitude.div_(tokens), across)
+
+
+@dataclass(frozen=True, slots=True)
+class FairMoments:
+    """What the languages of a calibration say together of the inputs of a fusion group, per weight."""
+
+    hessians: dict[str, Tensor]
+    """Module → Σ w_λ H_λ / tr(W H_λ Wᵀ), `[cols, cols]`."""
+    across: dict[str, Tensor]
+    """Module → the same sum of (x₁₆ - x)xᵀ, `[cols, cols]`; empty where inputs were not compared."""
 
 
 def fair_moments(
     moments: Iterable[LanguageMoment], weights: Mapping[str, Tensor], shares: Mapping[str, float]
-) -> dict[str, Tensor]:
+) -> FairMoments:
     """Return Σ w_λ H_λ / tr(W H_λ Wᵀ), `[cols, cols]`: the Hessian of the fair objective, per weight of a fusion group.
 
     Dividing by each language's output energy leaves the shares alone to decide how much a language counts:
@@ -95,9 +164,10 @@ def fair_moments(
         shares: language → w_λ.
 
     Returns:
-        Module → Hessian, in the order of `weights`.
+        Hessians, and with them `across`, in the order of `weights`.
     """
     totals: dict[str, Tensor] = {}
+    across: dict[str, Tensor] = {}
     grams: dict[str, Tensor] = {}
     for statistics in moments:
         for name, weight in weights.items():
@@ -106,9 +176,15 @@ def fair_moments(
                 grams[name] = wide.T @ wide
             gram = grams.get(name)
             energy = output_energy(weight, statistics.moment) if gram is None else _trace(gram, statistics.moment)
-            term = statistics.moment * (shares[statistics.language] / energy if energy > 0 else 0.0)
-            totals[name] = totals[name].add_(term) if name in totals else term
-    return totals
+            share = shares[statistics.language] / energy if energy > 0 else 0.0
+            _add(totals, name, statistics.moment * share)
+            if statistics.across is not None:
+                _add(across, name, statistics.across * share)
+    return FairMoments(totals, across)
+
+
+def _add(totals: dict[str, Tensor], name: str, term: Tensor) -> None:
+    totals[name] = totals[name].add_(term) if name in totals else term
 
 
 def _trace(one: Tensor, other: Tensor) -> float:
@@ -125,6 +201,19 @@ def output_energy(weight: Tensor, moment: Tensor) -> float:
 def working_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of Hessians and solutions: float64 on a CPU; GPUs may run it 64 times slower than float32."""
     return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def check_finite(*moments: Tensor) -> None:
+    """Refuse moments of inputs that no solution can be found on.
+
+    Raises:
+        UnsolvableError: one of them holds NaN or infinity.
+    """
+    if not all(torch.isfinite(moment).all() for moment in moments):
+        raise UnsolvableError(
+            "the inputs of the module held NaN or infinity on the calibration text; "
+            "quantize with method 'rtn', or protect the layer"
+        )
 
 
 class FairMagnitude:

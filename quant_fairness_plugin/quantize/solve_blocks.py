@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from quant_fairness_plugin.quantize.blocks import Rows, Running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.experts import expert_stages, routed_rows
 from quant_fairness_plugin.quantize.methods.method import Method
-from quant_fairness_plugin.quantize.moments import FairMagnitude, MomentWatch, fair_moments, language_moments
+from quant_fairness_plugin.quantize.moments import FairMagnitude, MomentWatch, Original, fair_moments, language_moments
 from quant_fairness_plugin.quantize.results import Results
 from quant_fairness_plugin.quantize.selection import Selection
 from quant_fairness_plugin.quantize.solving import Inputs, Problem, Solved, error_prefix
@@ -88,7 +89,63 @@ def solve_from_weights(work: Work) -> None:
             work.report(layer + 1, work.loaded.layers)
 
 
-def solve_on_inputs(work: Work, rows: Rows, calibration: CalibrationSet) -> None:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the block at hand is given."""
+
+    batches: Sequence[Running]
+    original: Original | None
+    calibration: CalibrationSet
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The calibration rows on their way."""
+
+    quantized: Rows
+    """Through what is quantized so far."""
+    original: Rows | None
+    """Through the 16-bit model, where the method compares; at the same block, or one further after an interruption."""
+
+    @property
+    def layer(self) -> int | None:
+        """The block that the rows furthest behind reach next; None where one has not entered the model."""
+        stages = [rows.layer for rows in self._all]
+        return None if None in stages else min(stage for stage in stages if stage is not None)
+
+    def enter(self, *, again: bool) -> None:
+        """Bring the rows to the first block; with `again`, also those that an earlier run had brought further."""
+        for rows in self._all:
+            rows.enter(again=again)
+
+    def untouched(self, block: nn.Module) -> nn.Module | None:
+        """Return a copy of a block that is not quantized yet, where the original rows need one."""
+        return None if self.original is None else deepcopy(block)
+
+    def advance(self, layer: int, block: nn.Module, untouched: nn.Module | None) -> None:
+        """Run a quantized block, and the copy of what it was, on the rows that are not behind it yet."""
+        self.quantized.advance(layer, block)
+        if self.original is not None and untouched is not None:
+            self.original.advance(layer, untouched)
+
+    def given(self, untouched: nn.Module | None, calibration: CalibrationSet) -> Given:
+        """Return the rows as they stand before the block that they reach next."""
+        original = None
+        if self.original is not None and untouched is not None:
+            original = Original(untouched, self.original.batches())
+        return Given(self.quantized.batches(), original, calibration)
+
+    def forget(self) -> None:
+        """Remove what was kept to resume from."""
+        for rows in self._all:
+            rows.forget()
+
+    @property
+    def _all(self) -> tuple[Rows, ...]:
+        return (self.quantized,) if self.original is None else (self.quantized, self.original)
+
+
+def solve_on_inputs(work: Work, rows: Streams, calibration: CalibrationSet) -> None:
     """Solve by a method with calibration, block after block as the rows reach it."""
     loaded = work.loaded
     to_solve = [layer for layer, units in work.selection.units.items() if units]
@@ -103,9 +160,13 @@ def solve_on_inputs(work: Work, rows: Rows, calibration: CalibrationSet) -> None
             with block_feed(loaded, layers, prefetch=True) as resident:
                 for layer in layers:
                     with resident(layer), _restored(loaded, layer):
-                        _solve_layer(work, layer, rows, calibration)
+                        untouched = rows.untouched(loaded.block(layer))
+                        if work.results.has(layer):
+                            _put_back(work, layer)
+                        else:
+                            _solve_layer(work, layer, rows.given(untouched, calibration))
                         if layer < layers[-1]:  # what follows the last quantized layer needs no inputs
-                            rows.advance(layer)
+                            rows.advance(layer, loaded.block(layer), untouched)
                     done = layer + 1
                     work.report(done, loaded.layers)
     rows.forget()
@@ -113,20 +174,18 @@ def solve_on_inputs(work: Work, rows: Rows, calibration: CalibrationSet) -> None
         work.report(loaded.layers, loaded.layers)
 
 
-def _solve_layer(work: Work, layer: int, rows: Rows, calibration: CalibrationSet) -> None:
-    """Leave a block as it is quantized: solved now, or by the run that this one goes on from."""
-    if work.results.has(layer):
-        _put_back(work, layer)
-        return
-    solved, batches = Solved(), rows.batches()
+def _solve_layer(work: Work, layer: int, given: Given) -> None:
+    """Solve a block and leave it as it is quantized."""
+    solved = Solved()
     for unit, modules in work.units(layer):
         solve = _solve_experts if work.routed(unit) else _solve_unit
-        solve(work, unit, modules, batches, calibration, solved)
+        solve(work, unit, modules, given, solved)
     work.results.add(layer, solved)
 
 
 @torch.no_grad()
 def _put_back(work: Work, layer: int) -> None:
+    """Leave a block as it was quantized by the run that this one goes on from."""
     solved, modules = work.results.layer(layer), work.loaded.linears(layer)
     for name in solved.tensors:
         set_linear_weight(modules[name], solved.dense(name))
@@ -135,23 +194,18 @@ def _put_back(work: Work, layer: int) -> None:
 
 
 @torch.no_grad()
-def _solve_unit(
-    work: Work,
-    unit: Unit,
-    modules: Mapping[str, nn.Module],
-    batches: Sequence[Running],
-    calibration: CalibrationSet,
-    solved: Solved,
-) -> None:
+def _solve_unit(work: Work, unit: Unit, modules: Mapping[str, nn.Module], given: Given, solved: Solved) -> None:
     """Solve the modules of one fusion group and leave their dequantized weights in the block."""
     weights = {name: linear_weight(module) for name, module in modules.items()}
     first, module = next(iter(modules.items()))
+    block, calibration = work.loaded.block(unit.layer), given.calibration
     magnitude, groups = FairMagnitude(calibration.shares), MomentWatch(weights, work.selection.grids)
     with error_prefix(first):
-        moments = language_moments(work.loaded.block(unit.layer), module, unit.layer, batches, calibration)
-        hessians = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
+        moments = language_moments(block, module, unit.layer, given.batches, calibration, given.original)
+        fair = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
+    inputs = Inputs(hessians=fair.hessians, magnitude=magnitude.value, groups=groups, across=fair.across)
     try:
-        work.solve(unit, weights, Inputs(hessians=hessians, magnitude=magnitude.value, groups=groups), solved)
+        work.solve(unit, weights, inputs, solved)
     except UnsolvableError as err:
         return work.keep(modules, err, solved)
     for name in modules:
@@ -159,20 +213,13 @@ def _solve_unit(
 
 
 @torch.no_grad()
-def _solve_experts(
-    work: Work,
-    unit: Unit,
-    modules: Mapping[str, nn.Module],
-    batches: Sequence[Running],
-    calibration: CalibrationSet,
-    solved: Solved,
-) -> None:
+def _solve_experts(work: Work, unit: Unit, modules: Mapping[str, nn.Module], given: Given, solved: Solved) -> None:
     """Solve the routed experts of a layer one by one and leave their dequantized weights in the block."""
     prefix = next(iter(modules)).rsplit(".", 2)[0]
     experts = work.loaded.model.get_submodule(prefix)
     assert isinstance(experts, Experts), "a routed unit is that of unfolded experts"
     with error_prefix(prefix):
-        rows = routed_rows(work.loaded.block(unit.layer), experts, unit.layer, batches, calibration)
+        rows = routed_rows(work.loaded.block(unit.layer), experts, unit.layer, given.batches, given.calibration)
         if not torch.isfinite(rows.hidden).all():
             # All of them: readers take the experts of a layer for quantized, or none. So what one of them alone gives
             # itself (in front of `down`) is an error further down.

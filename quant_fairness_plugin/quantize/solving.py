@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from quant_fairness_plugin.model.linear import set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.awq import solve_awq
 from quant_fairness_plugin.quantize.columns import KeptColumns, Target, choose_columns, decoupled
+from quant_fairness_plugin.quantize.compensation import compensated
 from quant_fairness_plugin.quantize.folding import fold_source, model_folds, multiply_others
 from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, solve_gptq
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
@@ -39,6 +41,8 @@ class Inputs:
     """`[cols]`: mean of the magnitude, mixed over languages."""
     groups: MomentWatch
     """Of the modules whose grid clips by language."""
+    across: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module → how far its inputs are from those in the 16-bit model, `[cols, cols]`; empty where not compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,22 +109,33 @@ def solve_rtn_unit(problem: Problem, solved: Solved) -> None:
             solved.tensors[name] = quantize_rtn(weight, problem.grids[name], scale_dtype=problem.scale_dtype)
 
 
-def solve_gptq_unit(problem: Problem, solved: Solved, *, damp: float, act_order: bool) -> None:
+def compensating(problem: Problem, *, damp: float) -> Problem:
+    """Return the problem of making up for what modules in front have lost; the same where inputs were not compared."""
+    targets = dict(problem.weights)
+    for name, across in problem.inputs.across.items():
+        with error_prefix(name):
+            targets[name] = compensated(targets[name].float(), problem.inputs.hessians[name], across, damp=damp)
+    return replace(problem, weights=targets)
+
+
+def solve_gptq_unit(problem: Problem, solved: Solved, *, damp: float, act_order: bool, refinements: int) -> None:
     """Solve a fusion group with GPTQ; twice where channels stay in 16 bit, because the first solution says which.
 
     Args:
-        problem: the group.
+        problem: the group, whose weights are what the modules are to compute.
         solved: gets its integers, losses and damping.
         damp: share of the mean Hessian diagonal that is added to the diagonal.
         act_order: largest Hessian diagonal first.
+        refinements: how often scales and integers are solved again.
     """
+    gptq = partial(_gptq, problem, damp=damp, act_order=act_order, refinements=refinements)
     hessians, weights = problem.inputs.hessians, problem.weights
-    results = _gptq(problem, hessians, damp=damp, act_order=act_order)
+    results = gptq(hessians)
     errors = {name: result.tensor.dequantize() - weights[name].float() for name, result in results.items()}
     index = _columns_in_16_bit(problem, errors)
     if index is not None:
         apart = {name: decoupled(hessian, index) for name, hessian in hessians.items()}
-        results = _gptq(problem, apart, damp=damp, act_order=act_order)
+        results = gptq(apart)
     for name, result in results.items():
         if result.damp_used > damp:
             _logger.warning("%s: damping raised from %g to %g", name, damp, result.damp_used)
@@ -132,7 +147,9 @@ def solve_gptq_unit(problem: Problem, solved: Solved, *, damp: float, act_order:
             solved.losses[name] = output_loss(wide, solved.dense(name), hessians[name])
 
 
-def _gptq(problem: Problem, hessians: Mapping[str, Tensor], *, damp: float, act_order: bool) -> dict[str, GptqResult]:
+def _gptq(
+    problem: Problem, hessians: Mapping[str, Tensor], *, damp: float, act_order: bool, refinements: int
+) -> dict[str, GptqResult]:
     results: dict[str, GptqResult] = {}
     for name, hessian in hessians.items():
         with error_prefix(name):
@@ -144,6 +161,7 @@ def _gptq(problem: Problem, hessians: Mapping[str, Tensor], *, damp: float, act_
                 damp=damp,
                 act_order=act_order,
                 inputs=problem.inputs.groups.inputs(name),
+                refinements=refinements,
             )
     return results
 

@@ -2,7 +2,8 @@
 
 With calibration, every module is solved on the inputs that it will get in the quantized model: those that come out of
 the quantized blocks before it and, within its block, of the modules before it (*true sequential*: attention output is
-calibrated with quantized q, k, v). Modules of one fusion group share their inputs, so they share a Hessian.
+calibrated with quantized q, k, v). Modules of one fusion group share their inputs, so they share a Hessian. Where the
+method makes up for what modules in front have lost (GPTQ), the rows also go through the 16-bit model, block by block.
 AWQ folds each group's input scale into the module in front of it, which may be quantized by then: its integers stay and
 its scales are divided.
 Protected layers run in 16 bit and are left alone. At any time at most one block differs from the model passed in.
@@ -13,6 +14,7 @@ that do not fit the memory budget. In a folder to work in, an interrupted run go
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 from quant_fairness_plugin.artifacts import ProtectionPlan, held, temporary_folder
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
@@ -26,7 +28,7 @@ from quant_fairness_plugin.quantize.methods.method import Method
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.results import Results, StoredResults
 from quant_fairness_plugin.quantize.selection import Selection, select_modules
-from quant_fairness_plugin.quantize.solve_blocks import Report, Work, solve_from_weights, solve_on_inputs
+from quant_fairness_plugin.quantize.solve_blocks import Report, Streams, Work, solve_from_weights, solve_on_inputs
 from quant_fairness_plugin.quantize.workplace import Workplace, rows_allowance, work_folder
 
 BATCH_TOKENS = 2048
@@ -87,8 +89,13 @@ def quantize_model(
         else:
             spill = folder or stack.enter_context(temporary_folder())
             allowance, durable = rows_allowance(loaded, calibration, place, batch_tokens), place.folder is not None
-            rows = Rows(loaded, calibration, spill, batch_tokens=batch_tokens, allowance=allowance, durable=durable)
-            solve_on_inputs(work, rows, calibration)
+            shared = None if allowance is None else allowance // (2 if solver.compares_inputs else 1)
+            rows = partial(
+                Rows, loaded, calibration, spill, batch_tokens=batch_tokens, allowance=shared, durable=durable
+            )
+            solve_on_inputs(
+                work, Streams(rows(), rows(name="original") if solver.compares_inputs else None), calibration
+            )
     return _as_model(work, plan, calibration)
 
 

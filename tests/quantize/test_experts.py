@@ -15,6 +15,7 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.experts import filled_moment, weighted_moment
 from quant_fairness_plugin.quantize.gptq import solve_gptq
+from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from tests.planning import quantize_layers
 
 Load = Callable[..., LoadedModel]
@@ -71,7 +72,9 @@ def naive_hessian(seen: Seen, rows: CalibrationSet, expert: int, inner: Callable
 
 
 def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    solved = solve_gptq(weight, hessian, GRID, scale_dtype=torch.float16, damp=0.05).tensor
+    usual = Gptq()
+    options = {"damp": usual.damp, "refinements": usual.refinements}
+    solved = solve_gptq(weight, hessian, GRID, scale_dtype=torch.float16, **options).tensor
     return solved.integers, solved.dequantize()
 
 

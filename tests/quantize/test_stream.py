@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from quant_fairness_plugin.quantize import solve_blocks, solving
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import solve_gptq
 from quant_fairness_plugin.quantize.grid import quantize_rtn
+from quant_fairness_plugin.quantize.methods.gptq import Gptq
+from quant_fairness_plugin.quantize.moments import FairMoments
 from tests.planning import quantize_layers
 from tests.tiny import FAMILIES
 
@@ -56,18 +60,42 @@ def fair_hessian(weight: Tensor, inputs: dict[str, Tensor], shares: dict[str, fl
     return total
 
 
+def right_target(
+    weight: Tensor, inputs: dict[str, Tensor], right: dict[str, Tensor], shares: dict[str, float]
+) -> Tensor:
+    """What comes closest to W x₁₆ on x: languages weighed as in the Hessian, by ridge regression over all tokens."""
+    wide = weight.double()
+    factors = {name: (shares[name] / (x @ wide.T).square().sum()).sqrt() for name, x in inputs.items()}
+    given, outputs = (
+        torch.cat([factors[name] * side[name] for name in inputs])
+        for side in (inputs, {name: x @ wide.T for name, x in right.items()})
+    )
+    ridge = (Gptq().compensation_damp * given.square().sum() / given.shape[1]).sqrt()
+    stacked = torch.cat([given, ridge * torch.eye(given.shape[1], dtype=torch.float64)])
+    return torch.linalg.lstsq(stacked, torch.cat([outputs, ridge * wide.T])).solution.T
+
+
 def solve_naively(loaded: LoadedModel, protected: set[int], rows: CalibrationSet) -> dict[str, Tensor]:
     """GPTQ with whole forward passes, one row at a time: integers by module. Leaves the model quantized."""
     integers: dict[str, Tensor] = {}
+    original, usual = replace(loaded, model=copy.deepcopy(loaded.model)), Gptq()
     for layer in sorted(set(range(loaded.layers)) - protected):
         for unit in loaded.family.units:
             names = [f"{loaded.family.blocks}.{layer}.{module}" for module in unit.modules]
             first = loaded.linears(layer)[names[0]]
-            inputs = {language: own_inputs(loaded, first, found) for language, found in rows.rows.items()}
+            twin = original.linears(layer)[names[0]]
+            inputs, right = (
+                {language: own_inputs(model, module, found) for language, found in rows.rows.items()}
+                for model, module in ((loaded, first), (original, twin))
+            )
             for name in names:
                 module = loaded.linears(layer)[name]
-                hessian = fair_hessian(linear_weight(module), inputs, rows.shares)
-                solved = solve_gptq(linear_weight(module), hessian, GRID, scale_dtype=torch.float16, damp=0.05)
+                weight = linear_weight(module)
+                hessian = fair_hessian(weight, inputs, rows.shares)
+                target = right_target(weight, inputs, right, rows.shares).float()
+                solved = solve_gptq(
+                    target, hessian, GRID, scale_dtype=torch.float16, damp=usual.damp, refinements=usual.refinements
+                )
                 integers[name] = solved.tensor.integers
                 set_linear_weight(module, solved.tensor.dequantize())
     return integers
@@ -201,10 +229,10 @@ def test_modules_that_the_group_does_not_fit_stay_in_16_bit(load: Load, rows: Ca
 def test_raised_damping_is_reported(
     load: Load, rows: CalibrationSet, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def indefinite(*_: object) -> dict[str, Tensor]:
+    def indefinite(*_: object) -> FairMoments:
         moment = torch.eye(32, dtype=torch.float64)
         moment[0, 1] = moment[1, 0] = 3.0
-        return {f"model.layers.0.self_attn.{name}_proj": moment for name in "qkv"}
+        return FairMoments({f"model.layers.0.self_attn.{name}_proj": moment for name in "qkv"}, {})
 
     loaded = load()
     monkeypatch.setattr(loaded.family.__class__, "units_of", lambda family, layer: family.units[:1])

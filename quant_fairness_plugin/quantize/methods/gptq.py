@@ -27,9 +27,21 @@ class Gptq(Method):
     """Share of the mean Hessian diagonal that is added to the diagonal."""
     act_order: bool = True
     """Columns by Hessian diagonal, largest first (static; nothing of it shows in the result's layout)."""
+    compensates: bool = True
+    """Whether modules make up for what those in front of them have lost; see `quantize.compensation`."""
+    compensation_damp: float = 0.2
+    """Share of the mean Hessian diagonal that holds this back where the calibration text says little."""
+    refinements: int = 2
+    """How often scales and integers are solved again afterwards, each for the others; see `quantize.refinement`."""
+
+    @property
+    def compares_inputs(self) -> bool:
+        """Whether it wants to know, too, what a module is given in the 16-bit model."""
+        return self.compensates
 
     def solve(self, problem: Problem, solved: Solved) -> None:
         """Solve the modules of a group, twice where some of their channels stay in 16 bit."""
-        from quant_fairness_plugin.quantize.solving import solve_gptq_unit
+        from quant_fairness_plugin.quantize.solving import compensating, solve_gptq_unit
 
-        solve_gptq_unit(problem, solved, damp=self.damp, act_order=self.act_order)
+        wanted = compensating(problem, damp=self.compensation_damp)
+        solve_gptq_unit(wanted, solved, damp=self.damp, act_order=self.act_order, refinements=self.refinements)

@@ -48,6 +48,11 @@ class Method(ABC):
             UnsupportedModelError: says what is not known of the model.
         """
 
+    @property
+    def compares_inputs(self) -> bool:
+        """Whether it wants to know, too, what a module is given in the 16-bit model."""
+        return False
+
     @abstractmethod
     def solve(self, problem: Problem, solved: Solved) -> None:
         """Add the integers of every module of a fusion group to what is solved.
