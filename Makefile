@@ -194,7 +194,7 @@ effort: real
 	cd benchmarks && ../$(BIN)/python beginnings_table.py read $(SMOLLM2) --sentences 35
 	cd benchmarks && ../$(BIN)/python beginnings_table.py calibrate $(SMOLLM2) --sentences 35
 	cd benchmarks && ../$(BIN)/python clip_table.py compare $(SMOLLM2) --method rtn --sentences 35
-	cd benchmarks && for variant in gptq refined half shifted scaled "refined half"; do \
+	cd benchmarks && for variant in plain refined compensated both; do \
 		../$(BIN)/python effort_table.py measure $(SMOLLM2) "$$variant" --sentences 35 || exit 1; done
 
 clean:
