@@ -195,7 +195,7 @@ effort: real
 	cd benchmarks && ../$(BIN)/python beginnings_table.py calibrate $(SMOLLM2) --sentences 35
 	cd benchmarks && ../$(BIN)/python clip_table.py compare $(SMOLLM2) --method rtn --sentences 35
 	cd benchmarks && for variant in plain refined compensated both; do \
-		../$(BIN)/python effort_table.py measure $(SMOLLM2) "$$variant" --sentences 35 || exit 1; done
+		../$(BIN)/python effort_table.py measure $(SMOLLM2) --sentences 35 --variants $$variant || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs .venv-fuzz .venv-sbom .venv-transformers-*

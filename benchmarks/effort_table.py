@@ -1,7 +1,7 @@
 """What more work does for the same bytes: GPTQ as published, and what comes behind it here, on the same rows.
 
-    python benchmarks/effort_table.py measure demo refined        # one variant on one model; adds its rows
-    python benchmarks/effort_table.py measure SmolLM2-135M both --folder out/smollm2-135m --langs en,fr,es,ru,ar,zh
+    python benchmarks/effort_table.py measure demo --variants refined  # one variant on one model; adds its rows
+    python benchmarks/effort_table.py measure SmolLM2-135M --folder out/smollm2-135m --langs en,fr,es,ru,ar,zh
     python benchmarks/effort_table.py render                      # the table of docs/calibration.md
 
 INT4 with `--clip mse`, no unit singled out, calibrated on the bundled rows, in memory, measured on the `confirm` part.
@@ -46,7 +46,7 @@ def measure(given: argparse.Namespace) -> None:
     base = opened(given)
     options = "".join(f" --{name} {value}" for name in ("langs", "sentences") if (value := getattr(given, name)))
     for variant in given.variants:
-        command = f"python benchmarks/effort_table.py measure {given.model} '{variant}'{options}"
+        command = f"python benchmarks/effort_table.py measure {given.model} --variants {variant}{options}"
         row = {"model": given.model, "variant": variant} | conditions(command=command, seed=SEED)
         row |= run(base, variant)
         kept = [r for r in read_rows() if (r["model"], r["variant"]) != (given.model, variant)]
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("measure", "render"))
     parser.add_argument("model", nargs="?", default="demo", choices=MODELS)
-    parser.add_argument("variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--folder", help="where the model lies, unless it is bundled")
     parser.add_argument("--langs")
     parser.add_argument("--sentences", type=int, help="of the confirm part; all by default")

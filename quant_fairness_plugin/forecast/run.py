@@ -77,14 +77,15 @@ class Run:
     def _quantized(self, solving: Solving, calibrated: int) -> Range:
         """One quantization: calibration tokens up to every fusion group and behind the block, moments, solutions."""
         outline, total = self.outline, NOTHING
+        models = 2 if find_method(self.config.method).compares_inputs else 1  # the 16-bit one as well
         for layer in range(outline.layers):
             passes, done, sizes = 1.0, 0, self._group_sizes(layer)
             for group in sizes:
                 passes += done / sum(sum(map(math.prod, shapes)) for shapes in sizes)
                 done += sum(map(math.prod, group))
-                total += self._flops(_moment_flops(group, calibrated))
+                total += self._flops(_moment_flops(group, calibrated, models))
                 total = sum((solving.of(*shape) for shape in group), total)
-            total += self.speed.block.times(calibrated * passes)
+            total += self.speed.block.times(calibrated * passes * models)
         return total
 
     def _group_sizes(self, layer: int) -> list[list[tuple[int, int]]]:
@@ -135,7 +136,7 @@ class Run:
         return Range(count / self.speed.flops.high, count / self.speed.flops.low)
 
 
-def _moment_flops(group: list[tuple[int, int]], tokens: int) -> float:
-    """Of the second moment of a group's inputs, and of the output energy, which is in float64 and so counts twice."""
+def _moment_flops(group: list[tuple[int, int]], tokens: int, models: int) -> float:
+    """Of the moments of a group's inputs, and of the output energy, which is in float64 and so counts twice."""
     columns = group[0][1]
-    return 2 * tokens * columns**2 + sum(2 * 2 * rows * columns**2 for rows, _ in group)
+    return 2 * models * tokens * columns**2 + sum(2 * 2 * rows * columns**2 for rows, _ in group)

@@ -1,4 +1,4 @@
-"""How fast this machine solves the matrices of a model: GPTQ on random ones, timed for about a second."""
+"""How fast this machine solves the matrices of a model: GPTQ on random ones, timed for a second or two."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from quant_fairness_plugin.forecast.passes import Range
 from quant_fairness_plugin.forecast.speed import timed
 from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.quantize.grid_rules import unit_grid
+from quant_fairness_plugin.quantize.methods.gptq import Gptq
 
 FEW_ROWS, MANY_ROWS = 32, 256
 MOST_COLUMNS = 1024
@@ -52,6 +53,7 @@ def _time(columns: int, grid: Grid) -> tuple[Range, Range]:
     """Return the seconds of a matrix beside its rows, and of a row."""
     import torch
 
+    from quant_fairness_plugin.quantize.compensation import compensated
     from quant_fairness_plugin.quantize.gptq import solve_gptq
 
     size = 1 if grid.group_size == -1 else grid.group_size
@@ -62,8 +64,11 @@ def _time(columns: int, grid: Grid) -> tuple[Range, Range]:
     inputs = torch.randn(2 * width, width, generator=generator, dtype=torch.float64)
     hessian, weight = inputs.T @ inputs, torch.randn(MANY_ROWS, width, generator=generator)
 
+    method = Gptq()
+
     def solve(rows: int) -> None:
-        solve_gptq(weight[:rows], hessian, grid, scale_dtype=torch.float16, damp=0.05)
+        target = compensated(weight[:rows], hessian, hessian, damp=method.compensation_damp)
+        solve_gptq(target, hessian, grid, scale_dtype=torch.float16, damp=method.damp, refinements=method.refinements)
 
     few, many = (timed(lambda rows=rows: solve(rows), repeats=2) for rows in (FEW_ROWS, MANY_ROWS))  # type: ignore[misc]
     row = max(0.0, many.low - few.low) / (MANY_ROWS - FEW_ROWS)

@@ -10,9 +10,10 @@ from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.sizes import shown
 
 _FLOAT64, _FLOAT32, _STORED = 8, 4, 2
-_HESSIAN_COPIES = 8
-"""Of the widest inputs, in float64: one per module of a fusion group of three, and those that solving takes."""
-_WEIGHT_COPIES = 4
+_HESSIAN_COPIES = 12
+"""Of the widest inputs, in float64: two per module of a fusion group of three, of one language, and those that solving
+takes."""
+_WEIGHT_COPIES = 6
 """Of the largest matrix, in float64, while it is solved."""
 
 
@@ -21,7 +22,7 @@ class QuantizeNeeds:
     """Bytes that are needed at once, beside the hidden states between two blocks."""
 
     block: int
-    """A block in float32, and the next one in 16 bit."""
+    """A block in float32 as it was and as it is quantized, and the next one in 16 bit."""
     solving: int
     """Hessians and weights of one fusion group."""
     running: int
@@ -67,7 +68,7 @@ def count_quantize_needs(
     widest, largest = max(max(shape) for shape in matrices), max(map(prod, matrices))
     outputs = max(sum(max(shape) for shape in members if len(shape) == 2) for members in layers.values())
     return QuantizeNeeds(
-        block=values * (_FLOAT32 + _STORED),
+        block=values * (2 * _FLOAT32 + _STORED),
         solving=_FLOAT64 * (_HESSIAN_COPIES * widest**2 * hessians + _WEIGHT_COPIES * largest),
         running=_FLOAT32 * tokens * outputs,
     )
