@@ -194,7 +194,7 @@ effort: real
 	cd benchmarks && ../$(BIN)/python beginnings_table.py read $(SMOLLM2) --sentences 35
 	cd benchmarks && ../$(BIN)/python beginnings_table.py calibrate $(SMOLLM2) --sentences 35
 	cd benchmarks && ../$(BIN)/python clip_table.py compare $(SMOLLM2) --method rtn --sentences 35
-	cd benchmarks && for variant in plain refined compensated both; do \
+	cd benchmarks && for variant in fast refined compensated normal best; do \
 		../$(BIN)/python effort_table.py measure $(SMOLLM2) --sentences 35 --variants $$variant || exit 1; done
 
 clean:

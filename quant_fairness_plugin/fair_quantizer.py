@@ -168,7 +168,7 @@ class FairQuantizer(Opened):
 
     def _unprotected(self) -> QuantizedModel:
         """Return the model quantized without protection, made once."""
-        if self._bare is None or (self._bare.method, self._bare.grid) != (self.config.method, self.config.grid):
+        if self._bare is None or not planning.made_as(self._bare, self.config):
             self._bare = self._quantize(steps.plan_of_layers(self.loaded, self.config, ()))
         return self._bare
 

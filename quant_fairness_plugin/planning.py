@@ -106,6 +106,13 @@ def quantizes_first(config: FairConfig) -> bool:
     return config.backend == NATIVE and method.needs_calibration and not method.moves_scales
 
 
+def made_as(quantized: QuantizedModel, config: FairConfig) -> bool:
+    """Return whether a model was quantized by the method and the grid of a configuration."""
+    method = find_method(config.method).at(config.effort)
+    settings = method.settings if config.backend == NATIVE else {}
+    return (quantized.method, quantized.settings, quantized.grid) == (method.name, settings, config.grid)
+
+
 def score(
     loaded: LoadedModel, texts: TextSet, config: FairConfig, bank: Bank, *, progress: Progress | None = None
 ) -> UnitScores:

@@ -43,6 +43,7 @@ from quant_fairness_plugin.artifacts.measurements import (
 from quant_fairness_plugin.artifacts.names import (
     CheckpointFormat,
     Clip,
+    Effort,
     Fluency,
     Granularity,
     Mode,
@@ -84,6 +85,7 @@ __all__ = [
     "Bootstrap",
     "CheckpointFormat",
     "Clip",
+    "Effort",
     "Combinations",
     "Comparison",
     "Documents",

@@ -18,6 +18,8 @@ Granularity = Literal["layer", "unit"]
 SearchMethod = Literal["greedy", "backward", "beam"]
 """How sets of units are looked for: one more at a time, one fewer from all, or as `greedy` with the best few kept."""
 Clip = Literal["absmax", "mse", "gaussian", "laplace", "student-t", "empirical", "minimax"]
+Effort = Literal["fast", "normal", "best"]
+"""How much work goes into the integers of a checkpoint of the same bytes."""
 Weighting = Literal["uniform", "proportional", "english", "minimax"]
 """How much each language counts in calibration."""
 Start = Literal["auto", "encoded", "bos", "eos", "chat", "plain"]

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Literal
 
-from quant_fairness_plugin.artifacts import Precision, Unit, Weighting
+from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting
 from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.quantize.methods import find_method, method_names
@@ -155,6 +155,19 @@ def check_columns(share: float, *, method: str, backend: str) -> None:
             f"protect_columns {share:g} cannot be used with method {method!r} and backend {backend!r}: which input "
             "channels matter only our calibration says; use method "
             f"{method_names(lambda m: m.keeps_columns)} with backend 'native'"
+        )
+
+
+def check_effort(effort: Effort, *, method: str, backend: str) -> None:
+    """Refuse an effort that a method or another tool does not know.
+
+    Raises:
+        ConfigError: names the methods that do.
+    """
+    if effort != "normal" and (effort not in find_method(method).efforts or backend != "native"):
+        raise ConfigError(
+            f"effort {effort!r} has no effect on method {method!r} with backend {backend!r}; use method "
+            f"{method_names(lambda m: effort in m.efforts)} with backend 'native', or leave effort out"
         )
 
 

@@ -23,6 +23,7 @@ from quant_fairness_plugin.config.checks import (
     check_calibration,
     check_calibration_texts,
     check_columns,
+    check_effort,
     check_limits,
     check_overrides,
     check_precisions,
@@ -66,6 +67,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
         check_precisions(self.precisions, bits=self.bits, top=self.top)
         check_limits(self.max_size, self.target_bits, self.target, self.limits, top=self.top)
+        check_effort(self.effort, method=self.method, backend=self.backend)
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         check_always_16_bit(protect_biases=self.protect_biases, protect_final_ln=self.protect_final_ln)
         if self.gate is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from quant_fairness_plugin.artifacts import Clip
+from quant_fairness_plugin.artifacts import Clip, Effort
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_bits, parse_group_size
 from quant_fairness_plugin.quantize.methods import METHODS
@@ -52,6 +52,14 @@ class QuantizingFields:
         ),
     ] = None
     """None = the method's default; other tools set ranges by rules of their own."""
+    effort: Annotated[
+        Effort,
+        Option(
+            "How much work goes into the same bytes (gptq only): fast is GPTQ as published; normal also makes up for "
+            "what earlier modules lost and solves scales and integers again; best does that in more rounds.",
+            "How to quantize",
+        ),
+    ] = "normal"
     backend: Annotated[
         str,
         Option(

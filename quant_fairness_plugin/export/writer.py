@@ -143,7 +143,12 @@ def _new_record(
     }
     if loaded.files.memory_sha256 is not None:
         arguments[IN_MEMORY] = True
-    made = provenance(loaded, texts, seed=seed, arguments=arguments | {"backend": quantized.backend})
+    made = provenance(
+        loaded,
+        texts,
+        seed=seed,
+        arguments=arguments | {"backend": quantized.backend, "settings": dict(quantized.settings)},
+    )
     return ExportRecord(
         provenance=replace(made, versions=made.versions | dict(quantized.versions)),
         method=quantized.method,

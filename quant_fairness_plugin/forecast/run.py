@@ -62,7 +62,7 @@ class Run:
             return Undefined("it depends on the experts that the tokens of every language reach")
         if self.calibrated is None:
             return Undefined("it depends on how much the calibration texts hold; say so with --tokens-per-language")
-        return tuple(self._steps(measure_solving(self.outline, self.config.grid), self.calibrated))
+        return tuple(self._steps(measure_solving(self.outline, self.config.grid, self.config.effort), self.calibrated))
 
     def _steps(self, solving: Solving, calibrated: int) -> Iterator[Step]:
         quantized = self._quantized(solving, calibrated)
@@ -77,7 +77,9 @@ class Run:
     def _quantized(self, solving: Solving, calibrated: int) -> Range:
         """One quantization: calibration tokens up to every fusion group and behind the block, moments, solutions."""
         outline, total = self.outline, NOTHING
-        models = 2 if find_method(self.config.method).compares_inputs else 1  # the 16-bit one as well
+        models = (
+            2 if find_method(self.config.method).at(self.config.effort).compares_inputs else 1
+        )  # the 16-bit one as well
         for layer in range(outline.layers):
             passes, done, sizes = 1.0, 0, self._group_sizes(layer)
             for group in sizes:

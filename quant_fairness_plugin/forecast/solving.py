@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Effort, Grid
 from quant_fairness_plugin.forecast.passes import Range
 from quant_fairness_plugin.forecast.speed import timed
 from quant_fairness_plugin.model.outline import Outline
@@ -31,7 +31,7 @@ class Solving:
         return self.matrix[columns] + self.row[columns].times(rows)
 
 
-def measure_solving(outline: Outline, grid: Grid) -> Solving:
+def measure_solving(outline: Outline, grid: Grid, effort: Effort) -> Solving:
     """Time GPTQ at the widths of a model's matrices.
 
     Where a matrix is wider than what is timed, its inverse takes between the square and the cube of the width, and a
@@ -40,16 +40,18 @@ def measure_solving(outline: Outline, grid: Grid) -> Solving:
     Args:
         outline: the model's shapes.
         grid: what weights are rounded to, its clip included.
+        effort: how much work GPTQ does.
     """
     names = (name for layer in range(outline.layers) for name in outline.family.full_names(layer))
     widths = {outline.matrix(name)[1] for name in names}
-    timings = {width: _time(width, unit_grid(grid, (width,))) for width in sorted(widths)}
+    method = Gptq().at(effort)
+    timings = {width: _time(width, unit_grid(grid, (width,)), method) for width in sorted(widths)}
     return Solving(
         {width: one for width, (one, _) in timings.items()}, {width: row for width, (_, row) in timings.items()}
     )
 
 
-def _time(columns: int, grid: Grid) -> tuple[Range, Range]:
+def _time(columns: int, grid: Grid, method: Gptq) -> tuple[Range, Range]:
     """Return the seconds of a matrix beside its rows, and of a row."""
     import torch
 
@@ -64,10 +66,10 @@ def _time(columns: int, grid: Grid) -> tuple[Range, Range]:
     inputs = torch.randn(2 * width, width, generator=generator, dtype=torch.float64)
     hessian, weight = inputs.T @ inputs, torch.randn(MANY_ROWS, width, generator=generator)
 
-    method = Gptq()
-
     def solve(rows: int) -> None:
-        target = compensated(weight[:rows], hessian, hessian, damp=method.compensation_damp)
+        target = weight[:rows]
+        if method.compensates:
+            target = compensated(target, hessian, hessian, damp=method.compensation_damp)
         solve_gptq(target, hessian, grid, scale_dtype=torch.float16, damp=method.damp, refinements=method.refinements)
 
     few, many = (timed(lambda rows=rows: solve(rows), repeats=2) for rows in (FEW_ROWS, MANY_ROWS))  # type: ignore[misc]

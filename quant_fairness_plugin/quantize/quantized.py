@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -45,6 +46,8 @@ class QuantizedModel:
     """Full module name → the input channels that keep 16 bit beside its integers."""
     grids: Mapping[str, Grid] = field(default_factory=dict)
     """Full module name → its grid; empty where only the tensors say."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the method; empty where another tool made the integers."""
     experts: ExpertCoverage | None = None
     """Of a mixture of experts: how calibration reached them, where that was counted."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ def work_folder(
         "model": model_identity(loaded),
         "storage": str(loaded.storage_dtype),
         "compute": str(loaded.model.dtype),
-        "method": [method.name, asdict(method) if is_dataclass(method) else {}],
+        "method": [method.name, method.settings],
         "plan": [asdict(plan.grid), list(plan.protected_layers), dict(plan.overrides), plan.protect_columns],
         "calibration": None if calibration is None else [calibration.sha256, calibration.shares],
         "batch_tokens": batch_tokens,

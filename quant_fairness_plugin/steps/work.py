@@ -156,7 +156,7 @@ def quantize(
         quantize_model,
         loaded,
         plan,
-        method=config.method,
+        method=find_method(config.method).at(config.effort),
         workplace=workplace,
         progress=progress,
         strict=config.strict,

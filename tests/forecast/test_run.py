@@ -146,7 +146,7 @@ def test_solving_is_timed_at_the_widths_of_the_model_and_grows_beyond_them(
     seconds = iter([Range(1.0, 1.0), Range(8.0, 8.0)] * 9)
     monkeypatch.setattr("quant_fairness_plugin.forecast.solving.timed", lambda call, **_: next(seconds))
     monkeypatch.setattr("quant_fairness_plugin.forecast.solving.MOST_COLUMNS", 64)
-    found = measure_solving(outline, config.grid)
+    found = measure_solving(outline, config.grid, "normal")
     assert (found.matrix[64], found.row[64]) == (NOTHING, Range(7 / 224, 7 / 224))  # 32 rows in 1 s, 256 in 8 s
     wider = next(width for width in found.row if width > 64)
     assert found.row[wider].low == pytest.approx(7 / 224 * wider / 64)

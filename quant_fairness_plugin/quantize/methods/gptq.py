@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from quant_fairness_plugin.artifacts import Clip
+from quant_fairness_plugin.artifacts import Clip, Effort
 from quant_fairness_plugin.quantize.grid_rules import CLIPS
 from quant_fairness_plugin.quantize.methods.method import Method
 
@@ -22,6 +22,7 @@ class Gptq(Method):
     clips: ClassVar[tuple[Clip, ...]] = CLIPS
     keeps_columns: ClassVar[bool] = True
     timed: ClassVar[bool] = True
+    efforts: ClassVar[tuple[Effort, ...]] = ("fast", "normal", "best")
 
     damp: float = 0.05
     """Share of the mean Hessian diagonal that is added to the diagonal."""
@@ -33,6 +34,16 @@ class Gptq(Method):
     """Share of the mean Hessian diagonal that holds this back where the calibration text says little."""
     refinements: int = 2
     """How often scales and integers are solved again afterwards, each for the others; see `quantize.refinement`."""
+
+    def at(self, effort: Effort) -> Gptq:
+        """Return GPTQ as published for `fast`; for `best`, with more rounds behind it."""
+        match effort:
+            case "fast":
+                return replace(self, compensates=False, refinements=0)
+            case "best":
+                return replace(self, refinements=6)
+            case _:
+                return self
 
     @property
     def compares_inputs(self) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from quant_fairness_plugin.artifacts import Clip
+from quant_fairness_plugin.artifacts import Clip, Effort
 from quant_fairness_plugin.quantize.grid_rules import BITS, CLIPS
 
 if TYPE_CHECKING:
@@ -47,6 +48,18 @@ class Method(ABC):
         Raises:
             UnsupportedModelError: says what is not known of the model.
         """
+
+    efforts: ClassVar[tuple[Effort, ...]] = ("normal",)
+    """What it can do more or less work for."""
+
+    def at(self, effort: Effort) -> Method:
+        """Return the method with the options of one of its `efforts`."""
+        return self
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its options by name; empty where it has none."""
+        return asdict(self) if is_dataclass(self) else {}
 
     @property
     def compares_inputs(self) -> bool:
