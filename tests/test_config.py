@@ -117,6 +117,12 @@ def test_lists_become_tuples() -> None:
         ({"objective": "fastest"}, "objective 'fastest' is not known; use one of worst, mean, bpb, excess, disparity"),
         ({"draws": 10}, "draws 10 are too few"),
         ({"method": "rtn", "calibration": "english"}, "calibration 'english' has no effect on method 'rtn'"),
+        ({"method": "awq", "effort": "best"}, "effort 'best' has no effect on method 'awq'.* use method 'gptq'"),
+        (
+            {"backend": "gptqmodel", "effort": "fast"},
+            "with backend 'gptqmodel'; use method 'gptq' with backend 'native'",
+        ),
+        ({"effort": "most"}, "effort 'most': Input should be 'fast', 'normal' or 'best'"),
         ({"calibration": "proportional", "tokens_per_language": 9}, "takes all tokens of every language, not 9 each"),
         ({"tokens_per_expert": 0}, "tokens_per_expert 0 cannot be used with method 'gptq'"),
         ({"tokens_per_expert": 9, "method": "rtn"}, "tokens_per_expert 9 cannot be used with method 'rtn'"),

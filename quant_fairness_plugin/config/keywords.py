@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, Clip, Precision, Reader, Start, TextSet, Weighting
+from quant_fairness_plugin.artifacts import CheckpointFormat, Clip, Effort, Precision, Reader, Start, TextSet, Weighting
 from quant_fairness_plugin.model.devices import Dtype
 
 
@@ -21,6 +21,7 @@ class FairOptions(TypedDict, total=False):
     group_size: int | Literal["auto"]
     symmetric: bool | None
     clip: Clip | None
+    effort: Effort
     backend: str
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
     precisions: tuple[Precision, ...] | list[Precision] | None

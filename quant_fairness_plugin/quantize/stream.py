@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 from quant_fairness_plugin.artifacts import ProtectionPlan, held, temporary_folder
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
@@ -88,15 +89,23 @@ def quantize_model(
             solve_from_weights(work)
         else:
             spill = folder or stack.enter_context(temporary_folder())
-            allowance, durable = rows_allowance(loaded, calibration, place, batch_tokens), place.folder is not None
-            shared = None if allowance is None else allowance // (2 if solver.compares_inputs else 1)
-            rows = partial(
-                Rows, loaded, calibration, spill, batch_tokens=batch_tokens, allowance=shared, durable=durable
-            )
-            solve_on_inputs(
-                work, Streams(rows(), rows(name="original") if solver.compares_inputs else None), calibration
-            )
+            allowance = rows_allowance(loaded, calibration, place, batch_tokens)
+            solve_on_inputs(work, _streams(work, calibration, spill, place, allowance, batch_tokens), calibration)
     return _as_model(work, plan, calibration)
+
+
+def _streams(
+    work: Work, calibration: CalibrationSet, folder: Path, place: Workplace, allowance: int | None, batch_tokens: int
+) -> Streams:
+    """Open the calibration rows; those on their way through the 16-bit model share the memory."""
+    # Channels that stay in 16 bit hold the original's values, which are no target that makes up for anything.
+    compares = work.method.compares_inputs and not work.columns
+    shared = allowance // 2 if compares and allowance is not None else allowance
+    rows = partial(
+        Rows, work.loaded, calibration, folder, batch_tokens=batch_tokens, allowance=shared,
+        durable=place.folder is not None,
+    )  # fmt: skip
+    return Streams(rows(), rows(name="original") if compares else None)
 
 
 def _as_model(work: Work, plan: ProtectionPlan, calibration: CalibrationSet | None) -> QuantizedModel:

@@ -18,7 +18,7 @@ def run(*arguments: str) -> int:
 def test_every_entry_is_read_and_on_the_page() -> None:
     text = Path(references.__file__).with_name("references.bib").read_text(encoding="utf-8")
     entries = references.references()
-    assert len(entries) == text.count("\n@") + 1 == 6
+    assert len(entries) == text.count("\n@") + 1 == 9
     page = (ROOT / "docs" / "references.md").read_text(encoding="utf-8")
     assert text in page
     assert all(f"| `{key}` |" in page for key in entries)
@@ -28,6 +28,6 @@ def test_entries_are_printed_by_key_and_an_unknown_key_is_one_line(capsys: pytes
     assert run("lin2024") == 0
     assert capsys.readouterr().out.startswith("@inproceedings{lin2024,")
     assert run() == 0
-    assert capsys.readouterr().out.count("@") == 6
+    assert capsys.readouterr().out.count("@") == 9
     assert run("nobody1999") == 2
     assert "there is no reference 'nobody1999'; there are quantdisparity2026" in capsys.readouterr().err

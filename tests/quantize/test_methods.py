@@ -112,6 +112,23 @@ def test_options_of_a_method_are_given_with_it(load: Callable[..., LoadedModel],
     assert any(not torch.equal(one.tensors[name].integers, other.tensors[name].integers) for name in one.tensors)
 
 
+def test_efforts_are_options_of_a_method() -> None:
+    usual = Gptq()
+    assert usual.at("normal") == usual
+    assert usual.at("fast") == Gptq(compensates=False, refinements=0)
+    assert not usual.at("fast").compares_inputs
+    assert usual.at("best").refinements > usual.refinements
+    assert find_method("awq").at("normal").settings == {}
+    assert usual.settings["damp"] == 0.05
+
+
+def test_a_quantized_model_says_by_which_options_it_was_made(
+    load: Callable[..., LoadedModel], rows: CalibrationSet
+) -> None:
+    quantized = quantize_layers(load(), (), method=Gptq(refinements=1), grid=GRID, calibration=rows)
+    assert quantized.settings == Gptq(refinements=1).settings
+
+
 def test_a_plan_of_another_model_is_refused(load: Callable[..., LoadedModel]) -> None:
     plan = plan_of_layers(load(layers=3), (), grid=GRID)
     with pytest.raises(ConfigError, match="the plan is for 3 layers, and the model has 2"):
