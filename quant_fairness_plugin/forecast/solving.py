@@ -56,7 +56,7 @@ def _time(columns: int, grid: Grid, method: Gptq) -> tuple[Range, Range]:
     import torch
 
     from quant_fairness_plugin.quantize.compensation import compensated
-    from quant_fairness_plugin.quantize.gptq import solve_gptq
+    from quant_fairness_plugin.quantize.gptq import refine_result, solve_gptq
 
     size = 1 if grid.group_size == -1 else grid.group_size
     width = min(columns, max(size, MOST_COLUMNS // size * size))
@@ -70,7 +70,8 @@ def _time(columns: int, grid: Grid, method: Gptq) -> tuple[Range, Range]:
         target = weight[:rows]
         if method.compensates:
             target = compensated(target, hessian, hessian, damp=method.compensation_damp)
-        solve_gptq(target, hessian, grid, scale_dtype=torch.float16, damp=method.damp, refinements=method.refinements)
+        once = solve_gptq(target, hessian, grid, scale_dtype=torch.float16, damp=method.damp)
+        refine_result(once, target, hessian, rounds=method.refinements)
 
     few, many = (timed(lambda rows=rows: solve(rows), repeats=2) for rows in (FEW_ROWS, MANY_ROWS))  # type: ignore[misc]
     row = max(0.0, many.low - few.low) / (MANY_ROWS - FEW_ROWS)

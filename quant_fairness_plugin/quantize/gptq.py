@@ -48,7 +48,6 @@ def solve_gptq(
     block: int = 128,
     act_order: bool = True,
     inputs: GroupMoments | None = None,
-    refinements: int = 0,
 ) -> GptqResult:
     """Quantize a weight against the second moment of its inputs.
 
@@ -64,7 +63,6 @@ def solve_gptq(
         block: columns between two updates of the rest of the weight; changes the speed, not the solution.
         act_order: largest Hessian diagonal first, instead of left to right.
         inputs: per-language moments, for a grid with clip `minimax` only.
-        refinements: how often scales and integers are solved again afterwards, each for the others (`refinement`).
 
     Raises:
         ConfigError: an argument that cannot be used, a Hessian of another shape than the weight's columns, or clip
@@ -85,8 +83,22 @@ def solve_gptq(
     integers = torch.empty_like(solved)
     integers[:, order] = solved
     tensor = QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
-    tensor = refine(tensor, weight, live, rounds=refinements)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), damp_used)
+
+
+def refine_result(result: GptqResult, weight: Tensor, hessian: Tensor, *, rounds: int) -> GptqResult:
+    """Return a result whose scales and integers are solved again, each for the others; see `refine`.
+
+    Args:
+        result: of `solve_gptq`.
+        weight: that it was solved for, float `[rows, cols]`.
+        hessian: XᵀX `[cols, cols]`, as there.
+        rounds: how often; 0 returns the result as it is.
+    """
+    if not rounds:
+        return result
+    tensor = refine(result.tensor, weight, hessian.to(working_dtype(weight.device)), rounds=rounds)
+    return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), result.damp_used)
 
 
 def output_loss(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

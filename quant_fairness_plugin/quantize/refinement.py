@@ -36,8 +36,6 @@ def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, rounds: 
         hessian: XᵀX `[cols, cols]` of the inputs in any scale, in the dtype to work in; not changed.
         rounds: how often scales and integers are solved.
     """
-    if not rounds:
-        return tensor
     curvature = hessian.clone()
     curvature.diagonal().add_(DAMP * hessian.diagonal().mean())
     wanted = target.to(hessian.dtype) @ curvature

@@ -23,7 +23,7 @@ from quant_fairness_plugin.quantize.awq import solve_awq
 from quant_fairness_plugin.quantize.columns import KeptColumns, Target, choose_columns, decoupled
 from quant_fairness_plugin.quantize.compensation import compensated
 from quant_fairness_plugin.quantize.folding import fold_source, model_folds, multiply_others
-from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, solve_gptq
+from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, refine_result, solve_gptq
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.grid_rules import has_columns
 from quant_fairness_plugin.quantize.moments import MomentWatch
@@ -153,16 +153,17 @@ def _gptq(
     results: dict[str, GptqResult] = {}
     for name, hessian in hessians.items():
         with error_prefix(name):
-            results[name] = solve_gptq(
-                problem.weights[name].float(),
+            weight = problem.weights[name].float()
+            once = solve_gptq(
+                weight,
                 hessian,
                 problem.grids[name],
                 scale_dtype=problem.scale_dtype,
                 damp=damp,
                 act_order=act_order,
                 inputs=problem.inputs.groups.inputs(name),
-                refinements=refinements,
             )
+            results[name] = refine_result(once, weight, hessian, rounds=refinements)
     return results
 
 

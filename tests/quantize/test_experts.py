@@ -14,7 +14,7 @@ from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.experts import filled_moment, weighted_moment
-from quant_fairness_plugin.quantize.gptq import solve_gptq
+from quant_fairness_plugin.quantize.gptq import refine_result, solve_gptq
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from tests.planning import quantize_layers
 
@@ -73,8 +73,8 @@ def naive_hessian(seen: Seen, rows: CalibrationSet, expert: int, inner: Callable
 
 def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     usual = Gptq()
-    options = {"damp": usual.damp, "refinements": usual.refinements}
-    solved = solve_gptq(weight, hessian, GRID, scale_dtype=torch.float16, **options).tensor
+    once = solve_gptq(weight, hessian, GRID, scale_dtype=torch.float16, damp=usual.damp)
+    solved = refine_result(once, weight, hessian, rounds=usual.refinements).tensor
     return solved.integers, solved.dequantize()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.quantize import refinement
-from quant_fairness_plugin.quantize.gptq import output_loss, solve_gptq
+from quant_fairness_plugin.quantize.gptq import output_loss, refine_result, solve_gptq
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.refinement import best_integers, best_scales, refine
 from tests.quantize.test_gptq import sample
@@ -117,10 +117,9 @@ def test_rows_without_any_level_and_scales_that_cannot_be_stored_stay() -> None:
 @pytest.mark.parametrize(("rows", "cols", "grid"), GRIDS[:2])
 def test_gptq_ends_with_a_smaller_output_error(rows: int, cols: int, grid: Grid) -> None:
     weight, hessian = sample(rows, cols)
-    losses = [
-        solve_gptq(weight, hessian, grid, scale_dtype=torch.float16, damp=0.05, refinements=rounds)
-        for rounds in (0, 1, 3)
-    ]
-    none, one, three = (output_loss(weight, found.tensor.dequantize(), hessian) for found in losses)
+    once = solve_gptq(weight, hessian, grid, scale_dtype=torch.float16, damp=0.05)
+    found = [refine_result(once, weight, hessian, rounds=rounds) for rounds in (0, 1, 3)]
+    none, one, three = (output_loss(weight, result.tensor.dequantize(), hessian) for result in found)
     assert three <= one < 0.95 * none
-    assert none == losses[0].loss_relative_to_output_energy
+    assert [result.loss_relative_to_output_energy for result in found] == [none, one, three]
+    assert {result.damp_used for result in found} == {once.damp_used}

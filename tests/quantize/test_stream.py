@@ -17,7 +17,7 @@ from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize import solve_blocks, solving
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
-from quant_fairness_plugin.quantize.gptq import solve_gptq
+from quant_fairness_plugin.quantize.gptq import refine_result, solve_gptq
 from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from quant_fairness_plugin.quantize.moments import FairMoments
@@ -93,9 +93,8 @@ def solve_naively(loaded: LoadedModel, protected: set[int], rows: CalibrationSet
                 weight = linear_weight(module)
                 hessian = fair_hessian(weight, inputs, rows.shares)
                 target = right_target(weight, inputs, right, rows.shares).float()
-                solved = solve_gptq(
-                    target, hessian, GRID, scale_dtype=torch.float16, damp=usual.damp, refinements=usual.refinements
-                )
+                once = solve_gptq(target, hessian, GRID, scale_dtype=torch.float16, damp=usual.damp)
+                solved = refine_result(once, target, hessian, rounds=usual.refinements)
                 integers[name] = solved.tensor.integers
                 set_linear_weight(module, solved.tensor.dequantize())
     return integers
