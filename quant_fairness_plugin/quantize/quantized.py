@@ -34,7 +34,8 @@ class QuantizedModel:
     kept: dict[str, str]
     """Module of a quantized layer that stays in 16 bit → reason."""
     losses: dict[str, float]
-    """GPTQ, AWQ: module → squared output error over squared output on the calibration text; empty for RTN."""
+    """GPTQ, AWQ: module → squared output error over squared output on the calibration text, of what the module was to
+    compute; empty for RTN."""
     damping: dict[str, float]
     """GPTQ: module → damping used; empty for the others."""
     calibration: CalibrationSet | None
