@@ -96,6 +96,7 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
     values, diagonal, top = (integers - zeros) * scales, curvature.diagonal().tolist(), 2**tensor.grid.bits - 1
     slope = curvature @ values - wanted.T
     for _ in range(SWEEPS):
+        moved = False
         for start in range(0, len(values), BLOCK):
             part = slice(start, min(start + BLOCK, len(values)))
             moves, near, square = torch.zeros_like(values[part]), slope[part].clone(), curvature[part, part]
@@ -104,6 +105,10 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
                 integers[k] = best.round_().clamp_(0, top)
                 moves[i] = (integers[k] - zeros[k]).mul_(scales[k]).sub_(values[k])
                 near[i:].addr_(square[i, i:], moves[i])
-            values[part] += moves
-            slope.addmm_(curvature[:, part], moves)
+            if moves.any():
+                moved = True
+                values[part] += moves
+                slope.addmm_(curvature[:, part], moves)
+        if not moved:
+            break
     return replace(tensor, integers=integers.T.contiguous().to(torch.uint8))
