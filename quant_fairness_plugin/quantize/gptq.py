@@ -97,7 +97,8 @@ def refine_result(result: GptqResult, weight: Tensor, hessian: Tensor, *, rounds
     """
     if not rounds:
         return result
-    tensor = refine(result.tensor, weight, hessian.to(working_dtype(weight.device)), rounds=rounds)
+    live = _without_dead(hessian.to(working_dtype(weight.device)))
+    tensor = refine(result.tensor, weight, live, rounds=rounds)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), result.damp_used)
 
 

@@ -33,7 +33,8 @@ def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, rounds: 
     Args:
         tensor: where to start from.
         target: the weight to come close to, float `[rows, cols]`, not changed.
-        hessian: XᵀX `[cols, cols]` of the inputs in any scale, in the dtype to work in; not changed.
+        hessian: XᵀX `[cols, cols]` of the inputs in any scale, in the dtype to work in, with no 0 on its diagonal; not
+            changed.
         rounds: how often scales and integers are solved.
     """
     curvature = hessian.clone()

@@ -123,3 +123,15 @@ def test_gptq_ends_with_a_smaller_output_error(rows: int, cols: int, grid: Grid)
     assert three <= one < 0.95 * none
     assert [result.loss_relative_to_output_energy for result in found] == [none, one, three]
     assert {result.damp_used for result in found} == {once.damp_used}
+
+
+@pytest.mark.parametrize("dead", [slice(0, 64), slice(3, 5)])
+def test_columns_without_any_input_are_rounded_to_nearest(dead: slice) -> None:
+    rows, cols, grid = GRIDS[0]
+    weight, hessian = sample(rows, cols)
+    hessian[dead], hessian[:, dead] = 0, 0
+    once = solve_gptq(weight, hessian, grid, scale_dtype=torch.float16, damp=0.05)
+    found = refine_result(once, weight, hessian, rounds=2).tensor
+    near = weight.view(rows, 2, 32) / found.scales.float().unsqueeze(2) + found.zeros.float().unsqueeze(2)
+    nearest = near.round().clamp(0, 15).to(torch.uint8).view(rows, cols)
+    assert torch.equal(found.integers[:, dead], nearest[:, dead])
