@@ -77,9 +77,8 @@ class Run:
     def _quantized(self, solving: Solving, calibrated: int) -> Range:
         """One quantization: calibration tokens up to every fusion group and behind the block, moments, solutions."""
         outline, total = self.outline, NOTHING
-        models = (
-            2 if find_method(self.config.method).at(self.config.effort).compares_inputs else 1
-        )  # the 16-bit one as well
+        method = find_method(self.config.method).at(self.config.effort)
+        models = 2 if method.compares_inputs else 1  # the 16-bit one as well
         for layer in range(outline.layers):
             passes, done, sizes = 1.0, 0, self._group_sizes(layer)
             for group in sizes:

@@ -29,8 +29,8 @@ class Gptq(Method):
     act_order: bool = True
     """Columns by Hessian diagonal, largest first (static; nothing of it shows in the result's layout)."""
     compensates: bool = True
-    """Whether modules make up for what those in front of them have lost (`quantize.compensation`); not in a plan that
-    keeps input channels in 16 bit."""
+    """Whether modules make up for what those in front of them have lost (`quantize.compensation`). Routed experts do
+    not, and none does in a plan that keeps input channels in 16 bit."""
     compensation_damp: float = 0.2
     """Share of the mean Hessian diagonal that holds this back where the calibration text says little."""
     refinements: int = 2
