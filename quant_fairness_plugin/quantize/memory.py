@@ -10,9 +10,10 @@ from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.sizes import shown
 
 _FLOAT64, _FLOAT32, _STORED = 8, 4, 2
-_HESSIAN_COPIES = 12
-"""Of the widest inputs, in float64: two per module of a fusion group of three, of one language, and those that solving
-takes."""
+_HESSIAN_COPIES = 8
+"""Of the widest inputs, in float64: one per module of a fusion group of three, and those that solving takes."""
+_ACROSS_COPIES = 4
+"""As many again where inputs are compared with the 16-bit model's: one per module, and that of one language."""
 _WEIGHT_COPIES = 6
 """Of the largest matrix, in float64, while it is solved."""
 
@@ -22,7 +23,7 @@ class QuantizeNeeds:
     """Bytes that are needed at once, beside the hidden states between two blocks."""
 
     block: int
-    """A block in float32 as it was and as it is quantized, and the next one in 16 bit."""
+    """A block in float32, as it was, too, where inputs are compared, and the next one in 16 bit."""
     solving: int
     """Hessians and weights of one fusion group."""
     running: int
@@ -48,7 +49,7 @@ class QuantizeNeeds:
 
 
 def count_quantize_needs(
-    shapes: Mapping[str, tuple[int, ...]], *, blocks: str, tokens: int, hessians: bool = True
+    shapes: Mapping[str, tuple[int, ...]], *, blocks: str, tokens: int, compares: bool = False
 ) -> QuantizeNeeds:
     """Return what quantizing this model block by block needs.
 
@@ -56,7 +57,7 @@ def count_quantize_needs(
         shapes: parameter → shape.
         blocks: full name of the list of blocks.
         tokens: of the largest batch.
-        hessians: whether the method calibrates.
+        compares: whether it compares what modules are given with what the 16-bit model gives them.
     """
     layers: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -67,8 +68,9 @@ def count_quantize_needs(
     # The larger side of a matrix is at least its inputs, whichever way round it is stored.
     widest, largest = max(max(shape) for shape in matrices), max(map(prod, matrices))
     outputs = max(sum(max(shape) for shape in members if len(shape) == 2) for members in layers.values())
+    copies = _HESSIAN_COPIES + _ACROSS_COPIES * compares
     return QuantizeNeeds(
-        block=values * (2 * _FLOAT32 + _STORED),
-        solving=_FLOAT64 * (_HESSIAN_COPIES * widest**2 * hessians + _WEIGHT_COPIES * largest),
+        block=values * ((1 + compares) * _FLOAT32 + _STORED),
+        solving=_FLOAT64 * (copies * widest**2 + _WEIGHT_COPIES * largest),
         running=_FLOAT32 * tokens * outputs,
     )

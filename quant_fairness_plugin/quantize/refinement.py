@@ -16,9 +16,9 @@ from torch import Tensor
 from quant_fairness_plugin.quantize.grid import SMALLEST_SCALE, QuantizedTensor
 
 DAMP = 0.01
-"""Share of the mean Hessian diagonal that is added to the diagonal. GPTQ wants more, as it inverts the matrix."""
+"""Share of the mean Hessian diagonal that is added to the diagonal."""
 SWEEPS = 2
-"""Over all columns for the same scales; from the third on, hardly an integer changes."""
+"""Over all columns for the same scales."""
 BLOCK = 64
 """Columns between two updates of the rest of the gradient; changes the speed, not the solution."""
 RIDGE = 1e-3

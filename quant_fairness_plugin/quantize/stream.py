@@ -89,17 +89,15 @@ def quantize_model(
             solve_from_weights(work)
         else:
             spill = folder or stack.enter_context(temporary_folder())
-            allowance = rows_allowance(loaded, calibration, place, batch_tokens)
-            solve_on_inputs(work, _streams(work, calibration, spill, place, allowance, batch_tokens), calibration)
+            solve_on_inputs(work, _streams(work, calibration, spill, place, batch_tokens), calibration)
     return _as_model(work, plan, calibration)
 
 
-def _streams(
-    work: Work, calibration: CalibrationSet, folder: Path, place: Workplace, allowance: int | None, batch_tokens: int
-) -> Streams:
+def _streams(work: Work, calibration: CalibrationSet, folder: Path, place: Workplace, batch_tokens: int) -> Streams:
     """Open the calibration rows; those on their way through the 16-bit model share the memory."""
     # Channels that stay in 16 bit hold the original's values, which are no target that makes up for anything.
     compares = work.method.compares_inputs and not work.columns
+    allowance = rows_allowance(work.loaded, calibration, place, batch_tokens, compares=compares)
     shared = allowance // 2 if compares and allowance is not None else allowance
     rows = partial(
         Rows, work.loaded, calibration, folder, batch_tokens=batch_tokens, allowance=shared,

@@ -71,7 +71,7 @@ def work_folder(
 
 
 def rows_allowance(
-    loaded: LoadedModel, calibration: CalibrationSet | None, place: Workplace, batch_tokens: int
+    loaded: LoadedModel, calibration: CalibrationSet, place: Workplace, batch_tokens: int, *, compares: bool
 ) -> int | None:
     """Return how many bytes of hidden states are held in memory; None for all.
 
@@ -80,11 +80,10 @@ def rows_allowance(
     """
     if place.memory_budget is None:
         return ROWS_IN_MEMORY if isinstance(loaded, StreamedModel) else None
-    rows = [] if calibration is None else [len(row) for rows in calibration.rows.values() for row in rows]
     needs = count_quantize_needs(
         {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()},
         blocks=loaded.family.blocks,
-        tokens=max(*rows, batch_tokens) if rows else 0,
-        hessians=calibration is not None,
+        tokens=max(batch_tokens, *(len(row) for rows in calibration.rows.values() for row in rows)),
+        compares=compares,
     )
     return needs.left_for_states(place.memory_budget)

@@ -94,6 +94,7 @@ def test_hidden_states_beyond_the_budget_go_to_files(folder: Path, rows: Calibra
         {name: tuple(value.shape) for name, value in streamed.model.named_parameters()},
         blocks=streamed.family.blocks,
         tokens=48,
+        compares=True,
     ).least
     found = quantize_layers(streamed, [], workplace=Workplace(memory_budget=least), **given)
     assert_same(found, quantize_layers(load_model(str(folder)), [], **given))
