@@ -21,6 +21,7 @@ import platform
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ from demo_corpus import (
     sample_mixture,
     train_tokenizer,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -52,6 +53,8 @@ from transformers import (
 log = logging.getLogger("train_demo_model")
 
 WIDTH, LAYERS, HEADS, KV_HEADS, MLP_WIDTH = 256, 12, 4, 2, 512
+Loss = Callable[[PreTrainedModel, Tensor], Tensor]
+"""Model and token ids `[B, T]` → what a step lowers, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +211,12 @@ def bigram_bits_per_byte(train: list[str], test: list[str]) -> float:
     return bits / count
 
 
+def next_token_loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the tokens of windows `[B, T]`, in nats."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+
+
 def write_checkpoint(path: Path, optimizer: MixedPrecisionAdamW, progress: Progress) -> None:
     """Written beside and renamed: a kill leaves the previous checkpoint whole."""
     beside = path.with_suffix(".tmp")
@@ -244,6 +253,7 @@ def run_steps(
     optimizer: MixedPrecisionAdamW,
     progress: Progress,
     state_file: Path,
+    loss_of: Loss = next_token_loss,
 ) -> None:
     """Run the optimizer up to the planned step, with a curve row and a checkpoint every ten minutes."""
     dev = {tag: verses[:40] for tag, verses in held_out_verses(data, "dev").items()}
@@ -259,8 +269,7 @@ def run_steps(
         ids = windows[index * arguments.batch : (index + 1) * arguments.batch].to(arguments.device)
         if len(ids) == 0:  # a later epoch can be a few windows shorter than the first
             ids = windows[: arguments.batch].to(arguments.device)
-        logits = optimizer.model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
+        loss = loss_of(optimizer.model, ids)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step(learning_rate_at(progress.step, total, arguments))
         losses.append(float(loss.detach()))
@@ -282,16 +291,8 @@ def run_steps(
             last_save = time.monotonic()
 
 
-def finish(
-    arguments: TrainingArguments,
-    data: Path,
-    out: Path,
-    mixture: dict[str, Chapters],
-    tokenizer: PreTrainedTokenizerFast,
-    optimizer: MixedPrecisionAdamW,
-    progress: Progress,
-) -> None:
-    """Write the Hugging Face folder in float16 and measure exactly those weights on the test chapters."""
+def write_float16(optimizer: MixedPrecisionAdamW, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the master weights, rounded once, as a Hugging Face folder; the model then holds what was written."""
     model = optimizer.model
     cast_parameters(model, torch.float32)
     optimizer.publish()
@@ -301,28 +302,52 @@ def finish(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     cast_parameters(model, torch.float32)
-    test = held_out_verses(data, "test")
-    test = {tag: verses[:400] for tag, verses in test.items()}
-    held_out = {}
+
+
+def measure_held_out(
+    model: PreTrainedModel, data: Path, mixture: dict[str, Chapters], tokenizer: PreTrainedTokenizerFast, device: str
+) -> dict[str, dict[str, float]]:
+    """Bits per byte on test chapters beside those of a byte bigram, language by language."""
+    test = {tag: verses[:400] for tag, verses in held_out_verses(data, "test").items()}
+    held_out: dict[str, dict[str, float]] = {}
     for tag, chapters in mixture.items():
         verses = [v for chapter in chapters.values() for v in chapter]
         held_out[tag] = {
             "train_verses": len(verses),
             "train_bytes": sum(len(v.encode()) for v in verses),
             "test_verses": len(test[tag]),
-            "bits_per_byte": round(bits_per_byte(model, tokenizer, test[tag], arguments.device), 4),
+            "bits_per_byte": round(bits_per_byte(model, tokenizer, test[tag], device), 4),
             "byte_bigram_bits_per_byte": round(bigram_bits_per_byte(verses, test[tag]), 4),
         }
         log.info("%s %s", tag, held_out[tag])
+    return held_out
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def finish(
+    arguments: TrainingArguments,
+    data: Path,
+    out: Path,
+    mixture: dict[str, Chapters],
+    tokenizer: PreTrainedTokenizerFast,
+    optimizer: MixedPrecisionAdamW,
+    progress: Progress,
+) -> None:
+    """Write the Hugging Face folder in float16, and measure exactly those weights on the test chapters."""
+    write_float16(optimizer, tokenizer, out)
+    held_out = measure_held_out(optimizer.model, data, mixture, tokenizer, arguments.device)
     record = {
         "arguments": asdict(arguments),
         "command": "python examples/train_demo_model.py "
         f"--arch {arguments.arch} --data CORPUS --out {out.name} --epochs {arguments.epochs:g} --seed {arguments.seed}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions(),
         "mixture": {tag: share for tag, share in MIXTURE.values()},
         "tokens": progress.tokens,
         "steps": progress.step,

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 MAKERS = {
     "build_text_set.py", "demo_card.py", "demo_corpus.py", "smollm2.py", "train_demo_model.py", "train_demo_moe.py",
+    "train_demo_student.py",
 }  # fmt: skip
 """How the bundled texts and models, and the public one, were made: no examples, and trained for hours."""
 
