@@ -37,6 +37,7 @@ SCRIPTS = (
     "protection_table",
     "real_model",
     "sweep",
+    "trifecta_table",
 )
 """Each has `ROWS`, `PAGE`, and `render`, which writes the one into the other."""
 CODE = tuple(
