@@ -1,7 +1,7 @@
 """Which figures of the languages go with their damage, on the bundled models and a public one, in docs/analyses.md.
 
     python benchmarks/hypotheses_table.py measure demo en,de,fr,es,ru,he,ar,zh,ja,ko,vi,fi
-    python benchmarks/hypotheses_table.py measure SmolLM2-135M en,fr,es,ru,ar,zh --folder DIR
+    python benchmarks/hypotheses_table.py measure SmolLM2-135M en,de,fr,es,ru,he,ar,zh,ja,ko,vi,fi,hi,tr --folder DIR
     python benchmarks/hypotheses_table.py render
 
 `analyze hypotheses` on all layers rounded to nearest. The row of the same model is replaced.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -49,7 +50,7 @@ def measure(student: Path) -> None:
 
     from quant_fairness_plugin import FairQuantizer
     from quant_fairness_plugin.measure.scoring import fixed_state
-    from quant_fairness_plugin.model.resolve import bundled_folder
+    from quant_fairness_plugin.model.resolve import bundled_folder, model_sha256
 
     torch.set_num_threads(1)
     training = read_training(bundled_folder(MODEL))
@@ -62,6 +63,7 @@ def measure(student: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         made = dict(quantized(base, languages, Path(work))) | dict(pruned(base.loaded, whole))
         learned = trained(read_training(student)) | {"teacher_tokens": training["tokens"]}
+        learned |= {"sha256": model_sha256(small.loaded.files)}
         more = {"kind": "distilled", "bytes": weight_bytes(student), "trained": learned}
         made[STUDENT] = fixed_state(STUDENT, small.loaded.model), more
         measured = base.measure(*(state for state, _ in made.values()))
@@ -208,18 +210,18 @@ def whole_table(rows: list[dict[str, Any]]) -> str:
         cells = [thousandths(row["worst_kl"]), thousandths(row["mean_kl"])]
         cells += [shown(row["low_over_high"][kind]) for kind in RATIOS] + [shown(row["share_rho"])]
         lines.append(f"| {row['state']} | {share} | {' | '.join(cells)} |")
-    said = [f"- By {name}: {verdict(rows, kind)}." for kind, name in RATIOS.items()]
-    return "\n".join([*lines, "", *said, learned(rows), ""])
+    said = ["| by | low-resource languages lose more | less | not decided |", "|---|---|---|---|"]
+    said += [f"| {name} | {' | '.join(verdict(rows, kind))} |" for kind, name in RATIOS.items()]
+    return "\n".join([*lines, "", *said, "", learned(rows), ""])
 
 
-def verdict(rows: list[dict[str, Any]], kind: str) -> str:
-    """Return which states cost low-resource languages more, and which less, by their intervals."""
+def verdict(rows: list[dict[str, Any]], kind: str) -> list[str]:
+    """Return under which states low-resource languages lose more, under which less, and which decide nothing."""
     found = {row["state"]: row["low_over_high"][kind] for row in rows}
     more = [name for name, value in found.items() if value.get("low", 0) > 1]
     less = [name for name, value in found.items() if value.get("high", 2) < 1]
     rest = [name for name in found if name not in more + less]
-    words = {"low-resource languages lose more": more, "less": less, "not decided": rest}
-    return "; ".join(f"{what}: {', '.join(names) or 'none'}" for what, names in words.items())
+    return ["; ".join(names) or "none" for names in (more, less, rest)]
 
 
 def learned(rows: list[dict[str, Any]]) -> str:
@@ -227,10 +229,11 @@ def learned(rows: list[dict[str, Any]]) -> str:
     taught = next(row["trained"] for row in rows if row["kind"] == "distilled")
     share = taught["tokens"] / taught["teacher_tokens"]
     depth = f"{taught['layers']} of {taught['teacher']['layers']} layers"
-    return (
-        f"- The student: {depth}, {taught['steps']:,} steps, {taught['tokens']:,} tokens, which is {share:.0%} of the "
-        f"{taught['teacher_tokens']:,} that its teacher saw, {taught['seconds'] / 60:.0f} minutes on one core."
+    said = (
+        f"The student has {depth} and was trained for {taught['steps']:,} steps on {taught['tokens']:,} tokens, "
+        f"{share:.0%} of the {taught['teacher_tokens']:,} that its teacher saw; {taught['seconds'] / 60:.0f} minutes."
     )
+    return textwrap.fill(said, 120)
 
 
 def language_table(rows: list[dict[str, Any]]) -> str:
