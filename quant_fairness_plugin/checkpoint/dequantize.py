@@ -64,7 +64,7 @@ class Checkpoint:
     """The tensors of a checkpoint, opened but not read: which of them stand for which module."""
 
     bare: PreTrainedModel
-    """The unquantized architecture, on the meta device."""
+    """The unquantized architecture, on the meta device; who runs the checkpoint block by block reads blocks into it."""
     layout: Layout
     plain: tuple[str, ...]
     """Tensors that are stored as the model holds them, biases included."""
@@ -99,8 +99,12 @@ class Checkpoint:
         return weight / self.input_scales[module] if module in self.input_scales else weight
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, dtype: torch.dtype | None = None) -> Checkpoint:
     """Sort the tensors of a folder by what they stand for, from its headers and metadata.
+
+    Args:
+        folder: an export, or a folder of another tool.
+        dtype: of the architecture that comes with it; None takes the config's.
 
     Raises:
         ArtifactError: files that are missing or malformed.
@@ -110,7 +114,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     shapes = check_headers(folder)
     quantization, _ = read_quantization(folder)
     layout = tensor_layout(quantization) if quantization else "compressed-tensors"
-    bare = bare_model(folder)
+    bare = bare_model(folder, dtype=dtype)
     wrapper = find_wrapper(bare)
     places = {name: place for path in weight_files(folder) for name, place in places_of_file(path)}
 

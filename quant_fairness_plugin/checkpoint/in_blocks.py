@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quant_fairness_plugin.checkpoint.columns import check_fit, read_columns
-from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, bare_model, open_checkpoint
+from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, open_checkpoint
 from quant_fairness_plugin.checkpoint.experts import kept_experts
 from quant_fairness_plugin.checkpoint.folder import read_config, weight_files
 from quant_fairness_plugin.errors import UnsupportedModelError
@@ -80,8 +80,8 @@ def stream_checkpoint(
         ArtifactError: tensors that are missing, unexpected or of another shape.
         UnsupportedModelError: another quantization method or layout, or a model that cannot be run block by block.
     """
-    checkpoint, columns = open_checkpoint(folder), read_columns(folder) if with_columns else {}
-    model = bare_model(folder, dtype=dtype)
+    checkpoint, columns = open_checkpoint(folder, dtype=dtype), read_columns(folder) if with_columns else {}
+    model = checkpoint.bare
     places = {name: checkpoint.places[name] for name in checkpoint.plain}
     for name, kept in kept_experts(model, checkpoint.packed).items():
         places |= _unstacked(name, kept, places, {name, checkpoint.stored_name(name)})

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+import scipy
 
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.measure.metrics import Array
@@ -121,7 +121,9 @@ class Problem:
         }[minimise]
         result = _search(
             costs,
-            Bounds(np.append(np.zeros(cells), -np.inf), np.append(np.ones(cells), per_damage * max_value)),
+            scipy.optimize.Bounds(
+                np.append(np.zeros(cells), -np.inf), np.append(np.ones(cells), per_damage * max_value)
+            ),
             self._rules(per_damage, max_bytes),
         )
         if result.x is None:
@@ -131,7 +133,7 @@ class Problem:
         gap = 0.0 if result.status == 0 else min(1.0, float(result.mip_gap))
         return Selection(picked, sum(self.sizes[cell] for cell in picked), value, gap)
 
-    def _rules(self, per_damage: float, max_bytes: int | None) -> list[LinearConstraint]:
+    def _rules(self, per_damage: float, max_bytes: int | None) -> list[scipy.optimize.LinearConstraint]:
         """One cell per unit; every row of the objective below its value; the budget, if there is one."""
         units = list(self.by_unit.values())
         one_each = np.zeros((len(units), len(self.cells) + 1))
@@ -139,18 +141,18 @@ class Problem:
             one_each[row, cells_of] = 1.0
         below = np.hstack([per_damage * (self.rows @ self.harm), np.full((len(self.rows), 1), -1.0)])
         rules = [
-            LinearConstraint(one_each, 1.0, 1.0),
-            LinearConstraint(below, -np.inf, -per_damage * (self.rows @ self.base)),
+            scipy.optimize.LinearConstraint(one_each, 1.0, 1.0),
+            scipy.optimize.LinearConstraint(below, -np.inf, -per_damage * (self.rows @ self.base)),
         ]
         if self.capped:
             limited = np.isfinite(self.caps)
             harm = np.hstack([per_damage * self.harm[limited], np.zeros((int(limited.sum()), 1))])
-            rules.append(LinearConstraint(harm, -np.inf, per_damage * (self.caps - self.base)[limited]))
+            rules.append(scipy.optimize.LinearConstraint(harm, -np.inf, per_damage * (self.caps - self.base)[limited]))
         if max_bytes is not None:
             extra = self._extra_bytes()
             scale = min(1.0, WHOLE / (extra.max() or 1.0))
             room = scale * (max_bytes - self.fewest_bytes) / self._byte_unit()
-            rules.append(LinearConstraint(np.append(scale * extra, 0.0)[None], -np.inf, room))
+            rules.append(scipy.optimize.LinearConstraint(np.append(scale * extra, 0.0)[None], -np.inf, room))
         return rules
 
     def _extra_bytes(self) -> Array:
@@ -168,12 +170,14 @@ class Problem:
         return [size - least[unit] for (unit, _), size in zip(self.cells, self.sizes, strict=True)]
 
 
-def _search(costs: Array, bounds: Bounds, rules: list[LinearConstraint]) -> OptimizeResult:
+def _search(
+    costs: Array, bounds: scipy.optimize.Bounds, rules: list[scipy.optimize.LinearConstraint]
+) -> scipy.optimize.OptimizeResult:
     """Look for the optimum up to `NODES`, and further where there is no solution at all by then."""
     integrality = np.append(np.ones(len(costs) - 1), 0.0)
     for limits in ({"node_limit": NODES}, {}):
         options = {"mip_rel_gap": 0.0, **limits}
-        result = milp(costs, integrality=integrality, bounds=bounds, constraints=rules, options=options)
+        result = scipy.optimize.milp(costs, integrality=integrality, bounds=bounds, constraints=rules, options=options)
         if result.x is not None or result.status != NODE_LIMIT_REACHED:
             break
     return result

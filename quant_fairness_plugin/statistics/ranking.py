@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from scipy.stats import kendalltau
+import scipy
 
 from quant_fairness_plugin.artifacts import Bootstrap, LanguageDamage, Mode, Ranking, StateScores, Undefined
 from quant_fairness_plugin.measure.damage import count_sentences, objective_draws, supported_languages
@@ -77,7 +77,7 @@ def _ranking(objective: str, units: Sequence[str], values: Array, top: int) -> R
     order = np.argsort(estimates, kind="stable")
     among_first = np.argsort(np.argsort(drawn, axis=1, kind="stable"), axis=1, kind="stable") < top
     probability = among_first.mean(axis=0)
-    agreement = kendalltau(halves[0], halves[1], alternative="greater")
+    agreement = scipy.stats.kendalltau(halves[0], halves[1], alternative="greater")
     tau = None if np.isnan(agreement.statistic) else round(float(agreement.statistic), 4)
     weakest = float(probability[order[:top]].min())
     agreeing = tau is not None and bool(agreement.pvalue < HALVES_ALPHA)

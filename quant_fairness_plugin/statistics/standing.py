@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import beta
+import scipy
 
 from quant_fairness_plugin.artifacts import Comparison, Interval, Outcome, Standing, Undefined
 from quant_fairness_plugin.errors import ConfigError
@@ -122,6 +122,6 @@ def _comparison(name: str, rise: Series, p: float | None) -> Comparison:
 
 def _exact_interval(least: int, most: int, n: int) -> tuple[float, float]:
     """Clopper and Pearson's 95 % interval of a share, from the count without ties to the count with all of them."""
-    low = 0.0 if least == 0 else float(beta.ppf(0.025, least, n - least + 1))
-    high = 1.0 if most == n else float(beta.ppf(0.975, most + 1, n - most))
+    low = 0.0 if least == 0 else float(scipy.stats.beta.ppf(0.025, least, n - least + 1))
+    high = 1.0 if most == n else float(scipy.stats.beta.ppf(0.975, most + 1, n - most))
     return low, high

@@ -113,7 +113,12 @@ def add(self, number, solved):
         os._exit({killed})
 
 results.StoredResults.add = add
-quantize_in(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[4])
+for method in sys.argv[4:]:  # each in a process that is forked before torch has threads, and spares the import of torch
+    child = os.fork()
+    if not child:
+        quantize_in(Path(sys.argv[1]), Path(sys.argv[2]) / method, method)
+        os._exit(0)
+    print(method, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -128,26 +133,42 @@ def quantize_in(folder: Path, work: Path, method: str) -> QuantizedModel:
     return quantize_layers(streamed, [], grid=grid, method=method, calibration=rows, workplace=place, batch_tokens=48)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+METHODS = ("gptq", "awq")
+
+
+@pytest.fixture(scope="module")
+def killed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Path]:
+    """Exit statuses of the methods' runs, which each ended behind layer 1, and where they kept their work."""
+    place = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", CHILD.format(killed=KILLED), str(folder), str(place), "1", *METHODS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {method: int(status) for method, status in map(str.split, done.stdout.splitlines())}, place
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_goes_on_from_its_last_whole_layer(
-    folder: Path, rows: CalibrationSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    folder: Path,
+    rows: CalibrationSet,
+    killed: tuple[dict[str, int], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
 ) -> None:
-    code = CHILD.format(killed=KILLED)
-    child = subprocess.run([sys.executable, "-c", code, str(folder), str(tmp_path), "1", method], check=False)
-    assert child.returncode == KILLED
+    statuses, work = killed[0], killed[1] / method
+    assert statuses[method] == KILLED
     solved: list[int] = []
     plain = StoredResults.add
     monkeypatch.setattr(
         StoredResults, "add", lambda self, layer, given: (solved.append(layer), plain(self, layer, given))[1]
     )
-    found = quantize_in(folder, tmp_path, method)
+    found = quantize_in(folder, work, method)
     assert solved == [2]
     grid = ASYMMETRIC if method == "awq" else GRID
     whole = quantize_layers(load_model(str(folder)), [], grid=grid, method=method, calibration=rows, batch_tokens=48)
     assert_same(found, whole)
-    assert_same(quantize_in(folder, tmp_path, method), whole)
+    assert_same(quantize_in(folder, work, method), whole)
     assert solved == [2]
-    assert not list(tmp_path.rglob("*.stack"))
+    assert not list(work.rglob("*.stack"))
 
 
 def test_a_torn_layer_is_solved_again(folder: Path, tmp_path: Path) -> None:

@@ -94,28 +94,35 @@ def test_a_sweep_that_is_interrupted_anywhere_runs_only_the_rest(
     assert files(tmp_path) == files(whole[1])
 
 
-@pytest.mark.parametrize("fault", ["SIGKILL", "SIGTERM", "SIGINT"])
+FAULTS = ("SIGKILL", "SIGTERM", "SIGINT")
+
+
+@pytest.fixture(scope="module")
+def died(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], Path]:
+    """Exit statuses of sweeps that each met a signal while they wrote their third trial, and where they lie."""
+    place = tmp_path_factory.mktemp("died")
+    command: list[str | Path] = [sys.executable, "-m", "tests.sweep.trial_cases", folder, place, "--at", "3"]
+    done = subprocess.run(
+        [*command, "--signals", *FAULTS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: int(status) for name, status in map(str.split, done.stdout.splitlines())}, place
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_killed_process_loses_the_trial_that_it_was_writing_and_nothing_else(
-    loaded: LoadedModel, folder: Path, whole: tuple[dict[str, StateScores], Path], tmp_path: Path, fault: str
+    loaded: LoadedModel,
+    whole: tuple[dict[str, StateScores], Path],
+    died: tuple[dict[str, int], Path],
+    fault: str,
 ) -> None:
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "tests.sweep.trial_cases",
-        folder,
-        tmp_path,
-        "--at",
-        "3",
-        "--signal",
-        fault,
-    ]
-    died = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
-    assert died.returncode == -signal.Signals[fault], died.stderr
-    assert len(files(tmp_path)) == 2
+    statuses, work = died[0], died[1] / fault
+    assert statuses[fault] == -signal.Signals[fault]
+    assert len(files(work)) == 2
     resumed = Asked()
-    assert sweep(loaded, tmp_path, resumed) == whole[0]
+    assert sweep(loaded, work, resumed) == whole[0]
     assert resumed.asked[0] == 2
-    assert files(tmp_path) == files(whole[1])
+    assert files(work) == files(whole[1])
 
 
 def _another_number(content: bytes) -> bytes:

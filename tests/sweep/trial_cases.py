@@ -120,23 +120,36 @@ def die_at_replace(number: int, fault: signal.Signals) -> None:
 
 
 def main() -> None:
+    """Sweep in a child for each signal, which meets its own; in this process where there is but one.
+
+    A child is forked before torch has threads, and spares the import of torch.
+    """
     # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--signal", default="SIGKILL")
+    parser.add_argument("work", type=Path, help="with several signals, a folder for each of them in it")
+    parser.add_argument("--signals", nargs="+", default=["SIGKILL"])
     parser.add_argument("--at", type=int, required=True)
     parser.add_argument("--processes", type=int)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     torch.set_num_threads(1)
-    die_at_replace(arguments.at, signal.Signals[arguments.signal])
-    sweep(
-        load_model(str(arguments.folder)),
-        arguments.work,
-        ProcessExecutor(arguments.processes) if arguments.processes else None,
-    )
+    executor = ProcessExecutor(arguments.processes) if arguments.processes else None
+    if len(arguments.signals) == 1:
+        return sweep_until(arguments.folder, arguments.work, arguments.signals[0], arguments.at, executor)
+    for name in arguments.signals:
+        (arguments.work / name).mkdir()
+        child = os.fork()
+        if not child:
+            sweep_until(arguments.folder, arguments.work / name, name, arguments.at, executor)
+            os._exit(0)
+        print(name, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # noqa: T201
+
+
+def sweep_until(folder: Path, work: Path, name: str, number: int, executor: Executor | None) -> None:
+    die_at_replace(number, signal.Signals[name])
+    sweep(load_model(str(folder)), work, executor)
 
 
 if __name__ == "__main__":
