@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 Outcome = Literal["passed", "not run"]
 HALF_PRECISION_KERNELS = frozenset({"awq"})
 """Methods whose plainest kernel computes in float16, so that logits differ from ours by what that does."""
-FLOAT32_BYTES = 4
 _logger = logging.getLogger(__name__)
 
 
@@ -105,7 +104,7 @@ def verify(
         python: the Python that has the reader; None looks in this one, then in the environment variable of the reader
             (see `checkpoint.readers`).
         rows: token ids on which it is also run in the dtype that it is served in, such as rows of its calibration.
-        memory_budget: bytes; a reader that nobody asked for is not run where the model in float32 exceeds them.
+        memory_budget: bytes; a reader that nobody asked for is not run where it would hold more.
 
     Returns:
         The checks that passed, those that could not be run here with the reason, and what each reader would get wrong
@@ -129,7 +128,7 @@ def verify(
         listed = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
         raise UnsupportedModelError(f"{folder}: no reader reads it right. {listed}. Try quant-fairness repair.")
     checks.append(_check_served(folder, rows))
-    too_large = None if reader else _exceeding(folder, memory_budget)
+    too_large = None if reader else _exceeding(folder, case, memory_budget)
     checks.append(too_large or _check_reader(folder, case, reader, python, problems))
     for check in checks:
         _logger.info("%s: %s %s: %s", folder, check.name, check.outcome, check.detail)
@@ -243,19 +242,19 @@ def _ran(run: ReaderRun) -> CheckResult:
     return CheckResult("reader", "passed", str(run), run)
 
 
-def _exceeding(folder: Path, memory_budget: int | None) -> CheckResult | None:
+def _exceeding(folder: Path, case: Case, memory_budget: int | None) -> CheckResult | None:
     """Say that the reader was not run, where it would hold more than the memory budget; None where it can be."""
     if memory_budget is None:
         return None
-    from quant_fairness_plugin.checkpoint.dequantize import bare_model
+    from quant_fairness_plugin.checkpoint.readers.compare import held_by_transformers
 
-    needed = FLOAT32_BYTES * sum(parameter.numel() for parameter in bare_model(folder).parameters())
+    needed = held_by_transformers(folder, case)
     if needed <= memory_budget:
         return None
     return CheckResult(
         "reader", "not run",
-        f"Transformers holds the whole model, {shown(needed)} in float32, more than the memory budget of "
-        f"{shown(memory_budget)}; quant-fairness verify runs it without one",
+        f"Transformers would hold {shown(needed)}, more than the memory budget of {shown(memory_budget)}; "
+        "quant-fairness verify runs it without one",
     )  # fmt: skip
 
 

@@ -12,15 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from quant_fairness_plugin.artifacts import ExportRecord, load, save
-from quant_fairness_plugin.checkpoint.dequantize import load_dense_model
+from quant_fairness_plugin.checkpoint.dequantize import bare_model, load_dense_model
 from quant_fairness_plugin.checkpoint.folder import RECORD, file_record, list_files, load_record
-from quant_fairness_plugin.checkpoint.readers.compare import compare_with_transformers, fixed_prompts, missing_packages
+from quant_fairness_plugin.checkpoint.readers.compare import (
+    compare_with_transformers,
+    fixed_prompts,
+    logits_block_by_block,
+    missing_packages,
+)
 from quant_fairness_plugin.checkpoint.readers.running import read_with
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, MissingExtraError, UnsupportedModelError
 from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.model.activations import spread_ids
 from tests.export import foreign_folders as tools
 from tests.export.conftest import Exported, rewrite_json
 
@@ -432,6 +438,29 @@ def test_a_reader_that_exceeds_the_memory_budget_is_not_run_and_that_is_said(exp
     within, beyond = (verify(folder, memory_budget=budget).checks[-1] for budget in (10**9, 1000))
     assert (within.name, within.outcome, beyond.name, beyond.outcome) == ("reader", "passed", "reader", "not run")
     assert "more than the memory budget of 1.00 KB" in beyond.detail
+
+
+@pytest.mark.parametrize(("format_name", "whole"), [("compressed-tensors", False), ("fp16-twin", True)])
+def test_a_reader_that_unpacks_block_by_block_needs_less_than_the_model(
+    exported: Exported, format_name: str, whole: bool
+) -> None:
+    folder = exported("llama", format_name)
+    everything = 4 * sum(parameter.numel() for parameter in bare_model(folder).parameters())
+    report = verify(folder, memory_budget=everything - 1)
+    assert report.checks[-1].outcome == ("not run" if whole else "passed")
+
+
+def test_what_a_block_alone_has_is_gone_behind_it_and_what_blocks_share_is_not(exported: Exported) -> None:
+    """Layer 0 stands in for a block that is listed twice, as in models whose blocks share weights."""
+    model, again = (LlamaForCausalLM.from_pretrained(exported(), dtype=torch.float32) for _ in range(2))
+    again.hf_quantizer.compressor.decompress_model(again)
+    for each in (model, again):
+        each.model.layers.append(each.model.layers[0])
+        each.config.num_hidden_layers += 1
+    expected = again(input_ids=torch.tensor([spread_ids(again.config.vocab_size, 40)]), use_cache=False).logits
+    assert torch.equal(logits_block_by_block(model, "model.layers"), expected)
+    held = [sum(parameter.numel() for parameter in block.parameters()) for block in model.model.layers]
+    assert (held[0] > 0, held[1]) == (True, 0)
 
 
 def test_sglang_is_judged_by_its_documented_rules_and_not_run(exported: Exported, damaged: Exported) -> None:

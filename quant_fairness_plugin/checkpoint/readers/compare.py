@@ -9,17 +9,19 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPTQConfig, PreTrainedModel
 
 from quant_fairness_plugin.artifacts import ReaderRun
@@ -29,19 +31,22 @@ from quant_fairness_plugin.checkpoint.dequantize import (
     load_dense_model,
     overlooked_keys,
 )
-from quant_fairness_plugin.checkpoint.folder import read_config
+from quant_fairness_plugin.checkpoint.folder import read_config, weight_files
 from quant_fairness_plugin.checkpoint.in_blocks import BlockLogits
+from quant_fairness_plugin.checkpoint.readers.case import Case
 from quant_fairness_plugin.checkpoint.readers.running import Reading, read_with
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
+from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.freed import return_what_is_free
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
 from quant_fairness_plugin.model.storage import announced_dtype
 
 _logger = logging.getLogger(__name__)
+FLOAT32_BYTES = 4
 PROMPT_LENGTHS = (1, 2, 17, 63)
 CONTINUED = 12
 """Tokens that a reader adds to a prompt."""
@@ -163,9 +168,8 @@ def _rms(differences: Tensor) -> float:
 SAME_MODEL = 1e-5
 """Largest difference of logits over the largest logit. Both sides compute in float32 from equal weights, so only the
 order of additions may differ (about 1e-6); one weight group read wrongly gives more than 1e-3, garbage about 1."""
-
-
-ROW_LENGTHS = (1, 17, 40)
+ROW_TOKENS = 40
+"""Of the row that both are run on: ids from everywhere in the vocabulary."""
 
 
 def missing_packages(method: str) -> tuple[str, ...]:
@@ -176,7 +180,7 @@ def missing_packages(method: str) -> tuple[str, ...]:
 def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) -> ReaderRun:
     """Load the folder with Transformers and compare its logits with those of the dequantized model.
 
-    Holds one model at a time.
+    Holds one model at a time, and of that what compressed-tensors has unpacked for one block.
 
     Args:
         folder: an export.
@@ -204,11 +208,10 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         model, info = loaded
         check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
-        actual = _logits(model)
+        actual = logits_block_by_block(model, detect_family(bare_model(folder)).blocks)
     del loaded, model
     return_what_is_free()
-    largest = max(float(row.abs().max()) for row in expected)
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, actual, strict=True)) / largest
+    difference = float((expected - actual).abs().max() / expected.abs().max())
     if not difference <= tolerance:  # also when it is NaN
         raise UnsupportedModelError(
             f"{folder}: Transformers computes other logits than the files say (relative difference {difference:.3g}, "
@@ -222,11 +225,13 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
     )
 
 
-def _dense_logits(folder: Path) -> list[Tensor]:
-    """Logits of the dequantized model on the fixed rows, one block of it in memory at a time where that can be."""
+def _dense_logits(folder: Path) -> Tensor:
+    """Logits of the dequantized model on the fixed row, one block of it in memory at a time where that can be."""
     try:
         # Transformers unpacks quantized experts while loading, and stacks them in the storage dtype.
-        return list(BlockLogits(folder, _rows(bare_model(folder)), experts=announced_dtype(read_config(folder)[0])))
+        experts = announced_dtype(read_config(folder)[0])
+        [logits] = BlockLogits(folder, [_row(bare_model(folder))], experts=experts)
+        return logits
     except UnsupportedModelError as err:
         _logger.info("%s is run as a whole: %s", folder, err)
         dense = load_dense_model(folder)
@@ -269,12 +274,78 @@ def _widen(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel) -> list[Tensor]:
-    """Logits of fixed token rows, float32. The rows run through the vocabulary in steps that do not divide it."""
+def _logits(model: PreTrainedModel) -> Tensor:
+    """Return the logits of the fixed row, float32 `[1, tokens, vocabulary]`."""
     model.train(False)
-    return [model(input_ids=torch.tensor([row])).logits.float() for row in _rows(model)]
+    logits: Tensor = model(input_ids=torch.tensor([_row(model)]), use_cache=False).logits
+    return logits.float()
 
 
-def _rows(model: PreTrainedModel) -> list[list[int]]:
-    vocabulary = model.config.get_text_config().vocab_size
-    return [spread_ids(vocabulary, length) for length in _lengths(ROW_LENGTHS, model)]
+def logits_block_by_block(model: PreTrainedModel, blocks: str) -> Tensor:
+    """Return the logits of the fixed row, and leave the model without the weights of its blocks.
+
+    compressed-tensors unpacks all modules when the model is first called, and keeps them so: the whole model would be
+    in float32. Here it is asked to unpack a block when that block is called, and what a block alone has is gone behind
+    it.
+
+    Args:
+        model: as Transformers read it.
+        blocks: full name of the list of its decoder blocks.
+    """
+    listed: Any = model.get_submodule(blocks)
+    _unpack_when_called(model, listed)
+    parts = Counter(part for block in listed for part in set(block.modules()))
+    for block in listed:
+        block.register_forward_hook(partial(_let_go, [part for part in block.modules() if parts[part] == 1]))
+    return _logits(model)
+
+
+def _unpack_when_called(model: Any, blocks: Any) -> None:
+    """Have compressed-tensors unpack what is outside the blocks now, and each block when it is called."""
+    if not hasattr(model, "ct_decompress_hook"):
+        return  # another format, or a version that has unpacked everything while loading
+    compressor = model.hf_quantizer.compressor
+    compressor.remove_decompression_hook(model)
+    packed = {module for module in model.modules() if hasattr(module, "quantization_scheme")}
+
+    def unpack(part: nn.Module, *_: object) -> None:
+        for module in packed.intersection(part.modules()):
+            compressor.decompress_model(module)
+            packed.remove(module)
+
+    for module in packed.difference(*(block.modules() for block in blocks)):
+        unpack(module)
+    for block in blocks:
+        block.register_forward_pre_hook(unpack)
+
+
+def held_by_transformers(folder: Path, case: Case) -> int:
+    """Return the bytes that `compare_with_transformers` holds at most, about.
+
+    That is the files, and in float32 what is not quantized and the largest block; the whole model where Transformers
+    reads it as float32 from the start: experts, and formats that quantize nothing.
+
+    Args:
+        folder: an export.
+        case: what its tensors and metadata say.
+    """
+    bare = bare_model(folder)
+    sizes = {name: FLOAT32_BYTES * parameter.numel() for name, parameter in bare.named_parameters()}
+    quantized = {f"{name}.weight" for name in case.modules.quantized}
+    if case.modules.experts is not None or not quantized:
+        return sum(sizes.values())
+    blocks: Any = bare.get_submodule(case.family.blocks)
+    largest: int = max(sum(FLOAT32_BYTES * parameter.numel() for parameter in block.parameters()) for block in blocks)
+    stored = sum(path.stat().st_size for path in weight_files(folder))
+    return stored + largest + sum(size for name, size in sizes.items() if name not in quantized)
+
+
+def _let_go(parts: Sequence[nn.Module], *_: object) -> None:
+    for part in parts:
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _row(model: PreTrainedModel) -> list[int]:
+    [length] = _lengths((ROW_TOKENS,), model)
+    return spread_ids(model.config.get_text_config().vocab_size, length)
