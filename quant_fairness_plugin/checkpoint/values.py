@@ -13,6 +13,7 @@ from quant_fairness_plugin.checkpoint.dense_modules import WORD_BITS
 from quant_fairness_plugin.checkpoint.folder import weight_files
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.model.reading import places_of_file, read_tensor
+from quant_fairness_plugin.model.storage import all_finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ def read_values(folder: Path, form: Format, widths: Mapping[str, int]) -> Iterat
         for name, place in places_of_file(path):
             tensor = read_tensor(place)
             module, _, suffix = name.rpartition(".")
-            finite = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+            finite = not tensor.is_floating_point() or all_finite(tensor)
             zeros = tensor if suffix == form.zeros and module in widths else None
             symmetric, wrapped = (True, False) if zeros is None else _zero_points(zeros, widths[module], form)
             yield TensorValues(

@@ -18,6 +18,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles, tensor_shapes
 
 _SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_CHECKED_VALUES = 1 << 22
 
 
 def storage_dtype(files: ModelFiles) -> torch.dtype:
@@ -82,6 +83,11 @@ def round_parameters(
         parameter.data = value.to(compute)
 
 
+def all_finite(value: Tensor) -> bool:
+    """Return whether no value is NaN or infinite; in pieces, as `torch.isfinite` makes copies of what it is given."""
+    return all(bool(torch.isfinite(piece).all()) for piece in value.reshape(-1).split(_CHECKED_VALUES))
+
+
 def rounded(value: Tensor, name: str, files: ModelFiles, *, storage: torch.dtype) -> Tensor:
     """Return a value in the storage dtype.
 
@@ -95,10 +101,10 @@ def rounded(value: Tensor, name: str, files: ModelFiles, *, storage: torch.dtype
         ArtifactError: it holds NaN or infinite values.
         UnsupportedModelError: it holds one that is too large for the storage dtype.
     """
-    if not torch.isfinite(value).all():
+    if not all_finite(value):
         raise ArtifactError(f"{files.folder}: {name} holds NaN or infinite values. Get the files again.")
     result = value.to(storage)
-    if result.dtype != value.dtype and not torch.isfinite(result).all():
+    if result.dtype != value.dtype and not all_finite(result):
         raise UnsupportedModelError(
             f"{files.name}: {name} holds {value.abs().max().item():.3g}, and {storage} ends at "
             f"{torch.finfo(storage).max:.3g}. Convert the checkpoint to bfloat16 first."
