@@ -85,7 +85,7 @@ def round_parameters(
 
 def all_finite(value: Tensor) -> bool:
     """Return whether no value is NaN or infinite; in pieces, as `torch.isfinite` makes copies of what it is given."""
-    return all(bool(torch.isfinite(piece).all()) for piece in value.reshape(-1).split(_CHECKED_VALUES))
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(value.reshape(-1), _CHECKED_VALUES))
 
 
 def rounded(value: Tensor, name: str, files: ModelFiles, *, storage: torch.dtype) -> Tensor:
