@@ -104,7 +104,7 @@ def _distance(here: list[tuple[float, ...]], there: list[tuple[float, ...]]) -> 
     return max(abs(a - b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
-def _float64(device: torch.device) -> torch.dtype:
+def _float64(device: torch.device, columns: int) -> torch.dtype:
     return torch.float64
 
 

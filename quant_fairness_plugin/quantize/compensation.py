@@ -32,7 +32,7 @@ def compensated(weight: Tensor, hessian: Tensor, across: Tensor, *, damp: float)
     check_finite(hessian, across)
     if not across.any():  # nothing in front is quantized
         return weight
-    damped, wide = hessian.clone(), weight.to(across.dtype)
-    damped.diagonal().add_(damp * hessian.diagonal().mean())
-    lower = torch.linalg.cholesky(damped)
-    return (wide + torch.cholesky_solve((wide @ across).T, lower).T).to(weight.dtype)
+    factor, wide = hessian.clone(), weight.to(across.dtype)
+    factor.diagonal().add_(damp * hessian.diagonal().mean())
+    factor = torch.linalg.cholesky(factor)
+    return (wide + torch.cholesky_solve((wide @ across).T, factor).T).to(weight.dtype)

@@ -167,7 +167,8 @@ def filled_moment(rows: Tensor, counts: Tensor, others: Tensor, other_counts: Te
 
 def weighted_moment(rows: Tensor, counts: Tensor) -> Tensor:
     """Return Σ a xxᵀ, `[cols, cols]` in the working dtype, of rows `[n, cols]` that count a `[n]`."""
-    kind, columns = working_dtype(rows.device), rows.shape[1]
+    columns = rows.shape[1]
+    kind = working_dtype(rows.device, columns)
     total = torch.zeros(columns, columns, dtype=kind, device=rows.device)
     for start in range(0, len(rows), PIECE):
         piece = rows[start : start + PIECE].to(kind)

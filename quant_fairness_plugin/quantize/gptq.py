@@ -71,13 +71,14 @@ def solve_gptq(
         UnsolvableError: the Hessian holds NaN or infinity, or no damping makes it positive definite.
     """
     _check(weight, hessian, damp=damp, block=block)
-    work = weight.to(working_dtype(weight.device), copy=True)
-    moment = hessian.to(work.dtype)
+    work = weight.to(working_dtype(weight.device, weight.shape[1]), copy=True)
     scales, zeros = fit_grid(weight.float().contiguous(), grid, scale_dtype=scale_dtype, inputs=inputs)
-    live = _without_dead(moment)
+    live = _without_dead(hessian, work.dtype)
     columns = torch.arange(work.shape[1], device=work.device)
     order = torch.argsort(live.diagonal(), descending=True, stable=True) if act_order else columns
-    factor, damp_used = _inverse_factor(live[order][:, order], damp)
+    live = live.index_select(0, order).index_select(1, order)
+    factor, damp_used = _inverse_factor(live, damp)
+    del live
     group = order // (work.shape[1] // scales.shape[1])
     solved = _solve(work[:, order], factor, scales, zeros, group.tolist(), bits=grid.bits, block=block)
     integers = torch.empty_like(solved)
@@ -97,7 +98,7 @@ def refine_result(result: GptqResult, weight: Tensor, hessian: Tensor, *, rounds
     """
     if not rounds:
         return result
-    live = _without_dead(hessian.to(working_dtype(weight.device)))
+    live = _without_dead(hessian, working_dtype(weight.device, weight.shape[1]))
     tensor = refine(result.tensor, weight, live, rounds=rounds)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), result.damp_used)
 
@@ -125,9 +126,9 @@ def _check(weight: Tensor, hessian: Tensor, *, damp: float, block: int) -> None:
     check_finite(hessian)
 
 
-def _without_dead(moment: Tensor) -> Tensor:
+def _without_dead(moment: Tensor, kind: torch.dtype) -> Tensor:
     """A copy in which dead columns (no input ever) stand alone, with the mean diagonal of the others."""
-    live = moment.clone()
+    live = moment.to(kind, copy=True)
     diagonal = live.diagonal()
     dead = diagonal <= 0
     live[dead, :] = 0
@@ -144,13 +145,15 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     """
     mean = hessian.diagonal().mean()
     while damp <= MAX_DAMP:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        factor = hessian.clone()
+        factor.diagonal().add_(damp * mean)
+        # One name for all of them: what a step is made from goes when it is done.
+        factor, failed = torch.linalg.cholesky_ex(factor)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not failed:
-                return upper, damp
+                return factor, damp
         damp *= 10
     raise UnsolvableError(
         f"the Hessian is not positive definite at any damping up to {MAX_DAMP:g}; "

@@ -1,21 +1,21 @@
-"""How much memory a quantization block by block needs, from the shapes of a model's parameters alone. No torch."""
+"""How much memory a quantization block by block needs, from the shapes of a model's parameters alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.sizes import shown
+from quant_fairness_plugin.quantize.moments import MOST_GRAM_COLUMNS, WIDE_COLUMNS
 
 _FLOAT64, _FLOAT32, _STORED = 8, 4, 2
-_HESSIAN_COPIES = 8
-"""Of the widest inputs, in float64: one per module of a fusion group of three, and those that solving takes."""
-_ACROSS_COPIES = 4
-"""As many again where inputs are compared with the 16-bit model's: one per module, and that of one language."""
-_WEIGHT_COPIES = 6
-"""Of the largest matrix, in float64, while it is solved."""
+_SOLVING_COPIES = 3
+"""Of a Hessian, beside itself, while it is solved: in the order of the solution, and what a factor is made from and
+becomes."""
+_WEIGHT_COPIES = 8
+"""Of a matrix, in the dtype of its Hessian, while it is solved and refined."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,18 @@ class QuantizeNeeds:
 
 
 def count_quantize_needs(
-    shapes: Mapping[str, tuple[int, ...]], *, blocks: str, tokens: int, compares: bool = False
+    shapes: Mapping[str, tuple[int, ...]],
+    groups: Iterable[Sequence[tuple[int, int]]],
+    *,
+    blocks: str,
+    tokens: int,
+    compares: bool = False,
 ) -> QuantizeNeeds:
     """Return what quantizing this model block by block needs.
 
     Args:
         shapes: parameter → shape.
+        groups: rows and columns of the modules that are solved together, for every fusion group.
         blocks: full name of the list of blocks.
         tokens: of the largest batch.
         compares: whether it compares what modules are given with what the 16-bit model gives them.
@@ -63,14 +69,21 @@ def count_quantize_needs(
     for name, shape in shapes.items():
         if name.startswith(f"{blocks}."):
             layers.setdefault(name.removeprefix(f"{blocks}.").partition(".")[0], []).append(shape)
-    matrices = [shape for members in layers.values() for shape in members if len(shape) == 2]
     values = max(sum(map(prod, members)) for members in layers.values())
-    # The larger side of a matrix is at least its inputs, whichever way round it is stored.
-    widest, largest = max(max(shape) for shape in matrices), max(map(prod, matrices))
     outputs = max(sum(max(shape) for shape in members if len(shape) == 2) for members in layers.values())
-    copies = _HESSIAN_COPIES + _ACROSS_COPIES * compares
     return QuantizeNeeds(
         block=values * ((1 + compares) * _FLOAT32 + _STORED),
-        solving=_FLOAT64 * (copies * widest**2 + _WEIGHT_COPIES * largest),
+        solving=max(_solving(group, compares=compares) for group in groups),
         running=_FLOAT32 * tokens * outputs,
     )
+
+
+def _solving(group: Sequence[tuple[int, int]], *, compares: bool) -> int:
+    """Return the bytes of Hessians and weights of a fusion group, while they are summed or one of them is solved."""
+    columns, modules = group[0][1], len(group)
+    size = _FLOAT64 if columns <= WIDE_COLUMNS else _FLOAT32
+    held = modules * (1 + compares)
+    grams = modules if columns <= MOST_GRAM_COLUMNS else 0
+    summing = held + (1 + compares) + 1 + grams  # those of a language, and the product of a batch
+    copies = max(summing, modules + _SOLVING_COPIES)
+    return size * (copies * columns**2 + _WEIGHT_COPIES * max(map(prod, group)))

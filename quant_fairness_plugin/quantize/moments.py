@@ -20,11 +20,17 @@ from torch.nn.functional import pad
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError, UnsolvableError, UnsupportedModelError
 from quant_fairness_plugin.model.rehearsal import EnoughError
+from quant_fairness_plugin.model.storage import all_finite
 from quant_fairness_plugin.quantize.blocks import Running
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 
 MOST_GRAM_COLUMNS = 4096
 """Up to so many input channels, WᵀW is held over the languages (134 MB in float64), which saves a product for each."""
+WIDE_COLUMNS = 4096
+"""Beyond so many input channels a CPU works in float32, too: matrices of 8192 channels take half a gigabyte each in
+float64, and several are held at once."""
+_ADDED_ROWS = 256
+"""Rows of a matrix that are weighed at once, while it is added to another."""
 WIDEST_BLOCK = 128
 """Channels of a block where one scale serves a whole row: what lies between the blocks is left out there."""
 
@@ -124,7 +130,7 @@ class _Sums:
 
     def add(self, given: Tensor, right: Tensor | None = None) -> None:
         """Add a batch, `[tokens, cols]`, and where asked for what it is in the 16-bit model."""
-        columns, kind = given.shape[1], working_dtype(given.device)
+        columns, kind = given.shape[1], working_dtype(given.device, given.shape[1])
         if not len(self._moment):
             self._moment = torch.zeros(columns, columns, dtype=kind, device=given.device)
             self._magnitude = torch.zeros(columns, dtype=kind, device=given.device)
@@ -177,14 +183,17 @@ def fair_moments(
             gram = grams.get(name)
             energy = output_energy(weight, statistics.moment) if gram is None else _trace(gram, statistics.moment)
             share = shares[statistics.language] / energy if energy > 0 else 0.0
-            _add(totals, name, statistics.moment * share)
+            _add(totals, name, statistics.moment, share)
             if statistics.across is not None:
-                _add(across, name, statistics.across * share)
+                _add(across, name, statistics.across, share)
     return FairMoments(totals, across)
 
 
-def _add(totals: dict[str, Tensor], name: str, term: Tensor) -> None:
-    totals[name] = totals[name].add_(term) if name in totals else term
+def _add(totals: dict[str, Tensor], name: str, term: Tensor, share: float) -> None:
+    """Add a share of a matrix, some rows at a time: a product of all of them would be one more matrix."""
+    total = totals.setdefault(name, torch.zeros_like(term))
+    for rows, added in zip(torch.split(total, _ADDED_ROWS), torch.split(term, _ADDED_ROWS), strict=True):
+        rows.add_(added * share)
 
 
 def _trace(one: Tensor, other: Tensor) -> float:
@@ -198,9 +207,12 @@ def output_energy(weight: Tensor, moment: Tensor) -> float:
     return float(((wide @ moment) * wide).sum())
 
 
-def working_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of Hessians and solutions: float64 on a CPU; GPUs may run it 64 times slower than float32."""
-    return torch.float64 if device.type == "cpu" else torch.float32
+def working_dtype(device: torch.device, columns: int) -> torch.dtype:
+    """Return the dtype of Hessians and solutions of so many input channels.
+
+    That is float64 on a CPU up to `WIDE_COLUMNS`, and float32 elsewhere: GPUs may run float64 64 times slower.
+    """
+    return torch.float64 if device.type == "cpu" and columns <= WIDE_COLUMNS else torch.float32
 
 
 def check_finite(*moments: Tensor) -> None:
@@ -209,7 +221,7 @@ def check_finite(*moments: Tensor) -> None:
     Raises:
         UnsolvableError: one of them holds NaN or infinity.
     """
-    if not all(torch.isfinite(moment).all() for moment in moments):
+    if not all(map(all_finite, moments)):
         raise UnsolvableError(
             "the inputs of the module held NaN or infinity on the calibration text; "
             "quantize with method 'rtn', or protect the layer"

@@ -33,13 +33,13 @@ def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, rounds: 
     Args:
         tensor: where to start from.
         target: the weight to come close to, float `[rows, cols]`, not changed.
-        hessian: XᵀX `[cols, cols]` of the inputs in any scale, in the dtype to work in, with no 0 on its diagonal; not
-            changed.
+        hessian: XᵀX `[cols, cols]` of the inputs in any scale, in the dtype to work in, with no 0 on its diagonal; it
+            is used up.
         rounds: how often scales and integers are solved.
     """
-    curvature = hessian.clone()
+    curvature = hessian
     curvature.diagonal().add_(DAMP * hessian.diagonal().mean())
-    wanted = target.to(hessian.dtype) @ curvature
+    wanted = target.to(curvature.dtype) @ curvature
     for _ in range(rounds):
         if tensor.grid.clip != "minimax":
             tensor = best_scales(tensor, wanted, curvature)

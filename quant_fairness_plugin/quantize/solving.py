@@ -41,8 +41,9 @@ class Inputs:
     """`[cols]`: mean of the magnitude, mixed over languages."""
     groups: MomentWatch
     """Of the modules whose grid clips by language."""
-    across: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module → how far its inputs are from those in the 16-bit model, `[cols, cols]`; empty where not compared."""
+    across: dict[str, Tensor] = field(default_factory=dict)
+    """Module → how far its inputs are from those in the 16-bit model, `[cols, cols]`; empty where not compared, or
+    used up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +113,10 @@ def solve_rtn_unit(problem: Problem, solved: Solved) -> None:
 def compensating(problem: Problem, *, damp: float) -> Problem:
     """Return the problem of making up for what modules in front have lost; the same where inputs were not compared."""
     targets = dict(problem.weights)
-    for name, across in problem.inputs.across.items():
+    for name in list(problem.inputs.across):
         with error_prefix(name):
-            targets[name] = compensated(targets[name].float(), problem.inputs.hessians[name], across, damp=damp)
+            hessian, across = problem.inputs.hessians[name], problem.inputs.across.pop(name)
+            targets[name] = compensated(targets[name].float(), hessian, across, damp=damp)
     return replace(problem, weights=targets)
 
 

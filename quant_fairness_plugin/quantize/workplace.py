@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def work_folder(
     return folder
 
 
+def fusion_groups(loaded: LoadedModel) -> Iterator[list[tuple[int, int]]]:
+    """Yield rows and columns of the modules that are solved together; experts are solved one by one."""
+    for layer in range(loaded.layers):
+        for unit in loaded.family.units_of(layer):
+            matrices = [loaded.matrix(f"{loaded.family.blocks}.{layer}.{module}") for module in unit.modules]
+            yield from ([matrix] for matrix in matrices) if unit.routed else [matrices]
+
+
 def rows_allowance(
     loaded: LoadedModel, calibration: CalibrationSet, place: Workplace, batch_tokens: int, *, compares: bool
 ) -> int | None:
@@ -82,6 +91,7 @@ def rows_allowance(
         return ROWS_IN_MEMORY if isinstance(loaded, StreamedModel) else None
     needs = count_quantize_needs(
         {name: tuple(parameter.shape) for name, parameter in loaded.model.named_parameters()},
+        fusion_groups(loaded),
         blocks=loaded.family.blocks,
         tokens=max(batch_tokens, *(len(row) for rows in calibration.rows.values() for row in rows)),
         compares=compares,

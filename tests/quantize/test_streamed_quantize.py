@@ -18,7 +18,7 @@ from quant_fairness_plugin.quantize.calibration import CalibrationSet, build_cal
 from quant_fairness_plugin.quantize.memory import count_quantize_needs
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.results import StoredResults
-from quant_fairness_plugin.quantize.workplace import Workplace
+from quant_fairness_plugin.quantize.workplace import Workplace, fusion_groups
 from tests.planning import quantize_layers
 from tests.tiny import write_tiny_model
 
@@ -92,6 +92,7 @@ def test_hidden_states_beyond_the_budget_go_to_files(folder: Path, rows: Calibra
         quantize_layers(streamed, [], workplace=Workplace(memory_budget=1000), **given)
     least = count_quantize_needs(
         {name: tuple(value.shape) for name, value in streamed.model.named_parameters()},
+        fusion_groups(streamed),
         blocks=streamed.family.blocks,
         tokens=48,
         compares=True,
