@@ -74,6 +74,13 @@ ANALYSES: dict[str, Analysis] = {
             "What do the research scripts' configurations cost and do, and which of them are worth their bytes?",
         ),
         Analysis("clipping", "Would one clipping threshold for all languages hurt some of them, layer by layer?"),
+        Analysis(
+            "depth",
+            "Do layers at the same relative depth matter alike in different models, and gateway layers most?",
+            takes=("sweep",),
+            reads_texts=False,
+            reads_model=False,
+        ),
     )
 }
 
