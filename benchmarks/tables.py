@@ -27,6 +27,7 @@ SCRIPTS = (
     "clip_table",
     "columns",
     "controls_table",
+    "depth_table",
     "effort_table",
     "faults",
     "hypotheses_table",

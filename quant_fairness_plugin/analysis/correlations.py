@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import norm, rankdata
+from scipy.stats import kendalltau, norm, rankdata
 
 from quant_fairness_plugin.artifacts import Interval, Number, Undefined
 from quant_fairness_plugin.measure.intervals import DETECTION
@@ -22,6 +22,28 @@ def correlations(score: Array, rows: Array) -> Array:
     first, second = score - score.mean(), rows - rows.mean(axis=1, keepdims=True)
     values: Array = second @ first / np.sqrt((first**2).sum() * (second**2).sum(axis=1))
     return values
+
+
+def kendall(first: Array, second: Array) -> Array:
+    """Return Kendall's τ-b, `[rows]`, of two times `[rows, items]`, row by row; NaN where one of the two is flat."""
+    one, two = np.triu_indices(first.shape[1], 1)
+    ups, others = (np.sign(side[:, one] - side[:, two]).astype(np.int8) for side in (first, second))
+    agreeing = (ups * others).sum(axis=1)
+    untied = np.abs(ups).sum(axis=1) * np.abs(others).sum(axis=1)
+    taus: Array = np.divide(agreeing, np.sqrt(untied), out=np.full(len(first), np.nan), where=untied > 0)
+    return taus
+
+
+def kendall_p(first: Array, second: Array) -> float | Undefined:
+    """Return the exact share of all orders of the items under which τ is as high; undefined where values tie.
+
+    Args:
+        first: one value per item, `[items]`.
+        second: the same of the other side.
+    """
+    if len(set(first.tolist())) < len(first) or len(set(second.tolist())) < len(second):
+        return Undefined("values tie, and the exact p-value is of orders without ties")
+    return significant(float(kendalltau(first, second, alternative="greater", method="exact").pvalue))
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | Undefined:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from quant_fairness_plugin.analysis.request import Request, check_options
+from quant_fairness_plugin.analysis.request import SavedRequest, check_options
 from quant_fairness_plugin.errors import ConfigError
 
 
@@ -20,8 +20,10 @@ class Analysis:
     takes: tuple[str, ...] = ()
     """Options of `AnalysisOptions` that it reads."""
     reads_texts: bool = True
+    reads_model: bool = True
+    """Otherwise it takes none, and its module's `analyse` takes a `SavedRequest`."""
 
-    def run(self, request: Request) -> Any:
+    def run(self, request: SavedRequest) -> Any:
         """Return the answer, a frozen dataclass.
 
         Raises:
@@ -29,7 +31,7 @@ class Analysis:
         """
         check_options(self.name, self.takes, request.options)
         module = importlib.import_module(f"quant_fairness_plugin.analysis.{self.name}")  # some load torch
-        analyse: Callable[[Request], Any] = module.analyse
+        analyse: Callable[[Any], Any] = module.analyse
         return analyse(request)
 
 
@@ -72,6 +74,13 @@ ANALYSES: dict[str, Analysis] = {
             "What do the research scripts' configurations cost and do, and which of them are worth their bytes?",
         ),
         Analysis("clipping", "Would one clipping threshold for all languages hurt some of them, layer by layer?"),
+        Analysis(
+            "depth",
+            "Do layers at the same relative depth matter alike in different models, and gateway layers most?",
+            takes=("sweep",),
+            reads_texts=False,
+            reads_model=False,
+        ),
     )
 }
 

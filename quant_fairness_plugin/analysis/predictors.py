@@ -9,13 +9,13 @@ import numpy as np
 from scipy.stats import rankdata
 
 from quant_fairness_plugin.analysis.correlations import correlations, over_items
-from quant_fairness_plugin.artifacts import Bootstrap, Number, SweepReport, Undefined, Unit
+from quant_fairness_plugin.artifacts import Bootstrap, Mode, Number, SweepReport, Undefined, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.intervals import interval
 from quant_fairness_plugin.measure.metrics import Array
 from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256
 from quant_fairness_plugin.plans.plan_set import plan_name
-from quant_fairness_plugin.statistics.series import plan_series
+from quant_fairness_plugin.statistics.series import Series, plan_series
 
 OBJECTIVE = "worst"
 
@@ -56,19 +56,35 @@ def compare_scores(
     languages = [name for name, status in swept.languages.items() if status == "supported"]
     rows = []
     for mode in swept.modes:
-        plans = [plan_name(mode, [str(Unit(layer))]) for layer in range(swept.layers)]
-        series = plan_series(
-            swept.scores, plans, languages, objective=OBJECTIVE, bootstrap=Bootstrap(swept.reference, draws)
-        )
-        values = [value for value in series.values() if not isinstance(value, Undefined)]
+        importance = layer_importance(swept, mode, languages, Bootstrap(swept.reference, draws))
         for name, score in scores.items():
-            if len(values) < swept.layers:
-                lost = Undefined("a plan of the sweep has no value")
-                rows.append(LayerScore(name, f"{mode} {OBJECTIVE}", swept.layers, lost, lost, lost))
-                continue
-            sign = -1.0 if mode == "protect-one" else 1.0
-            rows.append(_compare(name, f"{mode} {OBJECTIVE}", np.array(score), sign * np.column_stack(values)))
+            if isinstance(importance, Undefined):
+                rows.append(LayerScore(name, f"{mode} {OBJECTIVE}", swept.layers, importance, importance, importance))
+            else:
+                rows.append(_compare(name, f"{mode} {OBJECTIVE}", np.array(score), importance))
     return tuple(rows)
+
+
+def layer_importance(swept: SweepReport, mode: Mode, languages: Sequence[str], bootstrap: Bootstrap) -> Series:
+    """Return what each layer is worth, `[1 + draws, layers]`, the estimate first: high means protect first.
+
+    Args:
+        swept: a sweep of layers.
+        mode: one of its modes.
+        languages: those that count.
+        bootstrap: resamples of the sentences.
+    """
+    plans = [plan_name(mode, [str(Unit(layer))]) for layer in range(swept.layers)]
+    lost = {
+        row.plan: [each.language for each in row.damage if each.status == "collapsed" and each.language in languages]
+        for row in swept.rows
+    }
+    series = plan_series(swept.scores, plans, languages, objective=OBJECTIVE, bootstrap=bootstrap, collapsed=lost)
+    values = [value for value in series.values() if not isinstance(value, Undefined)]
+    if len(values) < len(plans):
+        return next(value for value in series.values() if isinstance(value, Undefined))
+    signed: Array = (-1.0 if mode == "protect-one" else 1.0) * np.column_stack(values)
+    return signed
 
 
 def _compare(name: str, against: str, score: Array, importance: Array) -> LayerScore:

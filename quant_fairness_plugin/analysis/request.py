@@ -19,12 +19,35 @@ if TYPE_CHECKING:
     from quant_fairness_plugin.model.load import LoadedModel
 
 
+def parse_sweeps(text: str) -> tuple[Path, ...]:
+    """Return the files in a list with commas.
+
+    Raises:
+        ConfigError: an empty list or an empty name in it.
+
+    >>> [path.name for path in parse_sweeps("a.json, b.json")]
+    ['a.json', 'b.json']
+    """
+    names = parse_names(text)
+    if not all(names):
+        raise ConfigError(
+            f"--sweep {text!r} holds an empty name; write files with commas between, such as a.json,b.json"
+        )
+    return tuple(map(Path, names))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalysisOptions:
     """What some analyses take and others do not; one that is given to another is refused."""
 
     sweep: Annotated[
-        Path | None, Option("A saved sweep of the model's layers to compare a score with.", "Model", metavar="FILE")
+        tuple[Path, ...] | None,
+        Option(
+            "A saved sweep of the model's layers to compare a score with; or several, of different models.",
+            "Model",
+            parse=parse_sweeps,
+            metavar="FILE[,FILE]",
+        ),
     ] = None
     checkpoint: Annotated[
         Path | None,
@@ -74,25 +97,40 @@ class AnalysisOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class SavedRequest:
+    """One question about saved artifacts, which no model is needed for."""
+
+    config: FairConfig
+    options: AnalysisOptions
+    progress: Callable[[int, int], None] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the options that were given, as plain data."""
+        return {name: _plain(getattr(self.options, name)) for name in self.options.given}
+
+    def provenance(self, *, reads_texts: bool) -> dict[str, Any]:
+        """Return the provenance of the answer as plain data; the artifacts have their own."""
+        known = {"versions": package_versions(), "arguments": self.arguments}
+        return known | {"seed": self.config.seed, "draws": self.config.draws}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(SavedRequest):
     """One question about one model."""
 
     files: ModelFiles
     texts: TextSet
-    config: FairConfig
-    options: AnalysisOptions
     load: Callable[[], LoadedModel]
     """Reads the weights of the model; an analysis that does without never calls it."""
-    progress: Callable[[int, int], None] | None = None
 
     def provenance(self, *, reads_texts: bool) -> dict[str, Any]:
         """Return the provenance of the answer as plain data: versions, the model, and the texts where they are read."""
-        arguments = {name: _plain(getattr(self.options, name)) for name in self.options.given}
         known = {
             "versions": package_versions(),
             "model": self.files.name,
             "model_sha256": model_sha256(self.files),
-            "arguments": arguments,
+            "arguments": self.arguments,
         }
         if not reads_texts:
             return known

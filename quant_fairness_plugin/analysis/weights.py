@@ -15,6 +15,7 @@ from quant_fairness_plugin.analysis.distributions import Counts, TensorStatistic
 from quant_fairness_plugin.analysis.predictors import LayerScore, compare_scores
 from quant_fairness_plugin.analysis.request import Request
 from quant_fairness_plugin.artifacts import SweepReport, Undefined, Unit, load
+from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.evidence.weight_statistics import LayerStatistics, criticality
 from quant_fairness_plugin.measure.metrics import significant
 from quant_fairness_plugin.model.coded import find_tensors
@@ -75,9 +76,14 @@ def analyse(request: Request) -> WeightStatistics:
     Raises:
         ArtifactError: pickled weights, or a malformed file.
         UnsupportedModelError: an architecture that is not supported.
-        ConfigError: a sweep of another model or not of layers.
+        ConfigError: several sweeps, or one of another model or not of layers.
     """
-    swept = None if request.options.sweep is None else load(SweepReport, request.options.sweep)
+    given = request.options.sweep or ()
+    if len(given) > 1:
+        raise ConfigError(
+            f"{len(given)} sweeps given; analyze weights compares with one. Name that of {request.files.name}"
+        )
+    swept = load(SweepReport, given[0]) if given else None
     tensors, histograms = [], dict[str, Counts]()
     for kind, layer, name, place in _tensors(request.files):
         values = read_tensor(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from quant_fairness_plugin.analysis.kinds import ANALYSES, find_analysis
-from quant_fairness_plugin.analysis.request import AnalysisOptions, Request, check_options
+from quant_fairness_plugin.analysis.request import AnalysisOptions, Request, SavedRequest, check_options
 from quant_fairness_plugin.artifacts import AnalysisAnswer, Interval, Undefined, from_json, write_atomically
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, OutputFile
@@ -24,7 +24,7 @@ from quant_fairness_plugin.cli.tables import show
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.devices import describe_device
-from quant_fairness_plugin.preflight import preflight
+from quant_fairness_plugin.preflight import ModelSource, preflight
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.model.load import LoadedModel
@@ -54,31 +54,14 @@ def analyze(
         return
     analysis = find_analysis(kind)
     check_options(kind, analysis.takes, extra)
-    source = access.source(model)
-    checked = preflight(source, config)
-
     computed: dict[str, str] = {}
-
-    @cache
-    def load() -> LoadedModel:
-        # Loads torch.
-        from quant_fairness_plugin.steps import load_checked
-
-        loaded = load_checked(checked, source, config)
-        computed["device"] = describe_device(loaded.model.device)
-        computed["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
-        return loaded
-
+    request = SavedRequest(config=config, options=extra)
+    if analysis.reads_model:
+        request = _about_model(request, access.source(model), computed)
+    elif model is not None:
+        raise ConfigError(f"analyze {kind} reads saved files and takes no model; leave {model} out")
     with progress() as shown:
-        request = Request(
-            files=checked.files,
-            texts=checked.texts,
-            config=config,
-            options=extra,
-            load=load,
-            progress=lambda done, total: shown(kind, done, total),
-        )
-        result = analysis.run(request)
+        result = analysis.run(replace(request, progress=lambda done, total: shown(kind, done, total)))
     provenance = request.provenance(reads_texts=analysis.reads_texts) | computed
     document = {"schema_version": 1, "kind": "analysis", "analysis": kind, "question": analysis.question}
     document |= {"provenance": provenance, "result": asdict(result)}
@@ -91,6 +74,24 @@ def analyze(
         return
     for line in lines(result):
         show(line, keys=_keys(line)) if isinstance(line, Table) else say(line)
+
+
+def _about_model(request: SavedRequest, source: ModelSource, computed: dict[str, str]) -> Request:
+    """Return the request about a model; what it is computed with is noted once it is loaded."""
+    config = request.config
+    checked = preflight(source, config)
+
+    @cache
+    def load() -> LoadedModel:
+        # Loads torch.
+        from quant_fairness_plugin.steps import load_checked
+
+        loaded = load_checked(checked, source, config)
+        computed["device"] = describe_device(loaded.model.device)
+        computed["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
+        return loaded
+
+    return Request(files=checked.files, texts=checked.texts, config=config, options=request.options, load=load)
 
 
 def _list(*, as_json: bool) -> None:

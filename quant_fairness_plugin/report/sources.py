@@ -93,7 +93,7 @@ class Sources:
                 return source.provenance.model
         if self.plan is not None:
             return self.plan.model
-        return str(self.analyses[0].provenance.get("model", "a model without a name"))
+        return str(self.analyses[0].provenance.get("model", "several models"))
 
 
 def read_sources(paths: Iterable[Path]) -> Sources:
@@ -144,7 +144,7 @@ def _place(artifact: Artifact) -> str:
 
 
 def _check_one_model(by_kind: dict[str, Artifact]) -> None:
-    models = dict(_model(artifact) for artifact in by_kind.values() if not isinstance(artifact, ProtectionPlan))
+    models = dict(_model(artifact) for artifact in by_kind.values() if _is_of_one_model(artifact))
     if len(models) > 1:
         raise ConfigError(
             f"the artifacts are of {len(models)} models ({', '.join(models.values())}), whose checksums differ; a "
@@ -153,6 +153,13 @@ def _check_one_model(by_kind: dict[str, Artifact]) -> None:
     plan = by_kind.get("plan")
     if isinstance(plan, ProtectionPlan) and models and plan.model not in models.values():
         raise ConfigError(f"the plan is for {plan.model}, the other artifacts are of {', '.join(models.values())}")
+
+
+def _is_of_one_model(artifact: Artifact) -> bool:
+    """Whether an artifact has a model's checksum: plans have none, nor has an answer about several models."""
+    if isinstance(artifact, AnalysisAnswer):
+        return "model_sha256" in artifact.provenance
+    return not isinstance(artifact, ProtectionPlan)
 
 
 def _model(artifact: Artifact) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256, resolv
 from tests.planted import planted_report, planted_texts
 
 
-def ask(folder: Path, *, sweep: Path | None = None) -> WeightStatistics:
+def ask(folder: Path, *sweeps: Path) -> WeightStatistics:
     def refuse() -> None:
         raise AssertionError("a model was loaded")
 
@@ -34,7 +34,7 @@ def ask(folder: Path, *, sweep: Path | None = None) -> WeightStatistics:
         files=resolve_model(str(folder)),
         texts=planted_texts(),
         config=FairConfig(),
-        options=AnalysisOptions(sweep=sweep),
+        options=AnalysisOptions(sweep=sweeps or None),
         load=refuse,  # type: ignore[arg-type]
     )
     result = find_analysis("weights").run(request)
@@ -123,4 +123,6 @@ def test_a_score_that_is_the_benefit_agrees_and_a_reversed_one_does_not(tiny_mod
 def test_a_sweep_of_another_model_is_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     save(planted_report([1.0, 2.0, 3.0]), tmp_path / "sweep.json")
     with pytest.raises(ConfigError, match="another model"):
-        ask(tiny_model("llama", layers=3), sweep=tmp_path / "sweep.json")
+        ask(tiny_model("llama", layers=3), tmp_path / "sweep.json")
+    with pytest.raises(ConfigError, match="2 sweeps given; analyze weights compares with one"):
+        ask(tiny_model("llama", layers=3), tmp_path / "sweep.json", tmp_path / "sweep.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +12,10 @@ import typer
 from rich.table import Table
 
 from quant_fairness_plugin.analysis.kinds import ANALYSES
-from quant_fairness_plugin.artifacts import Interval, Number, Undefined
+from quant_fairness_plugin.artifacts import Interval, Number, Undefined, save
 from quant_fairness_plugin.cli.analyze import lines
 from quant_fairness_plugin.cli.main import app, run_guarded
+from tests.planted import planted_report
 
 
 def run(*arguments: str) -> int:
@@ -42,12 +43,29 @@ def test_an_answer_is_one_document(
     assert "share of largest" in capsys.readouterr().out
 
 
+def test_saved_sweeps_are_compared_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, benefit in (("a", [3.0, 1.0, 0.5, 2.0, 2.5]), ("b", [2.0, 0.4, 1.5, 3.0])):
+        report = planted_report(benefit, noise=0.01)
+        save(replace(report, provenance=replace(report.provenance, model=name)), tmp_path / f"{name}.json")
+    sweeps, out = f"{tmp_path / 'a.json'},{tmp_path / 'b.json'}", tmp_path / "depth.json"
+    assert run("depth", "--sweep", sweeps, "--json", "-o", str(out)) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["provenance"]["arguments"] == {"sweep": ["a.json", "b.json"]}
+    assert not {"model", "model_sha256", "device"} & document["provenance"].keys()
+    assert [(row["first"], row["second"]) for row in document["result"]["pairs"]] == [("a", "b")]
+    assert "several models" in out.with_suffix(".html").read_text(encoding="utf-8")
+    assert run("depth", "--sweep", sweeps) == 0
+    assert "among first" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["probing", "demo"], "there is no analysis 'probing'"),
         (["weights"], "no model given"),
         (["weights", "demo", "--gold", "x.tsv"], "does nothing with --gold"),
+        (["depth", "demo"], "analyze depth reads saved files and takes no model; leave demo out"),
+        (["depth", "--sweep", "x.json"], "1 sweep(s) given"),
     ],
 )
 def test_a_wrong_question_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

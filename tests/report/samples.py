@@ -142,6 +142,7 @@ def analyses() -> list[AnalysisAnswer]:
         "hypotheses": {"claims": [{"figure": "tokens", "rho": figure, "without_a_family": [0.1, 0.2]}]},
         "configurations": {"configurations": [{"kept": "nothing", "worst_kl": figure}]},
         "clipping": {"languages": cells},
+        "depth": {"pairs": [{"first": "m", "second": "n", "mode": "protect-one", "tau": figure, "verdict": "alike"}]},
         "new": {"rows": [{"name": "a thing", "value": 7}]},
     }
     known = {"model": "m", "model_sha256": "1"}

@@ -228,6 +228,7 @@ def test_answers_show_both_models_and_the_language_with_new_faults_first() -> No
         ("interventions", "bits 3 bits", "Largest at bits 3 bits: 0.25 (loss of the worst"),
         ("choices", "Hebrew he verbs", "Largest at Hebrew he verbs: 0.25 (share"),
         ("hypotheses", "tokens", "Largest at tokens: 0.25 (rank correlation"),
+        ("depth", "m n protect-one", "Largest at m n protect-one: 0.25 (Kendall's τ"),
         ("clipping", "250", "Largest at layer 2 English en: 250 (error of one threshold"),
     ],
 )

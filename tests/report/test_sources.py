@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quant_fairness_plugin.artifacts import RECORD_NAME, save
+from quant_fairness_plugin.artifacts import RECORD_NAME, AnalysisAnswer, save
 from quant_fairness_plugin.errors import ArtifactError, ConfigError
 from quant_fairness_plugin.report.sources import Sources, read_sources
 from tests.report.samples import PLAN, evidence, measured, record
@@ -66,3 +66,11 @@ def test_what_does_not_belong_together_is_refused() -> None:
         Sources.of([measured(en=0.1), replace(PLAN, model="other")])
     with pytest.raises(ConfigError, match="16-bit model alone"):
         Sources.of([measured("16 bit", en=0.1)])
+
+
+def test_an_answer_about_several_models_goes_with_any() -> None:
+    about = AnalysisAnswer(analysis="depth", provenance={"versions": {}}, result={"pairs": []})
+    sources = Sources.of([measured(en=0.1), about])
+    assert sources.analyses == (about,)
+    assert sources.model == measured(en=0.1).provenance.model
+    assert Sources.of([about]).model == "several models"

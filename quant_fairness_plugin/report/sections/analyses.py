@@ -60,6 +60,10 @@ _CHARTS = {
         kind="map", rows="languages", label=("layer", "language"), value="global_error", minus="best_error",
         title="error of one threshold for all languages beyond that of the language's own, thousandths", times=1000.0,
     ),
+    "depth": _Chart(
+        kind="intervals", rows="pairs", label=("first", "second", "mode"), value="tau",
+        title="Kendall's τ of what layers at the same relative depth are worth",
+    ),
 }  # fmt: skip
 """An analysis without an entry is shown as a table."""
 
