@@ -39,6 +39,9 @@ VARIANTS = {
     "INT4 and INT8, planned": ("--protect-layers", "auto", "--max-overhead", "0.1"),
 }
 """Name → options of `quant-fairness quantize`. The first is what calibration in one language does at the same bytes."""
+PLANNED = "INT4 and INT8, planned"
+"""Of which `plan` forecasts the time."""
+ENTRY = ("-c", "from quant_fairness_plugin.cli.main import main; main()")
 
 
 def measure(folder: Path, variants: list[str]) -> None:
@@ -62,7 +65,8 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         out = Path(scratch) / "checkpoint"
         options = [*VARIANTS[name], "--langs", LANGUAGES]
         line = ["quant-fairness", "quantize", str(folder), *options, "--output", str(out), "--json"]
-        starter = [sys.executable, "-c", "from quant_fairness_plugin.cli.main import main; main()", *line[1:]]
+        starter = [sys.executable, *ENTRY, *line[1:]]
+        beforehand = forecast(folder) if name == PLANNED else None
         started, document = time.monotonic(), Path(scratch) / "record.json"
         with document.open("wb") as stdout:
             process = subprocess.Popen(starter, stdout=stdout, cwd=ROOT)
@@ -89,10 +93,18 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         "reasons": record["plan"]["reasons"],
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "wall_seconds": round(wall, 1),
+        "forecast_seconds": beforehand,
         "peak_rss_bytes": 1024 * used.ru_maxrss,
         "model_sha256": record["provenance"]["model_sha256"],
         "text_sha256": record["provenance"]["text_sha256"],
     } | conditions(command=shlex.join([*line[:2], "out/smollm2-135m", *options]), seed=record["provenance"]["seed"])
+
+
+def forecast(folder: Path) -> list[float]:
+    """Return what `plan` says beforehand that a run takes, in seconds: from, to."""
+    line = [sys.executable, *ENTRY, "plan", "--model", str(folder), "--langs", LANGUAGES, "--json"]
+    said = json.loads(subprocess.run(line, check=True, capture_output=True, cwd=ROOT).stdout)
+    return [round(sum(step["seconds"][end] for step in said["run"]), 1) for end in ("low", "high")]
 
 
 def tables() -> dict[str, str]:
@@ -120,13 +132,22 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def costs(rows: list[dict[str, Any]]) -> str:
     """Return what each run took."""
-    lines = ["| run | CPU s | wall s | most memory | machine | revision |", "|---|---:|---:|---:|---|---|"]
+    lines = [
+        "| run | CPU s | wall s | wall s, forecast by `plan` | most memory | machine | revision |",
+        "|---|---:|---:|---:|---:|---|---|",
+    ]
     lines += [
-        f"| {row['variant']} | {row['cpu_seconds']:.0f} | {row['wall_seconds']:.0f} | "
+        f"| {row['variant']} | {row['cpu_seconds']:.0f} | {row['wall_seconds']:.0f} | {expected(row)} | "
         f"{row['peak_rss_bytes'] / 1e9:.2f} GB | {row['machine']} | {row['revision']} |"
         for row in rows
     ]
     return "\n".join([*lines, ""])
+
+
+def expected(row: dict[str, Any]) -> str:
+    """Return `390 to 630`, or a dash where nothing was forecast."""
+    seconds = row.get("forecast_seconds")
+    return "–" if seconds is None else " to ".join(f"{second:.0f}" for second in seconds)
 
 
 def figure(value: dict[str, Any]) -> str:
