@@ -1,7 +1,9 @@
-"""Are layers at the same relative depth of two models worth the same? The bundled models, in docs/analyses.md.
+"""Are layers at the same relative depth of two models worth the same? In docs/analyses.md.
 
-    python benchmarks/depth_table.py measure en,he,ar,zh --student DIR    # a minute or two; DIR as in trifecta_table.py
+    python benchmarks/depth_table.py measure en,he,ar,zh --others STUDENT SMOLLM2    # the bundled models and these folders
     python benchmarks/depth_table.py render
+
+STUDENT is that of trifecta_table.py, SMOLLM2 that of real_model.py, which takes a quarter of an hour on one core.
 
 A sweep of each model, then `analyze depth` on all of them. The row is replaced.
 """
@@ -28,16 +30,17 @@ PAGE = Path(__file__).parents[1] / "docs" / "analyses.md"
 MODELS = ("demo", "demo-gpt2")
 
 
-def measure(langs: str, student: str | None) -> dict[str, Any]:
+def measure(langs: str, others: list[str]) -> dict[str, Any]:
     """Return the row: the answer, and which models it is about."""
     with tempfile.TemporaryDirectory() as work:
-        models = [*MODELS, *filter(None, [student])]
+        models = [*MODELS, *others]
         sweeps = [Path(work) / f"{place}.json" for place in range(len(models))]
         for model, path in zip(models, sweeps, strict=True):
             run("sweep", "--model", model, "--langs", langs, "-o", str(path))
         answer = json.loads(run("analyze", "depth", "--sweep", ",".join(map(str, sweeps)), "--json"))
         known = [load(SweepReport, path).provenance for path in sweeps]
-    command = f"python benchmarks/depth_table.py measure {langs}{' --student DIR' * (student is not None)}"
+    names = [Path(folder).name for folder in others]
+    command = " ".join(["python benchmarks/depth_table.py measure", langs, "--others", *names])
     row = {"models": {each.model: each.model_sha256 for each in known}} | answer["result"]
     return row | conditions(command=command, seed=answer["provenance"]["seed"])
 
@@ -98,11 +101,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     one = commands.add_parser("measure")
     one.add_argument("langs")
-    one.add_argument("--student", help="the folder of a student of demo with half its layers")
+    one.add_argument("--others", nargs="*", default=[], help="folders of further models")
     commands.add_parser("render")
     given = parser.parse_args()
     if given.what == "measure":
-        row = measure(given.langs, given.student)
+        row = measure(given.langs, given.others)
         write_atomically(ROWS, f"{json.dumps(row, ensure_ascii=False)}\n".encode())
     render()
 
