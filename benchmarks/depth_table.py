@@ -1,6 +1,6 @@
 """Are layers at the same relative depth of two models worth the same? In docs/analyses.md.
 
-    python benchmarks/depth_table.py measure en,he,ar,zh --others STUDENT SMOLLM2    # the bundled models and these folders
+    python benchmarks/depth_table.py measure en,he,ar,zh --others STUDENT SMOLLM2    # and the bundled models
     python benchmarks/depth_table.py render
 
 STUDENT is that of trifecta_table.py, SMOLLM2 that of real_model.py, which takes a quarter of an hour on one core.
