@@ -10,6 +10,7 @@ from quant_fairness_plugin.artifacts import ReaderRun
 from quant_fairness_plugin.checkpoint.folder import RECORD, load_record
 from quant_fairness_plugin.errors import ConfigError, ExternalServiceError
 from quant_fairness_plugin.export.verify import verify
+from quant_fairness_plugin.model.hub import transport_error
 
 
 class PushOptions(TypedDict, total=False):
@@ -59,7 +60,6 @@ def push_folder(
         ExternalServiceError: the Hub refused, failed or could not be reached.
     """
     # Imported here: it takes half a second, and only those who upload need it.
-    from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, HfApi
 
     _check_name(repo_id, token)
@@ -76,7 +76,7 @@ def push_folder(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(repo_id, additions, commit_message=message, revision=revision)
-    except (HTTPError, OSError, RuntimeError, ValueError) as err:  # ValueError: an answer that is malformed
+    except (transport_error(), OSError, RuntimeError, ValueError) as err:  # ValueError: an answer that is malformed
         raise ExternalServiceError(
             f"{folder} was not uploaded to {repo_id}: {_one_line(err, token)}. Check the network and that the token "
             "may write to this repository (hf auth login), then push again."

@@ -41,6 +41,13 @@ def is_commit(revision: str | None) -> bool:
     return revision is not None and _COMMIT.fullmatch(revision) is not None
 
 
+def transport_error() -> type[Exception]:
+    """Return the base of what the Hub's HTTP library raises: that is httpx, and from huggingface_hub 2 on httpx2."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
 def download(name: str, *, revision: str | None, allow_pickle: bool, trust_remote_code: bool, hint: str) -> Path:
     """Return the folder that holds a snapshot of a Hub repository; its name is the commit.
 
@@ -58,7 +65,6 @@ def download(name: str, *, revision: str | None, allow_pickle: bool, trust_remot
         ConfigError: the Hub knows no such repository or revision.
         ExternalServiceError: the Hub refuses access, cannot be reached or failed, and the cache has no snapshot.
     """
-    from httpx import HTTPError
     from huggingface_hub import errors, snapshot_download
 
     patterns = [
@@ -86,7 +92,7 @@ def download(name: str, *, revision: str | None, allow_pickle: bool, trust_remot
         unknown_revision = isinstance(err, errors.RevisionNotFoundError)
         what = f"revision {revision!r} of the repository" if unknown_revision else "repository"
         raise ConfigError(f"{name}: the Hub has no such {what} (or it is private: hf auth login). {hint}") from err
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, HTTPError, OSError) as err:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, transport_error(), OSError) as err:
         cached = _cached_snapshot(name, revision)
         if cached is None:
             raise ExternalServiceError(

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import typer
 import yaml
@@ -29,6 +28,7 @@ from quant_fairness_plugin.export.card import render_card
 from quant_fairness_plugin.export.source_card import SourceCard
 from tests.export.build import measurement
 from tests.export.conftest import Exported
+from tests.hub_http import HTTP
 
 HOSTILE = '<script>alert(1)</script>|x`y`\n---\n[a](javascript:b) "q"'
 
@@ -92,7 +92,7 @@ class _Hub:
 
     def post(self, url: str, json: dict[str, Any], headers: object) -> Any:
         self._sent.append(json)
-        return httpx.Response(200, json={"errors": [], "warnings": []}, request=httpx.Request("POST", url))
+        return HTTP.Response(200, json={"errors": [], "warnings": []}, request=HTTP.Request("POST", url))
 
 
 def test_the_card_names_the_reader_that_ran_or_says_that_none_did(record: ExportRecord) -> None:

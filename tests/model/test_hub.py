@@ -13,6 +13,7 @@ from quant_fairness_plugin.errors import (
     QuantFairnessError,
 )
 from quant_fairness_plugin.model.resolve import resolve_model
+from tests.hub_http import HTTP
 from tests.model.checkpoints import refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,12 +65,11 @@ def test_code_from_the_hub_needs_a_commit(cached: Path) -> None:
 
 
 def _http_error(kind: str) -> Exception:
-    import httpx
     from huggingface_hub import errors
 
-    response = httpx.Response(500, request=httpx.Request("GET", "https://huggingface.co"))
+    response = HTTP.Response(500, request=HTTP.Request("GET", "https://huggingface.co"))
     if kind == "ConnectError":
-        return httpx.ConnectError("refused")
+        return HTTP.ConnectError("refused")  # type: ignore[no-any-return]
     if kind == "OSError":
         return OSError(28, "No space left on device")
     return getattr(errors, kind)("server\nsaid no", response=response)  # type: ignore[no-any-return]

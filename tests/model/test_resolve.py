@@ -90,7 +90,8 @@ def test_a_file_that_vanished_has_no_checksum(folder: Path) -> None:
 
 def heavy_imports(code: str) -> str:
     """Which heavy packages a fresh interpreter has imported after running the code."""
-    check = "import sys; print(sorted({'torch', 'transformers', 'numpy', 'pydantic', 'httpx'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "numpy", "pydantic", "httpx", "httpx2"}
+    check = f"import sys; print(sorted({heavy} & set(sys.modules)))"
     return subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True).stdout
 
 
