@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from quant_fairness_plugin.checkpoint.inspection import Inspection
 
 Outcome = Literal["passed", "not run"]
-HALF_PRECISION_KERNELS = frozenset({"awq"})
-"""Methods whose plainest kernel computes in float16, so that logits differ from ours by what that does."""
 _logger = logging.getLogger(__name__)
 
 
@@ -215,6 +213,7 @@ def _check_reader(
     folder: Path, case: Case, reader: str | None, python: Path | None, problems: dict[str, str]
 ) -> CheckResult:
     from quant_fairness_plugin.checkpoint.readers.compare import (
+        HALF_PRECISION_KERNELS,
         compare_with_reader,
         compare_with_transformers,
         missing_packages,

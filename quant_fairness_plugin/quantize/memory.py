@@ -14,7 +14,7 @@ _FLOAT64, _FLOAT32, _STORED = 8, 4, 2
 _SOLVING_COPIES = 3
 """Of a Hessian, beside itself, while it is solved: in the order of the solution, and what a factor is made from and
 becomes."""
-_WEIGHT_COPIES = 8
+_WEIGHT_COPIES = 9
 """Of a matrix, in the dtype of its Hessian, while it is solved and refined."""
 
 
@@ -55,6 +55,7 @@ def count_quantize_needs(
     blocks: str,
     tokens: int,
     compares: bool = False,
+    columns: bool = False,
 ) -> QuantizeNeeds:
     """Return what quantizing this model block by block needs.
 
@@ -64,6 +65,7 @@ def count_quantize_needs(
         blocks: full name of the list of blocks.
         tokens: of the largest batch.
         compares: whether it compares what modules are given with what the 16-bit model gives them.
+        columns: whether modules keep channels in 16 bit, for which they are solved twice.
     """
     layers: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -73,17 +75,18 @@ def count_quantize_needs(
     outputs = max(sum(max(shape) for shape in members if len(shape) == 2) for members in layers.values())
     return QuantizeNeeds(
         block=values * ((1 + compares) * _FLOAT32 + _STORED),
-        solving=max(_solving(group, compares=compares) for group in groups),
+        solving=max(_solving(group, compares=compares, columns=columns) for group in groups),
         running=_FLOAT32 * tokens * outputs,
     )
 
 
-def _solving(group: Sequence[tuple[int, int]], *, compares: bool) -> int:
+def _solving(group: Sequence[tuple[int, int]], *, compares: bool, columns: bool) -> int:
     """Return the bytes of Hessians and weights of a fusion group, while they are summed or one of them is solved."""
-    columns, modules = group[0][1], len(group)
-    size = _FLOAT64 if columns <= WIDE_COLUMNS else _FLOAT32
+    inputs, modules = group[0][1], len(group)
+    size = _FLOAT64 if inputs <= WIDE_COLUMNS else _FLOAT32
     held = modules * (1 + compares)
-    grams = modules if columns <= MOST_GRAM_COLUMNS else 0
+    grams = modules if inputs <= MOST_GRAM_COLUMNS else 0
     summing = held + (1 + compares) + 1 + grams  # those of a language, and the product of a batch
-    copies = max(summing, modules + _SOLVING_COPIES)
-    return size * (copies * columns**2 + _WEIGHT_COPIES * max(map(prod, group)))
+    solving = modules * (1 + columns) + _SOLVING_COPIES
+    errors = _FLOAT32 * columns * sum(map(prod, group))
+    return size * (max(summing, solving) * inputs**2 + _WEIGHT_COPIES * max(map(prod, group))) + errors

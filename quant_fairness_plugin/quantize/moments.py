@@ -191,7 +191,9 @@ def fair_moments(
 
 def _add(totals: dict[str, Tensor], name: str, term: Tensor, share: float) -> None:
     """Add a share of a matrix, some rows at a time: a product of all of them would be one more matrix."""
-    total = totals.setdefault(name, torch.zeros_like(term))
+    total = totals.get(name)
+    if total is None:
+        total = totals[name] = torch.zeros_like(term)
     for rows, added in zip(torch.split(total, _ADDED_ROWS), torch.split(term, _ADDED_ROWS), strict=True):
         rows.add_(added * share)
 

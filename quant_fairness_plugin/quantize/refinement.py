@@ -21,6 +21,8 @@ SWEEPS = 2
 """Over all columns for the same scales."""
 BLOCK = 64
 """Columns between two updates of the rest of the gradient; changes the speed, not the solution."""
+SYSTEM_VALUES = 1 << 23
+"""Of the equations for scales that are held at once, groups² for each row; changes the memory, not the solution."""
 RIDGE = 1e-3
 """Share of a row's mean curvature that holds its scales where they were: a group may have no integer but its zero."""
 
@@ -58,6 +60,18 @@ def best_scales(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) -> Q
         curvature: positive definite `[cols, cols]`.
     """
     rows, groups = tensor.scales.shape
+    size = max(1, SYSTEM_VALUES // groups**2)
+    pieces = [slice(start, start + size) for start in range(0, rows, size)]
+    scales = [_best_scales(_some_rows(tensor, piece), wanted[piece], curvature) for piece in pieces]
+    return replace(tensor, scales=torch.cat(scales))
+
+
+def _some_rows(tensor: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    return replace(tensor, integers=tensor.integers[rows], scales=tensor.scales[rows], zeros=tensor.zeros[rows])
+
+
+def _best_scales(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) -> Tensor:
+    rows, groups = tensor.scales.shape
     levels = (tensor.integers.to(wanted.dtype).view(rows, groups, -1)).sub_(tensor.zeros.unsqueeze(2))
     system, size = levels.new_empty(rows, groups, groups), levels.shape[2]
     for group in range(groups):
@@ -72,7 +86,7 @@ def best_scales(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) -> Q
     storable = (solved > SMALLEST_SCALE[kind]) & (solved < torch.finfo(kind).max)  # false of NaN
     found = torch.where(storable.all(1, keepdim=True), solved, before).to(kind)
     better = _error(system, right, found.to(wanted.dtype)) < _error(system, right, before)
-    return replace(tensor, scales=torch.where(better.unsqueeze(1), found, tensor.scales))
+    return torch.where(better.unsqueeze(1), found, tensor.scales)
 
 
 def _error(system: Tensor, right: Tensor, scales: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def _streams(work: Work, calibration: CalibrationSet, folder: Path, place: Workp
     """Open the calibration rows; those on their way through the 16-bit model share the memory."""
     # Channels that stay in 16 bit hold the original's values, which are no target that makes up for anything.
     compares = work.method.compares_inputs and not work.columns
-    allowance = rows_allowance(work.loaded, calibration, place, batch_tokens, compares=compares)
+    allowance = rows_allowance(
+        work.loaded, calibration, place, batch_tokens, compares=compares, columns=bool(work.columns)
+    )
     shared = allowance // 2 if compares and allowance is not None else allowance
     rows = partial(
         Rows, work.loaded, calibration, folder, batch_tokens=batch_tokens, allowance=shared,

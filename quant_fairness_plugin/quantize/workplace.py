@@ -80,7 +80,13 @@ def fusion_groups(loaded: LoadedModel) -> Iterator[list[tuple[int, int]]]:
 
 
 def rows_allowance(
-    loaded: LoadedModel, calibration: CalibrationSet, place: Workplace, batch_tokens: int, *, compares: bool
+    loaded: LoadedModel,
+    calibration: CalibrationSet,
+    place: Workplace,
+    batch_tokens: int,
+    *,
+    compares: bool,
+    columns: bool,
 ) -> int | None:
     """Return how many bytes of hidden states are held in memory; None for all.
 
@@ -95,5 +101,6 @@ def rows_allowance(
         blocks=loaded.family.blocks,
         tokens=max(batch_tokens, *(len(row) for rows in calibration.rows.values() for row in rows)),
         compares=compares,
+        columns=columns,
     )
     return needs.left_for_states(place.memory_budget)

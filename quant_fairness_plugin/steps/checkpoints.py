@@ -16,10 +16,10 @@ from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.in_blocks import stream_checkpoint
 from quant_fairness_plugin.checkpoint.original import check_original, recorded
 from quant_fairness_plugin.checkpoint.others import weights_alone
+from quant_fairness_plugin.checkpoint.readers.compare import HALF_PRECISION_KERNELS
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.export.trial import try_architecture
-from quant_fairness_plugin.export.verify import HALF_PRECISION_KERNELS
 from quant_fairness_plugin.export.writer import Measure, export
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState, block_state, fixed_state

@@ -15,11 +15,13 @@ from torch.utils._pytree import tree_leaves
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.model.streamed import open_streamed
-from quant_fairness_plugin.quantize import gptq, moments
+from quant_fairness_plugin.quantize import gptq, moments, refinement
 from quant_fairness_plugin.quantize.calibration import build_calibration
+from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.memory import count_quantize_needs
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from quant_fairness_plugin.quantize.moments import working_dtype
+from quant_fairness_plugin.quantize.refinement import best_scales
 from quant_fairness_plugin.quantize.workplace import fusion_groups
 from tests.planning import quantize_layers
 from tests.quantize.conftest import small_texts
@@ -67,8 +69,10 @@ def test_tensors_are_counted_as_long_as_they_are_held() -> None:
     assert held.most == 8000
 
 
-@pytest.mark.parametrize("effort", ["normal", "fast"])
-def test_what_is_counted_is_held_and_not_much_less(tiny_model: Callable[..., Path], effort: str) -> None:
+@pytest.mark.parametrize(("effort", "columns"), [("normal", 0.0), ("fast", 0.0), ("normal", 0.1)])
+def test_what_is_counted_is_held_and_not_much_less(
+    tiny_model: Callable[..., Path], effort: str, columns: float
+) -> None:
     """At this width libraries' own work spaces, which nobody can count, are small beside the matrices."""
     streamed = open_streamed(str(tiny_model("llama", width=256)))
     rows = build_calibration(streamed.tokenizer, small_texts(), row_tokens=24)
@@ -77,11 +81,28 @@ def test_what_is_counted_is_held_and_not_much_less(tiny_model: Callable[..., Pat
         fusion_groups(streamed),
         blocks=streamed.family.blocks,
         tokens=48,
-        compares=effort == "normal",
+        compares=effort == "normal" and not columns,
+        columns=bool(columns),
     )
     with Held() as held:
-        quantize_layers(streamed, [], grid=GRID, method=Gptq().at(effort), calibration=rows, batch_tokens=48)
+        quantize_layers(
+            streamed, [], grid=GRID, method=Gptq().at(effort), calibration=rows, batch_tokens=48, columns=columns
+        )
     assert needs.least / 2 < held.most <= needs.least
+
+
+def test_equations_for_scales_are_held_for_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With small groups they would be many times the weight; rows do not depend on each other."""
+    weight = torch.randn(64, 256)
+    given = torch.randn(600, 256, dtype=torch.float64)
+    tensor = quantize_rtn(weight, Grid(group_size=32), scale_dtype=torch.float16)
+    with Held() as all_rows:
+        whole = best_scales(tensor, weight.double() @ (given.T @ given), given.T @ given)
+    monkeypatch.setattr(refinement, "SYSTEM_VALUES", 5 * 8**2)
+    with Held() as some_rows:
+        pieces = best_scales(tensor, weight.double() @ (given.T @ given), given.T @ given)
+    torch.testing.assert_close(pieces.scales, whole.scales, rtol=2**-10, atol=0)  # a last bit of float16
+    assert some_rows.most < all_rows.most
 
 
 def test_wide_modules_are_solved_in_float32(tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

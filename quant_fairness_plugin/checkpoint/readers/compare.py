@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
@@ -46,7 +46,11 @@ from quant_fairness_plugin.model.native import auto_class
 from quant_fairness_plugin.model.storage import announced_dtype
 
 _logger = logging.getLogger(__name__)
+HALF_PRECISION_KERNELS = frozenset({"awq"})
+"""Methods whose plainest kernel computes in float16, so that logits differ from ours by what that does."""
 FLOAT32_BYTES = 4
+UNPACKING_COPIES = 2
+"""Of a matrix in float32, while compressed-tensors unpacks it."""
 PROMPT_LENGTHS = (1, 2, 17, 63)
 CONTINUED = 12
 """Tokens that a reader adds to a prompt."""
@@ -295,8 +299,11 @@ def logits_block_by_block(model: PreTrainedModel, blocks: str) -> Tensor:
     listed: Any = model.get_submodule(blocks)
     _unpack_when_called(model, listed)
     parts = Counter(part for block in listed for part in set(block.modules()))
+    tied = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    shared = {number for number, count in tied.items() if count > 1}
     for block in listed:
-        block.register_forward_hook(partial(_let_go, [part for part in block.modules() if parts[part] == 1]))
+        own = [part for part in block.modules() if parts[part] == 1]
+        block.register_forward_hook(partial(_let_go, own, shared))
     return _logits(model)
 
 
@@ -322,8 +329,9 @@ def _unpack_when_called(model: Any, blocks: Any) -> None:
 def held_by_transformers(folder: Path, case: Case) -> int:
     """Return the bytes that `compare_with_transformers` holds at most, about.
 
-    That is the files, and in float32 what is not quantized and the largest block; the whole model where Transformers
-    reads it as float32 from the start: experts, and formats that quantize nothing.
+    That is the files, and in float32 what is not quantized, the largest block, and its largest matrix while that is
+    unpacked; the whole model where Transformers reads it as float32 from the start: experts, and formats that quantize
+    nothing. Beside a reader in a process of its own, the whole model is held in float32 and float16.
 
     Args:
         folder: an export.
@@ -332,18 +340,22 @@ def held_by_transformers(folder: Path, case: Case) -> int:
     bare = bare_model(folder)
     sizes = {name: FLOAT32_BYTES * parameter.numel() for name, parameter in bare.named_parameters()}
     quantized = {f"{name}.weight" for name in case.modules.quantized}
+    stored, whole = sum(path.stat().st_size for path in weight_files(folder)), sum(sizes.values())
+    if case.method in HALF_PRECISION_KERNELS:
+        return 2 * stored + whole + whole // 2
     if case.modules.experts is not None or not quantized:
-        return sum(sizes.values())
+        return whole
     blocks: Any = bare.get_submodule(case.family.blocks)
     largest: int = max(sum(FLOAT32_BYTES * parameter.numel() for parameter in block.parameters()) for block in blocks)
-    stored = sum(path.stat().st_size for path in weight_files(folder))
-    return stored + largest + sum(size for name, size in sizes.items() if name not in quantized)
+    unpacking = UNPACKING_COPIES * max(sizes[name] for name in quantized)
+    return stored + largest + unpacking + sum(size for name, size in sizes.items() if name not in quantized)
 
 
-def _let_go(parts: Sequence[nn.Module], *_: object) -> None:
+def _let_go(parts: Sequence[nn.Module], shared: Collection[int], *_: object) -> None:
     for part in parts:
         for parameter in part.parameters(recurse=False):
-            parameter.data = parameter.data.new_empty(0)
+            if id(parameter) not in shared:
+                parameter.data = parameter.data.new_empty(0)
 
 
 def _row(model: PreTrainedModel) -> list[int]:
