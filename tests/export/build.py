@@ -16,6 +16,7 @@ from quant_fairness_plugin.artifacts import (
     Undefined,
 )
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
+from quant_fairness_plugin.checkpoint.readers.transformers import wants_unpacked_zeros
 from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
@@ -33,6 +34,8 @@ TEXTS = TextSet(
     sha256="0" * 64,
 )
 GRID = Grid(group_size=32)
+ASYMMETRIC_READER = "vllm" if wants_unpacked_zeros() else "transformers"
+"""That reads asymmetric compressed-tensors with the installed Transformers."""
 
 
 def quantize_tiny(

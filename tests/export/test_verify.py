@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from quant_fairness_plugin.artifacts import ExportRecord, load, save
+from quant_fairness_plugin.artifacts import ExportRecord, Grid, load, save
 from quant_fairness_plugin.checkpoint.dequantize import bare_model, load_dense_model
 from quant_fairness_plugin.checkpoint.folder import RECORD, file_record, list_files, load_record
+from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.checkpoint.readers.compare import (
     compare_with_transformers,
     fixed_prompts,
@@ -461,6 +465,29 @@ def test_what_a_block_alone_has_is_gone_behind_it_and_what_blocks_share_is_not(e
     assert torch.equal(logits_block_by_block(model, "model.layers"), expected)
     held = [sum(parameter.numel() for parameter in block.parameters()) for block in model.model.layers]
     assert (held[0] > 0, held[1]) == (True, 0)
+
+
+@pytest.mark.parametrize(("installed", "loads"), [("5.22.0", True), ("5.23.0", False), ("6.0.0.dev0", False)])
+def test_asymmetric_compressed_tensors_are_refused_where_transformers_does_not_load_them(
+    monkeypatch: pytest.MonkeyPatch, installed: str, loads: bool
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: installed)
+    refused = partial(find_refusal, "llama", format="compressed-tensors", grid=Grid(group_size=32, symmetric=False))
+    said = str(refused(reader="transformers"))
+    assert (said == "None") == loads
+    assert loads or re.search(r"any from 5\.23 on; allowed are a symmetric grid, .*Use --sym, or --reader vllm", said)
+    assert refused(reader="vllm") is None
+
+
+def test_a_folder_that_transformers_cannot_load_is_one_line(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("sizes that\ndo not fit")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", fails)
+    with pytest.raises(UnsupportedModelError, match=r"does not load it \(sizes that do not fit\)\. Do not use"):
+        compare_with_transformers(exported())
 
 
 def test_sglang_is_judged_by_its_documented_rules_and_not_run(exported: Exported, damaged: Exported) -> None:

@@ -29,7 +29,7 @@ from quant_fairness_plugin.model.headers import read_header
 from quant_fairness_plugin.model.load import from_loaded, load_model
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.stream import quantize_model
-from tests.export.build import GRID, TEXTS, measurement, quantize_tiny
+from tests.export.build import ASYMMETRIC_READER, GRID, TEXTS, measurement, quantize_tiny
 from tests.export.conftest import Exported, rewrite_json
 from tests.planning import plan_of_layers, quantize_layers
 from tests.tiny import tiny_config
@@ -162,7 +162,7 @@ def test_all_formats_of_a_plan_with_single_units_hold_the_same_numbers(
 def test_asymmetric_formats_hold_the_same_numbers(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
     quantized = quantize_tiny(tiny_model("qwen2", layers=2), grid=Grid(group_size=32, symmetric=False))
     for name in ("compressed-tensors", "awq"):
-        write(quantized, tmp_path / name, format=name)
+        write(quantized, tmp_path / name, format=name, reader=ASYMMETRIC_READER)
     first, second = (read_dense_state(tmp_path / name) for name in ("compressed-tensors", "awq"))
     assert all(torch.equal(second[name], tensor) for name, tensor in first.items())
     with pytest.raises(UnsupportedModelError, match="asymmetric"):
@@ -493,7 +493,7 @@ def test_the_plan_of_the_record_is_the_one_that_was_quantized(small: QuantizedMo
     plan = plan_of_layers(
         small.loaded, (1,), grid=Grid(group_size=32, symmetric=False), overrides={"layers.0.down": "int8"}
     )
-    record = write(quantize_model(small.loaded, plan, method="rtn"), tmp_path / "out")
+    record = write(quantize_model(small.loaded, plan, method="rtn"), tmp_path / "out", reader=ASYMMETRIC_READER)
     assert record.plan == plan
     assert {bits for name, bits in record.quantized_modules.items() if name.endswith("down_proj")} == {8}
 

@@ -201,19 +201,11 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
     return_what_is_free()
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
-        loaded: Any = auto_class(read_config(folder)[0]).from_pretrained(
-            folder,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **_exact_kernel(folder),
-        )
-        model, info = loaded
+        model, info = _read(folder)
         check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
         actual = logits_block_by_block(model, detect_family(bare_model(folder)).blocks)
-    del loaded, model
+    del model
     return_what_is_free()
     difference = float((expected - actual).abs().max() / expected.abs().max())
     if not difference <= tolerance:  # also when it is NaN
@@ -227,6 +219,27 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         dtype="float32",
         detail=f"logits within {difference:.2g} of the dequantized weights",
     )
+
+
+def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return the model as Transformers reads it in float32, and what it says of the tensors."""
+    try:
+        loaded: Any = auto_class(read_config(folder)[0]).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **_exact_kernel(folder),
+        )
+    except RuntimeError as err:  # sizes that do not fit, and conversions that fail
+        said = " ".join(str(err).split())[:200]
+        raise UnsupportedModelError(
+            f"{folder}: Transformers {transformers.__version__} does not load it ({said}). Do not use this checkpoint "
+            "with it; --format fp16-twin loads everywhere."
+        ) from err
+    model, info = loaded
+    return model, info
 
 
 def _dense_logits(folder: Path) -> Tensor:

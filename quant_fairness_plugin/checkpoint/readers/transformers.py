@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 
 from quant_fairness_plugin.checkpoint.formats.format import Quantization
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap
@@ -38,6 +39,17 @@ def _scheme(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme
     return scheme_of_target(scheme_by_target(quantization), name)
 
 
+UNPACKED_ZEROS = (5, 23)
+"""The version from which on Transformers looks for the zero points of compressed-tensors unpacked, finds them packed and
+ends with an error (run: 5.22 loads them, 5.23 does not)."""
+
+
+def wants_unpacked_zeros() -> bool:
+    """Return whether the installed Transformers does not load asymmetric grids of compressed-tensors."""
+    major, minor = metadata.version("transformers").split(".")[:2]
+    return (int(major), int(minor)) >= UNPACKED_ZEROS
+
+
 BLOCK_LIST = ListRule("modules_in_block_to_quantize", "as suffix", _not_in_block_list)
 NOT_CONVERT = ListRule(
     "modules_to_not_convert", "as regular expression or suffix", matches("modules_to_not_convert"), everywhere=True
@@ -70,6 +82,8 @@ def problems(case: Case) -> Iterator[str]:
         # The head is never converted.
         yield from NOT_CONVERT.problems(case.modules, case.quantization, exempt={case.family.head})
     else:
+        if not case.facts.symmetric and wants_unpacked_zeros():
+            yield "packed zero points of compressed-tensors, which Transformers does not load from version 5.23 on"
         for rule in METADATA["compressed-tensors"]:
             yield from rule.problems(case.modules, case.quantization)
 
@@ -86,6 +100,15 @@ TRANSFORMERS = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            lambda r: r.format == "compressed-tensors" and not r.grid.symmetric and wants_unpacked_zeros(),
+            Refusal(
+                "an asymmetric grid in format 'compressed-tensors' is not loaded by the installed Transformers, nor by "
+                "any from 5.23 on",
+                "are a symmetric grid, or another reader",
+                "--sym, or --reader vllm",
+            ),
+        ),
         (
             lambda r: r.conv1d,
             Refusal(
