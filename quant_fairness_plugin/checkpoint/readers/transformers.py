@@ -40,7 +40,7 @@ def _scheme(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme
 
 
 UNPACKED_ZEROS = (5, 23)
-"""The version from which on Transformers looks for the zero points of compressed-tensors unpacked, finds them packed and
+"""From this version on Transformers looks for the zero points of compressed-tensors unpacked, finds them packed, and
 ends with an error (run: 5.22 loads them, 5.23 does not)."""
 
 
