@@ -10,17 +10,15 @@ command that answers, on a machine that may have had other work.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import typer
+from commands import printed
 from pages import write_tables
 from rows import conditions
 
@@ -52,19 +50,10 @@ def measure(ids: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as work:
         layers = ",".join(map(str, gateway_layers(files.layers)))
         places = {"model": MODEL, "work": work, "gateways": layers}
-        reproduction = Reproduction(ledger, run_command, LegacyFigures(loaded), places)
+        reproduction = Reproduction(ledger, lambda arguments: printed(*arguments), LegacyFigures(loaded), places)
         for claim in claims:
             sys.stderr.write(f"{claim.id}\n")
             store(row_of(claim, reproduction) | common)
-
-
-def run_command(arguments: list[str]) -> str:
-    from quant_fairness_plugin.cli.main import app
-
-    held = io.StringIO()
-    with redirect_stdout(held):
-        typer.main.get_command(app).main(arguments, prog_name="quant-fairness", standalone_mode=False)
-    return held.getvalue()
 
 
 def row_of(claim: Claim, reproduction: Reproduction) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python benchmarks/depth_table.py measure en,he,ar,zh --others STUDENT SMOLLM2    # and the bundled models
     python benchmarks/depth_table.py render
 
-STUDENT is that of trifecta_table.py, SMOLLM2 that of real_model.py, which takes a quarter of an hour on one core.
+STUDENT is that of trifecta_table.py, SMOLLM2 that of real_model.py, whose sweep takes longest.
 
 A sweep of each model, then `analyze depth` on all of them. The row is replaced.
 """
@@ -11,19 +11,16 @@ A sweep of each model, then `analyze depth` on all of them. The row is replaced.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import tempfile
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import typer
+from commands import printed
 from pages import write_tables
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import SweepReport, load, write_atomically
-from quant_fairness_plugin.cli.main import app
 
 ROWS = Path(__file__).parent / "results" / "cpu" / "depth.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "analyses.md"
@@ -36,21 +33,13 @@ def measure(langs: str, others: list[str]) -> dict[str, Any]:
         models = [*MODELS, *others]
         sweeps = [Path(work) / f"{place}.json" for place in range(len(models))]
         for model, path in zip(models, sweeps, strict=True):
-            run("sweep", "--model", model, "--langs", langs, "-o", str(path))
-        answer = json.loads(run("analyze", "depth", "--sweep", ",".join(map(str, sweeps)), "--json"))
+            printed("sweep", "--model", model, "--langs", langs, "-o", str(path))
+        answer = json.loads(printed("analyze", "depth", "--sweep", ",".join(map(str, sweeps)), "--json"))
         known = [load(SweepReport, path).provenance for path in sweeps]
     names = [Path(folder).name for folder in others]
     command = " ".join(["python benchmarks/depth_table.py measure", langs, "--others", *names])
     row = {"models": {each.model: each.model_sha256 for each in known}} | answer["result"]
     return row | conditions(command=command, seed=answer["provenance"]["seed"])
-
-
-def run(*line: str) -> str:
-    """Return what a command prints."""
-    held = io.StringIO()
-    with redirect_stdout(held):
-        typer.main.get_command(app).main(list(line), prog_name="quant-fairness", standalone_mode=False)
-    return held.getvalue()
 
 
 def read_rows() -> list[dict[str, Any]]:

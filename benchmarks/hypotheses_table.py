@@ -10,18 +10,15 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import typer
+from commands import printed
 from pages import write_tables
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import write_atomically
-from quant_fairness_plugin.cli.main import app
 
 ROWS = Path(__file__).parent / "results" / "cpu" / "hypotheses.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "analyses.md"
@@ -31,11 +28,7 @@ LEFT_OUT = ("without_a_family",)
 
 def measure(model: str, folder: str | None, langs: str) -> dict[str, Any]:
     """Return the row of a model."""
-    held = io.StringIO()
-    with redirect_stdout(held):
-        line = ["analyze", "hypotheses", folder or model, "--langs", langs, "--json"]
-        typer.main.get_command(app).main(line, prog_name="quant-fairness", standalone_mode=False)
-    answer = json.loads(held.getvalue())
+    answer = json.loads(printed("analyze", "hypotheses", folder or model, "--langs", langs, "--json"))
     result = answer["result"]
     claims = [{name: value for name, value in row.items() if name not in LEFT_OUT} for row in result["claims"]]
     command = f"python benchmarks/hypotheses_table.py measure {model} {langs}{' --folder DIR' * (folder is not None)}"

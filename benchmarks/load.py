@@ -212,17 +212,8 @@ def render() -> None:
         memory = row["rss_anon_bytes"]
         before, after, most = (f"{size / 1e6:,.0f} MB" for size in (memory[0], memory[-1], max(memory)))
         name = f"{'vLLM' if row['server'] == 'vllm' else 'Transformers'} {row['versions'][row['server']]}"
-        cells = [
-            name,
-            row["prompts"],
-            row["as_our_dequantizer"],
-            row["concurrent"],
-            f"{row['requests']:,}",
-            row["differ"],
-            before,
-            after,
-            most,
-        ]
+        asked = [row["prompts"], row["as_our_dequantizer"], row["concurrent"], f"{row['requests']:,}"]
+        cells = [name, *asked, row["differ"], before, after, most]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     write_tables(PAGE, {"load": "\n".join(lines) + "\n" if rows else "No run is stored.\n"})
 

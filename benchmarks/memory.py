@@ -78,18 +78,15 @@ def measure(model: str, out: Path, options: argparse.Namespace) -> dict[str, Any
     if process.returncode:
         sys.exit(f"quantize failed ({process.returncode})")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return (
-        {
-            "vm_hwm_bytes": peak["VmHWM"],  # of this process: the one that wrote the model may have taken more
-            "rss_anon_bytes": peak["RssAnon"],
-            "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
-            "wall_seconds": round(time.monotonic() - started, 1),
-            "weights_bytes": sum(path.stat().st_size for path in Path(model).glob("*.safetensors")),
-            "checkpoint_bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
-            "checkpoint_sha256": json.loads((out / "quant_fairness.json").read_text())["files"],
-        }
-        | conditions(command=" ".join(["quant-fairness", *given[:1], Path(model).name, *given[2:]]), seed=SEED)
-    )
+    return {
+        "vm_hwm_bytes": peak["VmHWM"],
+        "rss_anon_bytes": peak["RssAnon"],
+        "cpu_seconds": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "wall_seconds": round(time.monotonic() - started, 1),
+        "weights_bytes": sum(path.stat().st_size for path in Path(model).glob("*.safetensors")),
+        "checkpoint_bytes": sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        "checkpoint_sha256": json.loads((out / "quant_fairness.json").read_text())["files"],
+    } | conditions(command=" ".join(["quant-fairness", *given[:1], Path(model).name, *given[2:]]), seed=SEED)
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:

@@ -33,14 +33,14 @@ ROWS = ROOT / "benchmarks" / "results" / "cpu" / "real_model.jsonl"
 PAGE = ROOT / "docs" / "results.md"
 MODEL = "SmolLM2-135M-Instruct, dequantized from Q4_1"
 LANGUAGES = "en,fr,es,ru,ar,zh"
+PLANNED = "INT4 and INT8, planned"
+"""Of which `plan` forecasts the time."""
 VARIANTS = {
     "INT4, English calibration": ("--protect-layers", "none", "--calibration", "english"),
     "INT4": ("--protect-layers", "none"),
-    "INT4 and INT8, planned": ("--protect-layers", "auto", "--max-overhead", "0.1"),
+    PLANNED: ("--protect-layers", "auto", "--max-overhead", "0.1"),
 }
 """Name → options of `quant-fairness quantize`. The first is what calibration in one language does at the same bytes."""
-PLANNED = "INT4 and INT8, planned"
-"""Of which `plan` forecasts the time."""
 ENTRY = ("-c", "from quant_fairness_plugin.cli.main import main; main()")
 
 

@@ -224,6 +224,14 @@ def write_checkpoint(path: Path, optimizer: MixedPrecisionAdamW, progress: Progr
     os.replace(beside, path)
 
 
+def resumed(path: Path, optimizer: MixedPrecisionAdamW, device: str) -> Progress:
+    """Take up weights and optimizer where a checkpoint left them; returns how far that was."""
+    state = torch.load(path, map_location=device, weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    log.info("resumed at step %d", state["progress"]["step"])
+    return Progress(**state["progress"])
+
+
 def train(arguments: TrainingArguments, data: Path, out: Path, resume: bool) -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -232,14 +240,9 @@ def train(arguments: TrainingArguments, data: Path, out: Path, resume: bool) -> 
     model = build_model(arguments.arch, tokenizer)
     optimizer = MixedPrecisionAdamW(model.to(arguments.device), arguments)
     cast_parameters(model, torch.bfloat16)
-    progress, state_file = Progress(), out.with_name(out.name + ".state.pt")
-    if resume and state_file.exists():
-        state = torch.load(state_file, map_location=arguments.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
-        log.info("resumed at step %d", progress.step)
-    else:
-        optimizer.publish()
+    optimizer.publish()
+    state_file = out.with_name(out.name + ".state.pt")
+    progress = resumed(state_file, optimizer, arguments.device) if resume and state_file.exists() else Progress()
     run_steps(arguments, data, mixture, tokenizer, optimizer, progress, state_file)
     finish(arguments, data, out, mixture, tokenizer, optimizer, progress)
     state_file.unlink(missing_ok=True)
@@ -359,17 +362,23 @@ def finish(
     (out / "README.md").write_text(model_card(record), encoding="utf-8")
 
 
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arch", choices=("llama", "gpt2"), required=True)
+def training_parser(description: str, *, learning_rate: float) -> argparse.ArgumentParser:
+    """The arguments that every training on this corpus has."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True, help="folder with bible/ and splits.tsv")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--batch", type=int, default=8, help="windows per step")
     parser.add_argument("--window", type=int, default=256, help="tokens per window")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
+    return parser
+
+
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    parser = training_parser((__doc__ or "").splitlines()[0], learning_rate=1.5e-3)
+    parser.add_argument("--arch", choices=("llama", "gpt2"), required=True)
+    parser.add_argument("--epochs", type=float, default=5.0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--resume", action="store_true")
     return parser.parse_args(argv)

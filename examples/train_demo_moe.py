@@ -8,7 +8,6 @@ experts a layer, two for each token, and Qwen3-MoE's own load-balancing term. It
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import platform
@@ -20,7 +19,14 @@ from pathlib import Path
 import torch
 import transformers
 from demo_corpus import MIXTURE, POSITIONS, VOCABULARY, epoch_windows, held_out_verses, sample_mixture, train_tokenizer
-from train_demo_model import MixedPrecisionAdamW, TrainingArguments, bits_per_byte, cast_parameters, learning_rate_at
+from train_demo_model import (
+    MixedPrecisionAdamW,
+    TrainingArguments,
+    bits_per_byte,
+    cast_parameters,
+    learning_rate_at,
+    training_parser,
+)
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 log = logging.getLogger("train_demo_moe")
@@ -110,15 +116,8 @@ def train(arguments: TrainingArguments, steps: int, data: Path, out: Path) -> No
 def main(argv: list[str]) -> None:
     """Read the arguments and train."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with bible/ and splits.tsv")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = training_parser((__doc__ or "").splitlines()[0], learning_rate=2e-3)
     parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=8, help="windows per step")
-    parser.add_argument("--window", type=int, default=256, help="tokens per window")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(argv)
     arguments = TrainingArguments(
         arch="qwen3_moe",

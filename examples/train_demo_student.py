@@ -11,7 +11,6 @@ benchmarks measures them.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import logging
@@ -29,15 +28,15 @@ from train_demo_model import (
     TrainingArguments,
     cast_parameters,
     measure_held_out,
+    resumed,
     run_steps,
+    training_parser,
     versions,
     write_float16,
 )
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from quant_fairness_plugin.model.resolve import bundled_folder
-
-log = logging.getLogger("train_demo_student")
 
 
 def half_of(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
@@ -76,12 +75,8 @@ def train(arguments: TrainingArguments, teacher_folder: Path, data: Path, out: P
     optimizer = MixedPrecisionAdamW(half_of(teacher).to(arguments.device), arguments)
     for model in (teacher, optimizer.model):
         cast_parameters(model, torch.bfloat16)
-    progress, state_file = Progress(), out.with_name(out.name + ".state.pt")
-    if resume and state_file.exists():
-        state = torch.load(state_file, map_location=arguments.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
-        log.info("resumed at step %d", progress.step)
+    state_file = out.with_name(out.name + ".state.pt")
+    progress = resumed(state_file, optimizer, arguments.device) if resume and state_file.exists() else Progress()
     run_steps(arguments, data, mixture, tokenizer, optimizer, progress, state_file, divergence_from(teacher))
     write_float16(optimizer, tokenizer, out)
     record = {
@@ -106,16 +101,9 @@ def train(arguments: TrainingArguments, teacher_folder: Path, data: Path, out: P
 def main(argv: list[str]) -> None:
     """Read the arguments and train."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = training_parser((__doc__ or "").splitlines()[0], learning_rate=1e-3)
     parser.add_argument("--teacher", type=Path, default=bundled_folder("demo"), help="folder of a Llama; default: demo")
-    parser.add_argument("--data", type=Path, required=True, help="folder with bible/ and splits.tsv")
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--batch", type=int, default=8, help="windows per step")
-    parser.add_argument("--window", type=int, default=256, help="tokens per window")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", action="store_true")
     given = parser.parse_args(argv)
     arguments = TrainingArguments(

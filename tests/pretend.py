@@ -95,7 +95,7 @@ def run(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors of arguments, those in lists and tuples, too: torch's own walk takes five times as long."""
+    """Yield the tensors of arguments, those in lists and tuples, too: torch's own walk of trees is slower."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

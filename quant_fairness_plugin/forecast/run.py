@@ -17,7 +17,7 @@ from quant_fairness_plugin.forecast.memory import fitting_weights
 from quant_fairness_plugin.forecast.passes import Range, Text, fitting_groups
 from quant_fairness_plugin.forecast.solving import Solving, measure_solving
 from quant_fairness_plugin.forecast.speed import NOTHING, Speed
-from quant_fairness_plugin.model.outline import Outline
+from quant_fairness_plugin.model.outline import Outline, unit_shapes
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.recommend.estimated import NEIGHBOURS
@@ -80,7 +80,7 @@ class Run:
         method = find_method(self.config.method).at(self.config.effort)
         models = 2 if method.compares_inputs else 1  # the 16-bit one as well
         for layer in range(outline.layers):
-            passes, done, sizes = 1.0, 0, self._group_sizes(layer)
+            passes, done, sizes = 1.0, 0, unit_shapes(outline, layer)
             for group in sizes:
                 passes += done / sum(sum(map(math.prod, shapes)) for shapes in sizes)
                 done += sum(map(math.prod, group))
@@ -88,11 +88,6 @@ class Run:
                 total = sum((solving.of(*shape) for shape in group), total)
             total += self.speed.block.times(calibrated * passes * models)
         return total
-
-    def _group_sizes(self, layer: int) -> list[list[tuple[int, int]]]:
-        prefix = f"{self.outline.family.blocks}.{layer}"
-        units = self.outline.family.units_of(layer)
-        return [[self.outline.matrix(f"{prefix}.{module}") for module in unit.modules] for unit in units]
 
     def _scored(self) -> Range:
         """Which languages the model knows, then gradients on some sentences of each along the errors of every unit."""

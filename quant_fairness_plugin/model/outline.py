@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from quant_fairness_plugin.errors import ArtifactError
 from quant_fairness_plugin.model.architectures import Architecture, Block, find_architecture, match_architecture
@@ -17,6 +18,9 @@ from quant_fairness_plugin.model.architectures.architecture import OBSOLETE_BUFF
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, tensor_shapes
+
+if TYPE_CHECKING:
+    from quant_fairness_plugin.model.load import LoadedModel  # torch
 
 Sizes = tuple[int, ...]
 
@@ -52,6 +56,13 @@ class Outline:
         """Rows (outputs) and columns (inputs) of a linear module of a block."""
         first, second = self.shapes[f"{module}.weight"]
         return (second, first) if self.family.conv1d else (first, second)
+
+
+def unit_shapes(model: Outline | LoadedModel, layer: int) -> list[list[tuple[int, int]]]:
+    """Return rows and columns of the modules of each unit of a layer."""
+    prefix = f"{model.family.blocks}.{layer}"
+    units = model.family.units_of(layer)
+    return [[model.matrix(f"{prefix}.{module}") for module in unit.modules] for unit in units]
 
 
 def outline_model(files: ModelFiles, *, trust_remote_code: bool = False) -> Outline:

@@ -11,6 +11,7 @@ import torch
 from quant_fairness_plugin.artifacts import ProtectionPlan, digest, note_circumstances, package_versions
 from quant_fairness_plugin.errors import ResourceError
 from quant_fairness_plugin.model.load import LoadedModel
+from quant_fairness_plugin.model.outline import unit_shapes
 from quant_fairness_plugin.model.provenance import model_identity
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
@@ -74,8 +75,7 @@ def work_folder(
 def fusion_groups(loaded: LoadedModel) -> Iterator[list[tuple[int, int]]]:
     """Yield rows and columns of the modules that are solved together; experts are solved one by one."""
     for layer in range(loaded.layers):
-        for unit in loaded.family.units_of(layer):
-            matrices = [loaded.matrix(f"{loaded.family.blocks}.{layer}.{module}") for module in unit.modules]
+        for unit, matrices in zip(loaded.family.units_of(layer), unit_shapes(loaded, layer), strict=True):
             yield from ([matrix] for matrix in matrices) if unit.routed else [matrices]
 
 

@@ -197,14 +197,15 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
         ArtifactError: Transformers reports tensors that are missing or unexpected.
         UnsupportedModelError: it loads, and computes something else.
     """
-    expected = _dense_logits(folder)
+    bare = bare_model(folder)
+    expected = _dense_logits(folder, bare)
     return_what_is_free()
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
     with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
         model, info = _read(folder)
         check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
-        actual = logits_block_by_block(model, detect_family(bare_model(folder)).blocks)
+        actual = logits_block_by_block(model, detect_family(bare).blocks)
     del model
     return_what_is_free()
     difference = float((expected - actual).abs().max() / expected.abs().max())
@@ -242,12 +243,12 @@ def _read(folder: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     return model, info
 
 
-def _dense_logits(folder: Path) -> Tensor:
+def _dense_logits(folder: Path, bare: PreTrainedModel) -> Tensor:
     """Logits of the dequantized model on the fixed row, one block of it in memory at a time where that can be."""
     try:
         # Transformers unpacks quantized experts while loading, and stacks them in the storage dtype.
         experts = announced_dtype(read_config(folder)[0])
-        [logits] = BlockLogits(folder, [_row(bare_model(folder))], experts=experts)
+        [logits] = BlockLogits(folder, [_row(bare)], experts=experts)
         return logits
     except UnsupportedModelError as err:
         _logger.info("%s is run as a whole: %s", folder, err)
