@@ -64,14 +64,15 @@ def _time(columns: int, grid: Grid, method: Gptq) -> tuple[Range, Range]:
         return Range(0.0, 0.0), Range(0.0, 0.0)
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2 * width, width, generator=generator, dtype=torch.float64)
+    damp = method.damping(width, len(inputs))
     hessian, weight = inputs.T @ inputs, torch.randn(MANY_ROWS, width, generator=generator)
 
     def solve(rows: int) -> None:
         target = weight[:rows]
         if method.compensates:
-            target = compensated(target, hessian, hessian, damp=method.compensation_damp)
-        once = solve_gptq(target, hessian, grid, scale_dtype=torch.float16, damp=method.damp)
-        refine_result(once, target, hessian, rounds=method.refinements)
+            target = compensated(target, hessian, hessian, damp=damp)
+        once = solve_gptq(target, hessian, grid, scale_dtype=torch.float16, damp=damp)
+        refine_result(once, target, hessian, damp=damp, rounds=method.refinements)
 
     few, many = (timed(lambda rows=rows: solve(rows), repeats=2) for rows in (FEW_ROWS, MANY_ROWS))  # type: ignore[misc]
     row = max(0.0, many.low - few.low) / (MANY_ROWS - FEW_ROWS)

@@ -91,6 +91,12 @@ class CalibrationSet:
         return {language: sum(map(len, rows)) for language, rows in self.rows.items()}
 
     @property
+    def telling_tokens(self) -> float:
+        """How many tokens of equal weight would say as much of a mean over all languages (Kish's effective size)."""
+        shares, tokens = self.shares, self.coverage
+        return 1 / sum(shares[language] ** 2 / count for language, count in tokens.items())
+
+    @property
     def row_counts(self) -> dict[str, int]:
         """Rows per language."""
         return {language: len(rows) for language, rows in self.rows.items()}

@@ -87,19 +87,20 @@ def solve_gptq(
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), damp_used)
 
 
-def refine_result(result: GptqResult, weight: Tensor, hessian: Tensor, *, rounds: int) -> GptqResult:
+def refine_result(result: GptqResult, weight: Tensor, hessian: Tensor, *, damp: float, rounds: int) -> GptqResult:
     """Return a result whose scales and integers are solved again, each for the others; see `refine`.
 
     Args:
         result: of `solve_gptq`.
         weight: that it was solved for, float `[rows, cols]`.
         hessian: XᵀX `[cols, cols]`, as there.
+        damp: share of the mean Hessian diagonal that is added to the diagonal.
         rounds: how often; 0 returns the result as it is.
     """
     if not rounds:
         return result
     live = _without_dead(hessian, working_dtype(weight.device, weight.shape[1]))
-    tensor = refine(result.tensor, weight, live, rounds=rounds)
+    tensor = refine(result.tensor, weight, live, damp=damp, rounds=rounds)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), result.damp_used)
 
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from quant_fairness_plugin.quantize.grid import SMALLEST_SCALE, QuantizedTensor
 
-DAMP = 0.01
-"""Share of the mean Hessian diagonal that is added to the diagonal."""
 SWEEPS = 2
 """Over all columns for the same scales."""
 BLOCK = 64
@@ -27,7 +25,7 @@ RIDGE = 1e-3
 """Share of a row's mean curvature that holds its scales where they were: a group may have no integer but its zero."""
 
 
-def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, rounds: int) -> QuantizedTensor:
+def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, damp: float, rounds: int) -> QuantizedTensor:
     """Return integers and scales with a smaller output error, on the same grid.
 
     Scales that were chosen for the worst language (clip `minimax`) stay: least squares would choose for all together.
@@ -37,10 +35,11 @@ def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, rounds: 
         target: the weight to come close to, float `[rows, cols]`, not changed.
         hessian: XᵀX `[cols, cols]` of the inputs in any scale, in the dtype to work in, with no 0 on its diagonal; it
             is used up.
+        damp: share of the mean Hessian diagonal that is added to the diagonal.
         rounds: how often scales and integers are solved.
     """
     curvature = hessian
-    curvature.diagonal().add_(DAMP * hessian.diagonal().mean())
+    curvature.diagonal().add_(damp * hessian.diagonal().mean())
     wanted = target.to(curvature.dtype) @ curvature
     for _ in range(rounds):
         if tensor.grid.clip != "minimax":

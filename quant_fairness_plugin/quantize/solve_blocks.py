@@ -203,7 +203,10 @@ def _solve_unit(work: Work, unit: Unit, modules: Mapping[str, nn.Module], given:
     with error_prefix(first):
         moments = language_moments(block, module, unit.layer, given.batches, calibration, given.original)
         fair = fair_moments(groups.watch(magnitude.watch(moments)), weights, calibration.shares)
-    inputs = Inputs(hessians=fair.hessians, magnitude=magnitude.value, groups=groups, across=fair.across)
+    inputs = Inputs(
+        hessians=fair.hessians, magnitude=magnitude.value, groups=groups, tokens=calibration.telling_tokens,
+        across=fair.across,
+    )  # fmt: skip
     try:
         work.solve(unit, weights, inputs, solved)
     except UnsolvableError as err:
@@ -231,6 +234,7 @@ def _solve_experts(work: Work, unit: Unit, modules: Mapping[str, nn.Module], giv
             hessians=dict.fromkeys(weights, stage.hessian),
             magnitude=torch.zeros(0),  # for AWQ alone, which is refused for experts
             groups=MomentWatch(weights, work.selection.grids),
+            tokens=None,
         )
         work.solve(unit, weights, inputs, solved)
         for name in stage.names:

@@ -41,6 +41,9 @@ class Inputs:
     """`[cols]`: mean of the magnitude, mixed over languages."""
     groups: MomentWatch
     """Of the modules whose grid clips by language."""
+    tokens: float | None
+    """That the Hessians are the mean of; with different weights, as many as would tell as much if all counted the same.
+    None for routed experts."""
     across: dict[str, Tensor] = field(default_factory=dict)
     """Module → how far its inputs are from those in the 16-bit model, `[cols, cols]`; empty where not compared, or
     used up."""
@@ -165,7 +168,7 @@ def _gptq(
                 act_order=act_order,
                 inputs=problem.inputs.groups.inputs(name),
             )
-            results[name] = refine_result(once, weight, hessian, rounds=refinements)
+            results[name] = refine_result(once, weight, hessian, damp=once.damp_used, rounds=refinements)
     return results
 
 

@@ -239,3 +239,14 @@ def test_a_conversation_that_the_template_refuses_is_an_error() -> None:
     documents = Documents(name="own", texts={"en": ((("user", "a"), ("user", "b")),)}, sha256="")
     with pytest.raises(ConfigError, match=r"a conversation of user, user .*roles must alternate"):
         build_calibration(tokenizer, documents)
+
+
+def test_tokens_that_tell_as_much_as_those_of_uneven_weights(texts: TextSet) -> None:
+    calibration = build_calibration(byte_tokenizer(), texts, tokens_per_language=31, row_tokens=10)
+    assert calibration.telling_tokens == pytest.approx(93)
+    one = replace(calibration, weights={"en": 1.0, "he": 0.0, "zh": 0.0})
+    assert one.telling_tokens == pytest.approx(31)
+    uneven = replace(calibration, weights={"en": 0.5, "he": 0.25, "zh": 0.25})
+    # The variance of a weighted mean over all tokens, each as uncertain as any other, is Σ w² of them.
+    variance = sum((uneven.shares[language] / 31) ** 2 for language in uneven.rows for _ in range(31))
+    assert uneven.telling_tokens == pytest.approx(1 / variance)

@@ -73,8 +73,8 @@ def naive_hessian(seen: Seen, rows: CalibrationSet, expert: int, inner: Callable
 
 def solve(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     usual = Gptq()
-    once = solve_gptq(weight, hessian, GRID, scale_dtype=torch.float16, damp=usual.damp)
-    solved = refine_result(once, weight, hessian, rounds=usual.refinements).tensor
+    once = solve_gptq(weight, hessian, GRID, scale_dtype=torch.float16, damp=0.05)
+    solved = refine_result(once, weight, hessian, damp=0.05, rounds=usual.refinements).tensor
     return solved.integers, solved.dequantize()
 
 

@@ -12,9 +12,8 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, Unsupported
 from quant_fairness_plugin.quantize import gptq
 from quant_fairness_plugin.quantize.gptq import output_loss
 from quant_fairness_plugin.quantize.grid import fit_grid, quantize_rtn, to_integers
-from quant_fairness_plugin.quantize.methods.gptq import Gptq
 
-solve_gptq = partial(gptq.solve_gptq, damp=Gptq().damp)
+solve_gptq = partial(gptq.solve_gptq, damp=0.05)
 
 
 def sample(rows: int, cols: int, *, tokens: int = 512, seed: int = 0) -> tuple[Tensor, Tensor]:

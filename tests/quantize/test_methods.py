@@ -119,7 +119,16 @@ def test_efforts_are_options_of_a_method() -> None:
     assert not usual.at("fast").compares_inputs
     assert usual.at("best").refinements > usual.refinements
     assert find_method("awq").at("normal").settings == {}
-    assert usual.settings["damp"] == 0.05
+    assert usual.settings["damp"] is None
+
+
+def test_damping_grows_with_the_channels_and_falls_with_the_tokens() -> None:
+    usual = Gptq()
+    assert usual.damping(576, 3584) == pytest.approx(3 * 576 / 3584)
+    assert usual.damping(4096, 10_000_000) == 0.01
+    assert usual.damping(4096, 64) == 10.0
+    assert usual.damping(4096, None) == 0.05
+    assert Gptq(damp=0.2).damping(4096, 64) == Gptq(damp=0.2).damping(4096, None) == 0.2
 
 
 def test_a_quantized_model_says_by_which_options_it_was_made(

@@ -108,7 +108,7 @@ def test_rows_without_any_level_and_scales_that_cannot_be_stored_stay() -> None:
     weight[1] = 0
     weight[2] *= 1e6  # its best scale is beyond float16
     tensor.integers[1] = tensor.zeros[1, 0]
-    found = refine(tensor, weight, curvature, rounds=1)
+    found = refine(tensor, weight, curvature, damp=0.01, rounds=1)
     assert torch.equal(found.scales[1:3], tensor.scales[1:3])
     assert torch.equal(found.integers[1], tensor.integers[1])
     assert torch.isfinite(found.scales).all()
@@ -118,7 +118,7 @@ def test_rows_without_any_level_and_scales_that_cannot_be_stored_stay() -> None:
 def test_gptq_ends_with_a_smaller_output_error(rows: int, cols: int, grid: Grid) -> None:
     weight, hessian = sample(rows, cols)
     once = solve_gptq(weight, hessian, grid, scale_dtype=torch.float16, damp=0.05)
-    found = [refine_result(once, weight, hessian, rounds=rounds) for rounds in (0, 1, 3)]
+    found = [refine_result(once, weight, hessian, damp=0.01, rounds=rounds) for rounds in (0, 1, 3)]
     none, one, three = (output_loss(weight, result.tensor.dequantize(), hessian) for result in found)
     assert three <= one < 0.95 * none
     assert [result.loss_relative_to_output_energy for result in found] == [none, one, three]
@@ -131,7 +131,7 @@ def test_columns_without_any_input_are_rounded_to_nearest(dead: slice) -> None:
     weight, hessian = sample(rows, cols)
     hessian[dead], hessian[:, dead] = 0, 0
     once = solve_gptq(weight, hessian, grid, scale_dtype=torch.float16, damp=0.05)
-    found = refine_result(once, weight, hessian, rounds=2).tensor
+    found = refine_result(once, weight, hessian, damp=0.05, rounds=2).tensor
     near = weight.view(rows, 2, 32) / found.scales.float().unsqueeze(2) + found.zeros.float().unsqueeze(2)
     nearest = near.round().clamp(0, 15).to(torch.uint8).view(rows, cols)
     assert torch.equal(found.integers[:, dead], nearest[:, dead])

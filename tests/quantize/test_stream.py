@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize import solve_blocks, solving
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.gptq import refine_result, solve_gptq
-from quant_fairness_plugin.quantize.grid import quantize_rtn
+from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from quant_fairness_plugin.quantize.moments import FairMoments
 from tests.planning import quantize_layers
@@ -70,13 +70,20 @@ def right_target(
         torch.cat([factors[name] * side[name] for name in inputs])
         for side in (inputs, {name: x @ wide.T for name, x in right.items()})
     )
-    ridge = (Gptq().compensation_damp * given.square().sum() / given.shape[1]).sqrt()
+    tokens = sum(len(side) for side in inputs.values())  # every language counts the same here
+    ridge = (3 * given.shape[1] / tokens * given.square().sum() / given.shape[1]).sqrt()
     stacked = torch.cat([given, ridge * torch.eye(given.shape[1], dtype=torch.float64)])
     return torch.linalg.lstsq(stacked, torch.cat([outputs, ridge * wide.T])).solution.T
 
 
-def solve_naively(loaded: LoadedModel, protected: set[int], rows: CalibrationSet) -> dict[str, Tensor]:
-    """GPTQ with whole forward passes, one row at a time: integers by module. Leaves the model quantized."""
+def solve_naively(
+    loaded: LoadedModel, protected: set[int], rows: CalibrationSet, streamed: Mapping[str, QuantizedTensor]
+) -> dict[str, Tensor]:
+    """GPTQ with whole forward passes, one row at a time: integers by module. Leaves the model quantized.
+
+    Behind a module stands what was found for it, not the naive solution: where a weight lies between two integers, the
+    last bits decide, and everything behind it would differ.
+    """
     integers: dict[str, Tensor] = {}
     original, usual = replace(loaded, model=copy.deepcopy(loaded.model)), Gptq()
     for layer in sorted(set(range(loaded.layers)) - protected):
@@ -92,11 +99,12 @@ def solve_naively(loaded: LoadedModel, protected: set[int], rows: CalibrationSet
                 module = loaded.linears(layer)[name]
                 weight = linear_weight(module)
                 hessian = fair_hessian(weight, inputs, rows.shares)
+                damp = 3 * weight.shape[1] / sum(map(len, inputs.values()))
                 target = right_target(weight, inputs, right, rows.shares).float()
-                once = solve_gptq(target, hessian, GRID, scale_dtype=torch.float16, damp=usual.damp)
-                solved = refine_result(once, target, hessian, rounds=usual.refinements)
+                once = solve_gptq(target, hessian, GRID, scale_dtype=torch.float16, damp=damp)
+                solved = refine_result(once, target, hessian, damp=damp, rounds=usual.refinements)
                 integers[name] = solved.tensor.integers
-                set_linear_weight(module, solved.tensor.dequantize())
+                set_linear_weight(module, streamed[name].dequantize())
     return integers
 
 
@@ -114,7 +122,9 @@ def test_gptq_quantizes_every_family_and_leaves_the_model_as_it_was(
     assert tuple(quantized.tensors) == loaded.family.full_names(1)
     assert quantized.losses.keys() == quantized.damping.keys() == quantized.tensors.keys()
     assert all(0 < loss < 0.2 for loss in quantized.losses.values())
-    assert set(quantized.damping.values()) == {0.05}
+    tokens = rows.telling_tokens
+    for name, module in loaded.linears(1).items():
+        assert quantized.damping[name] == pytest.approx(3 * linear_weight(module).shape[1] / tokens)
     assert quantized.kept == {}
     assert quantized.plan.protected_layers == (0,)
     assert done == [(1, 2), (2, 2)]
@@ -126,7 +136,7 @@ def test_integers_equal_those_from_whole_forward_passes(
 ) -> None:
     loaded = load(family, layers=3)
     streamed = quantize_layers(loaded, protected, method="gptq", grid=GRID, calibration=rows).tensors
-    naive = solve_naively(loaded, protected, rows)
+    naive = solve_naively(loaded, protected, rows, streamed)
     assert streamed.keys() == naive.keys()
     for name, integers in naive.items():
         # Batched float32 forward passes round differently, which may move a weight that lies between two integers.
@@ -236,7 +246,7 @@ def test_raised_damping_is_reported(
     loaded = load()
     monkeypatch.setattr(loaded.family.__class__, "units_of", lambda family, layer: family.units[:1])
     monkeypatch.setattr(solve_blocks, "fair_moments", indefinite)
-    quantized = quantize_layers(loaded, [1], method="gptq", grid=GRID, calibration=rows)
+    quantized = quantize_layers(loaded, [1], method=Gptq(damp=0.05), grid=GRID, calibration=rows)
     assert quantized.damping["model.layers.0.self_attn.q_proj"] == pytest.approx(5.0)
     assert "model.layers.0.self_attn.q_proj: damping raised from 0.05 to 5" in caplog.text
 

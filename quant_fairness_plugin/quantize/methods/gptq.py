@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from quant_fairness_plugin.quantize.solving import Problem, Solved
 
 
+LEAST_DAMP = 0.01
+"""What Frantar et al. add, with more tokens than most calibrations have."""
+MOST_DAMP = 10.0
+"""Past this a solution is plain rounding."""
+EXPERTS_DAMP = 0.05
+"""Of routed experts, whose moments are filled up with those of their layer: not by tokens, as no other was measured."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gptq(Method):
     """GPTQ, with the moments of every language in its Hessian."""
@@ -24,15 +32,15 @@ class Gptq(Method):
     timed: ClassVar[bool] = True
     efforts: ClassVar[tuple[Effort, ...]] = ("fast", "normal", "best")
 
-    damp: float = 0.05
-    """Share of the mean Hessian diagonal that is added to the diagonal."""
+    damp: float | None = None
+    """Share of the mean Hessian diagonal that is added to the diagonal; None: by the tokens, see `damping`."""
+    doubt: float = 3.0
+    """Damping for as many tokens as a matrix has columns."""
     act_order: bool = True
     """Columns by Hessian diagonal, largest first (static; nothing of it shows in the result's layout)."""
     compensates: bool = True
     """Whether modules make up for what those in front of them have lost (`quantize.compensation`). Routed experts do
     not, and none does in a plan that keeps input channels in 16 bit."""
-    compensation_damp: float = 0.2
-    """Share of the mean Hessian diagonal that holds this back where the calibration text says little."""
     refinements: int = 2
     """How often scales and integers are solved again afterwards, each for the others; see `quantize.refinement`."""
 
@@ -46,6 +54,24 @@ class Gptq(Method):
             case _:
                 return self
 
+    def damping(self, columns: int, tokens: float | None) -> float:
+        """Return the damping of a matrix of so many input channels.
+
+        The second moments of few tokens differ from those of all text by a share of their mean that grows with the
+        channels and falls with the tokens. A solution that trusts them further than that fits the calibration text
+        alone: `docs/calibration.md` has what it costs.
+
+        Args:
+            columns: input channels.
+            tokens: that the moments are the mean of; of languages with different weights, as many as would tell as much
+                if all counted the same; None for routed experts.
+        """
+        if self.damp is not None:
+            return self.damp
+        if tokens is None:
+            return EXPERTS_DAMP
+        return min(max(LEAST_DAMP, self.doubt * columns / tokens), MOST_DAMP)
+
     @property
     def compares_inputs(self) -> bool:
         """Whether it wants to know, too, what a module is given in the 16-bit model."""
@@ -55,5 +81,7 @@ class Gptq(Method):
         """Solve the modules of a group, twice where some of their channels stay in 16 bit."""
         from quant_fairness_plugin.quantize.solving import compensating, solve_gptq_unit
 
-        wanted = compensating(problem, damp=self.compensation_damp)
-        solve_gptq_unit(wanted, solved, damp=self.damp, act_order=self.act_order, refinements=self.refinements)
+        columns = next(iter(problem.weights.values())).shape[1]
+        damp = self.damping(columns, problem.inputs.tokens)
+        wanted = compensating(problem, damp=damp)
+        solve_gptq_unit(wanted, solved, damp=damp, act_order=self.act_order, refinements=self.refinements)
