@@ -132,7 +132,7 @@ def forecast(
     text = _count(tokenized, texts, "search")
     speed = measure_speed(
         outline, config.grid, row_tokens=text.padded // sum(rows for rows, _, _ in text.batches),
-        heads=_heads(files, outline), states=len(trees[1][1].stages[-1]),
+        heads=count_heads(files, outline), states=len(trees[1][1].stages[-1]),
     )  # fmt: skip
     precisions = len(sweep.precisions)
     least, most = (count_work(outline, groups, walks, text, precisions=precisions) for walks in trees)
@@ -159,7 +159,7 @@ def _run(
     search, confirm = (_count(tokenized, texts, part) for part in ("search", "confirm"))
     return Run(
         outline=outline, config=config, languages=texts.languages,
-        calibrated=_calibrated(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
+        calibrated=count_calibrated(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def _tokenize(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_
     return {part: tokenize(cast(Any, tokenizer), texts.part(part), context=context) for part in get_args(Part)}
 
 
-def _calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
+def count_calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
     """Return how many tokens of all languages are calibrated on; line ends and beginnings are not counted."""
     if config.calibration_texts is not None and config.tokens_per_language is None:
         return None
@@ -197,7 +197,7 @@ def _calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
     return languages * (config.tokens_per_language or min(counts.values()))
 
 
-def _heads(files: ModelFiles, outline: Outline) -> int:
+def count_heads(files: ModelFiles, outline: Outline) -> int:
     """Return the number of attention heads; one wide one where the config has no such number that fits."""
     counts = [files.config[key] for key in ("num_attention_heads", "n_head") if isinstance(files.config.get(key), int)]
     return next((heads for heads in counts if heads > 0 and outline.width % heads == 0), 1)

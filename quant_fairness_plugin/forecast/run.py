@@ -56,26 +56,44 @@ class Run:
 
     def steps(self) -> tuple[Step, ...] | Undefined:
         """Return the steps of `run --protect-layers auto` in their order, or why their time is not known."""
+        unknown = self.unknown
+        if unknown is not None:
+            return unknown
+        assert self.calibrated is not None
+        return tuple(self._steps(measure_solving(self.outline, self.config.grid, self.config.effort), self.calibrated))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        layers = range(self.outline.layers)
+        return any(group.routed for layer in layers for group in self.outline.family.units_of(layer))
+
+    @property
+    def unknown(self) -> Undefined | None:
+        """Why the time of a quantization is not known; None where it is."""
         if not find_method(self.config.method).timed or self.config.backend != NATIVE:
             return Undefined(f"only the time of our own GPTQ is forecast, not that of {self.config.method}")
-        if any(group.routed for layer in range(self.outline.layers) for group in self.outline.family.units_of(layer)):
+        if self.has_experts:
             return Undefined("it depends on the experts that the tokens of every language reach")
         if self.calibrated is None:
             return Undefined("it depends on how much the calibration texts hold; say so with --tokens-per-language")
-        return tuple(self._steps(measure_solving(self.outline, self.config.grid, self.config.effort), self.calibrated))
+        return None
 
     def _steps(self, solving: Solving, calibrated: int) -> Iterator[Step]:
-        quantized = self._quantized(solving, calibrated)
+        quantized = self.quantized(solving, calibrated)
         yield Step("quantize twice", quantized.times(2))  # to score the errors, and by the plan
-        yield Step("score", self._scored())
+        yield Step("score", self.scored(self.config.sentences or SENTENCES))
         yield Step("try plans", self._tried())
         yield Step("write and verify", self._read())
         yield Step("measure", self._passed(self.confirm, 1.0, passes=STATES, states=STATES))
         if prompts := self._prompts():
             yield Step("prompts", prompts)
 
-    def _quantized(self, solving: Solving, calibrated: int) -> Range:
-        """One quantization: calibration tokens up to every fusion group and behind the block, moments, solutions."""
+    def quantized(self, solving: Solving, calibrated: int) -> Range:
+        """Return the time of one quantization.
+
+        Calibration tokens go up to every fusion group and behind the block; then come moments and solutions.
+        """
         outline, total = self.outline, NOTHING
         method = find_method(self.config.method).at(self.config.effort)
         models = 2 if method.compares_inputs else 1  # the 16-bit one as well
@@ -89,10 +107,14 @@ class Run:
             total += self.speed.block.times(calibrated * passes * models)
         return total
 
-    def _scored(self) -> Range:
-        """Which languages the model knows, then gradients on some sentences of each along the errors of every unit."""
+    def scored(self, sentences: int) -> Range:
+        """Return the time of scores: which languages the model knows, then gradients along the errors of every unit.
+
+        Args:
+            sentences: of each language, whose gradients are taken.
+        """
         kinds = len({*self.config.menu, precision_of_bits(self.config.bits)} - {"fp16"})
-        share = self._share(SENTENCES)
+        share = self._share(sentences)
         weights = fitting_weights(self.outline, fitting_groups(self.outline, self.config.grid))
         found = self._passed(self.search, 1.0, passes=1, states=1)
         found += self._passed(self.search, share, passes=1 + BACKWARD_STEPS + kinds, states=HEAD_BACK)
@@ -100,9 +122,9 @@ class Run:
 
     def _tried(self) -> Range:
         """The plan and its neighbours, which share the blocks before the first difference."""
+        share = self._share(self.config.sentences or EXACT_SENTENCES)
         least, most = (
-            self._passed(self.search, self._share(EXACT_SENTENCES), passes=plans, states=plans + 1)
-            for plans in (2, 2 + NEIGHBOURS)
+            self._passed(self.search, share, passes=plans, states=plans + 1) for plans in (2, 2 + NEIGHBOURS)
         )
         return Range(least.low, most.high)
 

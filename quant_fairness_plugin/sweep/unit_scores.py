@@ -14,9 +14,10 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank, check_bank_fits
 from quant_fairness_plugin.sweep.engine import support_of
 from quant_fairness_plugin.sweep.execution import Execution
-from quant_fairness_plugin.sweep.fisher import Changes, score_sentences, spread
+from quant_fairness_plugin.sweep.fisher import Changes, score_sentences
 from quant_fairness_plugin.sweep.memory import count_needs
 from quant_fairness_plugin.sweep.sampling import Sampling
+from quant_fairness_plugin.sweep.search_time import Scored, score_in_time
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 
 
@@ -42,7 +43,7 @@ def score_units(
         menu: what a unit can get instead; 16 bit needs no score.
         units: the model's units.
         bank: their weights at the grid's precision and at those of the menu.
-        sampling: how many sentences and labels the scores are estimated from.
+        sampling: how many sentences and labels the scores are estimated from, and the time for them.
         progress: called with (steps done, in all).
 
     Raises:
@@ -62,11 +63,16 @@ def score_units(
     scorer = partial(score_plans_layerwise, loaded, units=units, bank=bank, execution=execution)
     statuses = support_of(loaded, texts, scorer)
     supported = [language for language, status in statuses.items() if status == "supported"]
-    some = spread(texts.choose(supported), sampling.sentences)
     draws, seed = sampling.draws, sampling.seed
-    scores, bytes_ = score_sentences(loaded, some, changes, draws=draws, seed=seed, progress=progress)
+
+    def score(some: TextSet, seed: int) -> Scored:
+        return score_sentences(loaded, some, changes, draws=draws, seed=seed, progress=progress)
+
+    chosen = texts.choose(supported)
+    scores, bytes_ = score_in_time(score, chosen, sampling.sentences, seed=seed, search=sampling.search)
+    sentences = len(bytes_[supported[0]])
     layer_bytes, other_bytes = count_bytes(loaded, grid, kinds)
-    arguments = {"grid": str(grid), "bank": bank.description, "sentences": len(some), "draws": draws, "menu": [*menu]}
+    arguments = {"grid": str(grid), "bank": bank.description, "sentences": sentences, "draws": draws, "menu": [*menu]}
     return UnitScores(
         provenance=provenance(loaded, texts, seed=seed, arguments=arguments),
         layers=loaded.layers,
