@@ -82,6 +82,8 @@ class Forecast:
     """Of the block passes, the head and the rounding; without loading the model, and without the statistics."""
     run: tuple[Step, ...] | Undefined
     """What `run` as it comes takes: with a plan by gradients, which sweeps nothing."""
+    unplanned: tuple[Step, ...] | Undefined
+    """What `quantize --protect-layers none` takes."""
     speed: Speed
     memory: Memory
     """With the whole model in memory."""
@@ -111,7 +113,7 @@ def forecast(
         files: the model's files.
         texts: the whole text set; a sweep reads its `search` part.
         config: grid and protected layers; `auto` counts as none.
-        sweep: which plans; a search is not counted, as it depends on the scores.
+        sweep: which plans; a search among them is not counted.
         memory_budget: bytes that a streamed sweep may take.
         formats: checkpoint formats to look at.
         readers: readers to look at.
@@ -134,17 +136,17 @@ def forecast(
         outline, config.grid, row_tokens=text.padded // sum(rows for rows, _, _ in text.batches),
         heads=count_heads(files, outline), states=len(trees[1][1].stages[-1]),
     )  # fmt: skip
-    precisions = len(sweep.precisions)
+    run, precisions = _run(outline, config, texts, tokenized, speed), len(sweep.precisions)
+    once = run.once()
     least, most = (count_work(outline, groups, walks, text, precisions=precisions) for walks in trees)
     return Forecast(
         model=files.name, family=outline.family.name, layers=files.layers, parameters=outline.parameters,
         plans=sum(len(tree.leaves) - 1 for tree in trees[1]),
         kept_groups=kept_groups(outline, groups),
-        text=text,
-        least=least,
-        most=most,
+        text=text, least=least, most=most,
         seconds=Range(least.seconds(speed).low, most.seconds(speed).high),
-        run=_run(outline, config, texts, tokenized, speed).steps(),
+        run=run.steps(once),
+        unplanned=run.steps(once, planned=False),
         speed=speed,
         memory=in_memory(outline, groups, trees[1], text, precisions=precisions),
         streamed=streamed(outline, trees[1], text, precisions=precisions, budget=memory_budget),

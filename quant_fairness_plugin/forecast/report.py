@@ -22,6 +22,9 @@ def forecast_lines(result: Forecast) -> Iterator[str]:
     if result.kept_groups:
         yield f"            {', '.join(result.kept_groups)}: not fitted by the grid, 16 bit in every plan"
     yield _run_line(result.run)
+    if not isinstance(result.unplanned, Undefined):
+        whole = _duration(sum((step.seconds for step in result.unplanned), NOTHING))
+        yield f"            {whole} without a plan: quantize --protect-layers none"
     yield from _sweep_lines(result)
     yield _time_line(result)
     yield f"memory      at least {_memory(result.memory)}; Python, its libraries and freed memory come on top"

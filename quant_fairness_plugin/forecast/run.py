@@ -54,13 +54,27 @@ class Run:
     confirm: Text
     speed: Speed
 
-    def steps(self) -> tuple[Step, ...] | Undefined:
-        """Return the steps of `run --protect-layers auto` in their order, or why their time is not known."""
-        unknown = self.unknown
-        if unknown is not None:
-            return unknown
-        assert self.calibrated is not None
-        return tuple(self._steps(measure_solving(self.outline, self.config.grid, self.config.effort), self.calibrated))
+    def steps(self, once: Range | Undefined, *, planned: bool = True) -> tuple[Step, ...] | Undefined:
+        """Return the steps in their order, or why their time is not known.
+
+        Args:
+            once: what a quantization takes, of `once`.
+            planned: of `run --protect-layers auto`; else of `quantize --protect-layers none`.
+        """
+        if isinstance(once, Undefined):
+            return once
+        return tuple(self._planned(once) if planned else self._unplanned(once))
+
+    def once(self) -> Range | Undefined:
+        """Return the time of one quantization, with the solver timed now, or why it is not known."""
+        if not find_method(self.config.method).timed or self.config.backend != NATIVE:
+            return Undefined(f"only the time of our own GPTQ is forecast, not that of {self.config.method}")
+        if self.has_experts:
+            return Undefined("it depends on the experts that the tokens of every language reach")
+        if self.calibrated is None:
+            return Undefined("it depends on how much the calibration texts hold; say so with --tokens-per-language")
+        solving = measure_solving(self.outline, self.config.grid, self.config.effort)
+        return self._quantized(solving, self.calibrated)
 
     @property
     def has_experts(self) -> bool:
@@ -68,28 +82,23 @@ class Run:
         layers = range(self.outline.layers)
         return any(group.routed for layer in layers for group in self.outline.family.units_of(layer))
 
-    @property
-    def unknown(self) -> Undefined | None:
-        """Why the time of a quantization is not known; None where it is."""
-        if not find_method(self.config.method).timed or self.config.backend != NATIVE:
-            return Undefined(f"only the time of our own GPTQ is forecast, not that of {self.config.method}")
-        if self.has_experts:
-            return Undefined("it depends on the experts that the tokens of every language reach")
-        if self.calibrated is None:
-            return Undefined("it depends on how much the calibration texts hold; say so with --tokens-per-language")
-        return None
-
-    def _steps(self, solving: Solving, calibrated: int) -> Iterator[Step]:
-        quantized = self.quantized(solving, calibrated)
+    def _planned(self, quantized: Range) -> Iterator[Step]:
         yield Step("quantize twice", quantized.times(2))  # to score the errors, and by the plan
         yield Step("score", self.scored(self.config.sentences or SENTENCES))
         yield Step("try plans", self._tried())
+        yield from self._checked(STATES)
+
+    def _unplanned(self, quantized: Range) -> Iterator[Step]:
+        yield Step("quantize", quantized)
+        yield from self._checked(STATES - 1)
+
+    def _checked(self, states: int) -> Iterator[Step]:
         yield Step("write and verify", self._read())
-        yield Step("measure", self._passed(self.confirm, 1.0, passes=STATES, states=STATES))
+        yield Step("measure", self._passed(self.confirm, 1.0, passes=states, states=states))
         if prompts := self._prompts():
             yield Step("prompts", prompts)
 
-    def quantized(self, solving: Solving, calibrated: int) -> Range:
+    def _quantized(self, solving: Solving, calibrated: int) -> Range:
         """Return the time of one quantization.
 
         Calibration tokens go up to every fusion group and behind the block; then come moments and solutions.

@@ -10,7 +10,6 @@ from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.forecast import count_calibrated, count_heads
 from quant_fairness_plugin.forecast.passes import Range, count_text
 from quant_fairness_plugin.forecast.run import STATES, Run
-from quant_fairness_plugin.forecast.solving import measure_solving
 from quant_fairness_plugin.forecast.speed import measure_speed
 from quant_fairness_plugin.measure.rows import position_limit, tokenize_for
 from quant_fairness_plugin.model.load import LoadedModel
@@ -38,12 +37,8 @@ class Search:
         scored = self.scored(sentences)
         if isinstance(scored, Undefined) or not quantizes:
             return scored
-        run = self.run
-        if run.unknown is not None:
-            return run.unknown
-        assert run.calibrated is not None
-        solving = measure_solving(run.outline, run.config.grid, run.config.effort)
-        return scored + run.quantized(solving, run.calibrated)
+        once = self.run.once()
+        return once if isinstance(once, Undefined) else scored + once
 
 
 def forecast_search(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> Search:

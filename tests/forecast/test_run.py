@@ -18,7 +18,7 @@ from quant_fairness_plugin.forecast import Forecast, forecast
 from quant_fairness_plugin.forecast import run as module
 from quant_fairness_plugin.forecast.passes import Range, Text
 from quant_fairness_plugin.forecast.report import forecast_lines
-from quant_fairness_plugin.forecast.run import PROMPT_TOKENS, STATES, Run, Step
+from quant_fairness_plugin.forecast.run import PROMPT_TOKENS, STATES, Run
 from quant_fairness_plugin.forecast.solving import MOST_COLUMNS, Solving, measure_solving
 from quant_fairness_plugin.forecast.speed import Speed
 from quant_fairness_plugin.model.outline import outline_model
@@ -46,9 +46,9 @@ def run_of(folder: Path, config: FairConfig, **changes: Any) -> Run:
     return replace(run, **changes)
 
 
-def seconds(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Range]:
+def seconds(run: Run, monkeypatch: pytest.MonkeyPatch, *, planned: bool = True) -> dict[str, Range]:
     monkeypatch.setattr(module, "measure_solving", lambda *_: FREE)
-    steps = run.steps()
+    steps = run.steps(run.once(), planned=planned)
     assert not isinstance(steps, Undefined)
     return {step.name: step.seconds for step in steps}
 
@@ -91,6 +91,16 @@ def test_texts_go_through_blocks_as_often_as_there_are_states(
     assert asked["prompts"].low == 2 * 3 * 2 * (PROMPT_TOKENS + 32) * LAYERS  # states, prompts, languages
 
 
+def test_without_a_plan_a_run_quantizes_once_and_measures_one_state_less(
+    planted_model: Path, config: FairConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(planted_model, config)
+    planned, bare = seconds(run, monkeypatch), seconds(run, monkeypatch, planned=False)
+    assert list(bare) == ["quantize", "write and verify", "measure"]
+    assert bare["quantize"].times(2) == planned["quantize twice"]
+    assert bare["measure"].times(STATES / (STATES - 1)).low == pytest.approx(planned["measure"].low)
+
+
 @pytest.mark.parametrize(
     ("settings", "known", "reason"),
     [
@@ -101,7 +111,7 @@ def test_texts_go_through_blocks_as_often_as_there_are_states(
 def test_what_cannot_be_counted_is_not_forecast(
     settings: dict[str, Any], known: int | None, reason: str, planted_model: Path, config: FairConfig
 ) -> None:
-    found = run_of(planted_model, replace(config, **settings), calibrated=known).steps()
+    found = run_of(planted_model, replace(config, **settings), calibrated=known).once()
     assert isinstance(found, Undefined)
     assert reason in found.undefined
 
@@ -114,6 +124,8 @@ def test_the_forecast_counts_the_calibration_text_and_says_the_steps(planted_mod
     [line] = [line for line in forecast_lines(found) if line.startswith("run  ")]
     assert "as it comes, with a plan by gradients" in line
     assert "quantize twice " in line
+    [bare] = [line for line in forecast_lines(found) if "quantize --protect-layers none" in line]
+    assert "without a plan" in bare
     assert not isinstance(found.run, Undefined)
     assert all(0 < step.seconds.low <= step.seconds.high for step in found.run)
     unknown = replace(found, run=Undefined("for a reason"))
@@ -124,13 +136,13 @@ def test_calibration_tokens_are_those_of_a_real_run(
     planted_model: Path, config: FairConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[int | None] = []
-    plain = Run.steps
+    plain = Run.once
 
-    def note(self: Run) -> tuple[Step, ...] | Undefined:
+    def note(self: Run) -> Range | Undefined:
         counted.append(self.calibrated)
         return plain(self)
 
-    monkeypatch.setattr(Run, "steps", note)
+    monkeypatch.setattr(Run, "once", note)
     for settings in ({}, {"calibration": "english"}, {"tokens_per_language": 50}, {"calibration": "proportional"}):
         changed = replace(config, **settings)  # type: ignore[arg-type]
         forecast(resolve_model(str(planted_model)), planted_texts(), changed)
