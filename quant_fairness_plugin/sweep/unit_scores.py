@@ -71,17 +71,9 @@ def score_units(
     }  # fmt: skip
     return UnitScores(
         provenance=provenance(loaded, texts, seed=sampling.seed, arguments=arguments),
-        layers=loaded.layers,
-        grid=grid,
-        precisions=kinds,
-        errors=bank.description,
-        languages=statuses,
-        draws=sampling.draws,
-        bytes_=bytes_,
-        kl_nats=scores,
-        layer_bytes=layer_bytes,
-        other_bytes=other_bytes,
-    )
+        layers=loaded.layers, grid=grid, precisions=kinds, errors=bank.description, languages=statuses,
+        draws=sampling.draws, bytes_=bytes_, kl_nats=scores, layer_bytes=layer_bytes, other_bytes=other_bytes,
+    )  # fmt: skip
 
 
 def _fitting(loaded: LoadedModel, precisions: int) -> Execution:
