@@ -20,7 +20,7 @@ from quant_fairness_plugin.forecast.passes import Range, Text
 from quant_fairness_plugin.forecast.report import forecast_lines
 from quant_fairness_plugin.forecast.run import PROMPT_TOKENS, STATES, Run
 from quant_fairness_plugin.forecast.solving import MOST_COLUMNS, Solving, measure_solving
-from quant_fairness_plugin.forecast.speed import Speed
+from quant_fairness_plugin.forecast.speed import Shared, Speed
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource
@@ -158,6 +158,7 @@ def test_solving_is_timed_at_the_widths_of_the_model_and_grows_beyond_them(
     seconds = iter([Range(1.0, 1.0), Range(8.0, 8.0)] * 9)
     monkeypatch.setattr("quant_fairness_plugin.forecast.solving.timed", lambda call, **_: next(seconds))
     monkeypatch.setattr("quant_fairness_plugin.forecast.solving.MOST_COLUMNS", 64)
+    monkeypatch.setattr(Shared, "factor", 1.0)
     found = measure_solving(outline, config.grid, "normal")
     assert (found.matrix[64], found.row[64]) == (NOTHING, Range(7 / 224, 7 / 224))  # 32 rows in 1 s, 256 in 8 s
     wider = next(width for width in found.row if width > 64)
