@@ -64,7 +64,7 @@ def _shown() -> Iterator[Show]:
 
         def show(step: str, done: int, total: int) -> None:
             if _is_said(step, done, total, known=step in tasks):
-                bars.console.print(step)
+                bars.console.print(step, markup=False, highlight=False)
                 return
             if step not in tasks:
                 tasks[step] = bars.add_task(step, total=None)  # which moves to and fro
