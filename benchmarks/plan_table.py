@@ -182,7 +182,9 @@ TIMES = """## How long it takes
 Each row below is a command right behind its forecast, on one thread (`benchmarks/forecast_table.py`, rows in
 `benchmarks/results/cpu/forecast_table.jsonl`). The ratios are to the geometric middle of the forecast; bold is off by
 more than 1.5 times. Load is the number of processes that wanted the machine's two cores before and after, by the last
-minute's average: above 2, wall seconds count what others did, and CPU seconds are what the wall would have been.
+minute's average; above 2, wall seconds count what others did. The forecast counts other work as it is at that moment
+(`other work then`), which does not stay the same. CPU seconds are about what the wall would be on a machine of one's
+own; their ratio is to the forecast without other work.
 
 <!-- table forecast -->
 <!-- end -->

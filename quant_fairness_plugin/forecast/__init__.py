@@ -36,6 +36,7 @@ from quant_fairness_plugin.forecast.passes import (
 )
 from quant_fairness_plugin.forecast.run import Run, Step
 from quant_fairness_plugin.forecast.speed import Speed, measure_speed
+from quant_fairness_plugin.forecast.starting import start_seconds
 from quant_fairness_plugin.forecast.work import Work, count_work
 from quant_fairness_plugin.measure.rows import TokenRows, tokenize
 from quant_fairness_plugin.model.layers import check_layers
@@ -162,6 +163,7 @@ def _run(
     return Run(
         outline=outline, config=config, languages=texts.languages,
         calibrated=count_calibrated(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
+        start=start_seconds(),
     )  # fmt: skip
 
 

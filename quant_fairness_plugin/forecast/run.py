@@ -1,7 +1,7 @@
 """The time of a whole `run` with its default plan: what each step does, counted, at the speed that was measured.
 
-Counted is what takes most of the time: tokens through blocks and head, second moments, the solver. Left out are
-starting Python, reading files and choosing among plans.
+Counted is what takes most of the time: starting Python, tokens through blocks and head, second moments, the solver.
+Left out are reading files and choosing among plans.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ class Run:
     search: Text
     confirm: Text
     speed: Speed
+    start: float = 0.0
+    """Seconds that Python takes to import what a run does; 0 where that is done."""
 
     def steps(self, once: Range | Undefined, *, planned: bool = True) -> tuple[Step, ...] | Undefined:
         """Return the steps in their order, or why their time is not known.
@@ -83,12 +85,19 @@ class Run:
         return any(group.routed for layer in layers for group in self.outline.family.units_of(layer))
 
     def _planned(self, quantized: Range) -> Iterator[Step]:
+        yield from self._started()
         yield Step("quantize twice", quantized.times(2))  # to score the errors, and by the plan
         yield Step("score", self.scored(self.config.sentences or SENTENCES))
         yield Step("try plans", self._tried())
         yield from self._checked(STATES)
 
+    def _started(self) -> Iterator[Step]:
+        if self.start:
+            seconds = self.start * self.speed.shared
+            yield Step("start", Range(seconds, seconds))
+
     def _unplanned(self, quantized: Range) -> Iterator[Step]:
+        yield from self._started()
         yield Step("quantize", quantized)
         yield from self._checked(STATES - 1)
 

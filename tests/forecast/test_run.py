@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from quant_fairness_plugin.forecast.report import forecast_lines
 from quant_fairness_plugin.forecast.run import PROMPT_TOKENS, STATES, Run
 from quant_fairness_plugin.forecast.solving import MOST_COLUMNS, Solving, measure_solving
 from quant_fairness_plugin.forecast.speed import Shared, Speed
+from quant_fairness_plugin.forecast.starting import start_seconds
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource
@@ -99,6 +102,26 @@ def test_without_a_plan_a_run_quantizes_once_and_measures_one_state_less(
     assert list(bare) == ["quantize", "write and verify", "measure"]
     assert bare["quantize"].times(2) == planned["quantize twice"]
     assert bare["measure"].times(STATES / (STATES - 1)).low == pytest.approx(planned["measure"].low)
+
+
+def test_starting_is_counted_with_what_else_runs(
+    planted_model: Path, config: FairConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(planted_model, config, start=6.0, speed=replace(BLOCKS_ALONE, shared=2.0))
+    for planned in (True, False):
+        found = seconds(run, monkeypatch, planned=planned)
+        assert next(iter(found)) == "start"
+        assert found["start"] == Range(12.0, 12.0)
+
+
+def test_a_fresh_python_is_started_once_to_see_how_long_that_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([SimpleNamespace(children_user=user, children_system=1.0) for user in (2.0, 7.0)])
+    lines: list[list[str]] = []
+    monkeypatch.setattr("quant_fairness_plugin.forecast.starting.os.times", lambda: next(times))
+    monkeypatch.setattr("quant_fairness_plugin.forecast.starting.subprocess.run", lambda line, **_: lines.append(line))
+    fresh = start_seconds.__wrapped__
+    assert fresh() == 5.0
+    assert lines == [[sys.executable, "-c", "import quant_fairness_plugin.fair_quantizer"]]
 
 
 @pytest.mark.parametrize(
