@@ -189,8 +189,8 @@ own; their ratio is to the forecast without other work.
 <!-- table forecast -->
 <!-- end -->
 
-A search with [`--time`](quantize.md) that has to stop before it is through. The command's seconds hold starting Python
-and reading the model as well, which the stated time does not.
+Searches with a [`--time`](quantize.md) that is short for them: `recommend --max-overhead 0.1`. The command's seconds
+hold starting Python and reading the model as well, which the stated time does not.
 
 <!-- table search-time -->
 <!-- end -->
