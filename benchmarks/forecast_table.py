@@ -35,7 +35,7 @@ MODELS = {"demo": "en,fr,de", "demo-gpt2": "en,fr,de", "SmolLM2-135M": "en,zh"}
 PLANNED, BARE, IN_TIME = "auto", "none", "time"
 FORECASTS = {PLANNED: "run", BARE: "unplanned"}
 """What is run → the steps of `plan --json` that are about it."""
-TIMES = {"demo": "90s", "demo-gpt2": "90s", "SmolLM2-135M": "3min"}
+TIMES = {"demo": "60s", "demo-gpt2": "60s", "SmolLM2-135M": "3min"}
 WITHIN = 1.5
 ENTRY = ("-c", "from quant_fairness_plugin.cli.main import main; main()")
 SEED = 0

@@ -189,7 +189,7 @@ own; their ratio is to the forecast without other work.
 <!-- table forecast -->
 <!-- end -->
 
-Searches with a [`--time`](quantize.md) that is short for them: `recommend --max-overhead 0.1`. The command's seconds
+Searches with [`--time`](quantize.md): `recommend --max-overhead 0.1`, on the same busy machine. The command's seconds
 hold starting Python and reading the model as well, which the stated time does not.
 
 <!-- table search-time -->
