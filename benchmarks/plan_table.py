@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import forecast_table
+from pages import write_tables
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import write_atomically
@@ -129,7 +131,9 @@ def render() -> None:
         mine = {row["state"]: row for row in rows if row["model"] == model}
         if mine:
             parts += [f"## {model}\n", table(mine), sentences_of(mine)]
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
+    PAGE.write_text("\n".join([*parts, TIMES]), encoding="utf-8")
+    # The page's last tables have rows of their own.
+    write_tables(PAGE, forecast_table.tables())
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -170,6 +174,26 @@ intervals say nothing about. In `auto` the units in 8 bit and all others are qua
 put back into `INT4`; none where one layer costs more than the budget. Scores, choice and comparison are of the `search`
 part. SmolLM2-135M is dequantized from a 4-bit
 file, so that its figures are those of a second quantization. Models without a table were not measured.
+"""
+
+TIMES = """## How long it takes
+
+`quant-fairness plan` says beforehand how long a run takes: parts of the work are timed for a few seconds, and counted.
+Each row below is a command right behind its forecast, on one thread (`benchmarks/forecast_table.py`, rows in
+`benchmarks/results/cpu/forecast_table.jsonl`). The ratios are to the geometric middle of the forecast; bold is off by
+more than 1.5 times. Load is the number of processes that wanted the machine's two cores before and after, by the last
+minute's average; above 2, wall seconds count what others did. The forecast counts other work as it is at that moment
+(`other work then`), which does not stay the same. CPU seconds are about what the wall would be on a machine of one's
+own; their ratio is to the forecast without other work.
+
+<!-- table forecast -->
+<!-- end -->
+
+Searches with [`--time`](quantize.md): `recommend --max-overhead 0.1`, on the same busy machine. The command's seconds
+hold starting Python and reading the model as well, which the stated time does not.
+
+<!-- table search-time -->
+<!-- end -->
 """
 
 

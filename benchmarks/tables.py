@@ -31,6 +31,7 @@ SCRIPTS = (
     "effort_table",
     "faults",
     "hypotheses_table",
+    "forecast_table",
     "fuzz",
     "load",
     "peers_table",

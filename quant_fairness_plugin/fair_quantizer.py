@@ -11,6 +11,7 @@ arguments of a step, in `steps`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,9 +125,20 @@ class FairQuantizer(Opened):
         """
         if self._scores is None:
             planning.check_scorable(self.loaded)
-            progress = partial(self._progress, "score")
-            self._scores = planning.score(self.loaded, self.texts, self.config, self._scoring_bank(), progress=progress)
+            progress, search = partial(self._progress, "score"), self._time()
+            with nullcontext() if search is None else search.counted():
+                if search is not None:
+                    steps.check_time(self.loaded, self.texts, self.config, search, quantizes=self._quantizes_to_score())
+                self._scores = planning.score(
+                    self.loaded, self.texts, self.config, self._scoring_bank(), search=search, progress=progress
+                )
         return self._scores
+
+    def _quantizes_to_score(self) -> bool:
+        """Return whether scores take a quantization that is still to be made; a folder to work in may hold it."""
+        if not planning.quantizes_first(self.config) or self._place.folder is not None:
+            return False
+        return self._bare is None or not planning.made_as(self._bare, self.config)
 
     def recommend(self, report: SweepReport | UnitScores | None = None) -> ProtectionPlan:
         """Return what gets which precision: the configuration's layers, or what scores or a sweep recommend.
@@ -159,8 +171,16 @@ class FairQuantizer(Opened):
         if not isinstance(report, UnitScores):
             return steps.recommend(self.loaded, self.config, report)
         # Scores from a file are planned by as they are: to evaluate plans, the weights would have to be made again.
-        bank, progress = self._scoring_bank() if report is self._scores else None, partial(self._progress, "compare")
-        return planning.plan_by_scores(self.loaded, self.texts, self.config, report, bank, progress=progress)
+        bank = self._scoring_bank() if report is self._scores else None
+        watched = planning.Watched(
+            progress=partial(self._progress, "compare"),
+            best=lambda words: self._progress(f"best plan so far: {words}", 1, 1),
+        )
+        search = self._time() if bank is not None else None
+        with nullcontext() if search is None else search.counted():
+            return planning.plan_by_scores(
+                self.loaded, self.texts, self.config, report, bank, search=search, watched=watched
+            )
 
     def _scoring_bank(self) -> Bank:
         bare = self._unprotected() if planning.quantizes_first(self.config) else None

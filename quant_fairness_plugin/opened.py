@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import replace
@@ -24,6 +25,7 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.preflight import Checked, ModelSource, configure, preflight
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.workplace import Workplace
+from quant_fairness_plugin.sweep.sampling import SearchTime
 
 Progress = Callable[[str, int, int], None]
 """Called with (step, done, in all)."""
@@ -54,6 +56,8 @@ class Opened:
         self._quantized: QuantizedModel | None = None
         self._exported: Path | None = None
         self._tried = False
+        self._clock: Callable[[], float] = time.monotonic
+        self._search: SearchTime | None = None
 
     @classmethod
     def from_pretrained(
@@ -126,7 +130,9 @@ class Opened:
         if not isinstance(layers, str):
             layers = check_layers(layers, self.loaded.layers) if layers else "none"
         other = copy(self)
-        other.config = replace(self.config, protect_layers=layers)
+        search = self.config if layers == "auto" else FairConfig()  # else there is none to bound
+        other.config = replace(self.config, protect_layers=layers, time=search.time, sentences=search.sentences)
+        other._search = None
         other._remember_plan(None)
         return other
 
@@ -140,6 +146,12 @@ class Opened:
     def last_sweep(self) -> SweepReport | None:
         """The sweep that is remembered; None before the first one."""
         return self._report
+
+    def _time(self) -> SearchTime | None:
+        """Return the time for the search of a plan, what was done of it taken off; None where none was stated."""
+        if self._search is None and self.config.time is not None:
+            self._search = SearchTime(self.config.time, self._clock)
+        return self._search
 
     def _remember_plan(self, plan: ProtectionPlan | None) -> None:
         if plan is not None:

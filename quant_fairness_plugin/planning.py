@@ -5,10 +5,19 @@ Takes a model, texts and a `FairConfig`; returns `UnitScores`, and from them a `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from quant_fairness_plugin.artifacts import Precision, ProtectionPlan, TextSet, Unit, UnitScores, precision_of_bits
+from quant_fairness_plugin.artifacts import (
+    Bootstrap,
+    Precision,
+    ProtectionPlan,
+    StateScores,
+    TextSet,
+    Unit,
+    UnitScores,
+    precision_of_bits,
+)
 from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.parsers import read_target
@@ -22,12 +31,12 @@ from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.recommend import Limit
 from quant_fairness_plugin.recommend.assembly import Choice
-from quant_fairness_plugin.recommend.estimated import Demand, Planner
+from quant_fairness_plugin.recommend.estimated import Candidate, Demand, Planner
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
-from quant_fairness_plugin.sweep.sampling import EXACT_SENTENCES, Sampling
+from quant_fairness_plugin.sweep.sampling import EXACT_BY_SCORED, EXACT_SENTENCES, SENTENCES, Sampling, SearchTime
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 from quant_fairness_plugin.sweep.unit_scores import score_units
 from quant_fairness_plugin.texts.parts import overlap
@@ -114,17 +123,35 @@ def made_as(quantized: QuantizedModel, config: FairConfig) -> bool:
 
 
 def score(
-    loaded: LoadedModel, texts: TextSet, config: FairConfig, bank: Bank, *, progress: Progress | None = None
+    loaded: LoadedModel,
+    texts: TextSet,
+    config: FairConfig,
+    bank: Bank,
+    *,
+    search: SearchTime | None = None,
+    progress: Progress | None = None,
 ) -> UnitScores:
-    """Score every unit on the search part, at every precision of the menu and of what the user gave."""
+    """Score every unit on the search part, at every precision of the menu and of what the user gave.
+
+    Where a time for the search does not hold all sentences, as many as it holds are scored.
+    """
     menu, _ = menu_of(loaded, config)
     kinds = tuple(dict.fromkeys((*menu, *config.overrides.values())))
     units = map_units(loaded)
     scores = score_units(
         loaded, texts.part("search"), grid=config.grid, menu=kinds, units=units, bank=bank,
-        sampling=Sampling(seed=config.seed), progress=progress,
+        sampling=Sampling(sentences=config.sentences or SENTENCES, seed=config.seed, search=search), progress=progress,
     )  # fmt: skip
     return replace(scores, condition=overlap(texts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watched:
+    """What is heard of a search while it goes on."""
+
+    progress: Progress | None = None
+    best: Callable[[str], None] = lambda words: None
+    """Called with the best plan so far, in words."""
 
 
 def plan_by_scores(
@@ -134,9 +161,12 @@ def plan_by_scores(
     scores: UnitScores,
     bank: Bank | None,
     *,
-    progress: Progress | None = None,
+    search: SearchTime | None = None,
+    watched: Watched = Watched(),
 ) -> ProtectionPlan:
     """Return the plan that scores lead to, after exact evaluation of it and its neighbours where there is a bank.
+
+    With a time for the search, plans are evaluated one after another, as long as the next one fits.
 
     Raises:
         QualityGateError: no plan keeps the target or the limits, or the choice is unstable and `strict` is set.
@@ -150,18 +180,87 @@ def plan_by_scores(
             overrides=config.overrides, strict=config.strict, refused=_refused_units(loaded, config, scores, menu),
         ),
     )  # fmt: skip
-    candidates = planner.candidates()
-    evaluated = None
+    candidates: Sequence[Candidate] = planner.candidates()
+    first = candidates[0]
+    watched.best(f"{planner.describe(first)}; predicted {config.decides_by} {first.value:.4g}")
+    cut = _scored_of(texts, config, scores, search)
+    bootstrap, evaluated = replace(config.bootstrap, reference=None), None
     if bank is not None:
-        some = spread(texts.part("search").choose(tuple(scores.bytes_)), EXACT_SENTENCES)
-        grid = dict.fromkeys(scores.units, precision_of_bits(config.bits))
-        plans = {candidate.name: {**grid, **_by_unit(scores, candidate.choice)} for candidate in candidates}
-        evaluated = score_plans_layerwise(
-            loaded, plans, some, units=map_units(loaded), bank=bank,
-            execution=Execution(memory_budget=budget_of(loaded)), progress=progress,
-        )  # fmt: skip
-    plan = planner.plan(candidates, evaluated, replace(config.bootstrap, reference=None))
+        some = spread(texts.part("search").choose(tuple(scores.bytes_)), config.sentences or EXACT_SENTENCES)
+        exactly = Exactly(planner, loaded, some, bank, precision_of_bits(config.bits), watched, bootstrap)
+        if search is None:
+            evaluated = exactly.evaluate(candidates)
+        else:
+            candidates, evaluated, stopped = exactly.in_time(candidates, search)
+            cut = (*cut, *stopped)
+        if search is not None:
+            cut = cut or (f"--time {search.text} cut nothing",)
+            if search.left < 0:
+                cut = (*cut, f"the search took longer than --time {search.text}: what was begun was finished")
+    plan = planner.plan(candidates, evaluated, bootstrap, cut=cut)
     return with_columns(plan, loaded, config.protect_columns)
+
+
+def _scored_of(texts: TextSet, config: FairConfig, scores: UnitScores, search: SearchTime | None) -> tuple[str, ...]:
+    """Say how many sentences there was no time to score."""
+    wanted = min(config.sentences or SENTENCES, len(texts.part("search")))
+    scored = len(next(iter(scores.bytes_.values())))
+    if search is None or scored >= wanted:
+        return ()
+    return (f"scored on {scored} instead of {wanted} sentences a language by --time {search.text}",)
+
+
+@dataclass(frozen=True, slots=True)
+class Exactly:
+    """Exact evaluations of plans on some sentences."""
+
+    planner: Planner
+    loaded: LoadedModel
+    texts: TextSet
+    bank: Bank
+    quantized: Precision
+    watched: Watched
+    bootstrap: Bootstrap
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> dict[str, StateScores]:
+        """Return the scores of the 16-bit state and of the candidates, which share what they can of the work."""
+        scores = self.planner.scores
+        grid = dict.fromkeys(scores.units, self.quantized)
+        plans = {candidate.name: {**grid, **_by_unit(scores, candidate.choice)} for candidate in candidates}
+        return score_plans_layerwise(
+            self.loaded, plans, self.texts, units=map_units(self.loaded), bank=self.bank,
+            execution=Execution(memory_budget=budget_of(self.loaded)), progress=self.watched.progress,
+        )  # fmt: skip
+
+    def in_time(
+        self, candidates: Sequence[Candidate], search: SearchTime
+    ) -> tuple[Sequence[Candidate], dict[str, StateScores] | None, tuple[str, ...]]:
+        """Evaluate one candidate after another while the next one fits into what is left of the time.
+
+        Returns:
+            The candidates that were evaluated, the first one where none was; their scores; what was cut, in words.
+        """
+        evaluated: dict[str, StateScores] = {}
+        longest = (search.sentence or 0.0) * EXACT_BY_SCORED * len(self.texts)
+        for done, candidate in enumerate(candidates):
+            if search.left < longest:
+                return self._stopped(candidates, done, evaluated, search)
+            before = search.left
+            evaluated |= self.evaluate([candidate])
+            taken = before - search.left
+            longest = max(longest, taken) if done else taken
+            best, words = self.planner.measured(candidates[: done + 1], evaluated, self.bootstrap)
+            self.watched.best(f"{self.planner.describe(best)}; {words}")
+        return candidates, evaluated, ()
+
+    def _stopped(
+        self, candidates: Sequence[Candidate], done: int, evaluated: dict[str, StateScores], search: SearchTime
+    ) -> tuple[Sequence[Candidate], dict[str, StateScores] | None, tuple[str, ...]]:
+        said = f"stopped by --time {search.text} after {done} of {len(candidates)} exact plans; best so far: "
+        if not done:
+            return candidates[:1], None, (f"{said}{self.planner.describe(candidates[0])}, by prediction alone",)
+        best, _ = self.planner.measured(candidates[:done], evaluated, self.bootstrap)
+        return candidates[:done], evaluated, (f"{said}{self.planner.describe(best)}",)
 
 
 def _by_unit(scores: UnitScores, choice: Choice) -> dict[str, Precision]:

@@ -141,6 +141,7 @@ def preflight(
         _check_family_exportable(files, config)
         find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
+    _check_searched(sentences, config)
     if out is not None:
         _check_sentences(sentences, config)
     load_prompts(config.prompts)  # a file that cannot be read is found now
@@ -170,6 +171,16 @@ def _check_sentences(texts: TextSet, config: FairConfig) -> None:
                 f"text set {texts.name} has {held} sentence(s) in the part {part!r}, and {count} or more are needed "
                 f"({SMALLEST_SPLIT} in all to mean something). Give more sentences, or a part to each row"
             )
+
+
+def _check_searched(texts: TextSet, config: FairConfig) -> None:
+    """Refuse more sentences to search for a plan on than there are."""
+    held = len(texts.part("search"))
+    if config.sentences is not None and config.sentences > held:
+        raise ConfigError(
+            f"sentences {config.sentences}: text set {texts.name} has {held} of each language to search for a plan on; "
+            f"use {held} or fewer, or give more text"
+        )
 
 
 def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:

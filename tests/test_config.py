@@ -12,6 +12,7 @@ import pytest
 
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
+from quant_fairness_plugin.config.parsers import read_duration
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
@@ -41,6 +42,7 @@ CONFIGS = [
     {"protect_layers": (0, 9, 11), "languages": ("en", "no"), "reference": None, "max_overhead": 0.1 + 0.2},
     {"protect_layers": "none", "protect_units": ("3.down",), "int8_layers": (1, 2), "method": "awq", "symmetric": True},
     {"target": "mean=0.1", "limits": {"he": 0.05}, "exhaustive": True},
+    {"time": "10min", "sentences": 6},
     {"precisions": ("fp16", "int8"), "tokens_per_language": 500, "strict": True, "seed": 7, "quantize_rest_to": "INT4"},
 ]
 
@@ -224,6 +226,38 @@ def test_precisions_that_auto_cannot_choose_from(chosen: dict[str, Any], message
 def test_limits_that_no_plan_keeps_are_refused(chosen: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make_config(**chosen)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"time": "10"}, "time '10' is no duration above 0; write a number with its unit: 90s, 10min or 1h"),
+        ({"time": "0s"}, "time '0s' is no duration above 0"),
+        ({"time": "-5min"}, "time '-5min' is no duration"),
+        ({"time": 600}, "time 600: Input should be a valid string"),
+        (
+            {"time": "1h", "protect_layers": "none"},
+            "time 1h bounds .*, and protect_layers none leaves no plan",
+        ),
+        ({"time": "1h", "protect_layers": (0,)}, "protect_layers 0 leaves no plan"),
+        ({"time": "1h", "top": 2}, "top 2 is the first of a sweep of layers"),
+        ({"time": "1h", "exhaustive": True}, "exhaustive asks for a sweep"),
+        ({"time": "1h", "precisions": ("fp16",)}, "precisions fp16 asks for a sweep"),
+        ({"sentences": 4, "objective": "disparity"}, "sentences 4 bounds the search .* disparity asks for a sweep"),
+        ({"sentences": 1}, "sentences 1 are too few to compare plans on; use 2 or more"),
+    ],
+)
+def test_bounds_of_a_search_that_is_not_made_or_cannot_be_kept_are_refused(
+    chosen: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(**chosen)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10min", 600), ("1h", 3600), (" 1.5 min ", 90)])
+def test_durations_are_read(text: str, seconds: float) -> None:
+    assert read_duration(text) == seconds
+    assert FairConfig(time=text).time == text
 
 
 def test_auto_scores_units_unless_a_sweep_is_asked_for() -> None:

@@ -32,7 +32,8 @@ def progress(kept: str = NOTHING_LEFT) -> Iterator[Show]:
     with _shown() as show:
 
         def tell(step: str, done: int, total: int) -> None:
-            last[:] = [f" in {step!r}, {done} of {total}"]
+            if not done == total == 1:
+                last[:] = [f" in {step!r}, {done} of {total}"]
             show(step, done, total)
 
         try:
@@ -62,6 +63,9 @@ def _shown() -> Iterator[Show]:
         tasks: dict[str, TaskID] = {}
 
         def show(step: str, done: int, total: int) -> None:
+            if _is_said(step, done, total, known=step in tasks):
+                bars.console.print(step, markup=False, highlight=False)
+                return
             if step not in tasks:
                 tasks[step] = bars.add_task(step, total=None)  # which moves to and fro
             elif done < bars.tasks[tasks[step]].completed:  # it begins again
@@ -70,6 +74,11 @@ def _shown() -> Iterator[Show]:
             bars.update(tasks[step], completed=done, total=known)
 
         yield show
+
+
+def _is_said(step: str, done: int, total: int, *, known: bool) -> bool:
+    """Return whether a step is something to say, such as the best plan so far: done when it is first heard of."""
+    return not known and done == total == 1
 
 
 def _beat(lines: Lines, ended: threading.Event) -> None:
@@ -107,6 +116,9 @@ class Lines:
         """Write a line where a step is new, or where its last line is `SECONDS_BETWEEN_LINES` old."""
         with self._lock:
             now, state = self._clock(), self._steps.get(step)
+            if _is_said(step, done, total, known=state is not None):
+                sys.stderr.write(f"{step}\n")
+                return
             if state is None or done < state.done:  # a step that begins again is timed anew
                 state = self._steps[step] = _Step(step, now, done, done, total, now)
                 sys.stderr.write(f"{step} …\n")

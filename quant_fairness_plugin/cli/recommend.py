@@ -26,7 +26,7 @@ from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import plan_for_tool
 
 
-@options(config=("objective", *TEXTS, *COMPUTE, "exhaustive", "strict"), file=False)
+@options(config=("objective", *TEXTS, *COMPUTE, "exhaustive", "time", "sentences", "strict"), file=False)
 def recommend(
     config: FairConfig,
     limits: Limits,
@@ -49,6 +49,7 @@ def recommend(
         check_legacy(config, report=report, printed=printed != Printed(), **dict.fromkeys(budget, True))
         legacy_recommend(access.source(model), config, limits.top or SEED_TOP, output=output, as_json=as_json)
         return
+    limits.check_search(config, swept=report is not None or printed.frontier or printed.verify)
     config = limits.within(config)
     if report is None and limits.is_budget and limits.weights is None and not (printed.frontier or printed.verify):
         plan = _plan_by_scores(access.source(model), config)

@@ -73,6 +73,24 @@ class Limits:
         """Return whether a budget or a target was given."""
         return bool(self.given) and self.top is None
 
+    def check_search(self, config: FairConfig, *, swept: bool) -> None:
+        """Refuse bounds of a search by scores where there is none.
+
+        Args:
+            config: the configuration, with `time` and `sentences`.
+            swept: whether a saved sweep, or what only a sweep can answer, was asked for.
+
+        Raises:
+            ConfigError: names the bound.
+        """
+        given = {"--time": config.time, "--sentences": config.sentences}
+        for name, value in given.items():
+            if value is not None and (swept or self.weights is not None or not self.is_budget):
+                raise ConfigError(
+                    f"{name} {value} bounds the search for a plan by scores, and this is answered by a sweep: give "
+                    "--max-overhead, --max-bytes or --target, without a saved sweep, --weights, --frontier or --verify"
+                )
+
     def within(self, config: FairConfig) -> FairConfig:
         """Return the configuration with the number of layers, three without any limit, and the budget."""
         top = self.top if self.given else SEED_TOP

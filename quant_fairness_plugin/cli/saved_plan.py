@@ -22,6 +22,8 @@ PlanFile = Annotated[
     ),
 ]
 _DEFAULTS = FairConfig()
+SELECTING = ("protect_units", "int8_layers", "time", "sentences")
+"""What has no say beside a plan, wherever it is given."""
 
 
 def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | None, FairConfig]:
@@ -40,7 +42,7 @@ def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | Non
     plan = _read(path)
     if config.clip is None and config.grid.clip == "absmax":  # AWQ and other tools set ranges by rules of their own
         plan = replace(plan, grid=replace(plan.grid, clip="absmax"))
-    given = {name: getattr(config, name) for name in ("protect_units", "int8_layers") if getattr(config, name)}
+    given = {name: getattr(config, name) for name in SELECTING if getattr(config, name)}
     if config.protect_layers not in ("auto", "none"):
         given["protect_layers"] = config.protect_layers
     grid = {name: getattr(plan.grid, name) for name in ("bits", "group_size", "symmetric", "clip")}

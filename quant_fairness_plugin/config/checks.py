@@ -7,12 +7,14 @@ import re
 from typing import Literal
 
 from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting
-from quant_fairness_plugin.config.parsers import read_target
+from quant_fairness_plugin.config.parsers import read_duration, read_target
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 
 MOST_COLUMNS = 0.5
 """At three quarters, 4 bits and the channels in 16 are as large as the module in 16."""
+LEAST_TO_SEARCH = 2
+"""Sentences of each language: of one, no interval can be had."""
 _WIDTH = re.compile(r"int([2-8])", re.ASCII | re.IGNORECASE)
 
 
@@ -118,6 +120,31 @@ def check_limits(
     for language, value in (limits or {}).items():
         if not (math.isfinite(value) and value > 0):
             raise ConfigError(f"limit {language}={value}: give the largest KL to accept, in bits per byte, above 0")
+
+
+def check_search(time: str | None, sentences: int | None, *, sweeps: str) -> None:
+    """Refuse bounds of a search for a plan that cannot be kept, or where there is no such search.
+
+    Args:
+        time: how long it may take.
+        sentences: how many of each language it is made on.
+        sweeps: why no plan is searched for by scores; empty where one is.
+
+    Raises:
+        ConfigError: names the value and what is accepted.
+    """
+    if time is not None:
+        read_duration(time)
+    if sentences is not None and sentences < LEAST_TO_SEARCH:
+        raise ConfigError(
+            f"sentences {sentences} are too few to compare plans on; use {LEAST_TO_SEARCH} or more of each language"
+        )
+    for name, value in (("time", time), ("sentences", sentences)):
+        if value is not None and sweeps:
+            raise ConfigError(
+                f"{name} {value} bounds the search for a plan by scores, and {sweeps}; give protect_layers auto with a "
+                f"budget or a target, or leave {name} out"
+            )
 
 
 def check_precisions(precisions: tuple[Precision, ...] | None, *, bits: int, top: int | None) -> None:

@@ -28,6 +28,7 @@ from quant_fairness_plugin.config.checks import (
     check_overrides,
     check_precisions,
     check_rest,
+    check_search,
     check_tokens_per_expert,
 )
 from quant_fairness_plugin.config.languages import LanguageFields
@@ -67,6 +68,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
         check_precisions(self.precisions, bits=self.bits, top=self.top)
         check_limits(self.max_size, self.target_bits, self.target, self.limits, top=self.top)
+        check_search(self.time, self.sentences, sweeps=self._sweeps)
         check_effort(self.effort, method=self.method, backend=self.backend)
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         check_always_16_bit(protect_biases=self.protect_biases, protect_final_ln=self.protect_final_ln)
@@ -134,8 +136,22 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
     @property
     def scores_units(self) -> bool:
         """Return whether `auto` scores units by gradients; else it sweeps."""
-        swept = self.exhaustive or self.top is not None or self.precisions == ("fp16",)
-        return self.protect_layers == "auto" and not swept and find_objective(self.decides_by).adds_up
+        return not self._sweeps
+
+    @property
+    def _sweeps(self) -> str:
+        """Return why no scores are made; empty where they are."""
+        if self.protect_layers != "auto":
+            given = (
+                self.protect_layers if isinstance(self.protect_layers, str) else ",".join(map(str, self.protect_layers))
+            )
+            return f"protect_layers {given} leaves no plan to find"
+        if self.top is not None:
+            return f"top {self.top} is the first of a sweep of layers"
+        if self.exhaustive or self.precisions == ("fp16",):
+            return f"{'exhaustive' if self.exhaustive else 'precisions fp16'} asks for a sweep"
+        by = self.decides_by
+        return "" if find_objective(by).adds_up else f"objective {by} asks for a sweep: it does not add up over units"
 
     @property
     def menu(self) -> tuple[Precision, ...]:

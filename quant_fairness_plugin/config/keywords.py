@@ -26,6 +26,8 @@ class FairOptions(TypedDict, total=False):
     protect_layers: Literal["auto", "none"] | tuple[int, ...] | list[int]
     precisions: tuple[Precision, ...] | list[Precision] | None
     exhaustive: bool
+    time: str | None
+    sentences: int | None
     protect_units: tuple[str, ...] | list[str]
     int8_layers: tuple[int, ...] | list[int]
     protect_columns: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection
 from typing import Literal, cast, get_args
 
@@ -11,6 +12,9 @@ from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.measure.objectives import additive_objectives, one_of
 from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
+
+_SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) ?(s|min|h)", re.ASCII)
 
 
 def parse_names(text: str) -> tuple[str, ...]:
@@ -157,6 +161,28 @@ def parse_numbers(text: str, *, flag: str, example: str) -> dict[str, float]:
 def parse_limits(text: str) -> dict[str, float]:
     """Return the limit of each language. Raises as `parse_numbers`."""
     return parse_numbers(text, flag="--limit", example="he=0.05,zh=0.1")
+
+
+def parse_duration(text: str) -> str:
+    """Return a duration as it was written, once it can be read. Raises as `read_duration`."""
+    read_duration(text)
+    return text
+
+
+def read_duration(text: str) -> float:
+    """Return the seconds of a duration such as `90s`, `10min` or `1.5h`.
+
+    Raises:
+        ConfigError: not a duration above 0.
+
+    >>> read_duration("10min")
+    600.0
+    """
+    match = _DURATION.fullmatch(text.strip())
+    seconds = 0.0 if match is None else float(match[1]) * _SECONDS[match[2]]
+    if not seconds:
+        raise ConfigError(f"time {text!r} is no duration above 0; write a number with its unit: 90s, 10min or 1h")
+    return seconds
 
 
 def parse_target(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import (
+    parse_duration,
     parse_int8_layers,
     parse_limits,
     parse_max_size,
@@ -57,6 +58,24 @@ class ProtectionFields:
             flag="--exhaustive/--no-exhaustive",
         ),
     ] = False
+    time: Annotated[
+        str | None,
+        Option(
+            "How long the search of 'auto' for a plan may take, such as 10min, 90s or 1h; what it cuts is said.",
+            "What to protect",
+            parse=parse_duration,
+            metavar="DURATION",
+        ),
+    ] = None
+    """From quantizing for the scores to the last exact evaluation. What fits into it depends on the machine's speed,
+    and so does the plan."""
+    sentences: Annotated[
+        int | None,
+        Option(
+            "'auto' scores units and evaluates plans on this many sentences of each language. Default: 12, then 8.",
+            "What to protect",
+        ),
+    ] = None
     protect_units: Annotated[
         tuple[str, ...],
         Option(

@@ -36,6 +36,7 @@ from quant_fairness_plugin.forecast.passes import (
 )
 from quant_fairness_plugin.forecast.run import Run, Step
 from quant_fairness_plugin.forecast.speed import Speed, measure_speed
+from quant_fairness_plugin.forecast.starting import start_seconds
 from quant_fairness_plugin.forecast.work import Work, count_work
 from quant_fairness_plugin.measure.rows import TokenRows, tokenize
 from quant_fairness_plugin.model.layers import check_layers
@@ -82,6 +83,8 @@ class Forecast:
     """Of the block passes, the head and the rounding; without loading the model, and without the statistics."""
     run: tuple[Step, ...] | Undefined
     """What `run` as it comes takes: with a plan by gradients, which sweeps nothing."""
+    unplanned: tuple[Step, ...] | Undefined
+    """What `quantize --protect-layers none` takes."""
     speed: Speed
     memory: Memory
     """With the whole model in memory."""
@@ -111,7 +114,7 @@ def forecast(
         files: the model's files.
         texts: the whole text set; a sweep reads its `search` part.
         config: grid and protected layers; `auto` counts as none.
-        sweep: which plans; a search is not counted, as it depends on the scores.
+        sweep: which plans; a search among them is not counted.
         memory_budget: bytes that a streamed sweep may take.
         formats: checkpoint formats to look at.
         readers: readers to look at.
@@ -132,19 +135,19 @@ def forecast(
     text = _count(tokenized, texts, "search")
     speed = measure_speed(
         outline, config.grid, row_tokens=text.padded // sum(rows for rows, _, _ in text.batches),
-        heads=_heads(files, outline), states=len(trees[1][1].stages[-1]),
+        heads=count_heads(files, outline), states=len(trees[1][1].stages[-1]),
     )  # fmt: skip
-    precisions = len(sweep.precisions)
+    run, precisions = _run(outline, config, texts, tokenized, speed), len(sweep.precisions)
+    once = run.once()
     least, most = (count_work(outline, groups, walks, text, precisions=precisions) for walks in trees)
     return Forecast(
         model=files.name, family=outline.family.name, layers=files.layers, parameters=outline.parameters,
         plans=sum(len(tree.leaves) - 1 for tree in trees[1]),
         kept_groups=kept_groups(outline, groups),
-        text=text,
-        least=least,
-        most=most,
+        text=text, least=least, most=most,
         seconds=Range(least.seconds(speed).low, most.seconds(speed).high),
-        run=_run(outline, config, texts, tokenized, speed).steps(),
+        run=run.steps(once),
+        unplanned=run.steps(once, planned=False),
         speed=speed,
         memory=in_memory(outline, groups, trees[1], text, precisions=precisions),
         streamed=streamed(outline, trees[1], text, precisions=precisions, budget=memory_budget),
@@ -159,7 +162,8 @@ def _run(
     search, confirm = (_count(tokenized, texts, part) for part in ("search", "confirm"))
     return Run(
         outline=outline, config=config, languages=texts.languages,
-        calibrated=_calibrated(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
+        calibrated=count_calibrated(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
+        start=start_seconds(),
     )  # fmt: skip
 
 
@@ -184,7 +188,7 @@ def _tokenize(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_
     return {part: tokenize(cast(Any, tokenizer), texts.part(part), context=context) for part in get_args(Part)}
 
 
-def _calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
+def count_calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
     """Return how many tokens of all languages are calibrated on; line ends and beginnings are not counted."""
     if config.calibration_texts is not None and config.tokens_per_language is None:
         return None
@@ -197,7 +201,7 @@ def _calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
     return languages * (config.tokens_per_language or min(counts.values()))
 
 
-def _heads(files: ModelFiles, outline: Outline) -> int:
+def count_heads(files: ModelFiles, outline: Outline) -> int:
     """Return the number of attention heads; one wide one where the config has no such number that fits."""
     counts = [files.config[key] for key in ("num_attention_heads", "n_head") if isinstance(files.config.get(key), int)]
     return next((heads for heads in counts if heads > 0 and outline.width % heads == 0), 1)

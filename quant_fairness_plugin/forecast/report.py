@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.forecast import Forecast, Memory, Range, Step, Verdict
-from quant_fairness_plugin.forecast.speed import NOTHING
+from quant_fairness_plugin.forecast.speed import NOTHING, Speed
 from quant_fairness_plugin.model.sizes import shown
 
 _STEPS = ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))
@@ -21,7 +21,10 @@ def forecast_lines(result: Forecast) -> Iterator[str]:
     )
     if result.kept_groups:
         yield f"            {', '.join(result.kept_groups)}: not fitted by the grid, 16 bit in every plan"
-    yield _run_line(result.run)
+    yield _run_line(result.run, result.speed)
+    if not isinstance(result.unplanned, Undefined):
+        whole = _duration(sum((step.seconds for step in result.unplanned), NOTHING))
+        yield f"            {whole} without a plan: quantize --protect-layers none"
     yield from _sweep_lines(result)
     yield _time_line(result)
     yield f"memory      at least {_memory(result.memory)}; Python, its libraries and freed memory come on top"
@@ -56,12 +59,19 @@ def _time_line(result: Forecast) -> str:
         f"sweep time  {_duration(result.seconds)} on this CPU: an estimate for {result.most.flops / 1e9:,.1f} GFLOP in "
         "blocks and head, from matmuls, attention, scoring and rounding in the model's shapes, timed just now for "
         f"{speed.seconds:.1f} s with {speed.threads} thread(s) ({speed.flops.low / 1e9:.0f} to "
-        f"{speed.flops.high / 1e9:.0f} GFLOP/s in matmuls); without loading the model and without the statistics; "
-        "other work on the machine makes it longer"
+        f"{speed.flops.high / 1e9:.0f} GFLOP/s in matmuls); without loading the model and without the "
+        f"statistics{_sharing(speed)}"
     )
 
 
-def _run_line(steps: tuple[Step, ...] | Undefined) -> str:
+def _sharing(speed: Speed) -> str:
+    """Say what other work on the machine was counted."""
+    if speed.shared < 1.1:
+        return "; other work on the machine makes it longer"
+    return f"; {speed.shared:.1f} times as long as on a machine of its own, as other work goes on here just now"
+
+
+def _run_line(steps: tuple[Step, ...] | Undefined, speed: Speed) -> str:
     if isinstance(steps, Undefined):
         return f"run         how long it takes is not known: {steps.undefined}"
     whole = sum((step.seconds for step in steps), NOTHING)
@@ -69,7 +79,7 @@ def _run_line(steps: tuple[Step, ...] | Undefined) -> str:
     parts = [f"{step.name} {step.seconds.low / factor:.1f} to {step.seconds.high / factor:.1f}" for step in steps]
     return (
         f"run         {_duration(whole)} as it comes, with a plan by gradients: an estimate, from parts of the work "
-        f"timed just now. In {unit}: {', '.join(parts)}"
+        f"timed just now. In {unit}: {', '.join(parts)}{_sharing(speed)}"
     )
 
 

@@ -1,7 +1,7 @@
 """The time of a whole `run` with its default plan: what each step does, counted, at the speed that was measured.
 
-Counted is what takes most of the time: tokens through blocks and head, second moments, the solver. Left out are
-starting Python, reading files and choosing among plans.
+Counted is what takes most of the time: starting Python, tokens through blocks and head, second moments, the solver.
+Left out are reading files and choosing among plans.
 """
 
 from __future__ import annotations
@@ -53,29 +53,65 @@ class Run:
     search: Text
     confirm: Text
     speed: Speed
+    start: float = 0.0
+    """Seconds that Python takes to import what a run does; 0 where that is done."""
 
-    def steps(self) -> tuple[Step, ...] | Undefined:
-        """Return the steps of `run --protect-layers auto` in their order, or why their time is not known."""
+    def steps(self, once: Range | Undefined, *, planned: bool = True) -> tuple[Step, ...] | Undefined:
+        """Return the steps in their order, or why their time is not known.
+
+        Args:
+            once: what a quantization takes, of `once`.
+            planned: of `run --protect-layers auto`; else of `quantize --protect-layers none`.
+        """
+        if isinstance(once, Undefined):
+            return once
+        return tuple(self._planned(once) if planned else self._unplanned(once))
+
+    def once(self) -> Range | Undefined:
+        """Return the time of one quantization, with the solver timed now, or why it is not known."""
         if not find_method(self.config.method).timed or self.config.backend != NATIVE:
             return Undefined(f"only the time of our own GPTQ is forecast, not that of {self.config.method}")
-        if any(group.routed for layer in range(self.outline.layers) for group in self.outline.family.units_of(layer)):
+        if self.has_experts:
             return Undefined("it depends on the experts that the tokens of every language reach")
         if self.calibrated is None:
             return Undefined("it depends on how much the calibration texts hold; say so with --tokens-per-language")
-        return tuple(self._steps(measure_solving(self.outline, self.config.grid, self.config.effort), self.calibrated))
+        solving = measure_solving(self.outline, self.config.grid, self.config.effort)
+        return self._quantized(solving, self.calibrated)
 
-    def _steps(self, solving: Solving, calibrated: int) -> Iterator[Step]:
-        quantized = self._quantized(solving, calibrated)
+    @property
+    def has_experts(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        layers = range(self.outline.layers)
+        return any(group.routed for layer in layers for group in self.outline.family.units_of(layer))
+
+    def _planned(self, quantized: Range) -> Iterator[Step]:
+        yield from self._started()
         yield Step("quantize twice", quantized.times(2))  # to score the errors, and by the plan
-        yield Step("score", self._scored())
+        yield Step("score", self.scored(self.config.sentences or SENTENCES))
         yield Step("try plans", self._tried())
+        yield from self._checked(STATES)
+
+    def _started(self) -> Iterator[Step]:
+        if self.start:
+            seconds = self.start * self.speed.shared
+            yield Step("start", Range(seconds, seconds))
+
+    def _unplanned(self, quantized: Range) -> Iterator[Step]:
+        yield from self._started()
+        yield Step("quantize", quantized)
+        yield from self._checked(STATES - 1)
+
+    def _checked(self, states: int) -> Iterator[Step]:
         yield Step("write and verify", self._read())
-        yield Step("measure", self._passed(self.confirm, 1.0, passes=STATES, states=STATES))
+        yield Step("measure", self._passed(self.confirm, 1.0, passes=states, states=states))
         if prompts := self._prompts():
             yield Step("prompts", prompts)
 
     def _quantized(self, solving: Solving, calibrated: int) -> Range:
-        """One quantization: calibration tokens up to every fusion group and behind the block, moments, solutions."""
+        """Return the time of one quantization.
+
+        Calibration tokens go up to every fusion group and behind the block; then come moments and solutions.
+        """
         outline, total = self.outline, NOTHING
         method = find_method(self.config.method).at(self.config.effort)
         models = 2 if method.compares_inputs else 1  # the 16-bit one as well
@@ -89,10 +125,14 @@ class Run:
             total += self.speed.block.times(calibrated * passes * models)
         return total
 
-    def _scored(self) -> Range:
-        """Which languages the model knows, then gradients on some sentences of each along the errors of every unit."""
+    def scored(self, sentences: int) -> Range:
+        """Return the time of scores: which languages the model knows, then gradients along the errors of every unit.
+
+        Args:
+            sentences: of each language, whose gradients are taken.
+        """
         kinds = len({*self.config.menu, precision_of_bits(self.config.bits)} - {"fp16"})
-        share = self._share(SENTENCES)
+        share = self._share(sentences)
         weights = fitting_weights(self.outline, fitting_groups(self.outline, self.config.grid))
         found = self._passed(self.search, 1.0, passes=1, states=1)
         found += self._passed(self.search, share, passes=1 + BACKWARD_STEPS + kinds, states=HEAD_BACK)
@@ -100,9 +140,9 @@ class Run:
 
     def _tried(self) -> Range:
         """The plan and its neighbours, which share the blocks before the first difference."""
+        share = self._share(self.config.sentences or EXACT_SENTENCES)
         least, most = (
-            self._passed(self.search, self._share(EXACT_SENTENCES), passes=plans, states=plans + 1)
-            for plans in (2, 2 + NEIGHBOURS)
+            self._passed(self.search, share, passes=plans, states=plans + 1) for plans in (2, 2 + NEIGHBOURS)
         )
         return Range(least.low, most.high)
 

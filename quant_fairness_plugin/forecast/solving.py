@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from quant_fairness_plugin.artifacts import Effort, Grid
 from quant_fairness_plugin.forecast.passes import Range
-from quant_fairness_plugin.forecast.speed import timed
+from quant_fairness_plugin.forecast.speed import counting, timed
 from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.quantize.grid_rules import unit_grid
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
@@ -45,9 +45,11 @@ def measure_solving(outline: Outline, grid: Grid, effort: Effort) -> Solving:
     names = (name for layer in range(outline.layers) for name in outline.family.full_names(layer))
     widths = {outline.matrix(name)[1] for name in names}
     method = Gptq().at(effort)
-    timings = {width: _time(width, unit_grid(grid, (width,)), method) for width in sorted(widths)}
+    with counting() as shared:
+        timings = {width: _time(width, unit_grid(grid, (width,)), method) for width in sorted(widths)}
     return Solving(
-        {width: one for width, (one, _) in timings.items()}, {width: row for width, (_, row) in timings.items()}
+        {width: one.times(shared.factor) for width, (one, _) in timings.items()},
+        {width: row.times(shared.factor) for width, (_, row) in timings.items()},
     )
 
 

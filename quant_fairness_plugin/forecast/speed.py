@@ -1,13 +1,16 @@
 """How fast this machine is at the parts that a sweep is made of: timed for a fraction of a second.
 
 Random matrices of the model's own shapes (cut where they would take longer) go through the same library calls as in a
-sweep. Every part is timed several times; the fastest and the slowest give the two ends of the estimate.
+sweep. Every part is timed several times; the fastest and the slowest give the two ends of the estimate. Timed is what
+the calling thread computes, as a part of some milliseconds either meets other work on the machine or does not; how much
+of the time such work takes is counted over the whole measurement (`Shared`), and lengthens everything alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +30,8 @@ HEAD_TOKENS = 32
 FEW_TOKENS = 18
 """Three prompts in six languages."""
 NOTHING = Range(0.0, 0.0)
+LEAST_SAMPLE = 0.05
+"""Seconds of computing below which they say nothing of what else runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +51,8 @@ class Speed:
     threads: int
     seconds: float
     """How long was measured."""
+    shared: float = 1.0
+    """Seconds that passed for a second of computing: above 1 where other work took its part. It is in all of these."""
 
 
 def measure_speed(outline: Outline, grid: Grid, *, row_tokens: int, heads: int, states: int) -> Speed:
@@ -60,33 +67,57 @@ def measure_speed(outline: Outline, grid: Grid, *, row_tokens: int, heads: int, 
     """
     import torch
 
-    started = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
+    with torch.no_grad(), counting() as shared:
         matmuls, flops = _matmuls(outline, generator, most=STACK_TOKENS.cpu)
         written, _ = _matmuls(outline, generator, most=FEW_TOKENS)
         around = _between(outline, generator, row_tokens=row_tokens, heads=heads)
         head = _head(outline, generator, states=states)
         rounding = _rounding(outline, grid, generator)
+    factor = shared.factor
     return Speed(
-        matmuls + around,
-        written + around,
-        head,
-        rounding,
-        flops,
-        torch.get_num_threads(),
-        time.perf_counter() - started,
+        block=(matmuls + around).times(factor),
+        few=(written + around).times(factor),
+        head=head.times(factor),
+        rounding=rounding.times(factor),
+        flops=flops.times(1 / factor),
+        threads=torch.get_num_threads(),
+        seconds=shared.passed,
+        shared=factor,
     )
 
 
+@dataclass(slots=True)
+class Shared:
+    """How the calling thread shared its processor while something was measured."""
+
+    passed: float = 0.0
+    """Seconds by the clock."""
+    computed: float = 0.0
+    """Seconds in which this thread ran."""
+
+    @property
+    def factor(self) -> float:
+        """How much longer everything took for what else ran on the machine."""
+        return 1.0 if self.computed < LEAST_SAMPLE else max(1.0, self.passed / self.computed)
+
+
+@contextmanager
+def counting() -> Iterator[Shared]:
+    """Yield what is known, behind the `with` block, of how a processor was shared inside it."""
+    shared, passed, computed = Shared(), time.perf_counter(), time.thread_time()
+    yield shared
+    shared.passed, shared.computed = time.perf_counter() - passed, time.thread_time() - computed
+
+
 def timed(call: Callable[[], object], *, repeats: int = REPEATS) -> Range:
-    """Seconds of the fastest and the slowest of several calls, after one that warms up."""
+    """Seconds of computing of the fastest and the slowest of several calls, after one that warms up."""
     call()
     seconds = []
     for _ in range(repeats):
-        before = time.perf_counter()
+        before = time.thread_time()
         call()
-        seconds.append(time.perf_counter() - before)
+        seconds.append(time.thread_time() - before)
     return Range(min(seconds), max(seconds))
 
 

@@ -128,6 +128,8 @@ class Planner:
         candidates: Sequence[Candidate],
         evaluated: Mapping[str, StateScores] | None = None,
         bootstrap: Bootstrap = Bootstrap(),
+        *,
+        cut: Sequence[str] = (),
     ) -> ProtectionPlan:
         """Return the plan of the first candidate, or of one that exact evaluation finds measurably better.
 
@@ -135,30 +137,34 @@ class Planner:
             candidates: from `candidates`.
             evaluated: scores of the 16-bit state and of every candidate; None where nothing was evaluated.
             bootstrap: resamples of the sentences.
+            cut: what a limit of time left out of the search; goes with the reasons.
 
         Raises:
             QualityGateError: the choice is not stable, and the demand is strict.
         """
         chosen, measured = candidates[0], ""
         if evaluated is not None:
-            chosen, measured = self._measured(candidates, evaluated, bootstrap)
+            chosen, measured = self.measured(candidates, evaluated, bootstrap)
         worst = max(chosen.predicted, key=lambda language: chosen.predicted[language])
-        words = describe_choice(chosen.choice, self.scores.grid, self._free)
         doubt = "" if self.stable else "; halves of the sentences lead to other plans"
         reasons = (
-            f"{words}; predicted {self.demand.objective} {chosen.value:.4g} bits per byte, most in {worst} "
-            f"({chosen.predicted[worst]:.4g}){doubt}",
+            f"{self.describe(chosen)}; predicted {self.demand.objective} {chosen.value:.4g} bits per byte, most in "
+            f"{worst} ({chosen.predicted[worst]:.4g}){doubt}",
             f"scored by one pass of gradients, {self._sentences} sentences a language ({self.scores.errors})",
-            *filter(None, (measured,)),
+            *filter(None, (measured, *cut)),
         )
         if self.demand.strict and not self.stable:
             raise QualityGateError(f"the plan is unstable: {reasons[0]}; score more sentences")
         return plan_of(self.scores, chosen.choice, source=self.demand.source, reasons=reasons, stable=self.stable)
 
-    def _measured(
+    def describe(self, candidate: Candidate) -> str:
+        """Write what a candidate gives which units."""
+        return describe_choice(candidate.choice, self.scores.grid, self._free)
+
+    def measured(
         self, candidates: Sequence[Candidate], evaluated: Mapping[str, StateScores], bootstrap: Bootstrap
     ) -> tuple[Candidate, str]:
-        """The candidate to take, and what was measured of it, in words."""
+        """Return the candidate to take, and what was measured of it, in words. See `plan`."""
         names = [candidate.name for candidate in candidates]
         series = plan_series(evaluated, names, self._languages, objective=self.demand.objective, bootstrap=bootstrap)
         chosen, ahead = candidates[0], 0.0

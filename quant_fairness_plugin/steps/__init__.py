@@ -35,6 +35,7 @@ from quant_fairness_plugin.steps.plans import (
     plan_of_quantized,
     recommend,
 )
+from quant_fairness_plugin.steps.search import check_time
 from quant_fairness_plugin.steps.work import evidence, importance, measure, quantize, sweep
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "check_folder",
     "check_plan",
     "check_report",
+    "check_time",
     "check_tokens",
     "check_whole",
     "compare",

@@ -21,7 +21,7 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.backward import Errors, Key, Progress, is_transposed, slopes_of
 from quant_fairness_plugin.sweep.bank import Bank
 from quant_fairness_plugin.sweep.memory import CONTEXT
-from quant_fairness_plugin.sweep.sampling import DRAWS
+from quant_fairness_plugin.sweep.sampling import DRAWS, spread_places
 
 SentenceScores = dict[str, dict[Precision, dict[str, tuple[float, ...]]]]
 """Unit → precision → language → nats of each sentence."""
@@ -29,8 +29,7 @@ SentenceScores = dict[str, dict[Precision, dict[str, tuple[float, ...]]]]
 
 def spread(texts: TextSet, count: int) -> TextSet:
     """Return so many of the sentences, evenly spread over the set."""
-    some = min(count, len(texts))
-    return texts.take([i * len(texts) // some for i in range(some)])
+    return texts.take(spread_places(len(texts), count))
 
 
 def score_sentences(

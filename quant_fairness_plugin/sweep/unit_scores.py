@@ -14,9 +14,10 @@ from quant_fairness_plugin.plans.units import UnitMap
 from quant_fairness_plugin.sweep.bank import Bank, check_bank_fits
 from quant_fairness_plugin.sweep.engine import support_of
 from quant_fairness_plugin.sweep.execution import Execution
-from quant_fairness_plugin.sweep.fisher import Changes, score_sentences, spread
+from quant_fairness_plugin.sweep.fisher import Changes, score_sentences
 from quant_fairness_plugin.sweep.memory import count_needs
 from quant_fairness_plugin.sweep.sampling import Sampling
+from quant_fairness_plugin.sweep.search_time import score_in_time
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 
 
@@ -42,7 +43,7 @@ def score_units(
         menu: what a unit can get instead; 16 bit needs no score.
         units: the model's units.
         bank: their weights at the grid's precision and at those of the menu.
-        sampling: how many sentences and labels the scores are estimated from.
+        sampling: how many sentences and labels the scores are estimated from, and the time for them.
         progress: called with (steps done, in all).
 
     Raises:
@@ -55,28 +56,31 @@ def score_units(
     kinds: tuple[Precision, ...] = (quantized, *(kind for kind in menu if kind not in ("fp16", quantized)))
     changes = Changes.of(loaded, units, bank, kinds)
     check_bank_fits(bank, units, quantized)
+    scorer = partial(score_plans_layerwise, loaded, units=units, bank=bank, execution=_fitting(loaded, len(kinds)))
+    statuses = support_of(loaded, texts, scorer)
+    supported = [language for language, status in statuses.items() if status == "supported"]
+
+    scores, bytes_ = score_in_time(
+        lambda some, seed: score_sentences(loaded, some, changes, draws=sampling.draws, seed=seed, progress=progress),
+        texts.choose(supported), sampling.sentences, seed=sampling.seed, search=sampling.search,
+    )  # fmt: skip
+    layer_bytes, other_bytes = count_bytes(loaded, grid, kinds)
+    arguments = {
+        "grid": str(grid), "bank": bank.description, "sentences": len(bytes_[supported[0]]), "draws": sampling.draws,
+        "menu": [*menu],
+    }  # fmt: skip
+    return UnitScores(
+        provenance=provenance(loaded, texts, seed=sampling.seed, arguments=arguments),
+        layers=loaded.layers, grid=grid, precisions=kinds, errors=bank.description, languages=statuses,
+        draws=sampling.draws, bytes_=bytes_, kl_nats=scores, layer_bytes=layer_bytes, other_bytes=other_bytes,
+    )  # fmt: skip
+
+
+def _fitting(loaded: LoadedModel, precisions: int) -> Execution:
+    """Return how plans are run within a memory budget. Raises ResourceError where it does not hold a block."""
     execution = Execution(memory_budget=budget_of(loaded))
     if execution.memory_budget is not None:
         shapes = {name: tuple(value.shape) for name, value in loaded.model.named_parameters()}
-        count_needs(shapes, blocks=loaded.family.blocks, precisions=len(kinds)).left_for_states(execution.memory_budget)
-    scorer = partial(score_plans_layerwise, loaded, units=units, bank=bank, execution=execution)
-    statuses = support_of(loaded, texts, scorer)
-    supported = [language for language, status in statuses.items() if status == "supported"]
-    some = spread(texts.choose(supported), sampling.sentences)
-    draws, seed = sampling.draws, sampling.seed
-    scores, bytes_ = score_sentences(loaded, some, changes, draws=draws, seed=seed, progress=progress)
-    layer_bytes, other_bytes = count_bytes(loaded, grid, kinds)
-    arguments = {"grid": str(grid), "bank": bank.description, "sentences": len(some), "draws": draws, "menu": [*menu]}
-    return UnitScores(
-        provenance=provenance(loaded, texts, seed=seed, arguments=arguments),
-        layers=loaded.layers,
-        grid=grid,
-        precisions=kinds,
-        errors=bank.description,
-        languages=statuses,
-        draws=draws,
-        bytes_=bytes_,
-        kl_nats=scores,
-        layer_bytes=layer_bytes,
-        other_bytes=other_bytes,
-    )
+        needs = count_needs(shapes, blocks=loaded.family.blocks, precisions=precisions)
+        needs.left_for_states(execution.memory_budget)
+    return execution

@@ -135,10 +135,13 @@ def test_a_budget_without_a_sweep_is_planned_by_scores(
 ) -> None:
     plan = tmp_path / "plan.json"
     given = ["recommend", "--model", str(planted_model), "--texts", planted_file, "--max-overhead", "0.1"]
+    given += ["--time", "1h", "--sentences", "10"]
     assert run_guarded(typer.main.get_command(app), [*given, "-o", str(plan)], "quant-fairness") == 0
     printed = capsys.readouterr()
     assert "2.down:int8" in printed.out.strip().split(",")
-    assert "scored by one pass of gradients" in printed.err
+    assert "scored by one pass of gradients, 10 sentences a language" in printed.err
+    assert "best plan so far: INT8 for " in printed.err
+    assert "--time 1h cut nothing" in printed.err
     assert load(ProtectionPlan, plan).overrides["layers.2.down"] == "int8"
 
 
@@ -150,6 +153,9 @@ def test_a_budget_without_a_sweep_is_planned_by_scores(
         (["--weights", "en=1"], "--weights en=1 count for a budget or a target"),
         (["--top", "2", "--weights", "en=1"], "--weights en=1 count for a budget or a target"),
         (["--max-bytes", "9999", "--weights", "en=1"], "no weight for he, zh"),
+        (["--max-bytes", "9999", "--time", "10min"], "--time 10min bounds the search for a plan by scores"),
+        (["--max-bytes", "9999", "--sentences", "4"], "--sentences 4 bounds the search for a plan by scores"),
+        (["--time", "soon"], "time 'soon' is no duration above 0"),
     ],
 )
 def test_limits_that_do_not_go_together_are_refused(

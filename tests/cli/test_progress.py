@@ -62,3 +62,11 @@ def test_a_step_that_says_nothing_itself_is_heard_of_all_the_same(capsys: pytest
         "write and verify … for 0:31",
         "write and verify … for 1:02",
     ]
+
+
+def test_the_best_plan_so_far_is_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines(lambda: 0.0)
+    lines.show("compare", 0, 4)
+    lines.show("best plan so far: everything INT4 g128", 1, 1)
+    lines.show("compare", 2, 4)
+    assert capsys.readouterr().err.splitlines() == ["compare …", "best plan so far: everything INT4 g128"]

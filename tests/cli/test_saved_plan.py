@@ -58,6 +58,7 @@ def test_the_checkpoint_follows_the_plan_and_keeps_its_reasons(
         (["--group-size", "64"], "--group-size 64"),
         (["--protect-layers", "0"], "--protect-layers"),
         (["--int8-layers", "1"], "--int8-layers"),
+        (["--time", "10min"], "--time 10min"),
         (["--protect-units", "1.down"], "--protect-units"),
     ],
 )

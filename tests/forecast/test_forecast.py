@@ -116,12 +116,46 @@ def test_arithmetic_is_what_torch_counts(family: str, tiny_model: Callable[..., 
 
 
 def test_time_is_measured_and_never_known(planted_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed.Shared, "factor", 1.0)
     monkeypatch.setattr(speed, "timed", lambda call: Range(1.0, 3.0))
     slow = predict(planted_model)
     monkeypatch.setattr(speed, "timed", lambda call: Range(0.5, 0.5))
     fast = predict(planted_model)
     assert slow.seconds.high == pytest.approx(3 * slow.seconds.low)
     assert slow.seconds.low == pytest.approx(2 * fast.seconds.low)
+
+
+def test_other_work_on_the_machine_lengthens_everything_alike(
+    planted_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "timed", lambda call: Range(1.0, 3.0))
+    monkeypatch.setattr(speed.Shared, "factor", 1.0)
+    alone = predict(planted_model)
+    monkeypatch.setattr(speed.Shared, "factor", 2.5)
+    shared = predict(planted_model)
+    assert shared.seconds.low == pytest.approx(2.5 * alone.seconds.low)
+    assert shared.speed.flops.high == pytest.approx(alone.speed.flops.high / 2.5)
+    said = "2.5 times as long as on a machine of its own"
+    assert sum(said in line for line in forecast_lines(shared)) == 2
+    assert not any(said in line for line in forecast_lines(alone))
+
+
+def test_a_shared_processor_is_seen_and_too_short_a_look_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"perf_counter": 10.0, "thread_time": 5.0}
+    for name in now:
+        monkeypatch.setattr(speed.time, name, lambda name=name: now[name])
+    for passed, computed, factor in ((3.0, 1.2, 2.5), (1.0, 1.1, 1.0), (1.0, 0.01, 1.0)):
+        with speed.counting() as shared:
+            now["perf_counter"] += passed
+            now["thread_time"] += computed
+        assert shared.factor == pytest.approx(factor)
+
+    def computing() -> None:
+        now["perf_counter"] += 7.0
+        now["thread_time"] += 2.0
+
+    found = speed.timed(computing)
+    assert (found.low, found.high) == pytest.approx((2.0, 2.0))
 
 
 def test_a_longer_sweep_is_forecast_to_take_longer(planted_model: Path) -> None:

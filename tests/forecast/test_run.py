@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,10 @@ from quant_fairness_plugin.forecast import Forecast, forecast
 from quant_fairness_plugin.forecast import run as module
 from quant_fairness_plugin.forecast.passes import Range, Text
 from quant_fairness_plugin.forecast.report import forecast_lines
-from quant_fairness_plugin.forecast.run import PROMPT_TOKENS, STATES, Run, Step
+from quant_fairness_plugin.forecast.run import PROMPT_TOKENS, STATES, Run
 from quant_fairness_plugin.forecast.solving import MOST_COLUMNS, Solving, measure_solving
-from quant_fairness_plugin.forecast.speed import Speed
+from quant_fairness_plugin.forecast.speed import Shared, Speed
+from quant_fairness_plugin.forecast.starting import start_seconds
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.preflight import ModelSource
@@ -46,9 +49,9 @@ def run_of(folder: Path, config: FairConfig, **changes: Any) -> Run:
     return replace(run, **changes)
 
 
-def seconds(run: Run, monkeypatch: pytest.MonkeyPatch) -> dict[str, Range]:
+def seconds(run: Run, monkeypatch: pytest.MonkeyPatch, *, planned: bool = True) -> dict[str, Range]:
     monkeypatch.setattr(module, "measure_solving", lambda *_: FREE)
-    steps = run.steps()
+    steps = run.steps(run.once(), planned=planned)
     assert not isinstance(steps, Undefined)
     return {step.name: step.seconds for step in steps}
 
@@ -91,6 +94,36 @@ def test_texts_go_through_blocks_as_often_as_there_are_states(
     assert asked["prompts"].low == 2 * 3 * 2 * (PROMPT_TOKENS + 32) * LAYERS  # states, prompts, languages
 
 
+def test_without_a_plan_a_run_quantizes_once_and_measures_one_state_less(
+    planted_model: Path, config: FairConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(planted_model, config)
+    planned, bare = seconds(run, monkeypatch), seconds(run, monkeypatch, planned=False)
+    assert list(bare) == ["quantize", "write and verify", "measure"]
+    assert bare["quantize"].times(2) == planned["quantize twice"]
+    assert bare["measure"].times(STATES / (STATES - 1)).low == pytest.approx(planned["measure"].low)
+
+
+def test_starting_is_counted_with_what_else_runs(
+    planted_model: Path, config: FairConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(planted_model, config, start=6.0, speed=replace(BLOCKS_ALONE, shared=2.0))
+    for planned in (True, False):
+        found = seconds(run, monkeypatch, planned=planned)
+        assert next(iter(found)) == "start"
+        assert found["start"] == Range(12.0, 12.0)
+
+
+def test_a_fresh_python_is_started_once_to_see_how_long_that_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([SimpleNamespace(children_user=user, children_system=1.0) for user in (2.0, 7.0)])
+    lines: list[list[str]] = []
+    monkeypatch.setattr("quant_fairness_plugin.forecast.starting.os.times", lambda: next(times))
+    monkeypatch.setattr("quant_fairness_plugin.forecast.starting.subprocess.run", lambda line, **_: lines.append(line))
+    fresh = start_seconds.__wrapped__
+    assert fresh() == 5.0
+    assert lines == [[sys.executable, "-c", "import quant_fairness_plugin.fair_quantizer"]]
+
+
 @pytest.mark.parametrize(
     ("settings", "known", "reason"),
     [
@@ -101,7 +134,7 @@ def test_texts_go_through_blocks_as_often_as_there_are_states(
 def test_what_cannot_be_counted_is_not_forecast(
     settings: dict[str, Any], known: int | None, reason: str, planted_model: Path, config: FairConfig
 ) -> None:
-    found = run_of(planted_model, replace(config, **settings), calibrated=known).steps()
+    found = run_of(planted_model, replace(config, **settings), calibrated=known).once()
     assert isinstance(found, Undefined)
     assert reason in found.undefined
 
@@ -114,6 +147,8 @@ def test_the_forecast_counts_the_calibration_text_and_says_the_steps(planted_mod
     [line] = [line for line in forecast_lines(found) if line.startswith("run  ")]
     assert "as it comes, with a plan by gradients" in line
     assert "quantize twice " in line
+    [bare] = [line for line in forecast_lines(found) if "quantize --protect-layers none" in line]
+    assert "without a plan" in bare
     assert not isinstance(found.run, Undefined)
     assert all(0 < step.seconds.low <= step.seconds.high for step in found.run)
     unknown = replace(found, run=Undefined("for a reason"))
@@ -124,13 +159,13 @@ def test_calibration_tokens_are_those_of_a_real_run(
     planted_model: Path, config: FairConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted: list[int | None] = []
-    plain = Run.steps
+    plain = Run.once
 
-    def note(self: Run) -> tuple[Step, ...] | Undefined:
+    def note(self: Run) -> Range | Undefined:
         counted.append(self.calibrated)
         return plain(self)
 
-    monkeypatch.setattr(Run, "steps", note)
+    monkeypatch.setattr(Run, "once", note)
     for settings in ({}, {"calibration": "english"}, {"tokens_per_language": 50}, {"calibration": "proportional"}):
         changed = replace(config, **settings)  # type: ignore[arg-type]
         forecast(resolve_model(str(planted_model)), planted_texts(), changed)
@@ -146,6 +181,7 @@ def test_solving_is_timed_at_the_widths_of_the_model_and_grows_beyond_them(
     seconds = iter([Range(1.0, 1.0), Range(8.0, 8.0)] * 9)
     monkeypatch.setattr("quant_fairness_plugin.forecast.solving.timed", lambda call, **_: next(seconds))
     monkeypatch.setattr("quant_fairness_plugin.forecast.solving.MOST_COLUMNS", 64)
+    monkeypatch.setattr(Shared, "factor", 1.0)
     found = measure_solving(outline, config.grid, "normal")
     assert (found.matrix[64], found.row[64]) == (NOTHING, Range(7 / 224, 7 / 224))  # 32 rows in 1 s, 256 in 8 s
     wider = next(width for width in found.row if width > 64)
