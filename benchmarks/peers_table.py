@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -221,7 +222,13 @@ def measure(name: str, model: str, work: Path, names: list[str], *, sentences: i
         for each, row in made.items()
     ]
     kept = [row for row in read_rows() if (row["model"], row["variant"]) not in {(name, each) for each in made}]
-    check_alike([row for row in (*new, *kept) if row["model"] == name and "failed" not in row])
+    compared = [row for row in (*new, *kept) if row["model"] == name and "failed" not in row]
+    check_alike(compared)
+    ours = next(row for row in compared if row["variant"] == OURS)
+    for row in compared:  # also those that stay: ours may be another than the one that they were compared with
+        row["beyond_ours"] = beyond(ours, row)
+        for start, found_there in row["beginnings"].items():
+            found_there["beyond_ours"] = beyond(ours["beginnings"][start], found_there)
     rows = sorted([*new, *kept], key=place)
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
@@ -282,20 +289,49 @@ def place(row: dict[str, Any]) -> tuple[int, int]:
 
 
 def figures(measured: Any, name: str) -> dict[str, Any]:
-    """Return the damage of a checkpoint, and what it loses beyond ours, sentence by sentence."""
-    result, pair = measured.measurements[name], measured.pair(OURS, name)
+    """Return the damage of a checkpoint, and the KL of every sentence, from which pairs are compared."""
+    result, scores = measured.measurements[name], measured.scores[name].languages
     return {
         "kl": {row.language: asdict(row.kl_bits_per_byte) | {"status": row.status} for row in result.languages},
         "delta_bpb": {row.language: asdict(row.delta_bpb) for row in result.languages},
         "worst_kl": asdict(result.worst_kl),
         "mean_kl": asdict(result.mean_kl),
-        "beyond_ours": {"worst": asdict(pair.worst), "mean": asdict(pair.mean)}
-        | {language: asdict(difference) for language, difference in pair.differences.items()},
+        "by_sentence": {
+            language: {"kl_nats": list(found.kl_nats), "bytes": list(found.bytes_)}
+            for language, found in scores.items()
+        },
         "part": result.part,
         "sentences": result.languages[0].sentences,
         "model_sha256": result.provenance.model_sha256,
         "text_sha256": result.provenance.text_sha256,
     }
+
+
+def beyond(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint loses beyond ours: worst, mean and every language, bits per byte, sentences paired.
+
+    Only languages that both support count.
+    """
+    import numpy as np
+
+    from quant_fairness_plugin.measure.intervals import Resamples, interval
+
+    languages = [
+        name for name in ours["kl"] if ours["kl"][name]["status"] == other["kl"][name]["status"] == "supported"
+    ]
+
+    def draws(row: dict[str, Any]) -> Any:
+        resamples = Resamples(row["sentences"], seed=SEED)
+        by_language = [
+            resamples.ratio(*(np.array(row["by_sentence"][name][key], float) for key in ("kl_nats", "bytes")))
+            for name in languages
+        ]
+        return np.stack(by_language) / math.log(2)
+
+    before, after = draws(ours), draws(other)
+    found = {"worst": after.max(0) - before.max(0), "mean": after.mean(0) - before.mean(0)}
+    found |= dict(zip(languages, after - before, strict=True))
+    return {name: asdict(interval(series)) for name, series in found.items()}
 
 
 def read_rows() -> list[dict[str, Any]]:

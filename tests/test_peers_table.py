@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,16 @@ def row(variant: str, kl: float, beyond: float, **more: Any) -> dict[str, Any]:
         "peak_rss_bytes": 2_240_000_000, "made_at": "abc1234", "revision": "abc1234",
         "tool_versions": {"gptqmodel": "7.6.0", "torch": "2.13.0"},
     } | damage | more  # fmt: skip
+
+
+def scored(given: dict[str, Any], nats: float) -> dict[str, Any]:
+    """A row with the KL of every sentence; all lose the same."""
+    sentences = {"kl_nats": [nats] * 20, "bytes": [10] * 20}
+    more = {
+        "kl": {name: value | {"status": "supported"} for name, value in given["kl"].items()},
+        "by_sentence": dict.fromkeys(given["kl"], sentences), "sentences": 20,
+    }  # fmt: skip
+    return given | more | {"beginnings": {"bos": given["beginnings"]["bos"] | more}}
 
 
 def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType) -> None:
@@ -92,19 +103,25 @@ def test_sentences_behind_other_beginnings_are_of_the_confirm_part_alone(peers: 
 def test_rows_of_variants_that_are_not_measured_again_stay(
     peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    kept, old = row("gptqmodel", 0.4, 0.1), row(peers.OURS, 0.9, 0.0)
+    kept, old = scored(row("gptqmodel", 0.4, 0.1), 2.0), scored(row(peers.OURS, 0.9, 0.0), 9.0)
     monkeypatch.setattr(peers, "ROWS", tmp_path / "rows.jsonl")
     peers.ROWS.write_text("".join(json.dumps(each) + "\n" for each in (old, kept)), encoding="utf-8")
 
     def damage(model: str, work: Path, names: list[str], sentences: int) -> dict[str, dict[str, Any]]:
-        return {name: {"worst_kl": 0.5, "sentences": sentences} for name in names}
+        return {name: scored(row(name, 0.5, 0.0), 1.0) | {"sentences": sentences} for name in names}
 
     monkeypatch.setattr(peers, "damage", damage)
     peers.note(tmp_path, peers.OURS).write_text("{}", encoding="utf-8")
     peers.measure("demo", "demo", tmp_path, [peers.OURS, "AutoRound, 20 iterations"], sentences=20)
     ours, other = peers.read_rows()
-    assert (ours["variant"], ours["worst_kl"]) == (peers.OURS, 0.5)
-    assert other == kept
+    assert (ours["variant"], ours["worst_kl"]["estimate"]) == (peers.OURS, 0.5)
+    # 20 sentences of 10 bytes that lose 2 nats each in the worst language and mean, beside 1 nat: in bits per byte.
+    assert other["beyond_ours"]["worst"]["estimate"] == pytest.approx(0.1 / math.log(2))
+    assert other["beginnings"]["bos"]["beyond_ours"]["mean"]["estimate"] == pytest.approx(0.1 / math.log(2))
+    compared = ("beyond_ours", "beginnings")
+    assert {key: other[key] for key in other if key not in compared} == {
+        key: kept[key] for key in kept if key not in compared
+    }
     with pytest.raises(SystemExit, match="number of sentences"):
         peers.measure("demo", "demo", tmp_path, [peers.OURS], sentences=10)
     assert peers.read_rows() == [ours, other]
