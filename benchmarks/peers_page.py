@@ -53,7 +53,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         own = row is rows[0]
-        beyond = ["", ""] if own else [signed(row["beyond_ours"][key]) for key in ("worst", "mean")]
+        beyond = ["", ""] if own else [difference(row, key) for key in ("worst", "mean")]
         calibration = row["calibration"] + (
             f", {row['request']['tokens']} tokens" if "tokens" in row["request"] else ""
         )
@@ -81,7 +81,7 @@ def by_beginning(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [shown(row), row["calibration"]]
         for found in (row, *(row["beginnings"][start] for start in starts)):
-            beyond = "" if row is rows[0] else f"; {signed(found['beyond_ours']['worst'])}"
+            beyond = "" if row is rows[0] else f"; {difference(found, 'worst')}"
             cells.append(figure(found["worst_kl"]) + beyond)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
@@ -120,6 +120,11 @@ def figure(value: dict[str, Any]) -> str:
     if "undefined" in value:
         return "undefined"
     return f"{1000 * value['estimate']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
+
+
+def difference(row: dict[str, Any], key: str) -> str:
+    """Return what a checkpoint loses beyond ours; a dash where ours is made anew and its sentences are not kept."""
+    return signed(row["beyond_ours"][key]) if "beyond_ours" in row else "–"
 
 
 def signed(value: dict[str, Any]) -> str:

@@ -226,9 +226,9 @@ def measure(name: str, model: str, work: Path, names: list[str], *, sentences: i
     check_alike(compared)
     ours = next(row for row in compared if row["variant"] == OURS)
     for row in compared:  # also those that stay: ours may be another than the one that they were compared with
-        row["beyond_ours"] = beyond(ours, row)
-        for start, found_there in row["beginnings"].items():
-            found_there["beyond_ours"] = beyond(ours["beginnings"][start], found_there)
+        compare(ours, row)
+        for start, behind_it in row["beginnings"].items():
+            compare(ours["beginnings"][start], behind_it)
     rows = sorted([*new, *kept], key=place)
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
@@ -305,6 +305,13 @@ def figures(measured: Any, name: str) -> dict[str, Any]:
         "model_sha256": result.provenance.model_sha256,
         "text_sha256": result.provenance.text_sha256,
     }
+
+
+def compare(ours: dict[str, Any], other: dict[str, Any]) -> None:
+    """Set what a checkpoint loses beyond ours; nothing where its row, of an earlier time, has no sentences."""
+    other.pop("beyond_ours", None)
+    if "by_sentence" in other:
+        other["beyond_ours"] = beyond(ours, other)
 
 
 def beyond(ours: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:

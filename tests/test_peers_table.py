@@ -68,6 +68,13 @@ def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType) -> None:
     assert "| 188 | 201 | 2.24 GB | gptqmodel 7.6.0, torch 2.13.0 | abc1234, measured abc1234 |" in tables["demo-cost"]
 
 
+def test_a_row_without_sentences_is_not_compared_with_ours_anew(peers: ModuleType) -> None:
+    ours, old = scored(row(peers.OURS, 0.4, 0.0), 4.0), row("gptqmodel", 0.3, -0.1)
+    peers.compare(ours, old)
+    assert "beyond_ours" not in old
+    assert peers.tables([ours, old])["demo"].splitlines()[3].endswith("| 300 [290, 310] | 150 [140, 160] | – | – |")
+
+
 def test_every_variant_has_a_script_and_a_folder_of_its_own(peers: ModuleType) -> None:
     for variant in peers.VARIANTS.values():
         assert (ROOT / "benchmarks" / "peers" / f"{variant.tool}_quantize.py").is_file()
