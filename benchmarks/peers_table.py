@@ -75,6 +75,9 @@ VARIANTS = {
         "ours", "7 languages", {"protect_layers": "none", "our_group_size": 64}
     ),
     "quant-fairness, planned, +10 %": Variant("ours", "7 languages", {"max_overhead": 0.1}),
+    "quant-fairness, planned, +10 %, groups of 64": Variant(
+        "ours", "7 languages", {"max_overhead": 0.1, "our_group_size": 64}
+    ),
     "gptqmodel": Variant("gptqmodel", "7 languages"),
     "AutoRound, 20 iterations": Variant("autoround", "7 languages", AUTOROUND),
     "AutoRound, 200 iterations": Variant("autoround", "7 languages", {"iters": 200}),
