@@ -76,9 +76,11 @@ def measure(
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.forecast.room import say_where_short
     from quant_fairness_plugin.quantize.workplace import Workplace
 
     started = time.monotonic()
+    say_where_short("measure", *checked, config, budget=budget, trust_remote_code=source.trust_remote_code)
     with progress(place.kept) as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget), stream=True

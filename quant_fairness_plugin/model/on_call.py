@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.model.freed import return_free_pages
+from quant_fairness_plugin.model.freed import returned_when_freed
 from quant_fairness_plugin.model.in_blocks import VOCABULARY_PIECE
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.model.tables import Table
@@ -32,8 +32,7 @@ def read_on_call(streamed: StreamedModel) -> Iterator[None]:
         table = streamed.tables.get(f"{streamed.family.head}.weight")
         if table is not None:
             hooks.enter_context(_head_read_on_call(streamed.model.get_submodule(streamed.family.head), table))
-        # After a pass, not after a block: a pass is short, and its blocks ask for the same pages one after the other.
-        hooks.callback(streamed.model.register_forward_hook(lambda *_: return_free_pages()).remove)
+        hooks.enter_context(returned_when_freed())  # what a model remembers of a pass lies between its blocks
         yield
 
 
