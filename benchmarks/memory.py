@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py --model SmolLM2-135M --label after        # adds two rows
     python benchmarks/memory.py --random wide --layers 4 --label after    # random values in the shape of a 2B Llama
-    python benchmarks/memory.py --random deep --layers 190 --limit 1.2GB --more "--method rtn --memory-budget 500MB"
+    python benchmarks/memory.py --random deep --layers 156 --limit 1.2GB --sentences 4 --langs en,fr --label limited
 
 `quantize` writes, verifies and measures a checkpoint, with GPTQ unless `--more` says otherwise; `measure` then measures
 it again. Before, `plan` forecasts the peaks. Peak memory is the most that the process ever had resident (`VmHWM`:
@@ -25,13 +25,14 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rows import conditions
 
-from quant_fairness_plugin.artifacts import write_atomically
+from quant_fairness_plugin.artifacts import Part, write_atomically
 from quant_fairness_plugin.model.resolve import resolve_model
 from quant_fairness_plugin.model.sizes import parse_size
+from quant_fairness_plugin.texts.load import load_texts
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "memory.jsonl"
@@ -39,8 +40,8 @@ ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
 LANGUAGES = "en,fr,es,ru,ar,zh"
 SAMPLE_SECONDS = 0.02
 SEED = 0
-FORECAST_OPTIONS = ("--method", "--effort", "--memory-budget", "--prompts", "--texts", "--bits", "--group-size")
-"""Of `quantize`, that `plan` takes as well."""
+FORECAST_OPTIONS = ("--effort", "--memory-budget", "--prompts", "--texts", "--bits", "--group-size")
+"""Of `quantize`, that `plan` takes as well; it forecasts no other method than GPTQ."""
 DEEP = {"WIDTH": 1024, "INNER": 2816, "VOCABULARY": 32_000, "HEADS": 16, "KV_HEADS": 4}
 """Another shape than that of the 2B Llama: many small blocks."""
 
@@ -53,15 +54,18 @@ def main() -> None:
             model = str(Path(place) / "model")
             write_random(Path(model), options.layers, options.random)
         more = ["--langs", options.langs, *options.more.split()]
+        if options.sentences is not None:
+            more += ["--texts", str(write_texts(Path(place) / "texts.jsonl", options))]
         kept = [each for each in zip(more, more[1:], strict=False) if each[0] in ("--langs", *FORECAST_OPTIONS)]
-        forecast = forecast_of(model, [word for pair in kept for word in pair])
+        known = "--method" not in more
+        forecast = forecast_of(model, [word for pair in kept for word in pair]) if known else {}
         commands = {"quantize": [model, "--protect-layers", "none", *more, "--output", str(out)]}
         if options.measure:
             texts = [word for pair in kept if pair[0] in ("--langs", "--texts", "--memory-budget") for word in pair]
             commands["measure"] = [str(out), "--model", model, *texts]
         for command, arguments in commands.items():
             row = describe(command, options, model) | measure(command, arguments, options)
-            row |= compared(row, forecast[command]) | sizes(model, out)
+            row |= (compared(row, forecast[command]) if known else {}) | sizes(model, out)
             keep(row | conditions(command=said(command, arguments, place), seed=SEED), options)
 
 
@@ -81,6 +85,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--langs", default=LANGUAGES)
     parser.add_argument("--label", required=True, help="before, after, …")
     parser.add_argument("--more", default="", help="further arguments of quantize, in one string")
+    parser.add_argument("--sentences", type=int, help="of each part and language; else all")
     parser.add_argument("--limit", help="most data that a process may have, such as 1.2GB")
     parser.add_argument("--no-measure", dest="measure", action="store_false", help="quantize alone")
     parser.add_argument("--folder", type=Path, help="where the files go for the time of the run")
@@ -164,6 +169,19 @@ def memory_of(process: int) -> dict[str, int]:
         return {}
     found = re.findall(r"(RssAnon|VmHWM|VmData):\s+([0-9]+) kB", status)
     return {name: 1024 * int(kib) for name, kib in found}
+
+
+def write_texts(path: Path, options: argparse.Namespace) -> Path:
+    """Write the first sentences of every part of the bundled texts to a file, and return it."""
+    texts = load_texts("bundled", languages=options.langs.split(","), reference=None)
+    some = {part: texts.part(part).take(range(options.sentences)).sentences for part in get_args(Part)}
+    rows = [
+        {"id": f"{part}-{number}", "part": part} | {name: held[name][number] for name in held}
+        for part, held in some.items()
+        for number in range(options.sentences)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
 def write_random(folder: Path, layers: int, shape: str) -> None:
