@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def test_large_pieces_go_back_at_once_while_it_is_wanted_and_after_an_error_no_m
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     library = Library()
-    monkeypatch.setattr(freed.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
 
     def fail() -> None:
         with freed.returned_when_freed():
@@ -43,6 +44,6 @@ def test_large_pieces_go_back_at_once_while_it_is_wanted_and_after_an_error_no_m
 
 
 def test_another_c_library_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(freed.ctypes, "CDLL", lambda name: SimpleNamespace())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
     with freed.returned_when_freed():
         freed.return_what_is_free()
