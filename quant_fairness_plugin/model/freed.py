@@ -4,7 +4,8 @@ glibc keeps what is freed, up to 32 MiB a piece, for what is asked for next. Tha
 block it leaves more with the process than is in use, and growing: weights of one block lie scattered between those of
 the next. Where one piece of work after the other ends, it is given back behind each (`return_free_pages`), so that the
 system does not clear the same pages for every activation. Where something small stays of every step, as keys and values
-do of every block, what is large goes back as soon as it is free (`returned_when_freed`).
+do of every block, or where tensors of all sizes are made one after the other, as while a checkpoint is
+written, what is large goes back as soon as it is free (`returned_when_freed`).
 """
 
 from __future__ import annotations
