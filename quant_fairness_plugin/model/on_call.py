@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quant_fairness_plugin.model.freed import returned_when_freed
+from quant_fairness_plugin.model.freed import return_free_pages, returned_when_freed
 from quant_fairness_plugin.model.in_blocks import VOCABULARY_PIECE
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.model.tables import Table
+
+LONG_TOKENS = 256
+"""Tokens of a call behind which free memory goes back after every block; else after the last one."""
 
 
 @contextmanager
@@ -43,8 +46,12 @@ def _block_read_on_call(streamed: StreamedModel, layer: int) -> Iterator[None]:
     def read(*_: Any) -> None:
         held.enter_context(streamed.resident(layer))
 
-    def leave(*_: Any) -> None:
+    def leave(_: nn.Module, given: tuple[Any, ...], __: Any) -> None:
         held.close()
+        # Of a prompt, every block leaves much more than of the token after it; of that, all blocks together.
+        tokens = given[0].shape[:-1].numel() if given else 0
+        if layer + 1 == streamed.layers or tokens >= LONG_TOKENS:
+            return_free_pages()
 
     before = block.register_forward_pre_hook(read)
     after = block.register_forward_hook(leave, always_call=True)  # after an error, too
