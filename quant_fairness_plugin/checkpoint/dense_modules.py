@@ -134,11 +134,8 @@ def _gptq(parts: Mapping[str, Tensor], *, zero_offset: int) -> Tensor:
     scales = parts["scales"].float().t()
     bits = _bits(words=parts["qzeros"].shape[1], integers=scales.shape[0])
     integers = _unpack(parts["qweight"].t(), bits)
-    zeros = ((_unpack(parts["qzeros"], bits) + zero_offset) % 2**bits).t()
-    group = parts["g_idx"].long() if "g_idx" in parts else _groups(integers.shape[1], scales.shape[1])
-    if group.shape != (integers.shape[1],) or int(group.min()) < 0:
-        raise ValueError(f"g_idx of shape {list(group.shape)} for {integers.shape[1]} input features")
-    return _values(integers, zeros[:, group], scales[:, group])
+    zeros = ((_unpack(parts["qzeros"], bits).int() + zero_offset) % 2**bits).t()
+    return _values(integers, zeros, scales, parts.get("g_idx"))
 
 
 def _awq(parts: Mapping[str, Tensor]) -> Tensor:
@@ -148,8 +145,7 @@ def _awq(parts: Mapping[str, Tensor]) -> Tensor:
     if bits != 4:
         raise ValueError(f"{bits} bits, and awq gemm has 4")
     integers, zeros = (_in_awq_order(parts[name]) for name in ("qweight", "qzeros"))
-    group = _groups(integers.shape[0], scales.shape[0])
-    return _values(integers, zeros[group], scales[group]).t().contiguous()
+    return _values(integers.t(), zeros.t(), scales.t())
 
 
 def _compressed_tensors(parts: Mapping[str, Tensor]) -> Tensor:
@@ -168,8 +164,7 @@ def _compressed_tensors(parts: Mapping[str, Tensor]) -> Tensor:
     zeros = torch.full(scales.shape, 2 ** (bits - 1))
     if "weight_zero_point" in parts:
         zeros = _unpack(parts["weight_zero_point"].t(), bits)[:, :rows].t()
-    group = parts["weight_g_idx"].long() if "weight_g_idx" in parts else _groups(cols, scales.shape[1])
-    return _values(integers, zeros[:, group], scales[:, group])
+    return _values(integers, zeros, scales, parts.get("weight_g_idx"))
 
 
 def _scaled(values: Tensor, scales: Tensor, zeros: Tensor | None = None) -> Tensor:
@@ -233,8 +228,27 @@ def _bitsandbytes(parts: Mapping[str, Tensor]) -> Tensor:
     return (values * spread)[: rows * cols].reshape(rows, cols)
 
 
-def _values(integers: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
-    return (integers - zeros).float() * scales
+def _values(integers: Tensor, zeros: Tensor, scales: Tensor, group: Tensor | None = None) -> Tensor:
+    """`(integer - zero point) * scale`, float32 `[rows, cols]`, in the memory of the result and little more.
+
+    Args:
+        integers: `[rows, cols]`.
+        zeros: `[rows, groups]`.
+        scales: float32 `[rows, groups]`.
+        group: of every input feature; None where groups are in order.
+    """
+    (rows, cols), groups = integers.shape, scales.shape[1]
+    # A difference of small integers is exact in float32.
+    values, zeros = integers.to(torch.float32, memory_format=torch.contiguous_format), zeros.float()
+    if group is None:
+        if cols % groups:
+            raise ValueError(f"{groups} groups do not divide {cols} input features")
+        by_group = values.view(rows, groups, cols // groups)
+        by_group.sub_(zeros.unsqueeze(2)).mul_(scales.unsqueeze(2))
+        return values
+    if group.shape != (cols,) or int(group.min()) < 0:
+        raise ValueError(f"g_idx of shape {list(group.shape)} for {cols} input features")
+    return values.sub_(zeros[:, group.long()]).mul_(scales[:, group.long()])
 
 
 def _bits(*, words: int, integers: int) -> int:
@@ -245,13 +259,6 @@ def _bits(*, words: int, integers: int) -> int:
     raise ValueError(f"{integers} integers in {words} words of 32 bits are neither of 4 bits nor of 8")
 
 
-def _groups(cols: int, groups: int) -> Tensor:
-    """The group of every input feature, where groups are in order."""
-    if cols % groups:
-        raise ValueError(f"{groups} groups do not divide {cols} input features")
-    return torch.arange(cols) // (cols // groups)
-
-
 def _in_awq_order(words: Tensor) -> Tensor:
     nibbles = _unpack(words, 4).reshape(*words.shape, len(_AWQ_ORDER))
     ordered = torch.empty_like(nibbles)
@@ -260,7 +267,9 @@ def _in_awq_order(words: Tensor) -> Tensor:
 
 
 def _unpack(words: Tensor, bits: int) -> Tensor:
-    """The integers of each word of the last dimension, lowest bits first."""
+    """The integers of each word of the last dimension, lowest bits first, as uint8."""
     if words.dtype != torch.int32:
         raise ValueError(f"packed integers are {words.dtype}, expected torch.int32")
-    return torch.stack([(words >> shift) & (2**bits - 1) for shift in range(0, WORD_BITS, bits)], dim=-1).flatten(-2)
+    # One place after the other, each narrowed at once: all of them as words would be four times the result.
+    places = [((words >> shift) & (2**bits - 1)).to(torch.uint8) for shift in range(0, WORD_BITS, bits)]
+    return torch.stack(places, dim=-1).flatten(-2)

@@ -17,6 +17,7 @@ from quant_fairness_plugin.checkpoint.experts import kept_experts
 from quant_fairness_plugin.checkpoint.folder import read_config, weight_files
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.measure.scoring import find_head
+from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.experts import Experts, stacked_shapes
 from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.reading import Place
@@ -168,9 +169,10 @@ class BlockLogits:
         ids = [torch.tensor([row]) for row in rows]
         starts = [rehearse(loaded, row) for row in ids]
         hidden = [start.hidden for start in starts]
-        for layer in range(loaded.layers):
-            with loaded.resident(layer):
-                hidden = [s.calls[layer].run(loaded.block(layer), h) for s, h in zip(starts, hidden, strict=True)]
+        with block_feed(loaded, range(loaded.layers), prefetch=False) as resident:
+            for layer in range(loaded.layers):
+                with resident(layer):
+                    hidden = [s.calls[layer].run(loaded.block(layer), h) for s, h in zip(starts, hidden, strict=True)]
         self._given = [head_input(loaded, row, None, last) for row, last in zip(ids, hidden, strict=True)]
         self._head = find_head(loaded)
         self._vocabulary = len(self._head.weight)

@@ -15,15 +15,24 @@ from quant_fairness_plugin.preflight import ModelSource, preflight
 
 if TYPE_CHECKING:
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.forecast.commands import Command
 
 
 @contextmanager
 def opened_line(
-    source: ModelSource, config: FairConfig, out: Path, *, plan: ProtectionPlan | None, overwrite: bool, place: Place
+    command: Command,
+    source: ModelSource,
+    config: FairConfig,
+    out: Path,
+    *,
+    plan: ProtectionPlan | None,
+    overwrite: bool,
+    place: Place,
 ) -> Iterator[FairQuantizer]:
     """Check what can be checked without torch, then load the model and yield the quantizer that works on it.
 
     Args:
+        command: which of the two, to forecast its memory.
         source: the model.
         config: what the user has chosen.
         out: the folder that is to be written.
@@ -36,9 +45,11 @@ def opened_line(
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.forecast.room import say_where_short
     from quant_fairness_plugin.quantize.workplace import Workplace
     from quant_fairness_plugin.steps import can_go_in_blocks
 
+    say_where_short(command, *checked, config, budget=budget, trust_remote_code=source.trust_remote_code)
     with progress(place.kept) as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),

@@ -32,6 +32,7 @@ from quant_fairness_plugin.cli.verdict import check_gate, show_verdict
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.plans.plan_set import BASELINE
 from quant_fairness_plugin.preflight import preflight
 
@@ -70,15 +71,15 @@ def measure(
         legacy_measure(source, config, checkpoint=checkpoint, output=output, as_json=shown.as_json)
         return
     checked = preflight(source, config)
-    folder = None if checkpoint is None else readable_folder(checkpoint)
-    if folder is not None:
-        check_original(folder, checked.files)
+    folder = None if checkpoint is None else _checkpoint_of(checked.files, checkpoint)
 
     # Loads torch.
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
+    from quant_fairness_plugin.forecast.room import say_where_short
     from quant_fairness_plugin.quantize.workplace import Workplace
 
     started = time.monotonic()
+    say_where_short("measure", *checked, config, budget=budget, trust_remote_code=source.trust_remote_code)
     with progress(place.kept) as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget), stream=True
@@ -104,6 +105,13 @@ def measure(
         show_answers(measured, details=shown.details)
     if checkpoint is not None:
         check_gate(measured, config)
+
+
+def _checkpoint_of(files: ModelFiles, checkpoint: Path) -> Path:
+    """Return the folder that is measured, which was made from these files as far as its record says."""
+    folder = readable_folder(checkpoint)
+    check_original(folder, files)
+    return folder
 
 
 def _sentences(measured: Measurement) -> str:

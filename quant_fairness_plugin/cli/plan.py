@@ -22,7 +22,7 @@ from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.preflight import preflight
 
 
-@options(config=(*GRID, "protect_layers", *TEXTS), defaults={"protect_layers": "none"})
+@options(config=("effort", *GRID, "protect_layers", *TEXTS, "prompts"), defaults={"protect_layers": "none"})
 def plan(
     config: FairConfig,
     plans: PlansOptions,

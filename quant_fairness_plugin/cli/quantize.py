@@ -61,7 +61,8 @@ def write_checkpoint(
     place: Place | None = None,
 ) -> ExportRecord:
     """Check what can be checked without torch, then quantize, export, verify and measure."""
-    with opened_line(source, config, out, plan=plan, overwrite=overwrite, place=place or Place()) as quantizer:
+    place = place or Place()
+    with opened_line("quantize", source, config, out, plan=plan, overwrite=overwrite, place=place) as quantizer:
 
         def measure(folder: Path) -> Measurement:
             measured = quantizer.measure_folder(folder)

@@ -38,7 +38,7 @@ def run(
     saved, config = planned(plan, config)
     source = access.source(model)
     out = output or default_output(source.name)
-    with opened_line(source, config, out, plan=saved, overwrite=overwrite, place=place) as quantizer:
+    with opened_line("run", source, config, out, plan=saved, overwrite=overwrite, place=place) as quantizer:
 
         def report(folder: Path, unprotected: Measurement, protected: Measurement) -> None:
             others = [other for other in (unprotected, quantizer.last_sweep) if other is not None]

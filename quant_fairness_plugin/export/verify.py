@@ -28,6 +28,7 @@ from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
 from quant_fairness_plugin.checkpoint.readers.running import find_python
 from quant_fairness_plugin.checkpoint.readers.transformers import TRANSFORMERS
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
+from quant_fairness_plugin.model.freed import returned_when_freed
 from quant_fairness_plugin.model.sizes import shown
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class VerifyReport:
         }
 
 
+@returned_when_freed()
 def verify(
     folder: str | Path,
     *,

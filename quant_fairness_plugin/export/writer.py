@@ -42,6 +42,7 @@ from quant_fairness_plugin.export.source_card import SourceCard, read_source_car
 from quant_fairness_plugin.export.staging import check_output, staged_folder
 from quant_fairness_plugin.export.verify import VerifyReport, verify
 from quant_fairness_plugin.model.activations import ROW_TOKENS
+from quant_fairness_plugin.model.freed import returned_when_freed
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
@@ -197,6 +198,7 @@ def _check_space(quantized: QuantizedModel, folder: Path) -> None:
         )
 
 
+@returned_when_freed()
 def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies: Copies) -> None:
     """Weights, `config.json`, and the format's side files."""
     loaded = quantized.loaded
@@ -262,6 +264,7 @@ def _describe(record: ExportRecord, source: SourceCard, folder: Path) -> ExportR
     return record
 
 
+@returned_when_freed()
 def _compare_with_memory(quantized: QuantizedModel, folder: Path, layout: Format) -> None:
     """What the files say must be the integers that were quantized and the values that were folded, bit for bit."""
     expected = _expected_values(quantized, twin=not layout.packs)

@@ -7,10 +7,8 @@ parts of the work that are timed on this machine while it is made.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast, get_args
 
 from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
@@ -23,11 +21,12 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal, takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.forecast.commands import COMMANDS, CommandMemory
+from quant_fairness_plugin.forecast.job import calibrated_tokens, count_part, memory_job, tokenize_parts
 from quant_fairness_plugin.forecast.memory import Memory, in_memory, streamed
 from quant_fairness_plugin.forecast.passes import (
     Range,
     Text,
-    count_text,
     fitting_groups,
     kept_groups,
     possible_walks,
@@ -38,19 +37,29 @@ from quant_fairness_plugin.forecast.run import Run, Step
 from quant_fairness_plugin.forecast.speed import Speed, measure_speed
 from quant_fairness_plugin.forecast.starting import start_seconds
 from quant_fairness_plugin.forecast.work import Work, count_work
-from quant_fairness_plugin.measure.rows import TokenRows, tokenize
+from quant_fairness_plugin.measure.rows import TokenRows
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.outline import Outline, outline_model
 from quant_fairness_plugin.model.resolve import ModelFiles
-from quant_fairness_plugin.model.tokenizer import check_vocabulary, counting_tokenizer, is_plain
 from quant_fairness_plugin.plans.costs import Disk, count_disk
 from quant_fairness_plugin.plans.plan_set import around_plans
 from quant_fairness_plugin.plans.tree import StateTree
 from quant_fairness_plugin.plans.units import check_around
 from quant_fairness_plugin.sweep.config import SweepConfig
-from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
 
-__all__ = ["Disk", "Forecast", "Memory", "Range", "Verdict", "Speed", "Step", "Text", "Work", "forecast"]
+__all__ = [
+    "CommandMemory",
+    "Disk",
+    "Forecast",
+    "Memory",
+    "Range",
+    "Speed",
+    "Step",
+    "Text",
+    "Verdict",
+    "Work",
+    "forecast",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +95,10 @@ class Forecast:
     unplanned: tuple[Step, ...] | Undefined
     """What `quantize --protect-layers none` takes."""
     speed: Speed
+    commands: tuple[CommandMemory, ...]
+    """What `quantize`, `run` and `measure` take at their peaks, libraries included."""
     memory: Memory
-    """With the whole model in memory."""
+    """Of a sweep with the whole model in memory."""
     streamed: Memory
     """Layer by layer, as under `--memory-budget`. More than the budget where that is too small."""
     disk: Disk
@@ -131,14 +142,14 @@ def forecast(
     config = config.fitted(outline, uniform=takes_one_group_size(config.format, config.reader))
     groups, trees = fitting_groups(outline, config.grid), _walks(outline, config, sweep)
     protected = check_layers(config.protect_layers, files.layers) if isinstance(config.protect_layers, tuple) else ()
-    tokenized = _tokenize(files, outline, texts, trust_remote_code)
-    text = _count(tokenized, texts, "search")
+    tokenized = tokenize_parts(files, outline, texts, trust_remote_code=trust_remote_code)
+    text = count_part(tokenized, texts, "search")
     speed = measure_speed(
         outline, config.grid, row_tokens=text.padded // sum(rows for rows, _, _ in text.batches),
         heads=count_heads(files, outline), states=len(trees[1][1].stages[-1]),
     )  # fmt: skip
     run, precisions = _run(outline, config, texts, tokenized, speed), len(sweep.precisions)
-    once = run.once()
+    job, once = memory_job(files, outline, config, texts, tokenized, budget=memory_budget), run.once()
     least, most = (count_work(outline, groups, walks, text, precisions=precisions) for walks in trees)
     return Forecast(
         model=files.name, family=outline.family.name, layers=files.layers, parameters=outline.parameters,
@@ -149,6 +160,7 @@ def forecast(
         run=run.steps(once),
         unplanned=run.steps(once, planned=False),
         speed=speed,
+        commands=tuple(map(job.memory, COMMANDS)),
         memory=in_memory(outline, groups, trees[1], text, precisions=precisions),
         streamed=streamed(outline, trees[1], text, precisions=precisions, budget=memory_budget),
         disk=count_disk(outline, config.grid, protected),
@@ -159,16 +171,12 @@ def forecast(
 def _run(
     outline: Outline, config: FairConfig, texts: TextSet, tokenized: Mapping[Part, TokenRows], speed: Speed
 ) -> Run:
-    search, confirm = (_count(tokenized, texts, part) for part in ("search", "confirm"))
+    search, confirm = (count_part(tokenized, texts, part) for part in ("search", "confirm"))
     return Run(
         outline=outline, config=config, languages=texts.languages,
-        calibrated=count_calibrated(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
+        calibrated=calibrated_tokens(tokenized["calibrate"], config), search=search, confirm=confirm, speed=speed,
         start=start_seconds(),
     )  # fmt: skip
-
-
-def _count(tokenized: Mapping[Part, TokenRows], texts: TextSet, part: Part) -> Text:
-    return count_text(tokenized[part], texts.part(part), batch_tokens=BATCH_TOKENS)
 
 
 def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[list[StateTree], list[StateTree]]:
@@ -178,27 +186,6 @@ def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[li
     planned = sweep.plan_set(singled_out, quantized)
     check_around(sweep.also, units, outline.shapes, config.grid)
     return possible_walks(planned, units, around_plans(sweep.also, units, singled_out, sweep.modes))
-
-
-def _tokenize(files: ModelFiles, outline: Outline, texts: TextSet, trust_remote_code: bool) -> Mapping[Part, TokenRows]:
-    tokenizer = counting_tokenizer(files, trust_remote_code=trust_remote_code, templates=texts.start == "chat")
-    if not is_plain(files):  # else `preflight` did
-        check_vocabulary(tokenizer, texts, rows=outline.vocabulary, name=files.name)
-    context = min(CONTEXT, outline.positions)
-    return {part: tokenize(cast(Any, tokenizer), texts.part(part), context=context) for part in get_args(Part)}
-
-
-def count_calibrated(tokenized: TokenRows, config: FairConfig) -> int | None:
-    """Return how many tokens of all languages are calibrated on; line ends and beginnings are not counted."""
-    if config.calibration_texts is not None and config.tokens_per_language is None:
-        return None
-    counts = Counter[str]()
-    for row in tokenized.rows:
-        counts[row.language] += len(row.ids)
-    if config.calibration == "proportional":
-        return counts.total()
-    languages = 1 if config.calibration == "english" else len(counts)
-    return languages * (config.tokens_per_language or min(counts.values()))
 
 
 def count_heads(files: ModelFiles, outline: Outline) -> int:

@@ -27,8 +27,7 @@ def forecast_lines(result: Forecast) -> Iterator[str]:
         yield f"            {whole} without a plan: quantize --protect-layers none"
     yield from _sweep_lines(result)
     yield _time_line(result)
-    yield f"memory      at least {_memory(result.memory)}; Python, its libraries and freed memory come on top"
-    yield f"            layer by layer (--memory-budget): at least {_memory(result.streamed)}"
+    yield from _memory_lines(result)
     yield (
         f"disk        {shown(result.disk.plan)} of tensors under the plan; all layers quantized "
         f"{shown(result.disk.quantized)}, all in 16 bit {shown(result.disk.sixteen_bit)}"
@@ -81,6 +80,16 @@ def _run_line(steps: tuple[Step, ...] | Undefined, speed: Speed) -> str:
         f"run         {_duration(whole)} as it comes, with a plan by gradients: an estimate, from parts of the work "
         f"timed just now. In {unit}: {', '.join(parts)}{_sharing(speed)}"
     )
+
+
+def _memory_lines(result: Forecast) -> Iterator[str]:
+    peaks = [f"{one.command} {shown(one.peak)} (at its stage {one.largest.name!r})" for one in result.commands]
+    yield (
+        f"memory      {', '.join(peaks)}: resident at the peak, {shown(result.commands[0].libraries)} of Python, its "
+        "libraries and the tokenizer included; a forecast for a CPU"
+    )
+    yield f"            sweep: at least {_memory(result.memory)}; Python, its libraries and freed memory come on top"
+    yield f"            sweep layer by layer (--memory-budget): at least {_memory(result.streamed)}"
 
 
 def _memory(memory: Memory) -> str:

@@ -7,14 +7,15 @@ from typing import get_args
 
 from quant_fairness_plugin.artifacts import Part, TextSet, Undefined
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.forecast import count_calibrated, count_heads
-from quant_fairness_plugin.forecast.passes import Range, count_text
+from quant_fairness_plugin.forecast import count_heads
+from quant_fairness_plugin.forecast.job import calibrated_tokens, count_part
+from quant_fairness_plugin.forecast.passes import Range
 from quant_fairness_plugin.forecast.run import STATES, Run
 from quant_fairness_plugin.forecast.speed import measure_speed
 from quant_fairness_plugin.measure.rows import position_limit, tokenize_for
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.outline import Outline
-from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
+from quant_fairness_plugin.sweep.memory import CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +57,13 @@ def forecast_search(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> 
         for part in get_args(Part)
         if part != "confirm"
     }
-    search = count_text(tokenized["search"], texts.part("search"), batch_tokens=BATCH_TOKENS)
+    search = count_part(tokenized, texts, "search")
     speed = measure_speed(
         outline, config.grid, row_tokens=search.padded // sum(rows for rows, _, _ in search.batches),
         heads=count_heads(loaded.files, outline), states=STATES,
     )  # fmt: skip
     run = Run(
         outline=outline, config=config, languages=texts.languages,
-        calibrated=count_calibrated(tokenized["calibrate"], config), search=search, confirm=search, speed=speed,
+        calibrated=calibrated_tokens(tokenized["calibrate"], config), search=search, confirm=search, speed=speed,
     )  # fmt: skip
     return Search(run, loaded.model.device.type == "cpu")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor
 
-from quant_fairness_plugin.model.freed import return_when_freed
+from quant_fairness_plugin.model.freed import return_free_pages, returned_when_freed
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
 
@@ -27,7 +27,6 @@ def block_feed(
     if not isinstance(loaded, StreamedModel):
         yield lambda layer: nullcontext()
         return
-    return_when_freed()
     model, following = loaded, dict(zip(layers, layers[1:], strict=False))
     coming: dict[int, Future[dict[str, Tensor]]] = {}
 
@@ -38,8 +37,11 @@ def block_feed(
             if prefetch and layer in following:
                 coming[following[layer]] = reader.submit(model.fetch, following[layer])
             yield
+        return_free_pages()
 
-    with ThreadPoolExecutor(max_workers=1) as reader:
+    # With a budget there may be a limit of data, which counts what is free in the heap, given back or not.
+    at_once = nullcontext() if model.memory_budget is None else returned_when_freed()
+    with at_once, ThreadPoolExecutor(max_workers=1) as reader:
         yield resident
 
 

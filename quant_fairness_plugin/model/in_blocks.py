@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.model.activations import ActivationWatch
+from quant_fairness_plugin.model.freed import return_free_pages
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
 
@@ -38,6 +39,7 @@ def largest_activation_by_blocks(
     for layer in range(loaded.layers):
         with resident(layer), watch.over(loaded.block(layer)):
             hidden = [s.calls[layer].run(loaded.block(layer), h) for s, h in zip(starts, hidden, strict=True)]
+        return_free_pages()
     given = [head_input(loaded, row, None, last) for row, last in zip(ids, hidden, strict=True)]
     head = loaded.model.get_submodule(loaded.family.head)
     bias = getattr(head, "bias", None)

@@ -58,6 +58,11 @@ def rooms(root: Path = Path("/")) -> Iterator[Room]:
     yield from _control_groups(root)
 
 
+def resident(root: Path = Path("/")) -> int:
+    """Return the bytes that this process has in memory now; 0 where the system does not say."""
+    return 1024 * _numbers(root / "proc/self/status").get("VmRSS", 0)
+
+
 def check_libraries() -> None:
     """Refuse to load torch and Transformers where a limit is certainly below what they take.
 

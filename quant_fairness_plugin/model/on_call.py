@@ -1,12 +1,12 @@
 """A model whose blocks are in files, called as any model is: each block is read when the model calls it.
 
 What runs a model itself (Transformers' `generate`) has no place for a loop over blocks. A pass takes the time of
-reading all blocks, so many rows should share it; blocks of a small model stay in memory from the first pass on.
+reading all blocks, so many rows should share it. No block stays: those of a small model come from the system's cache
+of files, which takes a fraction of computing with them and none of this process's memory.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant_fairness_plugin.model.freed import return_free_pages, returned_when_freed
 from quant_fairness_plugin.model.in_blocks import VOCABULARY_PIECE
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.model.tables import Table
 
-HELD_BYTES = 512 << 20
-"""Blocks that take no more, all together in the compute dtype, are read once."""
+LONG_TOKENS = 256
+"""Tokens of a call behind which free memory goes back after every block; else after the last one."""
 
 
 @contextmanager
@@ -28,28 +29,29 @@ def read_on_call(streamed: StreamedModel) -> Iterator[None]:
 
     Calls must not overlap.
     """
-    prefix = f"{streamed.family.blocks}."
-    values = sum(math.prod(place.shape) for name, place in streamed.places.items() if name.startswith(prefix))
-    hold = values * streamed.compute.itemsize <= HELD_BYTES and streamed.memory_budget is None
     with ExitStack() as hooks:
         for layer in range(streamed.layers):
-            hooks.enter_context(_block_read_on_call(streamed, layer, hold=hold))
+            hooks.enter_context(_block_read_on_call(streamed, layer))
         table = streamed.tables.get(f"{streamed.family.head}.weight")
         if table is not None:
             hooks.enter_context(_head_read_on_call(streamed.model.get_submodule(streamed.family.head), table))
+        hooks.enter_context(returned_when_freed())  # what a model remembers of a pass lies between its blocks
         yield
 
 
 @contextmanager
-def _block_read_on_call(streamed: StreamedModel, layer: int, *, hold: bool) -> Iterator[None]:
+def _block_read_on_call(streamed: StreamedModel, layer: int) -> Iterator[None]:
     block, held = streamed.block(layer), ExitStack()
 
     def read(*_: Any) -> None:
-        held.enter_context(streamed.resident(layer))  # which does nothing where it is in memory
+        held.enter_context(streamed.resident(layer))
 
-    def leave(*_: Any) -> None:
-        if not hold:
-            held.close()
+    def leave(_: nn.Module, given: tuple[Any, ...], __: Any) -> None:
+        held.close()
+        # Of a prompt, every block leaves much more than of the token after it; of that, all blocks together.
+        tokens = given[0].shape[:-1].numel() if given else 0
+        if layer + 1 == streamed.layers or tokens >= LONG_TOKENS:
+            return_free_pages()
 
     before = block.register_forward_pre_hook(read)
     after = block.register_forward_hook(leave, always_call=True)  # after an error, too

@@ -15,6 +15,7 @@ from quant_fairness_plugin.artifacts import Unit
 from quant_fairness_plugin.errors import UnsolvableError
 from quant_fairness_plugin.model.block_feed import block_feed
 from quant_fairness_plugin.model.experts import Experts
+from quant_fairness_plugin.model.freed import return_free_pages
 from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
@@ -180,6 +181,7 @@ def _solve_layer(work: Work, layer: int, given: Given) -> None:
     for unit, modules in work.units(layer):
         solve = _solve_experts if work.routed(unit) else _solve_unit
         solve(work, unit, modules, given, solved)
+        return_free_pages()
     work.results.add(layer, solved)
 
 

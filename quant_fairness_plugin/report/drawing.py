@@ -15,6 +15,8 @@ _PACKAGES = {"altair": "altair", "vl_convert": "vl-convert-python"}
 """Module → package of the extra `report`."""
 _ENGINE_ADDRESSES = 70_000_000_000
 """What vl-convert's JavaScript engine maps while it starts, hardly any of it memory. Refused, it ends the process."""
+_ENGINE_DATA = 700_000_000
+"""What of it may be written to, most of it never; refused, it ends the process as well."""
 _FONT = "Helvetica, Arial, sans-serif"  # vl-convert has metrics of these
 _TITLE = {"titleColor": "var(--muted)", "titleFontWeight": "normal", "titleFontSize": 12}
 _CONFIG: dict[str, Any] = {
@@ -44,12 +46,13 @@ def check_drawing() -> None:
 
     Raises:
         MissingExtraError: a package of the extra `report` is not installed.
-        ResourceError: the limit of addresses is below what the drawings' JavaScript engine maps.
+        ResourceError: a limit of addresses or of data is below what the drawings' JavaScript engine takes.
     """
     missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtraError(f"a report needs {' and '.join(missing)}; install: {INSTALL}")
     check_limit("addresses", _ENGINE_ADDRESSES, "the drawings of a page")
+    check_limit("data", _ENGINE_DATA, "the drawings of a page")
 
 
 def draw(chart: Any, text: str) -> Markup:

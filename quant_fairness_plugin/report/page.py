@@ -63,7 +63,7 @@ def render_report(sources: Sources, *, gate: Gate | None = None) -> str:
 
     Raises:
         MissingExtraError: the packages of the extra `report` are not installed.
-        ResourceError: the limit of addresses is below what the drawings' JavaScript engine maps.
+        ResourceError: a limit of addresses or of data is below what the drawings' JavaScript engine takes.
     """
     check_drawing()
     environment = jinja2.Environment(

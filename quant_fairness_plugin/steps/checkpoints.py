@@ -143,7 +143,7 @@ def exported_state(folder: Path, loaded: LoadedModel, *, name: str = EXPORTED) -
         try:
             device = str(loaded.model.device)
             streamed = stream_checkpoint(folder, loaded.tokenizer, dtype=loaded.compute, device=device)
-            return block_state(name, streamed)
+            return block_state(name, replace(streamed, memory_budget=loaded.memory_budget))
         except UnsupportedModelError as err:
             if loaded.memory_budget is not None:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from quant_fairness_plugin.checkpoint.in_blocks import BlockLogits, stream_checkpoint
 from quant_fairness_plugin.export.writer import export
+from quant_fairness_plugin.model.streamed import budget_of, open_streamed
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.steps import exported_state
 from tests.export.build import TEXTS, quantize_tiny, quantize_with_columns
 
 ROWS = [(0, 5, 9, 200, 3), (7,), (11, 12, 13)]
@@ -56,3 +59,14 @@ def test_channels_in_16_bit_are_added_and_one_block_is_in_memory(
                 expected = whole.get_parameter(f"{streamed.family.blocks}.{layer}.{name}")
                 assert torch.equal(value, expected), name
     assert all(parameter.is_meta for parameter in streamed.block(1).parameters())
+
+
+def test_a_checkpoint_beside_its_original_keeps_the_memory_budget(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, folder = tiny_model("llama", layers=2), tmp_path / "out"
+    export(quantize_tiny(source), folder, texts=TEXTS)
+    original = replace(open_streamed(str(source)), memory_budget=1 << 20)
+    state = exported_state(folder, original)
+    assert state.blocks is not None
+    assert budget_of(state.blocks) == 1 << 20

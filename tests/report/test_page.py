@@ -11,7 +11,8 @@ import pytest
 from quant_fairness_plugin.analysis.kinds import ANALYSES
 from quant_fairness_plugin.artifacts import ReaderRun, SweepReport, Undefined
 from quant_fairness_plugin.artifacts.gates import Gate
-from quant_fairness_plugin.errors import ConfigError, MissingExtraError
+from quant_fairness_plugin.errors import ConfigError, MissingExtraError, ResourceError
+from quant_fairness_plugin.model import limits
 from quant_fairness_plugin.report import drawing
 from quant_fairness_plugin.report.page import recommended_plan, render_report
 from quant_fairness_plugin.report.sources import Artifact, Sources
@@ -200,6 +201,12 @@ def test_a_missing_package_is_named_with_its_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         MissingExtraError, match=r'needs no-such-package; install: pip install "quant-fairness\[report\]"'
     ):
+        render_report(Sources.of([PLAN]))
+
+
+def test_a_limit_that_would_end_the_engine_is_said_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "rooms", lambda: iter([limits.Room(600_000_000, "the limit of data", "data")]))
+    with pytest.raises(ResourceError, match=r"the drawings of a page take 700\.00 MB of data before any work"):
         render_report(Sources.of([PLAN]))
 
 

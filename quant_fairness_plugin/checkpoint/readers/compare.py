@@ -40,7 +40,7 @@ from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.model.activations import spread_ids
 from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.families import detect_family
-from quant_fairness_plugin.model.freed import return_what_is_free
+from quant_fairness_plugin.model.freed import return_what_is_free, returned_when_freed
 from quant_fairness_plugin.model.load import quiet_transformers
 from quant_fairness_plugin.model.native import auto_class
 from quant_fairness_plugin.model.storage import announced_dtype
@@ -201,7 +201,7 @@ def compare_with_transformers(folder: Path, *, tolerance: float = SAME_MODEL) ->
     expected = _dense_logits(folder, bare)
     return_what_is_free()
     # compressed-tensors draws four progress bars on stderr, gptqmodel a banner on stdout
-    with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
+    with quiet_transformers(), redirect_stderr(StringIO()), redirect_stdout(StringIO()), returned_when_freed():
         model, info = _read(folder)
         check_loading_info(folder, info, overlooked_keys(folder))
         _widen(model)
