@@ -17,6 +17,8 @@ LEAST_DAMP = 0.01
 """What Frantar et al. add, with more tokens than most calibrations have."""
 MOST_DAMP = 10.0
 """Past this a solution is plain rounding."""
+ONE_PASS_DAMP = 0.05
+"""Of GPTQ with nothing behind it."""
 EXPERTS_DAMP = 0.05
 """Of routed experts, whose moments are filled up with those of their layer: not by tokens, as no other was measured."""
 
@@ -48,7 +50,8 @@ class Gptq(Method):
         """Return GPTQ as published for `fast`; for `best`, with more rounds behind it."""
         match effort:
             case "fast":
-                return replace(self, compensates=False, refinements=0)
+                # A solution in one pass loses by more damping what one that is solved again for all text gains.
+                return replace(self, compensates=False, refinements=0, damp=self.damp or ONE_PASS_DAMP)
             case "best":
                 return replace(self, refinements=6)
             case _:
