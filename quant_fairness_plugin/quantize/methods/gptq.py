@@ -50,7 +50,7 @@ class Gptq(Method):
         """Return GPTQ as published for `fast`; for `best`, with more rounds behind it."""
         match effort:
             case "fast":
-                # A solution in one pass loses by more damping what one that is solved again for all text gains.
+                # With nothing behind it, as much damping as `damping` gives few tokens loses more than it gains.
                 return replace(self, compensates=False, refinements=0, damp=self.damp or ONE_PASS_DAMP)
             case "best":
                 return replace(self, refinements=6)
