@@ -21,14 +21,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.pages import write_tables  # noqa: E402 - found by the path above
+from benchmarks.commands import ENTRY  # noqa: E402 - found by the path above
+from benchmarks.pages import write_tables  # noqa: E402
 from benchmarks.rows import conditions  # noqa: E402
 
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "capabilities.jsonl"
 PAGE = ROOT / "docs" / "reliability.md"
 KINDS = {"avx512": "AVX512", "avx2": "AVX2", "default": "COMPATIBLE"}
 """PyTorch's name → MKL's."""
-ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
 TEXTS = ("--texts", "t.json")
 PLAN = ("recommend", "--model", "model", *TEXTS, "--max-overhead", "0.3", "-o", "plan.json")
 QUANTIZE = (

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from commands import ENTRY, one_thread, printed_apart
 from pages import write_tables
 from rows import conditions
 
@@ -37,7 +38,6 @@ FORECASTS = {PLANNED: "run", BARE: "unplanned"}
 """What is run → the steps of `plan --json` that are about it."""
 TIMES = {"demo": "60s", "demo-gpt2": "60s", "SmolLM2-135M": "3min"}
 WITHIN = 1.5
-ENTRY = ("-c", "from quant_fairness_plugin.cli.main import main; main()")
 SEED = 0
 REFUSED = 2
 """Exit status of a value that cannot be kept."""
@@ -58,7 +58,7 @@ def run(name: str, folder: str, kind: str) -> dict[str, Any]:
     """Return the row of one quantization: forecast, wall and CPU seconds."""
     # gptqmodel and vLLM take the Conv1D of GPT-2 that Transformers' own reader does not.
     reader = ["--reader", "vllm"] if name == "demo-gpt2" else []
-    said = json.loads(printed("plan", "--model", folder, "--langs", MODELS[name], "--json"))
+    said = json.loads(printed_apart("plan", "--model", folder, "--langs", MODELS[name], "--json"))
     steps = {step["name"]: [step["seconds"]["low"], step["seconds"]["high"]] for step in said[FORECASTS[kind]]}
     ends = [sum(seconds) for seconds in zip(*steps.values(), strict=True)]
     middle = math.sqrt(math.prod(ends))
@@ -99,7 +99,7 @@ def timed(*line: str, stderr: IO[bytes] | None = None, accepted: tuple[int, ...]
     """Run a command; return its wall seconds, the CPU seconds of it and its children, and how busy the machine was."""
     busy, started = os.getloadavg()[0], time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, *ENTRY, *line], stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT, env=environment()
+        [sys.executable, "-c", ENTRY, *line], stdout=subprocess.DEVNULL, stderr=stderr, cwd=ROOT, env=one_thread()
     )
     _, status, used = os.wait4(process.pid, 0)
     wall = time.monotonic() - started
@@ -110,19 +110,6 @@ def timed(*line: str, stderr: IO[bytes] | None = None, accepted: tuple[int, ...]
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "load": [round(busy, 1), round(os.getloadavg()[0], 1)],
     }
-
-
-def printed(*line: str) -> str:
-    """Return what a command prints."""
-    done = subprocess.run(
-        [sys.executable, *ENTRY, *line], check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment()
-    )
-    return done.stdout
-
-
-def environment() -> dict[str, str]:
-    """Return the environment with one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def read_rows() -> list[dict[str, Any]]:

@@ -28,14 +28,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.pages import write_tables  # noqa: E402 - found by the path above
+from benchmarks.commands import ENTRY  # noqa: E402 - found by the path above
+from benchmarks.pages import write_tables  # noqa: E402
 from benchmarks.rows import conditions  # noqa: E402
 
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "load.jsonl"
 PAGE = ROOT / "docs" / "reliability.md"
 NEW_TOKENS, WORDS = 8, 5
 QUANTIZE = ("quantize", "demo", "--langs", "en,fr", "--protect-layers", "0", "--method", "rtn", "-o")
-ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
 
 
 def main() -> None:

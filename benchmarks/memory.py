@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import resource
 import shutil
@@ -27,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from commands import ENTRY, one_thread, printed_apart
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import Part, write_atomically
@@ -36,7 +36,6 @@ from quant_fairness_plugin.texts.load import load_texts
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "memory.jsonl"
-ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
 LANGUAGES = "en,fr,es,ru,ar,zh"
 SAMPLE_SECONDS = 0.02
 SEED = 0
@@ -95,9 +94,8 @@ def parse_options() -> argparse.Namespace:
 
 def forecast_of(model: str, arguments: list[str]) -> dict[str, Any]:
     """Return what `plan` says of the memory of every command."""
-    command = [sys.executable, "-c", ENTRY, "plan", "--model", model, *arguments, "--json"]
-    printed = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, check=True).stdout
-    return {each["command"]: each for each in json.loads(printed)["commands"]}
+    said = json.loads(printed_apart("plan", "--model", model, *arguments, "--json"))
+    return {each["command"]: each for each in said["commands"]}
 
 
 def compared(row: dict[str, Any], forecast: dict[str, Any]) -> dict[str, Any]:
@@ -111,10 +109,6 @@ def compared(row: dict[str, Any], forecast: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
 def measure(command: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """Run a command in a new process, and return what that process took."""
     limit = None if options.limit is None else parse_size(options.limit)
@@ -122,7 +116,7 @@ def measure(command: str, arguments: list[str], options: argparse.Namespace) -> 
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     peak = {"RssAnon": 0, "VmHWM": 0, "VmData": 0}
     given = [sys.executable, "-c", ENTRY, command, *arguments]
-    with subprocess.Popen(given, env=environment(), stdout=subprocess.DEVNULL, preexec_fn=bounded) as process:
+    with subprocess.Popen(given, env=one_thread(), stdout=subprocess.DEVNULL, preexec_fn=bounded) as process:
         while process.poll() is None:
             for name, value in memory_of(process.pid).items():
                 peak[name] = max(peak[name], value)

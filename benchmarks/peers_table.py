@@ -210,11 +210,12 @@ def measure(name: str, model: str, work: Path, names: list[str], *, sentences: i
         names: of variants.
         sentences: how many of each language; all of the part where None.
     """
-    made = {each: json.loads(done.read_text("utf-8")) for each in names if (done := note(work, each)).is_file()}
-    failed = [each for each, row in made.items() if "failed" in row]
     if not note(work, OURS).is_file():
         raise SystemExit(f"{OURS!r} is what the others are compared with: make it first")
-    found = damage(model, work, [OURS, *(each for each in made if each != OURS and each not in failed)], sentences)
+    asked = dict.fromkeys((OURS, *names))  # ours as well: what the others are compared with is what stands in its row
+    made = {each: json.loads(done.read_text("utf-8")) for each in asked if (done := note(work, each)).is_file()}
+    failed = [each for each, row in made.items() if "failed" in row]
+    found = damage(model, work, [each for each in made if each not in failed], sentences)
     option = "" if sentences is None else f" --sentences {sentences}"
     common = conditions(command=f"python benchmarks/peers_table.py measure {name}{option}", seed=SEED)
     new = [

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from commands import ENTRY, printed_apart
 from pages import write_tables
 from rows import conditions
 
@@ -41,7 +42,6 @@ VARIANTS = {
     PLANNED: ("--protect-layers", "auto", "--max-overhead", "0.1"),
 }
 """Name → options of `quant-fairness quantize`. The first is what calibration in one language does at the same bytes."""
-ENTRY = ("-c", "from quant_fairness_plugin.cli.main import main; main()")
 
 
 def measure(folder: Path, variants: list[str]) -> None:
@@ -65,7 +65,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
         out = Path(scratch) / "checkpoint"
         options = [*VARIANTS[name], "--langs", LANGUAGES]
         line = ["quant-fairness", "quantize", str(folder), *options, "--output", str(out), "--json"]
-        starter = [sys.executable, *ENTRY, *line[1:]]
+        starter = [sys.executable, "-c", ENTRY, *line[1:]]
         beforehand = forecast(folder) if name == PLANNED else None
         started, document = time.monotonic(), Path(scratch) / "record.json"
         with document.open("wb") as stdout:
@@ -102,8 +102,7 @@ def run(folder: Path, name: str) -> dict[str, Any]:
 
 def forecast(folder: Path) -> list[float]:
     """Return what `plan` says beforehand that a run takes, in seconds: from, to."""
-    line = [sys.executable, *ENTRY, "plan", "--model", str(folder), "--langs", LANGUAGES, "--json"]
-    said = json.loads(subprocess.run(line, check=True, capture_output=True, cwd=ROOT).stdout)
+    said = json.loads(printed_apart("plan", "--model", str(folder), "--langs", LANGUAGES, "--json"))
     return [round(sum(step["seconds"][end] for step in said["run"]), 1) for end in ("low", "high")]
 
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from commands import ENTRY
 from pages import write_tables
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "terminal.md"
@@ -29,7 +30,6 @@ COMMANDS = {
     "doctor": "quant-fairness doctor",
 }
 """The later ones read what `run` wrote."""
-ENTRY = "from quant_fairness_plugin.cli.main import main; main()"
 _FURTHER = re.compile(r" … (\d+ of \d+|for \d+:)")
 _COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 

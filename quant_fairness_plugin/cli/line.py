@@ -47,12 +47,11 @@ def opened_line(
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
     from quant_fairness_plugin.forecast.room import say_where_short
     from quant_fairness_plugin.quantize.workplace import Workplace
-    from quant_fairness_plugin.steps import can_go_in_blocks
 
     say_where_short(command, *checked, config, budget=budget, trust_remote_code=source.trust_remote_code)
     with progress(place.kept) as tell:
         quantizer = FairQuantizer.from_source(
             source, config, checked=checked, progress=tell, place=Workplace(place.work, budget),
-            stream=can_go_in_blocks(config),
+            stream=config.goes_in_blocks,
         )  # fmt: skip
         yield quantizer if plan is None else quantizer.following(plan)

@@ -39,6 +39,7 @@ from quant_fairness_plugin.config.quantizing import QuantizingFields
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.model.devices import check_device_name
+from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes
@@ -137,6 +138,14 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
     def scores_units(self) -> bool:
         """Return whether `auto` scores units by gradients; else it sweeps."""
         return not self._sweeps
+
+    @property
+    def goes_in_blocks(self) -> bool:
+        """Return whether a checkpoint is made block by block as fast as with the whole model in memory.
+
+        Sweeps are faster with it, and other tools take it.
+        """
+        return self.backend == NATIVE and (self.protect_layers != "auto" or self.scores_units)
 
     @property
     def _sweeps(self) -> str:

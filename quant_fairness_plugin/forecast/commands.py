@@ -18,13 +18,14 @@ from quant_fairness_plugin.forecast.memory import FLOAT, ROUNDING_COPIES, fittin
 from quant_fairness_plugin.forecast.passes import Text, fitting_groups
 from quant_fairness_plugin.model.outline import Outline, unit_shapes
 from quant_fairness_plugin.plans.costs import count_disk
-from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.memory import count_quantize_needs
 from quant_fairness_plugin.quantize.methods import find_method
 from quant_fairness_plugin.sweep.memory import STATES_IN_MEMORY, count_needs
 
 Command = Literal["quantize", "run", "measure"]
 COMMANDS: tuple[Command, ...] = ("quantize", "run", "measure")
+# What the code that does the work says itself is repeated here, as a forecast does without Transformers, which it
+# loads; a test holds both against each other.
 LIBRARIES = 520_000_000
 """What Python holds with torch 2.13 for a CPU, Transformers and this package, once a small model was run with them."""
 TOKENIZER = 16
@@ -112,8 +113,7 @@ class Job:
     def _whole(self, command: Command) -> bool:
         if self.budget is not None:
             return False
-        searches = self.config.protect_layers == "auto" and not self.config.scores_units
-        return not self.streams or (command != "measure" and (self.config.backend != NATIVE or searches))
+        return not self.streams or (command != "measure" and not self.config.goes_in_blocks)
 
     def _stages(self, command: Command, whole: bool) -> Iterator[Stage]:
         if command != "measure":

@@ -17,7 +17,6 @@ from quant_fairness_plugin.steps.checkpoints import (
     write,
 )
 from quant_fairness_plugin.steps.opening import (
-    can_go_in_blocks,
     check_config,
     check_tokens,
     check_whole,
@@ -59,7 +58,6 @@ __all__ = [
     "importance",
     "measure",
     "measured_folder",
-    "can_go_in_blocks",
     "name_measuring",
     "open_in_memory",
     "plan_of_layers",

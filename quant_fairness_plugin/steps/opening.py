@@ -25,7 +25,6 @@ from quant_fairness_plugin.model.storage import storage_dtype
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
 from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
-from quant_fairness_plugin.quantize.backends import NATIVE
 
 _logger = logging.getLogger(__name__)
 
@@ -81,14 +80,6 @@ def load_checked(
 def can_stream(files: ModelFiles) -> bool:
     """Return whether blocks can be read from the files."""
     return bool(files.weights) and files.weights[0].suffix == ".safetensors"
-
-
-def can_go_in_blocks(config: FairConfig) -> bool:
-    """Return whether a configuration's checkpoint is made block by block as fast as with the whole model in memory.
-
-    Sweeps are faster with it, and other tools take it.
-    """
-    return config.backend == NATIVE and (config.protect_layers != "auto" or config.scores_units)
 
 
 def probe_sentences(texts: TextSet) -> list[str]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 LEAST_DAMP = 0.01
 """What Frantar et al. add, with more tokens than most calibrations have."""
 MOST_DAMP = 10.0
-"""Past this a solution is plain rounding."""
+"""Given for want of tokens; a Hessian that takes more to be solved gets it (`gptq.MAX_DAMP`)."""
 ONE_PASS_DAMP = 0.05
 """Of GPTQ with nothing behind it."""
 EXPERTS_DAMP = 0.05
@@ -50,8 +50,9 @@ class Gptq(Method):
         """Return GPTQ as published for `fast`; for `best`, with more rounds behind it."""
         match effort:
             case "fast":
-                # With nothing behind it, as much damping as `damping` gives few tokens loses more than it gains.
-                return replace(self, compensates=False, refinements=0, damp=self.damp or ONE_PASS_DAMP)
+                # Not by tokens: where nothing is compensated that gains nothing (*refined* in docs/calibration.md).
+                damp = ONE_PASS_DAMP if self.damp is None else self.damp
+                return replace(self, compensates=False, refinements=0, damp=damp)
             case "best":
                 return replace(self, refinements=6)
             case _:
@@ -61,8 +62,8 @@ class Gptq(Method):
         """Return the damping of a matrix of so many input channels.
 
         The second moments of few tokens differ from those of all text by a share of their mean that grows with the
-        channels and falls with the tokens. A solution that trusts them further than that fits the calibration text
-        alone: `docs/calibration.md` has what it costs.
+        channels and falls with the tokens. What it costs to trust them further is in the table of efforts of
+        `docs/calibration.md`.
 
         Args:
             columns: input channels.
