@@ -6,20 +6,46 @@ python benchmarks/peers/ours_quantize.py MODEL REQUEST.json OUT
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from peers_table import SEED, TOKENS, calibration_texts
+from peers_table import ENVIRONMENTS, ROOT, SEED, TOKENS, calibration_texts
 
 from quant_fairness_plugin import FairQuantizer
 from quant_fairness_plugin.artifacts import package_versions
+from quant_fairness_plugin.export.gguf import write_gguf
 
 
 def quantize(model: str, request: dict[str, Any], out: Path) -> None:
+    """Write a checkpoint folder, or a folder with a GGUF file; `peer.json` lies in either."""
+    if request.get("gguf"):
+        out.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as beside:
+            peer = checkpoint(model, request, Path(beside) / "checkpoint")
+            like = converted(model, Path(beside) / "like.gguf")
+            write_gguf(Path(beside) / "checkpoint", like, out / "model.gguf")
+    else:
+        peer = checkpoint(model, request, out)
+    (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
+
+
+def converted(model: str, path: Path) -> Path:
+    """Write a 16-bit model as llama.cpp's own converter does; metadata and tokenizer come from that."""
+    home = ROOT / ENVIRONMENTS["llamacpp"]
+    script = home / "src" / "convert_hf_to_gguf.py"
+    command = (home / "bin" / "python", script, model, "--outtype", "bf16", "--outfile", path)
+    subprocess.run(list(map(str, command)), check=True)
+    return path
+
+
+def checkpoint(model: str, request: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write a checkpoint folder; return what its row says of it."""
     options = {key: request[key] for key in ("protect_layers", "max_overhead") if key in request}
     if "our_group_size" in request:  # by default it is the largest that fits each module
         options["group_size"] = request["our_group_size"]
@@ -32,8 +58,7 @@ def quantize(model: str, request: dict[str, Any], out: Path) -> None:
     record = quantizer.save_pretrained(out, measure=None)
     settings = {"grid": str(record.plan.grid), "plan": record.plan.source, "reasons": list(record.plan.reasons)}
     settings["starts"] = list(record.calibration["starts"])
-    peer = {"versions": package_versions(), "settings": settings, "calibrated": record.calibration["tokens_sha256"]}
-    (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
+    return {"versions": package_versions(), "settings": settings, "calibrated": record.calibration["tokens_sha256"]}
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ COMMANDS = {
     "verify": "quant-fairness verify demo-int4-fair",
     "report": "quant-fairness report demo-int4-fair sweep.json -o report.html",
     "repair": "quant-fairness repair DIR --dry-run",
+    "gguf": "quant-fairness gguf demo-int4-fair --like demo.gguf",
     "generate": "quant-fairness generate demo-int4-fair --prompt 'In the beginning'",
     "doctor": "quant-fairness doctor",
 }

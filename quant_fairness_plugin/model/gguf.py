@@ -78,9 +78,7 @@ def convert_gguf(path: Path, folder: Path, *, checksum: str, dtype: Dtype = "bfl
         MissingExtraError: the packages of the extra `gguf` are not installed.
         UnsupportedModelError: Transformers does not read this GGUF.
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise MissingExtraError(f"{path}: reading GGUF needs {' and '.join(missing)}. Install them: {_INSTALL}")
+    check_installed(path)
     _logger.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
     model, tokenizer = _read(path, dtype)
     model.save_pretrained(folder)
@@ -88,6 +86,20 @@ def convert_gguf(path: Path, folder: Path, *, checksum: str, dtype: Dtype = "bfl
     _rewrite_config(folder)
     source = {"file": path.name, "sha256": checksum, "weights": f"dequantized to {dtype}"}
     (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+
+
+def check_installed(path: Path) -> None:
+    """Refuse to go on where the packages of the extra `gguf` are not installed.
+
+    Args:
+        path: the file that is to be read or written, for the message.
+
+    Raises:
+        MissingExtraError: names what is missing, and the command.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"{path}: a GGUF file needs {' and '.join(missing)}. Install them: {_INSTALL}")
 
 
 def _read(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -66,7 +66,7 @@ def test_a_failed_conversion_leaves_nothing_in_the_cache(file: Path, monkeypatch
 
 def test_without_the_extra_the_way_to_install_it_is_named(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf, "find_spec", lambda name: None if name == "gguf" else object())
-    with pytest.raises(MissingExtraError, match=r"reading GGUF needs gguf. Install them: pip .*quant-fairness\[gguf\]"):
+    with pytest.raises(MissingExtraError, match=r"a GGUF file needs gguf. Install them: pip .*quant-fairness\[gguf\]"):
         resolve_model(str(file))
 
 

@@ -1,0 +1,260 @@
+"""A checkpoint of ours as one GGUF file for llama.cpp: the same integers and scales, the embedding in 8 bits.
+
+Half of a small model's INT4 checkpoint is its embedding, which no server of safetensors reads in 8 bits where it is the
+head as well; llama.cpp does. Integers and scales are carried over as they are, so that what was chosen for every
+language stays. Metadata and tokenizer come from a GGUF file of the 16-bit model (see `template`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quant_fairness_plugin.artifacts import Grid, temporary_folder
+from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
+from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, open_checkpoint
+from quant_fairness_plugin.checkpoint.experts import mixture_of
+from quant_fairness_plugin.checkpoint.formats import format_of_layout
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
+from quant_fairness_plugin.export.gguf.blocks import BLOCK, FLOATS, TYPES, dense_values, packed_blocks, plain_values
+from quant_fairness_plugin.export.gguf.template import ONLY_IN_GGUF, Arrangement, Template, gguf_version
+from quant_fairness_plugin.model.gguf import check_installed
+
+Embedding = Literal["q8_0", "16bit"]
+TABLES = ("token_embd.weight", "output.weight")
+"""What GGUF files call the embedding and a head of its own."""
+ROUNDED = 0.6
+"""Most that Q8_0 moves a value, in steps of its block: half a step, and what rounding the scale to float16 adds to the
+127 th step (0.06)."""
+SUBNORMAL = 2.0**-25
+"""Most that float16 moves a scale that bfloat16 holds: half of its smallest step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufReport:
+    """What was written, and what reading it again said."""
+
+    path: str
+    bytes_: int
+    types: dict[str, int]
+    """GGUF type → number of tensors."""
+    packed: int
+    """Quantized modules; each was found to stand for the checkpoint's own values."""
+    rearranged: int
+    """Of all tensors, those whose rows stand in another order than in the checkpoint."""
+    exact: bool
+    """Whether the values of quantized modules are equal to the last bit; else scales below 2⁻¹⁷ were rounded."""
+    embedding_error: float | None
+    """|rounded - 16 bit| / |16 bit| of embedding and head, the larger of both; None where they keep 16 bit."""
+    checked_with: str
+    """What dequantized the file for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One tensor of the file to be."""
+
+    name: str
+    source: str
+    """Module, or tensor, of the checkpoint; empty where the template's is copied."""
+    kind: str
+    grid: Grid | None
+    """Of a quantized module."""
+    shape: tuple[int, ...]
+    arrangement: Arrangement
+
+
+def write_gguf(
+    folder: Path, like: Path, out: Path, *, embedding: Embedding = "q8_0", overwrite: bool = False
+) -> GgufReport:
+    """Write a checkpoint as a GGUF file, read it again, and compare every value.
+
+    Args:
+        folder: a checkpoint with INT4 and INT8 modules on symmetric grids, or a plain one.
+        like: a GGUF file of the same 16-bit model, of any type that the package gguf reads.
+        out: the file to write.
+        embedding: what the embedding, and a head of its own, are stored as.
+        overwrite: replace a GGUF file that is there.
+
+    Raises:
+        MissingExtraError: the packages of the extra `gguf` are not installed.
+        ConfigError: `out` exists, or is no name of a GGUF file.
+        ArtifactError: a damaged checkpoint or GGUF file, or one of another model.
+        UnsupportedModelError: what GGUF has no place for.
+        ResourceError: no space or permission.
+    """
+    check_installed(out)
+    _check_name(out, overwrite=overwrite)
+    checkpoint, template = _open(folder), Template(like)
+    entries = list(_entries(checkpoint, template, embedding))
+    _check_complete(checkpoint, entries, template)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(out.parent, f".{out.name}.partial-") as beside:
+            _write(beside / out.name, checkpoint, template, entries)
+            report = _compare(beside / out.name, out, checkpoint, template, entries)
+            _flush(beside / out.name)
+            os.replace(beside / out.name, out)
+    except OSError as err:
+        raise ResourceError(f"{out}: cannot be written ({err.strerror}). Free space, or choose another -o") from err
+    return report
+
+
+def _check_name(out: Path, *, overwrite: bool) -> None:
+    if out.suffix != ".gguf":
+        raise ConfigError(f"{out} does not end in .gguf, as llama.cpp's files do; give such a name with -o")
+    if os.path.lexists(out) and not (overwrite and out.is_file()):
+        raise ConfigError(f"{out} exists already; the output must be a new name. Choose another, or pass --overwrite.")
+
+
+def _open(folder: Path) -> Checkpoint:
+    checkpoint = open_checkpoint(folder)
+    if (folder / COLUMNS_FILE).is_file():
+        raise UnsupportedModelError(
+            f"{folder} keeps input channels in 16 bit, which GGUF cannot. Quantize without them"
+        )
+    if mixture_of(checkpoint.bare) is not None or checkpoint.wrapper is not None:
+        raise UnsupportedModelError(
+            f"{folder} is a {type(checkpoint.bare).__name__}; mixtures of experts, and models that also see or hear, "
+            "are not written as GGUF here. Use quant-fairness recommend --as llama.cpp, and llama-quantize"
+        )
+    if checkpoint.input_scales:
+        raise UnsupportedModelError(f"{folder} scales activations, which GGUF cannot. Quantize with --method gptq")
+    return checkpoint
+
+
+def _entries(checkpoint: Checkpoint, template: Template, embedding: Embedding) -> Iterator[_Entry]:
+    """Yield the tensors of the template in their order, each with what stands for it in the checkpoint."""
+    sources = {template.name_of(f"{checkpoint.stored_name(module)}.weight"): module for module in checkpoint.packed}
+    sources |= {template.name_of(name): name for name in checkpoint.plain}
+    for name in template.tensors:
+        source = sources.get(name, sources.get(TABLES[0], "") if name == TABLES[1] else "")
+        if not source and name not in ONLY_IN_GGUF:
+            raise ArtifactError(
+                f"{template.path}: {name} has no counterpart in the checkpoint; it is a file of another model, or of "
+                "an architecture that is not carried over"
+            )
+        yield _entry(checkpoint, template, name, source, embedding)
+
+
+def _entry(checkpoint: Checkpoint, template: Template, name: str, source: str, embedding: Embedding) -> _Entry:
+    """Describe one tensor of the file: its type, and how its rows stand."""
+    shape, kind = template.shape(name), template.tensors[name].tensor_type.name
+    if not source:
+        return _Entry(name, "", kind, None, shape, Arrangement())
+    dense = _dense(checkpoint, source)
+    grid = _grid(checkpoint, source) if source in checkpoint.packed else None
+    if grid is not None:
+        kind = TYPES[grid.bits]
+    elif len(shape) > 1 and kind != "F32":  # norms, biases and positions are F32 for llama.cpp
+        eight = name in TABLES and embedding == "q8_0" and shape[1] % BLOCK == 0
+        kind = "Q8_0" if eight else FLOATS[dense.dtype]
+    return _Entry(name, source, kind, grid, shape, template.arrangement(name, dense))
+
+
+def _check_complete(checkpoint: Checkpoint, entries: list[_Entry], template: Template) -> None:
+    """Refuse to leave out a tensor of the checkpoint."""
+    left = sorted({*checkpoint.packed, *checkpoint.plain} - {entry.source for entry in entries})
+    if left:
+        raise UnsupportedModelError(
+            f"{template.path} has no place for {', '.join(left[:3])} ({len(left)} tensors in all); nothing may be left "
+            "out. Use quant-fairness recommend --as llama.cpp, and llama-quantize"
+        )
+
+
+def _grid(checkpoint: Checkpoint, module: str) -> Grid:
+    stored = format_of_layout(checkpoint.layout).grid_of(checkpoint.parts(module))
+    size = -1 if stored.groups == 1 else -(-stored.cols // stored.groups)
+    return Grid(bits=stored.bits, group_size=size)
+
+
+def _dense(checkpoint: Checkpoint, source: str) -> Tensor:
+    return checkpoint.dense(source) if source in checkpoint.packed else checkpoint.tensor(source)
+
+
+def _write(path: Path, checkpoint: Checkpoint, template: Template, entries: list[_Entry]) -> None:
+    """Write a file: the template's metadata, and one tensor after another."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, template.architecture)
+    bits = min((entry.grid.bits for entry in entries if entry.grid is not None), default=16)
+    types = {4: gguf.LlamaFileType.MOSTLY_Q4_0, 8: gguf.LlamaFileType.MOSTLY_Q8_0, 16: gguf.LlamaFileType.MOSTLY_F16}
+    ours = {"general.file_type": int(types[bits])}
+    for key, value, kind, element in template.fields():
+        writer.add_key_value(key, ours.get(key, value), kind, sub_type=element)
+    for entry in entries:
+        wanted = gguf.GGMLQuantizationType[entry.kind]
+        shape = gguf.quant_shape_to_byte_shape(entry.shape, wanted)
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), prod(shape), wanted)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for entry in entries:  # one of them in memory at a time
+        writer.write_tensor_data(_bytes(checkpoint, template, entry))
+    writer.close()
+
+
+def _bytes(checkpoint: Checkpoint, template: Template, entry: _Entry) -> np.ndarray[Any, Any]:
+    if not entry.source:
+        data: np.ndarray[Any, Any] = template.tensors[entry.name].data
+        return data.view(np.uint8)
+    if entry.grid is None:
+        values = plain_values(entry.arrangement.arranged(checkpoint.tensor(entry.source)), entry.kind)
+        return values.view(np.uint8)
+    tensor = format_of_layout(checkpoint.layout).unpack(checkpoint.parts(entry.source), entry.grid)
+    blocks = packed_blocks(entry.source, tensor)
+    ordered: np.ndarray[Any, Any] = blocks[entry.arrangement.order(len(blocks)).numpy()]
+    return ordered
+
+
+def _compare(path: Path, out: Path, checkpoint: Checkpoint, template: Template, entries: list[_Entry]) -> GgufReport:
+    """Compare what a file stands for with the checkpoint's own values, read without the code that wrote them."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    written = {tensor.name: tensor for tensor in reader.tensors}
+    exact, errors = True, [0.0]
+    for entry in entries:
+        if not entry.source:
+            continue
+        values = dense_values(written[entry.name].data, entry.kind)
+        wanted = entry.arrangement.arranged(_dense(checkpoint, entry.source)).float()
+        off = (values.view(wanted.shape) - wanted).abs()
+        if entry.grid is not None:
+            exact &= not bool(off.any())
+            most = torch.tensor(SUBNORMAL * 2 ** (entry.grid.bits - 1))
+        elif entry.kind == "Q8_0":
+            step = wanted.view(len(wanted), -1, BLOCK).abs().amax(2) / 127
+            most = (ROUNDED * step).repeat_interleave(BLOCK, dim=1)
+            errors.append(float(off.norm() / wanted.norm()))
+        else:
+            most = torch.zeros(())
+        if not bool((off <= most).all()):
+            raise ArtifactError(f"{out}: {entry.name} does not hold the checkpoint's values; nothing was written")
+    return GgufReport(
+        path=str(out),
+        bytes_=path.stat().st_size,
+        types=dict(Counter(entry.kind for entry in entries)),
+        packed=len(checkpoint.packed),
+        rearranged=sum(entry.arrangement.heads > 0 for entry in entries),
+        exact=exact,
+        embedding_error=max(errors) if len(errors) > 1 else None,
+        checked_with=f"gguf {gguf_version()}",
+    )
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
