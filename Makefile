@@ -165,8 +165,8 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 	ln -sfn $(LLAMA_CPP)/vendor/llama.cpp .venv-peers-llamacpp/src
 	cd .venv-peers-llamacpp && bin/cmake -S src -B build -DCMAKE_BUILD_TYPE=Release -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF \
 		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
-		-DBUILD_SHARED_LIBS=OFF && bin/cmake --build build --parallel 2 --target llama-quantize llama-imatrix
-	cp .venv-peers-llamacpp/build/bin/llama-quantize .venv-peers-llamacpp/build/bin/llama-imatrix .venv-peers-llamacpp/bin
+		-DBUILD_SHARED_LIBS=OFF && bin/cmake --build build --parallel 2 --target llama-quantize llama-imatrix llama-perplexity
+	cd .venv-peers-llamacpp/build/bin && cp llama-quantize llama-imatrix llama-perplexity ../../bin
 	touch $@
 
 # An environment of its own that sees the library's packages behind its own: notebooks and API pages import the library.
