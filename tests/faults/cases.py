@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.export.foreign_folders import gptqmodel
+from tests.export.gguf_files import write_gguf_of
 from tests.planted_model import planted_texts, write_planted_model
 
 SENTENCES = 6
@@ -42,6 +43,11 @@ def _as_other_tool(folder: Path) -> None:
     (folder / "theirs" / "model.safetensors").rename(folder / "theirs" / "gptq_model-4bit-32g.safetensors")
 
 
+def _with_gguf(folder: Path) -> None:
+    """Write the GGUF file of the model."""
+    write_gguf_of(folder / "model", folder / "like.gguf")
+
+
 _QUANTIZE, _RUN = ("quantize", "model", *QUANTIZE), ("run", "--model", "model", *QUANTIZE)
 _OVER = ("-o", "out", "--overwrite")
 _OLD = ("quantize", "model", *QUANTIZE, "--method", "rtn", "-o", "out")
@@ -54,6 +60,7 @@ CASES = (
     Case("report", ("report", "out", "-o", "r.html"), ("r.html",), (_OLD,), warms=True),
     Case("repair", ("repair", "theirs", "-o", "out"), ("out",), (_THEIRS,), _as_other_tool),
     Case("repair --in-place", ("repair", "theirs", "--in-place"), ("theirs",), (_THEIRS,), _as_other_tool, pieces=True),
+    Case("gguf", ("gguf", "out", "--like", "like.gguf", "-o", "o.gguf"), ("o.gguf",), (_OLD,), _with_gguf),
     Case("measure --work", (*_MEASURE, *FORCED), ("m.json", "m.run.json"), (_OLD,)),
     Case("sweep --work", (*_SWEEP, "--work", "work"), _SWEPT, warms=True),
     Case("sweep --work --memory-budget", (*_SWEEP, *FORCED), _SWEPT),

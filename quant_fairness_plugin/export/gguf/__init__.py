@@ -105,7 +105,9 @@ def write_gguf(
             _flush(beside / out.name)
             os.replace(beside / out.name, out)
     except OSError as err:
-        raise ResourceError(f"{out}: cannot be written ({err.strerror}). Free space, or choose another -o") from err
+        raise ResourceError(
+            f"{out}: cannot be written ({err.strerror or err}). Free space, or choose another -o"
+        ) from err
     return report
 
 
