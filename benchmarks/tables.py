@@ -31,6 +31,7 @@ SCRIPTS = (
     "effort_table",
     "faults",
     "hypotheses_table",
+    "llamacpp_table",
     "forecast_table",
     "fuzz",
     "load",
