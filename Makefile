@@ -154,7 +154,8 @@ peers: $(VENV)/.real .venv-gptqmodel/.installed .venv-peers-autoround/.installed
 	touch $@
 
 # llama.cpp's own tools, built from the source that llama-cpp-python ships: some ten minutes of CPU. The source package
-# lacks ggml.pc.in, which the build wants to see.
+# lacks ggml.pc.in, which the build wants to see. For AVX2 alone: built for a CPU with AMX, they end on an illegal
+# instruction where a virtual machine does not allow it.
 LLAMA_CPP := llama_cpp_python-0.3.36
 .venv-peers-llamacpp/.installed:
 	test -x .venv-peers-llamacpp/bin/python || $(PYTHON) -m venv .venv-peers-llamacpp
@@ -164,6 +165,7 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 		llama-cpp-python==0.3.36 && tar xzf $(LLAMA_CPP).tar.gz && touch $(LLAMA_CPP)/vendor/llama.cpp/ggml/ggml.pc.in
 	ln -sfn $(LLAMA_CPP)/vendor/llama.cpp .venv-peers-llamacpp/src
 	cd .venv-peers-llamacpp && bin/cmake -S src -B build -DCMAKE_BUILD_TYPE=Release -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF \
+		-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
 		-DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF \
 		-DBUILD_SHARED_LIBS=OFF && bin/cmake --build build --parallel 2 --target llama-quantize llama-imatrix llama-perplexity
 	cd .venv-peers-llamacpp/build/bin && cp llama-quantize llama-imatrix llama-perplexity ../../bin

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import write_tables
-from peers_table import ENVIRONMENTS, LANGUAGES, MODELS, ROOT, SEED, VARIANTS, note, slug
+from peers_table import ENVIRONMENTS, LANGUAGES, MODELS, ROOT, SEED, VARIANTS, note, sixteen_bit_gguf, slug
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import write_atomically
@@ -36,13 +36,11 @@ SAME_TOP = re.compile(r"Same top p:\s+([\d.]+)\s+±")
 
 def measure(name: str, model: str, work: Path) -> None:
     """Put the rows of every GGUF file of a model in place of their old ones."""
-    from peers.ours_quantize import converted  # loads torch
-
     made = [each for each in VARIANTS if (work / slug(each) / "model.gguf").is_file()]
     texts = load_texts("bundled", languages=LANGUAGES).part("confirm")
     rows = [row for row in read_rows() if row["model"] != name]
     with tempfile.TemporaryDirectory() as folder:
-        full = converted(model, Path(folder) / "full.gguf")
+        full = sixteen_bit_gguf(model, work / "sixteen-bit.gguf")
         found: dict[str, dict[str, Any]] = {each: {} for each in made}
         for language in LANGUAGES:
             text, base = Path(folder) / "text.txt", Path(folder) / "base.bin"

@@ -40,7 +40,7 @@ PAGE = ROOT / "docs" / "peers.md"
 MODELS = {"SmolLM2-135M": str(ROOT / "out" / "smollm2-135m"), "demo": "demo"}
 """Name → bundled name or folder. llama.cpp's converter does not know the tokenizer of `demo`."""
 LANGUAGES = ("en", "fr", "es", "de", "ru", "zh", "ar")
-TOKENS = {"7 languages": 512, "English": 1536}
+TOKENS = {"7 languages": 512, "English": 1280}
 """Tokens of each language of a calibration: the most whole rows that every language has, and that English has."""
 OURS = "quant-fairness, INT4"
 """What the others are compared with, pair by pair."""
@@ -137,6 +137,23 @@ def request(model: str, variant: Variant) -> dict[str, Any]:
     return asked | {"rows": rows, "texts": texts, "tokens_sha256": made.sha256, "tokens": sum(map(len, rows))}
 
 
+def sixteen_bit_gguf(model: str, path: Path) -> Path:
+    """Return a model as a GGUF file of 16 bit, written where it is not there yet.
+
+    Metadata and tokenizer are those of the file that the model came in. llama.cpp's own converter, given the folder
+    that was made of it, takes the tokenizer for one of another kind.
+    """
+    from quant_fairness_plugin.export.gguf import write_gguf
+    from quant_fairness_plugin.model.resolve import resolve_model
+
+    sys.path.insert(0, str(ROOT / "examples"))
+    from smollm2 import shipped_file
+
+    if not path.is_file():
+        write_gguf(resolve_model(model).folder, shipped_file(), path, embedding="16bit")
+    return path
+
+
 def make(model: str, work: Path, names: list[str]) -> None:
     """Make the checkpoints that are not there yet, one process each; a tool that fails leaves its reason."""
     work.mkdir(parents=True, exist_ok=True)
@@ -155,7 +172,11 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
     request_file = work / f"{slug(name)}.request.json"
     # In a process of its own: the most memory that a process has had is passed on to those that it starts.
     subprocess.run(
-        [sys.executable, __file__, "ask", "--folder", model, "--variants", name, "--to", request_file], check=True
+        [
+            *(sys.executable, __file__, "ask", work.name, "--folder", model, "--variants", name),
+            *("--to", request_file, "--work", work.parent),
+        ],
+        check=True,
     )
     asked = json.loads(request_file.read_text(encoding="utf-8"))
     home = ENVIRONMENTS.get(variant.tool)
@@ -172,7 +193,7 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    told = {key: value for key, value in asked.items() if key not in ("rows", "texts")}
+    told = {key: value for key, value in asked.items() if key not in ("rows", "texts", "full")}
     if process.returncode != 0:
         return {"failed": f"status {process.returncode}", "request": told}
     peer = json.loads((out / "peer.json").read_text(encoding="utf-8"))
@@ -387,7 +408,11 @@ def main() -> None:
     elif given.what == "measure":
         measure(given.model, model, work, given.variants, sentences=given.sentences)
     elif given.what == "ask":
-        given.to.write_text(json.dumps(request(model, VARIANTS[given.variants[0]])), encoding="utf-8")
+        variant = VARIANTS[given.variants[0]]
+        asked = request(model, variant)
+        if variant.tool == "llamacpp" or "gguf" in variant.settings:
+            asked["full"] = str(sixteen_bit_gguf(model, work / "sixteen-bit.gguf"))
+        given.to.write_text(json.dumps(asked), encoding="utf-8")
     else:
         render()
 

@@ -2,7 +2,8 @@
 
     .venv-peers-llamacpp/bin/python benchmarks/peers/llamacpp_quantize.py MODEL REQUEST.json OUT
 
-REQUEST holds `texts`, the calibration rows as text; llama-imatrix tokenizes them again and cuts them into rows of 256.
+REQUEST holds `full`, the model as a GGUF file of 16 bit, and `texts`, the calibration rows as text; llama-imatrix
+tokenizes them again and cuts them into rows of 256.
 OUT becomes a folder with `model.gguf` and `peer.json`.
 """
 
@@ -11,17 +12,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 TOOLS = Path(sys.prefix)
 CONTEXT = "256"
 
 
-def quantize(folder: str, texts: list[str], out: Path) -> None:
+def quantize(full: Path, texts: list[str], out: Path) -> None:
     out.mkdir(parents=True)
-    full, matrix, text = out / "full.bin", out / "imatrix.bin", out / "calibration.txt"
-    run(sys.executable, TOOLS / "src" / "convert_hf_to_gguf.py", folder, "--outtype", "bf16", "--outfile", full)
+    matrix, text = out / "imatrix.bin", out / "calibration.txt"
     given: list[str | Path] = []
     if texts:
         text.write_text("\n".join(texts), encoding="utf-8")
@@ -29,12 +28,10 @@ def quantize(folder: str, texts: list[str], out: Path) -> None:
         run(imatrix, "-m", full, "-f", text, "-o", matrix, "-c", CONTEXT, "-t", "1", "--no-ppl")
         given = ["--imatrix", matrix]
     run(TOOLS / "bin" / "llama-quantize", *given, full, out / "model.gguf", "Q4_K_M", "1")
-    for made in (full, matrix):
-        made.unlink(missing_ok=True)
+    matrix.unlink(missing_ok=True)
     settings = {"type": "Q4_K_M", "imatrix": bool(texts)}
     source = (TOOLS / "src").resolve().parents[1].name.rpartition("-")[2]
-    names = ("torch", "transformers")
-    versions = {"llama-cpp-python": source} | {name: metadata.version(name) for name in names}
+    versions = {"llama-cpp-python": source}
     peer = {"versions": versions, "settings": settings}
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
 
@@ -44,8 +41,9 @@ def run(*command: str | Path) -> None:
 
 
 def main() -> None:
-    folder, request, out = sys.argv[1:]
-    quantize(folder, json.loads(Path(request).read_text(encoding="utf-8"))["texts"], Path(out))
+    _, request, out = sys.argv[1:]
+    asked = json.loads(Path(request).read_text(encoding="utf-8"))
+    quantize(Path(asked["full"]), asked["texts"], Path(out))
 
 
 if __name__ == "__main__":

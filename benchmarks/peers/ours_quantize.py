@@ -6,7 +6,6 @@ python benchmarks/peers/ours_quantize.py MODEL REQUEST.json OUT
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from peers_table import ENVIRONMENTS, ROOT, SEED, TOKENS, calibration_texts
+from peers_table import SEED, TOKENS, calibration_texts
 
 from quant_fairness_plugin import FairQuantizer
 from quant_fairness_plugin.artifacts import package_versions
@@ -28,20 +27,10 @@ def quantize(model: str, request: dict[str, Any], out: Path) -> None:
         out.mkdir(parents=True)
         with tempfile.TemporaryDirectory() as beside:
             peer = checkpoint(model, request, Path(beside) / "checkpoint")
-            like = converted(model, Path(beside) / "like.gguf")
-            write_gguf(Path(beside) / "checkpoint", like, out / "model.gguf")
+            write_gguf(Path(beside) / "checkpoint", Path(request["full"]), out / "model.gguf")
     else:
         peer = checkpoint(model, request, out)
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
-
-
-def converted(model: str, path: Path) -> Path:
-    """Write a 16-bit model as llama.cpp's own converter does; metadata and tokenizer come from that."""
-    home = ROOT / ENVIRONMENTS["llamacpp"]
-    script = home / "src" / "convert_hf_to_gguf.py"
-    command = (home / "bin" / "python", script, model, "--outtype", "bf16", "--outfile", path)
-    subprocess.run(list(map(str, command)), check=True)
-    return path
 
 
 def checkpoint(model: str, request: dict[str, Any], out: Path) -> dict[str, Any]:
