@@ -113,6 +113,14 @@ def solve_rtn_unit(problem: Problem, solved: Solved) -> None:
             solved.tensors[name] = quantize_rtn(weight, problem.grids[name], scale_dtype=problem.scale_dtype)
 
 
+def shrink(hessians: Mapping[str, Tensor], share: float) -> None:
+    """Take a share off what Hessians `[cols, cols]` say of two different channels; each channel's own stays."""
+    apart = {id(hessian): hessian for hessian in hessians.values()}  # modules may share one
+    for hessian in apart.values() if share else ():
+        own = hessian.diagonal().clone()
+        hessian.mul_(1 - share).diagonal().copy_(own)
+
+
 def compensating(problem: Problem, *, damp: float) -> Problem:
     """Return the problem of making up for what modules in front have lost; the same where inputs were not compared."""
     targets = dict(problem.weights)

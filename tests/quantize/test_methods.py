@@ -24,7 +24,7 @@ from quant_fairness_plugin.quantize.grid import quantize_rtn
 from quant_fairness_plugin.quantize.methods import METHODS, check_method, find_method, method_names
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from quant_fairness_plugin.quantize.methods.method import Method
-from quant_fairness_plugin.quantize.solving import Problem, Solved
+from quant_fairness_plugin.quantize.solving import Problem, Solved, shrink
 from quant_fairness_plugin.quantize.stream import quantize_model
 from tests.export.build import ASYMMETRIC_READER, TEXTS
 from tests.planning import plan_of_layers, quantize_layers
@@ -125,11 +125,19 @@ def test_efforts_are_options_of_a_method() -> None:
 
 def test_damping_grows_with_the_channels_and_falls_with_the_tokens() -> None:
     usual = Gptq()
-    assert usual.damping(576, 3584) == pytest.approx(3 * 576 / 3584)
+    assert usual.damping(576, 3584) == pytest.approx(576 / 3584)
     assert usual.damping(4096, 10_000_000) == 0.01
     assert usual.damping(4096, 64) == 10.0
     assert usual.damping(4096, None) == 0.05
     assert Gptq(damp=0.2).damping(4096, 64) == Gptq(damp=0.2).damping(4096, None) == 0.2
+
+
+def test_what_channels_have_in_common_is_trusted_as_far_as_there_are_tokens() -> None:
+    usual = Gptq()
+    assert usual.shrinking(576, 3584) == pytest.approx(576 / 3584)
+    assert usual.shrinking(4096, 64) == 0.5
+    assert usual.shrinking(4096, 10_000_000) < 0.001
+    assert usual.shrinking(4096, None) == Gptq(damp=0.2).shrinking(4096, 64) == usual.at("fast").shrinking(64, 64) == 0
 
 
 def test_a_quantized_model_says_by_which_options_it_was_made(
@@ -178,3 +186,10 @@ def test_no_one_compares_a_method_with_a_name() -> None:
         name = path.relative_to(PACKAGE).as_posix()
         if not any(name.startswith(place) for place in FORMATS):
             assert compared_methods(path.read_text(encoding="utf-8")) == [], name
+
+
+def test_a_hessian_that_modules_share_is_shrunk_once() -> None:
+    shared, alone = torch.full((3, 3), 8.0), torch.full((3, 3), 4.0)
+    shrink({"a": shared, "b": shared, "c": alone}, 0.25)
+    assert torch.equal(shared, torch.tensor([[8.0, 6, 6], [6, 8, 6], [6, 6, 8]]))
+    assert torch.equal(alone, torch.tensor([[4.0, 3, 3], [3, 4, 3], [3, 3, 4]]))

@@ -60,20 +60,25 @@ def fair_hessian(weight: Tensor, inputs: dict[str, Tensor], shares: dict[str, fl
     return total
 
 
+def shrunk(hessian: Tensor, share: float) -> Tensor:
+    """A matrix of which every place off the diagonal keeps 1 - share."""
+    size = len(hessian)
+    kept = [[1.0 if i == j else 1 - share for j in range(size)] for i in range(size)]
+    return hessian * torch.tensor(kept, dtype=hessian.dtype)
+
+
 def right_target(
-    weight: Tensor, inputs: dict[str, Tensor], right: dict[str, Tensor], shares: dict[str, float]
+    weight: Tensor, inputs: dict[str, Tensor], right: dict[str, Tensor], shares: dict[str, float], hessian: Tensor
 ) -> Tensor:
-    """What comes closest to W x₁₆ on x: languages weighed as in the Hessian, by ridge regression over all tokens."""
-    wide = weight.double()
-    factors = {name: (shares[name] / (x @ wide.T).square().sum()).sqrt() for name, x in inputs.items()}
-    given, outputs = (
-        torch.cat([factors[name] * side[name] for name in inputs])
-        for side in (inputs, {name: x @ wide.T for name, x in right.items()})
-    )
+    """W + W A (H + λI)⁻¹, with A of single tokens: what comes closest to W x₁₆ on x, languages weighed as in H."""
+    wide, size = weight.double(), weight.shape[1]
+    across = torch.zeros(size, size, dtype=torch.float64)
+    for name, given in inputs.items():
+        for x16, x in zip(right[name], given, strict=True):
+            across += shares[name] / (given @ wide.T).square().sum() * torch.outer(x16 - x, x)
     tokens = sum(len(side) for side in inputs.values())  # every language counts the same here
-    ridge = (3 * given.shape[1] / tokens * given.square().sum() / given.shape[1]).sqrt()
-    stacked = torch.cat([given, ridge * torch.eye(given.shape[1], dtype=torch.float64)])
-    return torch.linalg.lstsq(stacked, torch.cat([outputs, ridge * wide.T])).solution.T
+    ridge = 10 * size / tokens * hessian.trace() / size
+    return wide + wide @ across @ torch.linalg.inv(hessian + ridge * torch.eye(size, dtype=torch.float64))
 
 
 def solve_naively(
@@ -98,9 +103,9 @@ def solve_naively(
             for name in names:
                 module = loaded.linears(layer)[name]
                 weight = linear_weight(module)
-                hessian = fair_hessian(weight, inputs, rows.shares)
-                damp = 3 * weight.shape[1] / sum(map(len, inputs.values()))
-                target = right_target(weight, inputs, right, rows.shares).float()
+                damp = weight.shape[1] / sum(map(len, inputs.values()))
+                hessian = shrunk(fair_hessian(weight, inputs, rows.shares), min(damp, 0.5))
+                target = right_target(weight, inputs, right, rows.shares, hessian).float()
                 once = solve_gptq(target, hessian, GRID, scale_dtype=torch.float16, damp=damp)
                 solved = refine_result(once, target, hessian, damp=damp, rounds=usual.refinements)
                 integers[name] = solved.tensor.integers
@@ -124,7 +129,7 @@ def test_gptq_quantizes_every_family_and_leaves_the_model_as_it_was(
     assert all(0 < loss < 0.2 for loss in quantized.losses.values())
     tokens = rows.telling_tokens
     for name, module in loaded.linears(1).items():
-        assert quantized.damping[name] == pytest.approx(3 * linear_weight(module).shape[1] / tokens)
+        assert quantized.damping[name] == pytest.approx(linear_weight(module).shape[1] / tokens)
     assert quantized.kept == {}
     assert quantized.plan.protected_layers == (0,)
     assert done == [(1, 2), (2, 2)]
