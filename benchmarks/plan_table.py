@@ -1,11 +1,13 @@
 """What one pass of gradients buys: the plan of `auto` at +10 % bytes against INT4 everywhere and against 16-bit layers.
 
-    python benchmarks/plan_table.py measure demo                      # a minute on one core; writes the rows
+    python benchmarks/plan_table.py measure demo --exhaustive         # minutes on one core; writes the rows
+    python benchmarks/plan_table.py measure demo --exhaustive --bits 3
     python benchmarks/plan_table.py measure SmolLM2-135M --folder out/smollm2-135m --langs en,fr,es,de,ru,zh,ar
     python benchmarks/plan_table.py render                            # rewrites docs/planning.md
 
 All three are quantized by GPTQ on the same rows and measured in memory on sentences of the `confirm` part; the plan is
-chosen on the `search` part. The 16-bit layers are chosen by the same scores under the same budget.
+chosen on the `search` part. The 16-bit layers are chosen by the same scores under the same budget. With `--exhaustive`,
+a plan of the same budget from a sweep that evaluates every unit in every precision stands beside them.
 """
 
 from __future__ import annotations
@@ -30,36 +32,46 @@ ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "plan_table.jsonl"
 PAGE = ROOT / "docs" / "planning.md"
 MODELS = ("demo", "demo-gpt2", "SmolLM2-135M")
+WIDTHS = (4, 3)
 OVERHEAD = 0.1
 SEED = 0
-NONE, PLAN, LAYERS = "INT4", "auto", "16-bit layers"
+NONE, PLAN, LAYERS, SWEPT = "INT4", "auto", "16-bit layers", "exhaustive"
+"""States; the first is INT3 where the rest has 3 bits."""
 
 
-def measure(name: str, folder: str, languages: str | None, sentences: int | None) -> None:
+def measure(given: argparse.Namespace) -> None:
     """Measure a model and put its rows in place of its old ones."""
     import torch
 
     torch.set_num_threads(1)
-    asked = {"--langs": languages, "--sentences": sentences}
+    asked = {"--langs": given.langs, "--sentences": given.sentences, "--bits": given.bits if given.bits != 4 else None}
     options = "".join(f" {flag} {value}" for flag, value in asked.items() if value)
-    states = list(measure_model(name, folder, languages, sentences))
-    made = conditions(command=f"python benchmarks/plan_table.py measure {name}{options}", seed=SEED)
-    new = [{"model": name} | made | row for row in states]
-    kept = [row for row in read_rows() if row["model"] != name] if ROWS.exists() else []
-    rows = sorted(kept + new, key=lambda row: MODELS.index(row["model"]))
+    options += " --exhaustive" if given.exhaustive else ""
+    states = list(measure_model(given))
+    made = conditions(command=f"python benchmarks/plan_table.py measure {given.model}{options}", seed=SEED)
+    new = [{"model": given.model, "bits": given.bits} | made | row for row in states]
+    kept = [row for row in read_rows() if key(row) != key(new[0])] if ROWS.exists() else []
+    rows = sorted(kept + new, key=lambda row: (MODELS.index(row["model"]), WIDTHS.index(key(row)[1])))
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def measure_model(name: str, folder: str, languages: str | None, sentences: int | None) -> Iterator[dict[str, Any]]:
-    """One row per state."""
+def key(row: dict[str, Any]) -> tuple[str, int]:
+    """What a table is of: a model, and the bits of most of it (rows of before they were noted: 4)."""
+    return row["model"], row.get("bits", 4)
+
+
+def measure_model(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield one row per state."""
     from quant_fairness_plugin import FairQuantizer
     from quant_fairness_plugin.measure.scoring import ModelState
     from quant_fairness_plugin.model.exchange import swapped
 
-    base = FairQuantizer.from_pretrained(
-        folder, seed=SEED, max_overhead=OVERHEAD, texts=text_set(languages, sentences),
-        reader="vllm" if name == "demo-gpt2" else "transformers",
-    )  # fmt: skip
+    options: Any = {
+        "seed": SEED, "max_overhead": OVERHEAD, "texts": text_set(given.langs, given.sentences), "bits": given.bits,
+        "reader": "vllm" if given.model == "demo-gpt2" else "transformers",
+        "format": "compressed-tensors" if given.bits == 4 else "fp16-twin",  # other widths are simulated
+    }  # fmt: skip
+    base = FairQuantizer.from_pretrained(given.folder or given.model, **options)
     seconds, clock = {}, time.process_time
     start = clock()
     bare = base.quantize(base.protecting("none").recommend())
@@ -78,18 +90,25 @@ def measure_model(name: str, folder: str, languages: str | None, sentences: int 
     quantized = base.quantize(plan)
     seconds["quantize the plan"] = clock() - start
     weights = {NONE: bare.dense_weights(), PLAN: quantized.dense_weights(), LAYERS: layer_weights}
+    plans = {NONE: bare.plan, PLAN: plan, LAYERS: layers}
+    if given.exhaustive:
+        start = clock()
+        plans[SWEPT] = FairQuantizer.from_pretrained(
+            given.folder or given.model, exhaustive=True, **options
+        ).recommend()
+        seconds["sweep"] = clock() - start
+        weights[SWEPT] = base.quantize(plans[SWEPT]).dense_weights()
     states = [ModelState(key, partial(swapped, base.loaded, value)) for key, value in weights.items()]
     measured = base.measure(*states)
-    plans = {NONE: bare.plan, PLAN: plan, LAYERS: layers}
-    for key, made in plans.items():
-        result = measured.measurements[key]
+    for state, made in plans.items():
+        result = measured.measurements[state]
         yield {
-            "state": key, "grid": str(made.grid), "overhead": made.overhead, "extra_bytes": made.extra_bytes,
+            "state": state, "grid": str(made.grid), "overhead": made.overhead, "extra_bytes": made.extra_bytes,
             "units": made.overrides, "layers": list(made.protected_layers), "reasons": list(made.reasons),
             "stable": made.stable, "part": "confirm", "sentences": result.languages[0].sentences,
             "worst_kl": asdict(result.worst_kl), "mean_kl": asdict(result.mean_kl),
             "kl": {row.language: asdict(row.kl_bits_per_byte) | {"status": row.status} for row in result.languages},
-            "gain_over_int4": None if key == NONE else asdict(measured.gain(NONE, key)), "cpu_seconds": seconds,
+            "gain_over_int4": None if state == NONE else asdict(measured.gain(NONE, state)), "cpu_seconds": seconds,
             "model_sha256": result.provenance.model_sha256, "text_sha256": result.provenance.text_sha256,
         }  # fmt: skip
 
@@ -127,10 +146,10 @@ def read_rows() -> list[dict[str, Any]]:
 def render() -> None:
     rows = read_rows()
     parts = [PREFACE]
-    for model in MODELS:
-        mine = {row["state"]: row for row in rows if row["model"] == model}
+    for model, bits in ((model, bits) for model in MODELS for bits in WIDTHS):
+        mine = {row["state"]: row for row in rows if key(row) == (model, bits)}
         if mine:
-            parts += [f"## {model}\n", table(mine), sentences_of(mine)]
+            parts += [f"## {model}{'' if bits == 4 else f', INT{bits}'}\n", table(mine), sentences_of(mine)]
     PAGE.write_text("\n".join([*parts, TIMES]), encoding="utf-8")
     # The page's last tables have rows of their own.
     write_tables(PAGE, forecast_table.tables())
@@ -138,13 +157,14 @@ def render() -> None:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """A Markdown table of KL per language and state, in thousandths of a bit per byte."""
-    titles = [f"{state}, +{100 * row['overhead']:.1f} %" if state != NONE else state for state, row in rows.items()]
+    none = f"INT{key(rows[NONE])[1]}"
+    titles = [f"{state}, +{100 * row['overhead']:.1f} %" if state != NONE else none for state, row in rows.items()]
     lines = ["| language | " + " | ".join(titles) + " |", "|" + "---|" * (len(titles) + 1)]
     for language, first in rows[NONE]["kl"].items():
         name = language if first["status"] == "supported" else f"{language} ({first['status']})"
         lines.append(f"| {name} | " + " | ".join(figure(row["kl"][language]) for row in rows.values()) + " |")
-    for label, key in (("worst KL", "worst_kl"), ("mean KL", "mean_kl")):
-        lines.append(f"| **{label}** | " + " | ".join(figure(row[key]) for row in rows.values()) + " |")
+    for label, name in (("worst KL", "worst_kl"), ("mean KL", "mean_kl")):
+        lines.append(f"| **{label}** | " + " | ".join(figure(row[name]) for row in rows.values()) + " |")
     return "\n".join([*lines, ""])
 
 
@@ -152,10 +172,19 @@ def sentences_of(rows: dict[str, dict[str, Any]]) -> str:
     plan, layers = rows[PLAN], rows[LAYERS]
     seconds = ", ".join(f"{what} {value:.0f}" for what, value in plan["cpu_seconds"].items())
     gains = [figure(row["gain_over_int4"]) for row in (plan, layers)]
+    swept = rows.get(SWEPT)
+    beside = ""
+    if swept is not None:
+        ratio = plan["worst_kl"]["estimate"] / swept["worst_kl"]["estimate"]
+        taken = sum(plan["cpu_seconds"][part] for part in ("score", "choose and compare"))
+        beside = (
+            f" The sweep's plan: {swept['reasons'][0]}. The worst KL of `auto` is {ratio:.2f} of it, for 1 / "
+            f"{plan['cpu_seconds']['sweep'] / taken:.1f} of the CPU time."
+        )
     return (
         f"{'; '.join(plan['reasons'])}. Measured on {plan['sentences']} confirm sentences a language: the worst "
         f"language's KL falls by {gains[0]} over `INT4`, and by {gains[1]} with "
-        f"{layers['reasons'][0].split('; predicted')[0]}. CPU seconds ({plan['machine']}): {seconds}.\n"
+        f"{layers['reasons'][0].split('; predicted')[0]}. CPU seconds ({plan['machine']}): {seconds}.{beside}\n"
     )
 
 
@@ -204,8 +233,10 @@ if __name__ == "__main__":
     parser.add_argument("--folder", help="where the model lies, unless it is bundled")
     parser.add_argument("--langs")
     parser.add_argument("--sentences", type=int, help="of the confirm part; all by default")
+    parser.add_argument("--bits", type=int, choices=WIDTHS, default=4, help="of all that a plan does not single out")
+    parser.add_argument("--exhaustive", action="store_true", help="a sweep of all units and its plan as well")
     given = parser.parse_args()
     if given.what == "measure":
-        measure(given.model, given.folder or given.model, given.langs, given.sentences)
+        measure(given)
     else:
         render()
