@@ -93,9 +93,8 @@ def measure_model(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     plans = {NONE: bare.plan, PLAN: plan, LAYERS: layers}
     if given.exhaustive:
         start = clock()
-        plans[SWEPT] = FairQuantizer.from_pretrained(
-            given.folder or given.model, exhaustive=True, **options
-        ).recommend()
+        sweeping = FairQuantizer.from_pretrained(given.folder or given.model, exhaustive=True, **options)
+        plans[SWEPT] = plan_of_sweep(sweeping)
         seconds["sweep"] = clock() - start
         weights[SWEPT] = base.quantize(plans[SWEPT]).dense_weights()
     states = [ModelState(key, partial(swapped, base.loaded, value)) for key, value in weights.items()]
@@ -111,6 +110,24 @@ def measure_model(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "gain_over_int4": None if state == NONE else asdict(measured.gain(NONE, state)), "cpu_seconds": seconds,
             "model_sha256": result.provenance.model_sha256, "text_sha256": result.provenance.text_sha256,
         }  # fmt: skip
+
+
+def plan_of_sweep(base: Any) -> Any:
+    """The plan of the same budget from a sweep of every unit in every precision, stable or not.
+
+    The command protects nothing where the ranking of units is unstable; here the plan itself is what is compared.
+    """
+    from quant_fairness_plugin.planning import limit_of
+    from quant_fairness_plugin.recommend.allocated import Goal, plan_by_allocation
+    from quant_fairness_plugin.recommend.ranked import Ranker, Ranking
+
+    class Trusting(Ranker):
+        def is_stable(self, ranking: Ranking) -> bool:
+            return True
+
+    report = base.sweep(granularity="unit", precisions=base.config.menu)
+    ranker = Trusting(report, base.config.objective, strict=False, draws=2000)
+    return plan_by_allocation(ranker, Goal(limit=limit_of(base.loaded, base.config), overrides={}))
 
 
 def text_set(languages: str | None, sentences: int | None) -> Any:
