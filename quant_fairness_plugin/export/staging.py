@@ -87,11 +87,12 @@ def check_output(out: Path, *, overwrite: bool) -> None:
 def flush_folder(folder: Path) -> None:
     """Force every file below `folder`, and the folders themselves, to disk."""
     for path in sorted(folder.rglob("*")):
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -107,7 +108,7 @@ def _publish(folder: Path, out: Path) -> None:
         if replaces:
             os.replace(out, old)
         os.replace(folder, out)
-        _flush(out.parent)
+        flush(out.parent)
     except BaseException:
         if not replaces or old.exists():  # else the first rename did not happen, and `out` is still the old folder
             shutil.rmtree(out, ignore_errors=True)

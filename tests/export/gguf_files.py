@@ -77,11 +77,15 @@ def as_converted(name: str, tensor: Tensor, config: dict[str, Any]) -> Tensor:
     return tensor
 
 
-def write_gguf_of(model: Path, path: Path, *, kind: str = "F16", leave_out: str = "", add: str = "") -> Path:
+def write_gguf_of(
+    model: Path, path: Path, *, kind: str = "F16", leave_out: str = "", add: str = "", alignment: int = 32
+) -> Path:
     """Write the GGUF file of a 16-bit model folder, its matrices as one type."""
     config = read_json(model / "config.json")
     name = {"mistral": "llama"}.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, name)
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
     writer.add_block_count(config.get("num_hidden_layers") or config["n_layer"])
     writer.add_file_type(1)
     writer.add_array("quant_fairness.test", ["a", "b"])

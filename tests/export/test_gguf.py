@@ -189,6 +189,34 @@ def test_a_tensor_only_in_gguf_files_is_copied(
     assert torch.equal(read_values(tmp_path / "out.gguf")["rope_freqs.weight"], torch.ones(4))
 
 
+def test_a_template_in_float32_says_nothing_of_types(
+    exported: Exported, template: Callable[..., Path], tmp_path: Path
+) -> None:
+    report = write_gguf(exported(), template(kind="F32"), tmp_path / "out.gguf")
+    assert report.types["Q8_0"] == 2
+    assert report.types["F16"] == 7  # of the layer in 16 bit
+
+
+def test_the_alignment_is_the_templates(exported: Exported, template: Callable[..., Path], tmp_path: Path) -> None:
+    folder = exported()
+    write_gguf(folder, template(alignment=128), tmp_path / "out.gguf", embedding="16bit")
+    wanted, written = expected(folder), read_values(tmp_path / "out.gguf")
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
+    assert all(tensor.data_offset % 128 == 0 for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors)
+
+
+def test_one_part_of_several_is_refused(template: Callable[..., Path], tmp_path: Path) -> None:
+    parts = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
+    parts.add_block_count(2)
+    parts.add_uint16("split.count", 2)
+    parts.write_header_to_file()
+    parts.write_kv_data_to_file()
+    parts.write_tensors_to_file()
+    parts.close()
+    with pytest.raises(ArtifactError, match="one part of several.*llama-gguf-split --merge"):
+        Template(tmp_path / "part.gguf")
+
+
 def test_no_file_is_replaced_unasked(exported: Exported, template: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_bytes(b"mine")

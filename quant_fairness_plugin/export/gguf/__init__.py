@@ -27,6 +27,7 @@ from quant_fairness_plugin.checkpoint.formats import format_of_layout
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.gguf.blocks import BLOCK, FLOATS, TYPES, dense_values, packed_blocks, plain_values
 from quant_fairness_plugin.export.gguf.template import ONLY_IN_GGUF, Arrangement, Template, gguf_version
+from quant_fairness_plugin.export.staging import flush
 from quant_fairness_plugin.model.gguf import check_installed
 
 Embedding = Literal["q8_0", "16bit"]
@@ -102,8 +103,9 @@ def write_gguf(
         with temporary_folder(out.parent, f".{out.name}.partial-") as beside:
             _write(beside / out.name, checkpoint, template, entries)
             report = _compare(beside / out.name, out, checkpoint, template, entries)
-            _flush(beside / out.name)
+            flush(beside / out.name)
             os.replace(beside / out.name, out)
+        flush(out.parent)
     except OSError as err:
         raise ResourceError(
             f"{out}: cannot be written ({err.strerror or err}). Free space, or choose another -o"
@@ -157,7 +159,7 @@ def _entry(checkpoint: Checkpoint, template: Template, name: str, source: str, e
     grid = _grid(checkpoint, source) if source in checkpoint.packed else None
     if grid is not None:
         kind = TYPES[grid.bits]
-    elif len(shape) > 1 and kind != "F32":  # norms, biases and positions are F32 for llama.cpp
+    elif len(shape) > 1 and (kind != "F32" or template.all_f32):  # norms, biases and positions are F32 for llama.cpp
         eight = name in TABLES and embedding == "q8_0" and shape[1] % BLOCK == 0
         kind = "Q8_0" if eight else FLOATS[dense.dtype]
     return _Entry(name, source, kind, grid, shape, template.arrangement(name, dense))
@@ -191,6 +193,7 @@ def _write(path: Path, checkpoint: Checkpoint, template: Template, entries: list
     bits = min((entry.grid.bits for entry in entries if entry.grid is not None), default=16)
     types = {4: gguf.LlamaFileType.MOSTLY_Q4_0, 8: gguf.LlamaFileType.MOSTLY_Q8_0, 16: gguf.LlamaFileType.MOSTLY_F16}
     ours = {"general.file_type": int(types[bits])}
+    writer.data_alignment = template.alignment
     for key, value, kind, element in template.fields():
         writer.add_key_value(key, ours.get(key, value), kind, sub_type=element)
     for entry in entries:
@@ -252,11 +255,3 @@ def _compare(path: Path, out: Path, checkpoint: Checkpoint, template: Template, 
         embedding_error=max(errors) if len(errors) > 1 else None,
         checked_with=f"gguf {gguf_version()}",
     )
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

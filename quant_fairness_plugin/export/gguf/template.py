@@ -82,8 +82,18 @@ class Template:
             raise UnsupportedModelError(
                 f"{path}: the package gguf {gguf_version()} does not know the architecture {name!r}; a later one may"
             )
+        if self.reader.get_field("split.count") is not None:
+            raise ArtifactError(
+                f"{path}: is one part of several; give the whole, which llama-gguf-split --merge makes of them"
+            )
+        self.alignment = int(self.reader.alignment)
         self._names = gguf.get_tensor_name_map(known[name], self.layers)
         self.tensors = {tensor.name: tensor for tensor in self.reader.tensors}
+
+    @property
+    def all_f32(self) -> bool:
+        """Whether every matrix is in float32, so that the types say nothing."""
+        return all(tensor.tensor_type.name == "F32" for tensor in self.tensors.values())
 
     def _field(self, key: str) -> Any:
         field = self.reader.get_field(key)
