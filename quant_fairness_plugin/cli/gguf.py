@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def gguf(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that was written here.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint folder, ours or another tool's.")],
     like: Annotated[
         Path,
         typer.Option(

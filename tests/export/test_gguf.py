@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -69,6 +70,29 @@ def test_transformers_computes_with_the_file_what_the_checkpoint_says(
         found, wanted = model(ids).logits, load_dense_model(folder)(ids).logits
     # The same values in the same order of operations: what differs is rounding of the rotary embedding's base.
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("format_name", ["gptq", "fp16-twin"])
+def test_checkpoints_of_other_layouts_go_in(
+    exported: Exported, template: Callable[..., Path], tmp_path: Path, format_name: str
+) -> None:
+    folder = exported("llama", format_name)
+    report = write_gguf(folder, template(), tmp_path / "out.gguf", embedding="16bit")
+    wanted, written = expected(folder), read_values(tmp_path / "out.gguf")
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
+    assert report.types.get("Q4_0", 0) == report.packed == (77 if format_name == "gptq" else 0)
+
+
+def test_permuted_channels_are_refused(damaged: Exported, template: Callable[..., Path], tmp_path: Path) -> None:
+    """Act-order of other tools: the group of each channel, which a block cannot say."""
+    folder = damaged("llama", "gptq")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.g_idx"
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((ArtifactError, UnsupportedModelError), match=r"layers\.0\.mlp\.down_proj|ffn_down"):
+        write_gguf(folder, template(), tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_template_of_four_bits_serves_as_well(

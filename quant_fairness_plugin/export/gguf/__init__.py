@@ -1,4 +1,4 @@
-"""A checkpoint of ours as one GGUF file for llama.cpp: the same integers and scales, the embedding in 8 bits.
+"""A checkpoint as one GGUF file for llama.cpp: the same integers and scales, the embedding in 8 bits.
 
 Half of a small model's INT4 checkpoint is its embedding, which no server of safetensors reads in 8 bits where it is the
 head as well; llama.cpp does. Integers and scales are carried over as they are, so that what was chosen for every
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -80,7 +81,8 @@ def write_gguf(
     """Write a checkpoint as a GGUF file, read it again, and compare every value.
 
     Args:
-        folder: a checkpoint with INT4 and INT8 modules on symmetric grids, or a plain one.
+        folder: a checkpoint of ours, or of another tool whose layout is known, with INT4 and INT8 modules on symmetric
+            grids; or a plain one.
         like: a GGUF file of the same 16-bit model, of any type that the package gguf reads.
         out: the file to write.
         embedding: what the embedding, and a head of its own, are stored as.
@@ -200,12 +202,12 @@ def _write(path: Path, checkpoint: Checkpoint, template: Template, entries: list
         wanted = gguf.GGMLQuantizationType[entry.kind]
         shape = gguf.quant_shape_to_byte_shape(entry.shape, wanted)
         writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), prod(shape), wanted)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in entries:  # one of them in memory at a time
-        writer.write_tensor_data(_bytes(checkpoint, template, entry))
-    writer.close()
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:  # one of them in memory at a time
+            writer.write_tensor_data(_bytes(checkpoint, template, entry))
 
 
 def _bytes(checkpoint: Checkpoint, template: Template, entry: _Entry) -> np.ndarray[Any, Any]:
@@ -215,7 +217,10 @@ def _bytes(checkpoint: Checkpoint, template: Template, entry: _Entry) -> np.ndar
     if entry.grid is None:
         values = plain_values(entry.arrangement.arranged(checkpoint.tensor(entry.source)), entry.kind)
         return values.view(np.uint8)
-    tensor = format_of_layout(checkpoint.layout).unpack(checkpoint.parts(entry.source), entry.grid)
+    try:
+        tensor = format_of_layout(checkpoint.layout).unpack(checkpoint.parts(entry.source), entry.grid)
+    except (KeyError, ValueError) as err:
+        raise UnsupportedModelError(f"{entry.source} cannot be carried over: {err}") from err
     blocks = packed_blocks(entry.source, tensor)
     ordered: np.ndarray[Any, Any] = blocks[entry.arrangement.order(len(blocks)).numpy()]
     return ordered
