@@ -87,6 +87,9 @@ VARIANTS = {
     "quant-fairness, GGUF, planned": Variant(
         "ours", "7 languages", {"max_overhead": AT_PEERS_BYTES, "our_group_size": 32, "gguf": True}
     ),
+    "quant-fairness, GGUF, 5 bits": Variant(
+        "ours", "7 languages", {"protect_layers": "none", "our_group_size": 32, "our_bits": 5, "gguf": True}
+    ),
     "gptqmodel": Variant("gptqmodel", "7 languages"),
     "AutoRound, 20 iterations": Variant("autoround", "7 languages", AUTOROUND),
     "AutoRound, 200 iterations": Variant("autoround", "7 languages", {"iters": 200}),

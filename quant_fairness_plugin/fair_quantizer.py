@@ -33,6 +33,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.companions import companions_of
+from quant_fairness_plugin.export.gguf import Embedding, GgufReport, write_gguf
 from quant_fairness_plugin.export.push import PushOptions, push_folder
 from quant_fairness_plugin.export.writer import Measure
 from quant_fairness_plugin.measure.measurement import Measured
@@ -239,6 +240,19 @@ class FairQuantizer(Opened):
         measured = self.measure_folder if measure == "exported" else measure
         self._exportable_plan()
         return self._export(Path(out), overwrite=overwrite, measure=measured)
+
+    def save_gguf(
+        self, out: str | Path, *, like: str | Path, embedding: Embedding = "q8_0", overwrite: bool = False
+    ) -> GgufReport:
+        """Write the quantized model as one file for llama.cpp; INT5 is possible there, too. See `write_gguf`.
+
+        Args:
+            out: the file to make.
+            like: a GGUF file of the same 16-bit model.
+            embedding: what the embedding, and a head of its own, are stored as.
+            overwrite: replace a GGUF file that is there.
+        """
+        return write_gguf(self.quantize(), Path(like), Path(out), embedding=embedding, overwrite=overwrite)
 
     def push_to_hub(self, repo_id: str, folder: Path | None = None, **options: Unpack[PushOptions]) -> str:
         """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""

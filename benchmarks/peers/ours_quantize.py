@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,38 @@ from peers_table import SEED, TOKENS, calibration_texts
 
 from quant_fairness_plugin import FairQuantizer
 from quant_fairness_plugin.artifacts import package_versions
-from quant_fairness_plugin.export.gguf import write_gguf
 
 
 def quantize(model: str, request: dict[str, Any], out: Path) -> None:
     """Write a checkpoint folder, or a folder with a GGUF file; `peer.json` lies in either."""
+    quantizer = quantizer_of(model, request)
     if request.get("gguf"):
         out.mkdir(parents=True)
-        with tempfile.TemporaryDirectory() as beside:
-            peer = checkpoint(model, request, Path(beside) / "checkpoint")
-            write_gguf(Path(beside) / "checkpoint", Path(request["full"]), out / "model.gguf")
+        quantizer.save_gguf(out / "model.gguf", like=request["full"])
     else:
-        peer = checkpoint(model, request, out)
+        quantizer.save_pretrained(out, measure=None)
+    quantized = quantizer.quantize()
+    plan, rows = quantized.plan, quantized.calibration
+    assert rows is not None
+    settings = {"grid": str(plan.grid), "plan": plan.source, "reasons": list(plan.reasons)}
+    settings["starts"] = list(rows.summary()["starts"])
+    peer = {"versions": package_versions(), "settings": settings, "calibrated": rows.sha256}
     (out / "peer.json").write_text(json.dumps(peer, indent=1) + "\n", encoding="utf-8")
 
 
-def checkpoint(model: str, request: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write a checkpoint folder; return what its row says of it."""
+def quantizer_of(model: str, request: dict[str, Any]) -> FairQuantizer:
+    """Return our quantizer with what a variant asks for."""
     options = {key: request[key] for key in ("protect_layers", "max_overhead") if key in request}
     if "our_group_size" in request:  # by default it is the largest that fits each module
         options["group_size"] = request["our_group_size"]
+    if "our_bits" in request:
+        options["bits"] = request["our_bits"]
     english = request["calibration"] == "English"
-    quantizer = FairQuantizer.from_pretrained(
+    return FairQuantizer.from_pretrained(
         model, texts=calibration_texts(request["calibration"]), seed=SEED,
         tokens_per_language=TOKENS[request["calibration"]],
         calibration="english" if english else "uniform", **options,
     )  # fmt: skip
-    record = quantizer.save_pretrained(out, measure=None)
-    settings = {"grid": str(record.plan.grid), "plan": record.plan.source, "reasons": list(record.plan.reasons)}
-    settings["starts"] = list(record.calibration["starts"])
-    return {"versions": package_versions(), "settings": settings, "calibrated": record.calibration["tokens_sha256"]}
 
 
 def main() -> None:

@@ -44,6 +44,10 @@ WHOLE = {
 }
 
 
+SIZES = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34}
+"""Bytes of a block of 32 weights."""
+
+
 def gguf_name(name: str) -> str:
     """What llama.cpp calls a tensor."""
     module, _, suffix = name.rpartition(".")
@@ -118,13 +122,13 @@ def write_gguf_of(
 
 
 def read_values(path: Path) -> dict[str, Tensor]:
-    """What every tensor of a GGUF file stands for, by two loops over its blocks for Q4_0 and Q8_0."""
+    """What every tensor of a GGUF file stands for, by loops over its blocks for Q4_0, Q5_0 and Q8_0."""
     found = {}
     for tensor in gguf.GGUFReader(path).tensors:
         shape = [int(size) for size in reversed(tensor.shape)]
         kind, data = tensor.tensor_type.name, np.ascontiguousarray(tensor.data)
-        if kind in ("Q4_0", "Q8_0"):
-            values = [_block(kind, block) for block in data.reshape(-1, {"Q4_0": 18, "Q8_0": 34}[kind])]
+        if kind in SIZES:
+            values = [_block(kind, block) for block in data.reshape(-1, SIZES[kind])]
             found[tensor.name] = torch.tensor(values).view(shape)
         else:
             bits = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
@@ -136,4 +140,8 @@ def _block(kind: str, block: np.ndarray[Any, Any]) -> list[float]:
     scale = float(block[:2].view(np.float16)[0])
     if kind == "Q8_0":
         return [scale * int(value) for value in block[2:].view(np.int8)]
+    if kind == "Q5_0":
+        fifth, low = int.from_bytes(block[2:6].tobytes(), "little"), [int(byte) for byte in block[6:]]
+        nibbles = [byte & 15 for byte in low] + [byte >> 4 for byte in low]
+        return [scale * ((nibble | (fifth >> place & 1) << 4) - 16) for place, nibble in enumerate(nibbles)]
     return [scale * ((int(b) & 15) - 8) for b in block[2:]] + [scale * ((int(b) >> 4) - 8) for b in block[2:]]

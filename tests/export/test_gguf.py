@@ -149,14 +149,40 @@ def test_int8_units_and_16_bit_layers_keep_their_values(
     assert report.packed == report.types["Q4_0"] + report.types["Q8_0"]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 5, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_blocks_repeat_the_scale_of_a_larger_group(bits: int, group_size: int) -> None:
     weight = torch.randn(5, 384)
     tensor = quantize_rtn(weight, Grid(bits=bits, group_size=group_size), scale_dtype=torch.float16)
     blocks = packed_blocks("m", tensor)
-    kind = {4: gguf.GGMLQuantizationType.Q4_0, 8: gguf.GGMLQuantizationType.Q8_0}[bits]
+    kind = gguf.GGMLQuantizationType[f"Q{bits}_0"]
     assert torch.equal(torch.from_numpy(gguf.quants.dequantize(blocks, kind)), tensor.dequantize())
+
+
+def test_a_model_in_memory_may_have_five_bits(
+    tiny_model: Callable[..., Path], template: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = tiny_model(layers=LAYERS)
+    quantized = quantize_tiny(model, grid=Grid(bits=5, group_size=32), overrides={"layers.3.down": "int8"})
+    report = write_gguf(quantized, template(), tmp_path / "out.gguf", embedding="16bit")
+    config, written = read_json(model / "config.json"), read_values(tmp_path / "out.gguf")
+    state = read_dense_state(model) | {f"{name}.weight": quantized.dense_weight(name) for name in quantized.tensors}
+    wanted = {gguf_name(name): as_converted(name, tensor, config) for name, tensor in state.items()}
+    assert written.keys() == wanted.keys()
+    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
+    assert (report.types["Q5_0"], report.types["Q8_0"]) == (76, 1)
+    assert gguf.GGUFReader(tmp_path / "out.gguf").fields["general.file_type"].contents() == 8  # MOSTLY_Q5_0
+
+
+def test_a_model_in_memory_of_other_widths_is_refused(
+    tiny_model: Callable[..., Path], template: Callable[..., Path], tmp_path: Path
+) -> None:
+    quantized = quantize_tiny(tiny_model(layers=LAYERS), grid=Grid(bits=3, group_size=32))
+    with pytest.raises(UnsupportedModelError, match="has 3 bits; GGUF files are written with 4, 5, 8"):
+        write_gguf(quantized, template(), tmp_path / "out.gguf")
+    columns = quantize_with_columns(tiny_model(layers=LAYERS))
+    with pytest.raises(UnsupportedModelError, match="keeps input channels in 16 bit"):
+        write_gguf(columns, template(), tmp_path / "out.gguf")
 
 
 def test_what_a_block_cannot_hold_is_refused() -> None:

@@ -20,16 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, temporary_folder
-from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
-from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, open_checkpoint
-from quant_fairness_plugin.checkpoint.experts import mixture_of
-from quant_fairness_plugin.checkpoint.formats import format_of_layout
+from quant_fairness_plugin.artifacts import temporary_folder
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
-from quant_fairness_plugin.export.gguf.blocks import BLOCK, FLOATS, TYPES, dense_values, packed_blocks, plain_values
+from quant_fairness_plugin.export.gguf.blocks import (
+    BLOCK,
+    FLOATS,
+    TYPES,
+    dense_values,
+    packed_blocks,
+    plain_values,
+    type_of,
+)
+from quant_fairness_plugin.export.gguf.sources import FolderSource, ModelSource, Source
 from quant_fairness_plugin.export.gguf.template import ONLY_IN_GGUF, Arrangement, Template, gguf_version
 from quant_fairness_plugin.export.staging import flush
 from quant_fairness_plugin.model.gguf import check_installed
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 Embedding = Literal["q8_0", "16bit"]
 TABLES = ("token_embd.weight", "output.weight")
@@ -66,23 +72,23 @@ class _Entry:
     """One tensor of the file to be."""
 
     name: str
-    source: str
-    """Module, or tensor, of the checkpoint; empty where the template's is copied."""
+    origin: str
+    """Module, or tensor, of what is written; empty where the template's is copied."""
     kind: str
-    grid: Grid | None
+    bits: int | None
     """Of a quantized module."""
     shape: tuple[int, ...]
     arrangement: Arrangement
 
 
 def write_gguf(
-    folder: Path, like: Path, out: Path, *, embedding: Embedding = "q8_0", overwrite: bool = False
+    given: Path | QuantizedModel, like: Path, out: Path, *, embedding: Embedding = "q8_0", overwrite: bool = False
 ) -> GgufReport:
-    """Write a checkpoint as a GGUF file, read it again, and compare every value.
+    """Write a quantized model as a GGUF file, read it again, and compare every value.
 
     Args:
-        folder: a checkpoint of ours, or of another tool whose layout is known, with INT4 and INT8 modules on symmetric
-            grids; or a plain one.
+        given: a checkpoint folder of ours, or of another tool whose layout is known, with INT4 and INT8 modules on
+            symmetric grids, or a plain one; or a model in memory, which may have INT5 modules as well.
         like: a GGUF file of the same 16-bit model, of any type that the package gguf reads.
         out: the file to write.
         embedding: what the embedding, and a head of its own, are stored as.
@@ -97,14 +103,15 @@ def write_gguf(
     """
     check_installed(out)
     _check_name(out, overwrite=overwrite)
-    checkpoint, template = _open(folder), Template(like)
-    entries = list(_entries(checkpoint, template, embedding))
-    _check_complete(checkpoint, entries, template)
+    source = FolderSource(given) if isinstance(given, Path) else ModelSource(given)
+    template = Template(like)
+    entries = list(_entries(source, template, embedding))
+    _check_complete(source, entries, template)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(out.parent, f".{out.name}.partial-") as beside:
-            _write(beside / out.name, checkpoint, template, entries)
-            report = _compare(beside / out.name, out, checkpoint, template, entries)
+            _write(beside / out.name, source, template, entries)
+            report = _compare(beside / out.name, out, source, entries)
             flush(beside / out.name)
             os.replace(beside / out.name, out)
         flush(out.parent)
@@ -122,54 +129,38 @@ def _check_name(out: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"{out} exists already; the output must be a new name. Choose another, or pass --overwrite.")
 
 
-def _open(folder: Path) -> Checkpoint:
-    checkpoint = open_checkpoint(folder)
-    if (folder / COLUMNS_FILE).is_file():
-        raise UnsupportedModelError(
-            f"{folder} keeps input channels in 16 bit, which GGUF cannot. Quantize without them"
-        )
-    if mixture_of(checkpoint.bare) is not None or checkpoint.wrapper is not None:
-        raise UnsupportedModelError(
-            f"{folder} is a {type(checkpoint.bare).__name__}; mixtures of experts, and models that also see or hear, "
-            "are not written as GGUF here. Use quant-fairness recommend --as llama.cpp, and llama-quantize"
-        )
-    if checkpoint.input_scales:
-        raise UnsupportedModelError(f"{folder} scales activations, which GGUF cannot. Quantize with --method gptq")
-    return checkpoint
-
-
-def _entries(checkpoint: Checkpoint, template: Template, embedding: Embedding) -> Iterator[_Entry]:
+def _entries(source: Source, template: Template, embedding: Embedding) -> Iterator[_Entry]:
     """Yield the tensors of the template in their order, each with what stands for it in the checkpoint."""
-    sources = {template.name_of(f"{checkpoint.stored_name(module)}.weight"): module for module in checkpoint.packed}
-    sources |= {template.name_of(name): name for name in checkpoint.plain}
+    origins = {template.name_of(f"{module}.weight"): module for module in source.packed}
+    origins |= {template.name_of(name): name for name in source.plain}
     for name in template.tensors:
-        source = sources.get(name, sources.get(TABLES[0], "") if name == TABLES[1] else "")
-        if not source and name not in ONLY_IN_GGUF:
+        origin = origins.get(name, origins.get(TABLES[0], "") if name == TABLES[1] else "")
+        if not origin and name not in ONLY_IN_GGUF:
             raise ArtifactError(
                 f"{template.path}: {name} has no counterpart in the checkpoint; it is a file of another model, or of "
                 "an architecture that is not carried over"
             )
-        yield _entry(checkpoint, template, name, source, embedding)
+        yield _entry(source, template, name, origin, embedding)
 
 
-def _entry(checkpoint: Checkpoint, template: Template, name: str, source: str, embedding: Embedding) -> _Entry:
+def _entry(source: Source, template: Template, name: str, origin: str, embedding: Embedding) -> _Entry:
     """Describe one tensor of the file: its type, and how its rows stand."""
     shape, kind = template.shape(name), template.tensors[name].tensor_type.name
-    if not source:
+    if not origin:
         return _Entry(name, "", kind, None, shape, Arrangement())
-    dense = _dense(checkpoint, source)
-    grid = _grid(checkpoint, source) if source in checkpoint.packed else None
-    if grid is not None:
-        kind = TYPES[grid.bits]
+    dense = _dense(source, origin)
+    bits = source.quantized(origin).grid.bits if origin in source.packed else None
+    if bits is not None:
+        kind = type_of(origin, bits)
     elif len(shape) > 1 and (kind != "F32" or template.all_f32):  # norms, biases and positions are F32 for llama.cpp
         eight = name in TABLES and embedding == "q8_0" and shape[1] % BLOCK == 0
         kind = "Q8_0" if eight else FLOATS[dense.dtype]
-    return _Entry(name, source, kind, grid, shape, template.arrangement(name, dense))
+    return _Entry(name, origin, kind, bits, shape, template.arrangement(name, dense))
 
 
-def _check_complete(checkpoint: Checkpoint, entries: list[_Entry], template: Template) -> None:
+def _check_complete(source: Source, entries: list[_Entry], template: Template) -> None:
     """Refuse to leave out a tensor of the checkpoint."""
-    left = sorted({*checkpoint.packed, *checkpoint.plain} - {entry.source for entry in entries})
+    left = sorted({*source.packed, *source.plain} - {entry.origin for entry in entries})
     if left:
         raise UnsupportedModelError(
             f"{template.path} has no place for {', '.join(left[:3])} ({len(left)} tensors in all); nothing may be left "
@@ -177,56 +168,46 @@ def _check_complete(checkpoint: Checkpoint, entries: list[_Entry], template: Tem
         )
 
 
-def _grid(checkpoint: Checkpoint, module: str) -> Grid:
-    stored = format_of_layout(checkpoint.layout).grid_of(checkpoint.parts(module))
-    size = -1 if stored.groups == 1 else -(-stored.cols // stored.groups)
-    return Grid(bits=stored.bits, group_size=size)
+def _dense(source: Source, origin: str) -> Tensor:
+    return source.dense(origin) if origin in source.packed else source.tensor(origin)
 
 
-def _dense(checkpoint: Checkpoint, source: str) -> Tensor:
-    return checkpoint.dense(source) if source in checkpoint.packed else checkpoint.tensor(source)
-
-
-def _write(path: Path, checkpoint: Checkpoint, template: Template, entries: list[_Entry]) -> None:
+def _write(path: Path, source: Source, template: Template, entries: list[_Entry]) -> None:
     """Write a file: the template's metadata, and one tensor after another."""
     import gguf
 
     writer = gguf.GGUFWriter(path, template.architecture)
-    bits = min((entry.grid.bits for entry in entries if entry.grid is not None), default=16)
-    types = {4: gguf.LlamaFileType.MOSTLY_Q4_0, 8: gguf.LlamaFileType.MOSTLY_Q8_0, 16: gguf.LlamaFileType.MOSTLY_F16}
-    ours = {"general.file_type": int(types[bits])}
+    bits = min((entry.bits for entry in entries if entry.bits is not None), default=0)
+    kind = gguf.LlamaFileType[f"MOSTLY_{TYPES.get(bits, 'F16')}"]
+    ours = {"general.file_type": int(kind)}
     writer.data_alignment = template.alignment
-    for key, value, kind, element in template.fields():
-        writer.add_key_value(key, ours.get(key, value), kind, sub_type=element)
+    for key, value, wanted, element in template.fields():
+        writer.add_key_value(key, ours.get(key, value), wanted, sub_type=element)
     for entry in entries:
-        wanted = gguf.GGMLQuantizationType[entry.kind]
-        shape = gguf.quant_shape_to_byte_shape(entry.shape, wanted)
-        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), prod(shape), wanted)
+        stored = gguf.GGMLQuantizationType[entry.kind]
+        shape = gguf.quant_shape_to_byte_shape(entry.shape, stored)
+        writer.add_tensor_info(entry.name, shape, np.dtype(np.uint8), prod(shape), stored)
     with closing(writer):
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:  # one of them in memory at a time
-            writer.write_tensor_data(_bytes(checkpoint, template, entry))
+            writer.write_tensor_data(_bytes(source, template, entry))
 
 
-def _bytes(checkpoint: Checkpoint, template: Template, entry: _Entry) -> np.ndarray[Any, Any]:
-    if not entry.source:
+def _bytes(source: Source, template: Template, entry: _Entry) -> np.ndarray[Any, Any]:
+    if not entry.origin:
         data: np.ndarray[Any, Any] = template.tensors[entry.name].data
         return data.view(np.uint8)
-    if entry.grid is None:
-        values = plain_values(entry.arrangement.arranged(checkpoint.tensor(entry.source)), entry.kind)
+    if entry.bits is None:
+        values = plain_values(entry.arrangement.arranged(source.tensor(entry.origin)), entry.kind)
         return values.view(np.uint8)
-    try:
-        tensor = format_of_layout(checkpoint.layout).unpack(checkpoint.parts(entry.source), entry.grid)
-    except (KeyError, ValueError) as err:
-        raise UnsupportedModelError(f"{entry.source} cannot be carried over: {err}") from err
-    blocks = packed_blocks(entry.source, tensor)
+    blocks = packed_blocks(entry.origin, source.quantized(entry.origin))
     ordered: np.ndarray[Any, Any] = blocks[entry.arrangement.order(len(blocks)).numpy()]
     return ordered
 
 
-def _compare(path: Path, out: Path, checkpoint: Checkpoint, template: Template, entries: list[_Entry]) -> GgufReport:
+def _compare(path: Path, out: Path, source: Source, entries: list[_Entry]) -> GgufReport:
     """Compare what a file stands for with the checkpoint's own values, read without the code that wrote them."""
     import gguf
 
@@ -234,14 +215,14 @@ def _compare(path: Path, out: Path, checkpoint: Checkpoint, template: Template, 
     written = {tensor.name: tensor for tensor in reader.tensors}
     exact, errors = True, [0.0]
     for entry in entries:
-        if not entry.source:
+        if not entry.origin:
             continue
         values = dense_values(written[entry.name].data, entry.kind)
-        wanted = entry.arrangement.arranged(_dense(checkpoint, entry.source)).float()
+        wanted = entry.arrangement.arranged(_dense(source, entry.origin)).float()
         off = (values.view(wanted.shape) - wanted).abs()
-        if entry.grid is not None:
+        if entry.bits is not None:
             exact &= not bool(off.any())
-            most = torch.tensor(SUBNORMAL * 2 ** (entry.grid.bits - 1))
+            most = torch.tensor(SUBNORMAL * 2 ** (entry.bits - 1))
         elif entry.kind == "Q8_0":
             step = wanted.view(len(wanted), -1, BLOCK).abs().amax(2) / 127
             most = (ROUNDED * step).repeat_interleave(BLOCK, dim=1)
@@ -254,7 +235,7 @@ def _compare(path: Path, out: Path, checkpoint: Checkpoint, template: Template, 
         path=str(out),
         bytes_=path.stat().st_size,
         types=dict(Counter(entry.kind for entry in entries)),
-        packed=len(checkpoint.packed),
+        packed=len(source.packed),
         rearranged=sum(entry.arrangement.heads > 0 for entry in entries),
         exact=exact,
         embedding_error=max(errors) if len(errors) > 1 else None,

@@ -1,7 +1,7 @@
 """One tensor as the bytes of a GGUF type. Layouts are those of ggml (`ggml-common.h`, ggml-org/ggml).
 
-Q4_0 and Q8_0 hold blocks of 32 input channels: a float16 scale, then integers around 0. An INT4 or INT8 grid that is
-symmetric is one of them, value for value; where more channels share a scale, their blocks repeat it.
+Q4_0, Q5_0 and Q8_0 hold blocks of 32 input channels: a float16 scale, then integers around 0. A symmetric grid of 4, 5
+or 8 bits is one of them, value for value; where more channels share a scale, their blocks repeat it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,42 @@ from quant_fairness_plugin.quantize.grid import QuantizedTensor
 
 BLOCK = 32
 """Input channels of a block."""
-TYPES = {4: "Q4_0", 8: "Q8_0"}
+TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
 """Bits of a grid → the type that holds its values."""
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """dtype of a tensor → the type that holds its values."""
 
 
+def type_of(name: str, bits: int) -> str:
+    """Return the type that holds a module of so many bits.
+
+    Raises:
+        UnsupportedModelError: none does.
+    """
+    if bits not in TYPES:
+        raise UnsupportedModelError(
+            f"{name} has {bits} bits; GGUF files are written with {', '.join(map(str, TYPES))}. Use one of them"
+        )
+    return TYPES[bits]
+
+
 def packed_blocks(name: str, tensor: QuantizedTensor) -> np.ndarray[Any, Any]:
-    """Return a quantized module as Q4_0 or Q8_0, uint8 `[rows, bytes of a row]`.
+    """Return a quantized module as Q4_0, Q5_0 or Q8_0, uint8 `[rows, bytes of a row]`.
 
     Args:
         name: of the module, for errors.
-        tensor: integers of 4 or 8 bits.
+        tensor: its integers.
 
     Raises:
-        UnsupportedModelError: an asymmetric grid, groups that are not whole blocks, or scales beyond float16.
+        UnsupportedModelError: other widths, an asymmetric grid, groups that are not whole blocks, or scales beyond
+            float16.
     """
+    kind = type_of(name, tensor.grid.bits)
     rows, cols = tensor.integers.shape
     size, middle = cols // tensor.scales.shape[1], 2 ** (tensor.grid.bits - 1)
     if not bool((tensor.zeros == middle).all()):
         raise UnsupportedModelError(
-            f"{name} has zero points other than {middle}; GGUF's {TYPES[tensor.grid.bits]} has no others. Quantize "
-            "with --sym"
+            f"{name} has zero points other than {middle}; GGUF's {kind} has no others. Quantize with --sym"
         )
     if size % BLOCK:
         raise UnsupportedModelError(
@@ -49,13 +63,15 @@ def packed_blocks(name: str, tensor: QuantizedTensor) -> np.ndarray[Any, Any]:
     if not bool(scales.isfinite().all()):
         raise UnsupportedModelError(f"{name} has scales above 65504, the largest that GGUF holds")
     blocks = tensor.integers.view(rows, -1, BLOCK)
-    if tensor.grid.bits == 4:
-        low, high = blocks[..., : BLOCK // 2], blocks[..., BLOCK // 2 :]
-        packed = (low | high << 4).numpy()
+    low, high = blocks[..., : BLOCK // 2], blocks[..., BLOCK // 2 :]
+    parts = [scales.contiguous().numpy().view(np.uint8).reshape(rows, -1, 2)]
+    if tensor.grid.bits == 5:  # the fifth bits of a block, in order
+        parts.append(np.packbits((blocks >> 4).numpy(), axis=2, bitorder="little"))
+    if tensor.grid.bits == 8:
+        parts.append((blocks.to(torch.int16) - middle).to(torch.int8).numpy().view(np.uint8))
     else:
-        packed = (blocks.to(torch.int16) - middle).to(torch.int8).numpy().view(np.uint8)
-    head = scales.contiguous().numpy().view(np.uint8).reshape(rows, -1, 2)
-    return np.concatenate([head, packed], axis=2).reshape(rows, -1)
+        parts.append((low & 15 | high << 4).numpy())
+    return np.concatenate(parts, axis=2).reshape(rows, -1)
 
 
 def plain_values(tensor: Tensor, kind: str) -> np.ndarray[Any, Any]:

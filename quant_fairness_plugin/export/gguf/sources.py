@@ -1,0 +1,148 @@
+"""What is written as GGUF: a checkpoint folder, or a quantized model in memory. Both give the same four things."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
+from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
+from quant_fairness_plugin.checkpoint.experts import mixture_of
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format, format_of_layout
+from quant_fairness_plugin.checkpoint.module_map import stored_name
+from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.export.contents import checkpoint_tensors
+from quant_fairness_plugin.quantize.grid import QuantizedTensor
+from quant_fairness_plugin.quantize.quantized import QuantizedModel
+
+
+class Source(Protocol):
+    """Tensors by the names that files of safetensors give them."""
+
+    @property
+    def packed(self) -> Collection[str]:
+        """Names of the quantized modules."""
+
+    @property
+    def plain(self) -> Collection[str]:
+        """Names of the tensors in 16 or 32 bit."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a plain tensor as files hold it."""
+
+    def dense(self, module: str) -> Tensor:
+        """Return what a quantized module stands for, float32 `[rows, cols]`."""
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """Return the integers of a quantized module, on a symmetric grid or not."""
+
+
+class FolderSource:
+    """A checkpoint folder of ours, or of another tool whose layout is known."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder; its tensors are read one at a time.
+
+        Raises:
+            ArtifactError: files that are missing or malformed.
+            UnsupportedModelError: another layout, or what GGUF has no place for.
+        """
+        self._checkpoint = open_checkpoint(folder)
+        if (folder / COLUMNS_FILE).is_file():
+            raise UnsupportedModelError(f"{folder} {_COLUMNS}")
+        _check_parts(self._checkpoint.bare, wrapped=self._checkpoint.wrapper is not None)
+        if self._checkpoint.input_scales:
+            raise UnsupportedModelError(f"{folder} scales activations, which GGUF cannot. Quantize with --method gptq")
+        self._modules = {self._checkpoint.stored_name(module): module for module in self._checkpoint.packed}
+
+    @property
+    def packed(self) -> Collection[str]:
+        """Names of the quantized modules."""
+        return self._modules
+
+    @property
+    def plain(self) -> Collection[str]:
+        """Names of the tensors in 16 or 32 bit."""
+        return self._checkpoint.plain
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a plain tensor as files hold it."""
+        return self._checkpoint.tensor(name)
+
+    def dense(self, module: str) -> Tensor:
+        """Return what a module stands for, read without the code that wrote it."""
+        return self._checkpoint.dense(self._modules[module])
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """Return the integers of a module.
+
+        Raises:
+            UnsupportedModelError: input channels whose groups are permuted.
+        """
+        form, parts = format_of_layout(self._checkpoint.layout), self._checkpoint.parts(self._modules[module])
+        try:
+            stored = form.grid_of(parts)
+            size = -1 if stored.groups == 1 else -(-stored.cols // stored.groups)
+            return form.unpack(parts, Grid(bits=stored.bits, group_size=size))
+        except (KeyError, ValueError) as err:
+            raise UnsupportedModelError(f"{module} cannot be carried over: {err}") from err
+
+
+class ModelSource:
+    """A quantized model in memory, also of widths that no checkpoint format holds."""
+
+    def __init__(self, model: QuantizedModel) -> None:
+        """Take a model; nothing is copied.
+
+        Raises:
+            UnsupportedModelError: what GGUF has no place for.
+        """
+        if model.columns:
+            raise UnsupportedModelError(f"the model {_COLUMNS}")
+        _check_parts(model.loaded.model, wrapped=False)
+        self._model = model
+        self._modules = {stored_name(module, model.loaded.family): module for module in model.tensors}
+
+    @property
+    def packed(self) -> Collection[str]:
+        """Names of the quantized modules."""
+        return self._modules
+
+    @cached_property
+    def _plain(self) -> dict[str, Tensor]:
+        weights = {f"{name}.weight" for name in self._modules}
+        every = checkpoint_tensors(self._model, checkpoint_format("fp16-twin"))
+        return {name: tensor for name, tensor in every if name not in weights}
+
+    @property
+    def plain(self) -> Collection[str]:
+        """Names of the tensors in 16 or 32 bit."""
+        return self._plain
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a plain tensor as files hold it."""
+        return self._plain[name]
+
+    def dense(self, module: str) -> Tensor:
+        """Return what a module stands for."""
+        return self._model.dense_weight(self._modules[module])
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """Return the integers of a module."""
+        return self._model.tensors[self._modules[module]]
+
+
+_COLUMNS = "keeps input channels in 16 bit, and GGUF has no place for them"
+
+
+def _check_parts(model: nn.Module, *, wrapped: bool) -> None:
+    if mixture_of(model) is not None or wrapped:
+        raise UnsupportedModelError(
+            f"this is a {type(model).__name__}; mixtures of experts, and models that also see or hear, are not written "
+            "as GGUF here. Use quant-fairness recommend --as llama.cpp, and llama-quantize"
+        )
