@@ -6,7 +6,7 @@
     python benchmarks/llamacpp_table.py render                            # the table of docs/peers.md
 
 The peers' table measures weights, in float32. llama.cpp also rounds what goes into its products, so its own tool
-`llama-perplexity` is run on the `confirm` sentences: rows of 128 tokens of which it scores the second half.
+`llama-perplexity` is run on the first of the `confirm` sentences: rows of 128 tokens of which it scores the second half.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from quant_fairness_plugin.texts.load import load_texts
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "llamacpp_table.jsonl"
 PAGE = ROOT / "docs" / "peers.md"
 CONTEXT = 128
+ROWS_OF_TEXT = 8
+"""Of each language; some seconds each on one core."""
 MEAN = re.compile(r"Mean\s+KLD:\s+(-?[\d.]+)\s+±\s+([\d.]+)")
 SAME_TOP = re.compile(r"Same top p:\s+([\d.]+)\s+±")
 
@@ -53,7 +55,7 @@ def measure(name: str, model: str, work: Path) -> None:
     for each in made:
         file = json.loads(note(work, each).read_text("utf-8"))
         rows.append(
-            {"model": name, "variant": each, "calibration": VARIANTS[each].calibration, "context": CONTEXT}
+            {"model": name, "variant": each, "calibration": VARIANTS[each].calibration, "context": CONTEXT, "rows_of_text": ROWS_OF_TEXT}
             | {"languages": found[each], "weight_bytes": file["weight_bytes"], "made_at": file["made_at"]} | common
         )  # fmt: skip
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -62,7 +64,8 @@ def measure(name: str, model: str, work: Path) -> None:
 def run(model: Path, text: Path, *options: str | Path) -> str:
     """Run llama.cpp's perplexity tool on a file; return what it prints."""
     tool = ROOT / ENVIRONMENTS["llamacpp"] / "bin" / "llama-perplexity"
-    command = [tool, "-m", model, "-f", text, "-c", str(CONTEXT), "-b", str(CONTEXT), "-t", "1", *options]
+    command = [tool, "-m", model, "-f", text, "-c", str(CONTEXT), "-b", str(CONTEXT), "-t", "1"]
+    command += ["--chunks", str(ROWS_OF_TEXT), *options]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     if ended.returncode:
         raise SystemExit(f"{tool.name}: status {ended.returncode}: {ended.stderr[-500:]}")
