@@ -6,7 +6,8 @@
     python benchmarks/llamacpp_table.py render                            # the table of docs/peers.md
 
 The peers' table measures weights, in float32. llama.cpp also rounds what goes into its products, so its own tool
-`llama-perplexity` is run on the first of the `confirm` sentences: rows of 128 tokens of which it scores the second half.
+`llama-perplexity` is run on the first of the `confirm` sentences: rows of 128 tokens, of which it scores the second
+half.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def measure(name: str, model: str, work: Path) -> None:
     for each in made:
         file = json.loads(note(work, each).read_text("utf-8"))
         rows.append(
-            {"model": name, "variant": each, "calibration": VARIANTS[each].calibration, "context": CONTEXT, "rows_of_text": ROWS_OF_TEXT}
+            {"model": name, "variant": each, "calibration": VARIANTS[each].calibration}
+            | {"context": CONTEXT, "rows_of_text": ROWS_OF_TEXT}
             | {"languages": found[each], "weight_bytes": file["weight_bytes"], "made_at": file["made_at"]} | common
         )  # fmt: skip
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
