@@ -33,7 +33,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.companions import companions_of
-from quant_fairness_plugin.export.gguf import Embedding, GgufReport, write_gguf
+from quant_fairness_plugin.export.gguf import Embedding, GgufReport, check_gguf, write_gguf
 from quant_fairness_plugin.export.push import PushOptions, push_folder
 from quant_fairness_plugin.export.writer import Measure
 from quant_fairness_plugin.measure.measurement import Measured
@@ -252,6 +252,7 @@ class FairQuantizer(Opened):
             embedding: what the embedding, and a head of its own, are stored as.
             overwrite: replace a GGUF file that is there.
         """
+        check_gguf(Path(like), Path(out), grid=self.config.grid, overwrite=overwrite)
         return write_gguf(self.quantize(), Path(like), Path(out), embedding=embedding, overwrite=overwrite)
 
     def push_to_hub(self, repo_id: str, folder: Path | None = None, **options: Unpack[PushOptions]) -> str:

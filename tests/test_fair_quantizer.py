@@ -656,3 +656,27 @@ def test_a_folder_says_that_it_was_calibrated_on_what_it_is_measured_on(
     measured = other.measure_folder(tmp_path / "out")
     assert (measured.held_out, measured.original_compared) == (None, True)
     assert measured.condition == "made on planted.jsonl: whether bundled shares sentences with it is not known"
+
+
+def test_a_gguf_file_of_five_bits_comes_from_memory_and_is_refused_before_the_work(
+    planted_model: Path, planted_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.export.gguf_files import write_gguf_of
+
+    like = write_gguf_of(planted_model, tmp_path / "like.gguf")
+
+    def opened(**options: Any) -> FairQuantizer:
+        return FairQuantizer.from_pretrained(
+            str(planted_model), group_size=32, texts=planted_file, protect_layers="none", **options
+        )
+
+    report = opened(bits=5).save_gguf(tmp_path / "out.gguf", like=like)
+    assert report.exact
+    assert report.types["Q5_0"] == report.packed > 0
+    monkeypatch.setattr(FairQuantizer, "quantize", lambda *_: pytest.fail("quantized before the refusal"))
+    with pytest.raises(UnsupportedModelError, match="the model has 3 bits; GGUF files are written with 4, 5, 8"):
+        opened(bits=3).save_gguf(tmp_path / "other.gguf", like=like)
+    with pytest.raises(UnsupportedModelError, match="asym.*Q4_0 is symmetric. Quantize with --sym"):
+        opened(symmetric=False).save_gguf(tmp_path / "other.gguf", like=like)
+    with pytest.raises(ConfigError, match="exists already"):
+        opened().save_gguf(tmp_path / "out.gguf", like=like)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import temporary_folder
+from quant_fairness_plugin.artifacts import Grid, temporary_folder
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.gguf.blocks import (
     BLOCK,
@@ -101,10 +101,8 @@ def write_gguf(
         UnsupportedModelError: what GGUF has no place for.
         ResourceError: no space or permission.
     """
-    check_installed(out)
-    _check_name(out, overwrite=overwrite)
+    template = check_gguf(like, out, overwrite=overwrite)
     source = FolderSource(given) if isinstance(given, Path) else ModelSource(given)
-    template = Template(like)
     entries = list(_entries(source, template, embedding))
     _check_complete(source, entries, template)
     try:
@@ -120,6 +118,28 @@ def write_gguf(
             f"{out}: cannot be written ({err.strerror or err}). Free space, or choose another -o"
         ) from err
     return report
+
+
+def check_gguf(like: Path, out: Path, *, grid: Grid | None = None, overwrite: bool = False) -> Template:
+    """Return the opened `like` file, after refusing what is known before anything is quantized.
+
+    Args:
+        like: a GGUF file of the 16-bit model.
+        out: the file to write.
+        grid: of most modules; None where they are quantized already.
+        overwrite: replace a GGUF file that is there.
+
+    Raises:
+        MissingExtraError, ConfigError, ArtifactError: as `write_gguf`.
+        UnsupportedModelError: a grid that GGUF has no type for.
+    """
+    check_installed(out)
+    _check_name(out, overwrite=overwrite)
+    if grid is not None:
+        kind = type_of("the model", grid.bits)
+        if not grid.symmetric:
+            raise UnsupportedModelError(f"the grid is {grid}; GGUF's {kind} is symmetric. Quantize with --sym")
+    return Template(like)
 
 
 def _check_name(out: Path, *, overwrite: bool) -> None:
