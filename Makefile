@@ -108,7 +108,7 @@ test-browser: setup
 
 # What pyproject.toml promises of Transformers: its floor, and the newest that was tried. torch is the one of setup, as
 # others are not at hand for a CPU everywhere; name it to try another: make test-versions TORCH=torch==2.10.0
-TRANSFORMERS ?= 5.15.0 5.23.0
+TRANSFORMERS ?= 5.15.0 5.24.0
 .venv-transformers-%/.installed: pyproject.toml
 	test -x .venv-transformers-$*/bin/python || $(PYTHON) -m venv .venv-transformers-$*
 	.venv-transformers-$*/bin/python $(PIP) $(TORCH)
