@@ -200,7 +200,7 @@ def sentences_of(rows: dict[str, dict[str, Any]]) -> str:
         )
     return (
         f"{'; '.join(plan['reasons'])}. Measured on {plan['sentences']} confirm sentences a language: the worst "
-        f"language's KL falls by {gains[0]} over `INT4`, and by {gains[1]} with "
+        f"language's KL falls by {gains[0]} over `INT{key(plan)[1]}`, and by {gains[1]} with "
         f"{layers['reasons'][0].split('; predicted')[0]}. CPU seconds ({plan['machine']}): {seconds}.{beside}\n"
     )
 
@@ -217,9 +217,9 @@ Written by `benchmarks/plan_table.py`; the rows (versions, machine, seed, comman
 `benchmarks/results/cpu/plan_table.jsonl`. KL to the 16-bit model in thousandths of a bit per byte, with 95 % bootstrap
 intervals over sentences. All states are GPTQ on the bundled calibration rows; there is one calibration draw, which the
 intervals say nothing about. In `auto` the units in 8 bit and all others are quantized together; the 16-bit layers are
-put back into `INT4`; none where one layer costs more than the budget. `exhaustive` is the plan of the same budget from a
-sweep that evaluates every unit in 8 and in 16 bit exactly, taken whether or not its ranking is stable (the command would
-protect nothing then). Scores, choice and comparison are of the `search` part. INT3 is simulated. SmolLM2-135M is
+put back into `INT4`; none where one layer costs more than the budget. `exhaustive` is the plan of the same budget from
+a sweep that evaluates every unit in 8 and in 16 bit exactly, taken whether or not its ranking is stable (the command
+would protect nothing then). Scores, choice and comparison are of the `search` part. INT3 is simulated. SmolLM2-135M is
 dequantized from a 4-bit file, so that its figures are those of a second quantization; its rows, of absolute-maximum
 scales, are older than today's calibration, and no sweep of it was run.
 """
