@@ -99,8 +99,7 @@ def refine_result(result: GptqResult, weight: Tensor, hessian: Tensor, *, damp: 
     """
     if not rounds:
         return result
-    # Nothing is inverted here: float32 finds as good a solution, in two thirds of the time.
-    live = _without_dead(hessian, torch.float32)
+    live = _without_dead(hessian, working_dtype(weight.device, weight.shape[1]))
     tensor = refine(result.tensor, weight, live, damp=damp, rounds=rounds)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), result.damp_used)
 
