@@ -159,8 +159,7 @@ peers: $(VENV)/.real .venv-gptqmodel/.installed .venv-peers-autoround/.installed
 LLAMA_CPP := llama_cpp_python-0.3.36
 .venv-peers-llamacpp/.installed:
 	test -x .venv-peers-llamacpp/bin/python || $(PYTHON) -m venv .venv-peers-llamacpp
-	.venv-peers-llamacpp/bin/python $(PIP) $(TORCH)
-	.venv-peers-llamacpp/bin/python $(PIP) $(TORCH) transformers==5.17.0 sentencepiece scikit-build-core cmake
+	.venv-peers-llamacpp/bin/python $(PIP) scikit-build-core cmake
 	cd .venv-peers-llamacpp && bin/python -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation \
 		llama-cpp-python==0.3.36 && tar xzf $(LLAMA_CPP).tar.gz && touch $(LLAMA_CPP)/vendor/llama.cpp/ggml/ggml.pc.in
 	ln -sfn $(LLAMA_CPP)/vendor/llama.cpp .venv-peers-llamacpp/src

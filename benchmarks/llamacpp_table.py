@@ -16,13 +16,13 @@ import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from pages import write_tables
-from peers_table import ENVIRONMENTS, LANGUAGES, MODELS, ROOT, SEED, VARIANTS, note, sixteen_bit_gguf, slug
+from peers_table import note, sixteen_bit_gguf, slug
+from peers_variants import ENVIRONMENTS, LANGUAGES, MODELS, ROOT, SEED, VARIANTS
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import write_atomically
@@ -57,7 +57,7 @@ def measure(name: str, model: str, work: Path) -> None:
         file = json.loads(note(work, each).read_text("utf-8"))
         rows.append(
             {"model": name, "variant": each, "calibration": VARIANTS[each].calibration}
-            | {"context": CONTEXT, "rows_of_text": ROWS_OF_TEXT}
+            | {"context": CONTEXT, "rows_of_text": ROWS_OF_TEXT, "tool_versions": {"llama-cpp-python": version()}}
             | {"languages": found[each], "weight_bytes": file["weight_bytes"], "made_at": file["made_at"]} | common
         )  # fmt: skip
     write_atomically(ROWS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
@@ -72,6 +72,11 @@ def run(model: Path, text: Path, *options: str | Path) -> str:
     if ended.returncode:
         raise SystemExit(f"{tool.name}: status {ended.returncode}: {ended.stderr[-500:]}")
     return ended.stdout + ended.stderr
+
+
+def version() -> str:
+    """Return the version of the package whose source llama.cpp was built from."""
+    return (ROOT / ENVIRONMENTS["llamacpp"] / "src").resolve().parents[1].name.rpartition("-")[2]
 
 
 def parsed(said: str) -> dict[str, float]:
@@ -118,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -20,12 +20,24 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pages import write_tables
 from peers_page import front, tables
+from peers_variants import (
+    ENVIRONMENTS,
+    LANGUAGES,
+    MODELS,
+    OURS,
+    ROOT,
+    SEED,
+    TOKENS,
+    VARIANTS,
+    Calibration,
+    Variant,
+)
 from rows import conditions
 
 from quant_fairness_plugin.artifacts import Part, Start, TextSet, write_atomically
@@ -34,74 +46,10 @@ if TYPE_CHECKING:
     from quant_fairness_plugin import FairQuantizer
     from quant_fairness_plugin.measure.scoring import ModelState
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "peers_table.jsonl"
 PAGE = ROOT / "docs" / "peers.md"
-MODELS = {"SmolLM2-135M": str(ROOT / "out" / "smollm2-135m"), "demo": "demo"}
-"""Name → bundled name or folder. llama.cpp's converter does not know the tokenizer of `demo`."""
-LANGUAGES = ("en", "fr", "es", "de", "ru", "zh", "ar")
-TOKENS = {"7 languages": 512, "English": 1280}
-"""Tokens of each language of a calibration: the most whole rows that every language has, and that English has."""
-OURS = "quant-fairness, INT4"
-"""What the others are compared with, pair by pair."""
 BEGINNINGS: tuple[Start, ...] = ("plain", "bos", "chat")
 """Where a tokenizer has them and they are not the usual one, the first half of the sentences is measured so, too."""
-SEED = 0
-Calibration = Literal["7 languages", "English", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One tool with one calibration."""
-
-    tool: str
-    """Its script is `peers/TOOL_quantize.py`."""
-    calibration: Calibration
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-ENVIRONMENTS = {
-    "gptqmodel": ".venv-gptqmodel",
-    "llmcompressor": ".venv-gptqmodel",
-    "autoround": ".venv-peers-autoround",
-    "llamacpp": ".venv-peers-llamacpp",
-}
-"""Tool → its environment; ours runs in this one."""
-AUTOROUND = {"iters": 20}
-"""Its default of 200 takes ten times as long: one row has it."""
-AT_PEERS_BYTES = 0.19
-"""Share of a checkpoint with a 16-bit embedding that a planned GGUF file spends, so that it has about the bytes of the
-INT4 checkpoints of the others: it saves the half of the embedding."""
-VARIANTS = {
-    OURS: Variant("ours", "7 languages", {"protect_layers": "none"}),
-    "quant-fairness, INT4, groups of 64": Variant(
-        "ours", "7 languages", {"protect_layers": "none", "our_group_size": 64}
-    ),
-    "quant-fairness, planned, +10 %": Variant("ours", "7 languages", {"max_overhead": 0.1}),
-    "quant-fairness, planned, +10 %, groups of 64": Variant(
-        "ours", "7 languages", {"max_overhead": 0.1, "our_group_size": 64}
-    ),
-    "quant-fairness, GGUF": Variant(
-        "ours", "7 languages", {"protect_layers": "none", "our_group_size": 32, "gguf": True}
-    ),
-    "quant-fairness, GGUF, planned": Variant(
-        "ours", "7 languages", {"max_overhead": AT_PEERS_BYTES, "our_group_size": 32, "gguf": True}
-    ),
-    "quant-fairness, GGUF, 5 bits": Variant(
-        "ours", "7 languages", {"protect_layers": "none", "our_group_size": 32, "our_bits": 5, "gguf": True}
-    ),
-    "gptqmodel": Variant("gptqmodel", "7 languages"),
-    "AutoRound, 20 iterations": Variant("autoround", "7 languages", AUTOROUND),
-    "AutoRound, 200 iterations": Variant("autoround", "7 languages", {"iters": 200}),
-    "llm-compressor GPTQ": Variant("llmcompressor", "7 languages"),
-    "llama.cpp Q4_K_M": Variant("llamacpp", "7 languages"),
-    "quant-fairness, INT4, English": Variant("ours", "English", {"protect_layers": "none"}),
-    "gptqmodel, English": Variant("gptqmodel", "English"),
-    "AutoRound, 20 iterations, English": Variant("autoround", "English", AUTOROUND),
-    "llm-compressor GPTQ, English": Variant("llmcompressor", "English"),
-    "llama.cpp Q4_K_M, English": Variant("llamacpp", "English"),
-    "llama.cpp Q4_K_M, no calibration": Variant("llamacpp", "none"),
-}
 
 
 def calibration_texts(calibration: Calibration) -> TextSet:
@@ -174,13 +122,9 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
     variant, out = VARIANTS[name], work / slug(name)
     request_file = work / f"{slug(name)}.request.json"
     # In a process of its own: the most memory that a process has had is passed on to those that it starts.
-    subprocess.run(
-        [
-            *(sys.executable, __file__, "ask", work.name, "--folder", model, "--variants", name),
-            *("--to", request_file, "--work", work.parent),
-        ],
-        check=True,
-    )
+    ask = (sys.executable, __file__, "ask", work.name, "--folder", model, "--variants", name)
+    if subprocess.run([*ask, "--to", request_file, "--work", work.parent], check=False).returncode:
+        return {"failed": "its request cannot be made: see above", "request": {}}
     asked = json.loads(request_file.read_text(encoding="utf-8"))
     home = ENVIRONMENTS.get(variant.tool)
     python = Path(sys.executable) if home is None else ROOT / home / "bin" / "python"

@@ -33,11 +33,12 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.companions import companions_of
-from quant_fairness_plugin.export.gguf import Embedding, GgufReport, check_gguf, write_gguf
+from quant_fairness_plugin.export.gguf import GgufReport, check_gguf, write_gguf
 from quant_fairness_plugin.export.push import PushOptions, push_folder
 from quant_fairness_plugin.export.writer import Measure
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
+from quant_fairness_plugin.model.gguf import Embedding
 from quant_fairness_plugin.opened import Opened
 from quant_fairness_plugin.plans.plan_set import NONE
 from quant_fairness_plugin.quantize.quantized import QuantizedModel

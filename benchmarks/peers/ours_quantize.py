@@ -13,7 +13,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from peers_table import SEED, TOKENS, calibration_texts
+from peers_table import calibration_texts
+from peers_variants import SEED, TOKENS
 
 from quant_fairness_plugin import FairQuantizer
 from quant_fairness_plugin.artifacts import package_versions

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
 from quant_fairness_plugin.cli.options import Json, Overwrite
 from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.config.parsers import choice
+from quant_fairness_plugin.model.gguf import Embedding
 from quant_fairness_plugin.model.sizes import shown
 
 if TYPE_CHECKING:
@@ -37,14 +38,14 @@ def gguf(
             "--embedding",
             metavar="q8_0|16bit",
             help="What the embedding and the head are stored as.",
-            parser=choice("--embedding", ("q8_0", "16bit")),
+            parser=choice("--embedding", get_args(Embedding)),
         ),
     ] = "q8_0",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint as a GGUF file for llama.cpp: the same integers, the embedding in 8 bits."""
-    from quant_fairness_plugin.export.gguf import Embedding, write_gguf
+    from quant_fairness_plugin.export.gguf import write_gguf
 
     out = output or folder.with_name(f"{folder.resolve().name}.gguf")
     report = write_gguf(folder, like, out, embedding=cast(Embedding, embedding), overwrite=overwrite)

@@ -30,20 +30,12 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     family = loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
     kept = kept_experts(loaded.model, quantized.tensors) if layout.packs else {}
-    tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
-    once = {name for name, _ in loaded.model.named_parameters()}
-    every = {name for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
-    for name in loaded.model.state_dict():
-        if not family.owns(name) or (tied and name in every - once):
-            continue
+    for name in _names_once(quantized):
         module = weights.get(name)
         if owner_of(name, kept) is not None:
             continue  # stacked, below
         if module is None:
-            # A copy, because safetensors refuses tensors that share memory.
-            folded = quantized.folded.get(name)
-            value = loaded.stored(name) if folded is None else folded.to("cpu", dtype, copy=True)
-            yield stored_name(name, family), value.contiguous()
+            yield _plain_tensor(quantized, name)
         elif layout.packs:
             parts = layout.tensors(stored_name(module, family), quantized.tensors[module])
             yield from ((full, part.cpu()) for full, part in parts.items())
@@ -56,3 +48,28 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
             yield stored_name(part, family), stack().to("cpu", dtype)
     for name, length in layout.added_tensors(loaded.model).items():
         yield name, torch.ones(length, dtype=dtype)
+
+
+def plain_tensors(quantized: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that are not quantized, as `checkpoint_tensors` does; none of a mixture's is stacked."""
+    weights = {f"{name}.weight" for name in quantized.tensors}
+    return (_plain_tensor(quantized, name) for name in _names_once(quantized) if name not in weights)
+
+
+def _names_once(quantized: QuantizedModel) -> Iterator[str]:
+    """Yield the names in the model of its tensors that are not copied, one of those that are shared."""
+    loaded = quantized.loaded
+    tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
+    once = {name for name, _ in loaded.model.named_parameters()}
+    every = {name for name, _ in loaded.model.named_parameters(remove_duplicate=False)}
+    for name in loaded.model.state_dict():
+        if loaded.family.owns(name) and not (tied and name in every - once):
+            yield name
+
+
+def _plain_tensor(quantized: QuantizedModel, name: str) -> tuple[str, Tensor]:
+    """Return what files call a tensor of the model, and its value: what the method folded, else the model's."""
+    loaded, folded = quantized.loaded, quantized.folded.get(name)
+    # A copy, because safetensors refuses tensors that share memory.
+    value = loaded.stored(name) if folded is None else folded.to("cpu", loaded.storage_dtype, copy=True)
+    return stored_name(name, loaded.family), value.contiguous()

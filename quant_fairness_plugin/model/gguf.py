@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["bfloat16", "float32"]
+Embedding = Literal["q8_0", "16bit"]
+"""What the embedding, and a head of its own, are stored as in a file that is written."""
 _logger = logging.getLogger(__name__)
 
 SOURCE = "gguf_source.json"

@@ -14,7 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,10 +34,9 @@ from quant_fairness_plugin.export.gguf.blocks import (
 from quant_fairness_plugin.export.gguf.sources import FolderSource, ModelSource, Source
 from quant_fairness_plugin.export.gguf.template import ONLY_IN_GGUF, Arrangement, Template, gguf_version
 from quant_fairness_plugin.export.staging import flush
-from quant_fairness_plugin.model.gguf import check_installed
+from quant_fairness_plugin.model.gguf import Embedding, check_installed
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
-Embedding = Literal["q8_0", "16bit"]
 TABLES = ("token_embd.weight", "output.weight")
 """What GGUF files call the embedding and a head of its own."""
 ROUNDED = 0.6
@@ -169,7 +168,7 @@ def _entry(source: Source, template: Template, name: str, origin: str, embedding
     if not origin:
         return _Entry(name, "", kind, None, shape, Arrangement())
     dense = _dense(source, origin)
-    bits = source.quantized(origin).grid.bits if origin in source.packed else None
+    bits = source.bits(origin) if origin in source.packed else None
     if bits is not None:
         kind = type_of(origin, bits)
     elif len(shape) > 1 and (kind != "F32" or template.all_f32):  # norms, biases and positions are F32 for llama.cpp

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.experts import mixture_of
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format, format_of_layout
+from quant_fairness_plugin.checkpoint.formats import format_of_layout
+from quant_fairness_plugin.checkpoint.formats.format import Format, StoredGrid
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.export.contents import checkpoint_tensors
+from quant_fairness_plugin.export.contents import plain_tensors
+from quant_fairness_plugin.model.wrapper import find_wrapper
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
@@ -38,6 +42,9 @@ class Source(Protocol):
     def dense(self, module: str) -> Tensor:
         """Return what a quantized module stands for, float32 `[rows, cols]`."""
 
+    def bits(self, module: str) -> int:
+        """Return the bits of a quantized module, without unpacking it."""
+
     def quantized(self, module: str) -> QuantizedTensor:
         """Return the integers of a quantized module, on a symmetric grid or not."""
 
@@ -55,7 +62,7 @@ class FolderSource:
         self._checkpoint = open_checkpoint(folder)
         if (folder / COLUMNS_FILE).is_file():
             raise UnsupportedModelError(f"{folder} {_COLUMNS}")
-        _check_parts(self._checkpoint.bare, wrapped=self._checkpoint.wrapper is not None)
+        _check_parts(self._checkpoint.bare)
         if self._checkpoint.input_scales:
             raise UnsupportedModelError(f"{folder} scales activations, which GGUF cannot. Quantize with --method gptq")
         self._modules = {self._checkpoint.stored_name(module): module for module in self._checkpoint.packed}
@@ -78,19 +85,30 @@ class FolderSource:
         """Return what a module stands for, read without the code that wrote it."""
         return self._checkpoint.dense(self._modules[module])
 
+    def bits(self, module: str) -> int:
+        """Return the bits of a module."""
+        return self._stored(module)[1].bits
+
     def quantized(self, module: str) -> QuantizedTensor:
         """Return the integers of a module.
 
         Raises:
             UnsupportedModelError: input channels whose groups are permuted.
         """
-        form, parts = format_of_layout(self._checkpoint.layout), self._checkpoint.parts(self._modules[module])
-        try:
-            stored = form.grid_of(parts)
-            size = -1 if stored.groups == 1 else -(-stored.cols // stored.groups)
-            return form.unpack(parts, Grid(bits=stored.bits, group_size=size))
-        except (KeyError, ValueError) as err:
-            raise UnsupportedModelError(f"{module} cannot be carried over: {err}") from err
+        parts, stored = self._stored(module)
+        size = -1 if stored.groups == 1 else -(-stored.cols // stored.groups)
+        with _named(module):
+            return self._form.unpack(parts, Grid(bits=stored.bits, group_size=size))
+
+    def _stored(self, module: str) -> tuple[dict[str, Tensor], StoredGrid]:
+        """Return a module's tensors as they lie in the files, and their sizes."""
+        parts = self._checkpoint.parts(self._modules[module])
+        with _named(module):
+            return parts, self._form.grid_of(parts)
+
+    @property
+    def _form(self) -> Format:
+        return format_of_layout(self._checkpoint.layout)
 
 
 class ModelSource:
@@ -104,7 +122,7 @@ class ModelSource:
         """
         if model.columns:
             raise UnsupportedModelError(f"the model {_COLUMNS}")
-        _check_parts(model.loaded.model, wrapped=False)
+        _check_parts(model.loaded.model)
         self._model = model
         self._modules = {stored_name(module, model.loaded.family): module for module in model.tensors}
 
@@ -115,9 +133,7 @@ class ModelSource:
 
     @cached_property
     def _plain(self) -> dict[str, Tensor]:
-        weights = {f"{name}.weight" for name in self._modules}
-        every = checkpoint_tensors(self._model, checkpoint_format("fp16-twin"))
-        return {name: tensor for name, tensor in every if name not in weights}
+        return dict(plain_tensors(self._model))
 
     @property
     def plain(self) -> Collection[str]:
@@ -132,6 +148,10 @@ class ModelSource:
         """Return what a module stands for."""
         return self._model.dense_weight(self._modules[module])
 
+    def bits(self, module: str) -> int:
+        """Return the bits of a module."""
+        return self._model.bits[self._modules[module]]
+
     def quantized(self, module: str) -> QuantizedTensor:
         """Return the integers of a module."""
         return self._model.tensors[self._modules[module]]
@@ -140,8 +160,17 @@ class ModelSource:
 _COLUMNS = "keeps input channels in 16 bit, and GGUF has no place for them"
 
 
-def _check_parts(model: nn.Module, *, wrapped: bool) -> None:
-    if mixture_of(model) is not None or wrapped:
+@contextmanager
+def _named(module: str) -> Iterator[None]:
+    """Refuse a module whose tensors say what GGUF cannot."""
+    try:
+        yield
+    except (KeyError, ValueError) as err:
+        raise UnsupportedModelError(f"{module} cannot be carried over: {err}") from err
+
+
+def _check_parts(model: PreTrainedModel) -> None:
+    if mixture_of(model) is not None or find_wrapper(model) is not None:
         raise UnsupportedModelError(
             f"this is a {type(model).__name__}; mixtures of experts, and models that also see or hear, are not written "
             "as GGUF here. Use quant-fairness recommend --as llama.cpp, and llama-quantize"
