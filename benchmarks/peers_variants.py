@@ -37,9 +37,9 @@ ENVIRONMENTS = {
 """Tool → its environment; ours runs in this one."""
 AUTOROUND = {"iters": 20}
 """Its default of 200 takes ten times as long: one row has it."""
-AT_PEERS_BYTES = 0.19
-"""Share of a checkpoint with a 16-bit embedding that a planned GGUF file spends, so that it has about the bytes of the
-INT4 checkpoints of the others: it saves the half of the embedding."""
+AT_PEERS_BYTES = 112_500_000
+"""Bytes of the tensors of planned GGUF files: with the tokenizer, which lies in the file too, those of the largest INT4
+checkpoints of the others."""
 VARIANTS = {
     OURS: Variant("ours", "7 languages", {"protect_layers": "none"}),
     "quant-fairness, INT4, groups of 64": Variant(
@@ -49,14 +49,13 @@ VARIANTS = {
     "quant-fairness, planned, +10 %, groups of 64": Variant(
         "ours", "7 languages", {"max_overhead": 0.1, "our_group_size": 64}
     ),
-    "quant-fairness, GGUF": Variant(
-        "ours", "7 languages", {"protect_layers": "none", "our_group_size": 32, "gguf": True}
-    ),
-    "quant-fairness, GGUF, planned": Variant(
-        "ours", "7 languages", {"max_overhead": AT_PEERS_BYTES, "our_group_size": 32, "gguf": True}
-    ),
+    "quant-fairness, GGUF": Variant("ours", "7 languages", {"protect_layers": "none", "gguf": True}),
+    "quant-fairness, GGUF, planned": Variant("ours", "7 languages", {"max_size": AT_PEERS_BYTES, "gguf": True}),
     "quant-fairness, GGUF, 5 bits": Variant(
-        "ours", "7 languages", {"protect_layers": "none", "our_group_size": 32, "our_bits": 5, "gguf": True}
+        "ours", "7 languages", {"protect_layers": "none", "our_bits": 5, "gguf": True}
+    ),
+    "quant-fairness, GGUF, 5 bits, planned": Variant(
+        "ours", "7 languages", {"max_size": AT_PEERS_BYTES, "our_bits": 5, "gguf": True}
     ),
     "gptqmodel": Variant("gptqmodel", "7 languages"),
     "AutoRound, 20 iterations": Variant("autoround", "7 languages", AUTOROUND),

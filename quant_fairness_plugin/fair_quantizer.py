@@ -31,6 +31,8 @@ from quant_fairness_plugin.artifacts import (
     UnitScores,
 )
 from quant_fairness_plugin.artifacts.evidence import Evidence, RunResult
+from quant_fairness_plugin.checkpoint.formats import check_folder_format
+from quant_fairness_plugin.checkpoint.others import readable_folder
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.companions import companions_of
 from quant_fairness_plugin.export.gguf import GgufReport, check_gguf, write_gguf
@@ -38,7 +40,6 @@ from quant_fairness_plugin.export.push import PushOptions, push_folder
 from quant_fairness_plugin.export.writer import Measure
 from quant_fairness_plugin.measure.measurement import Measured
 from quant_fairness_plugin.measure.scoring import ModelState
-from quant_fairness_plugin.model.gguf import Embedding
 from quant_fairness_plugin.opened import Opened
 from quant_fairness_plugin.plans.plan_set import NONE
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
@@ -73,22 +74,33 @@ class FairQuantizer(Opened):
     def measure_folder(self, folder: Path | None = None, *, part: Part = "confirm") -> Measurement:
         """Measure a written checkpoint (None: the last export), read back from its files by our own dequantizer.
 
+        A GGUF file is dequantized by Transformers, once, into a cache.
+
         Raises:
             ConfigError: a checkpoint that was made from another model.
         """
-        folder = folder or self._last_export()
-        compared = steps.check_folder(folder, self.loaded)
+        path = folder or self._last_export()
+        folder = readable_folder(path)
+        made_here = path.is_file() and path == self._exported
+        compared = made_here or steps.check_folder(folder, self.loaded)
         state = exported_state(folder, self.loaded)
         measured = self.measure(state, part=part).measurements[EXPORTED]
-        return self._asked(folder, state, measured, part, compared=compared)
+        return self._asked(folder, state, measured, part, compared=compared, made_here=made_here)
 
     def _asked(
-        self, folder: Path, state: ModelState, measured: Measurement, part: Part, *, compared: bool
+        self,
+        folder: Path,
+        state: ModelState,
+        measured: Measurement,
+        part: Part,
+        *,
+        compared: bool,
+        made_here: bool = False,
     ) -> Measurement:
         """Return a folder's measurement with what its record says, and with its answers to a few prompts."""
         answers = steps.ask(self.loaded, folder, state, measured, self.config, progress=self._progress)
         measured = replace(measured, answers=answers)
-        return steps.measured_folder(measured, folder, self.texts, part, compared=compared)
+        return steps.measured_folder(measured, folder, self.texts, part, compared=compared, made_here=made_here)
 
     def sweep(
         self,
@@ -242,19 +254,28 @@ class FairQuantizer(Opened):
         self._exportable_plan()
         return self._export(Path(out), overwrite=overwrite, measure=measured)
 
-    def save_gguf(
-        self, out: str | Path, *, like: str | Path, embedding: Embedding = "q8_0", overwrite: bool = False
-    ) -> GgufReport:
-        """Write the quantized model as one file for llama.cpp; INT5 is possible there, too. See `write_gguf`.
+    def save_gguf(self, out: str | Path, *, like: str | Path | None = None, overwrite: bool = False) -> GgufReport:
+        """Write the quantized model as one file for llama.cpp, and read it again; needs `format="gguf"`.
 
         Args:
             out: the file to make.
-            like: a GGUF file of the same 16-bit model.
-            embedding: what the embedding, and a head of its own, are stored as.
+            like: a GGUF file of the same 16-bit model, of any type; None is the configuration's.
             overwrite: replace a GGUF file that is there.
+
+        Raises:
+            ConfigError: another format, no such file, or `out` exists; said before anything is quantized, like the
+                next two.
+            UnsupportedModelError: a grid or a model that GGUF has no place for.
+            ArtifactError: a file of another model, or what was written is not what was quantized.
         """
-        check_gguf(Path(like), Path(out), grid=self.config.grid, overwrite=overwrite)
-        return write_gguf(self.quantize(), Path(like), Path(out), embedding=embedding, overwrite=overwrite)
+        template = self.config.gguf_template(like)
+        check_gguf(template, Path(out), overwrite=overwrite)
+        if self._plan is None:
+            steps.check_exportable_before_sweep(self.loaded, self.config)
+        quantized = self.quantize()
+        report = write_gguf(quantized, template, Path(out), embedding=self.config.embedding, overwrite=overwrite)
+        self._exported = Path(out)
+        return report
 
     def push_to_hub(self, repo_id: str, folder: Path | None = None, **options: Unpack[PushOptions]) -> str:
         """Verify an exported folder (None: the last export), upload it, return the commit's URL; see `push_folder`."""
@@ -291,6 +312,7 @@ class FairQuantizer(Opened):
 
     def _exportable_plan(self) -> ProtectionPlan:
         """Return the plan, checked against format and reader: what is known before a sweep, then what it adds."""
+        check_folder_format(self.config.format)
         checked = None if self._plan else steps.check_exportable_before_sweep(self.loaded, self.config)
         if not self._tried:
             steps.try_export(self.loaded, self.texts, self.config)

@@ -24,7 +24,7 @@ from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.one_token import check_walkable
 from quant_fairness_plugin.model.streamed import budget_of
-from quant_fairness_plugin.plans.costs import bytes_at_bits, layers_budget, with_columns
+from quant_fairness_plugin.plans.costs import bytes_at_bits, count_bytes, layers_budget, with_columns
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.methods import find_method
@@ -53,7 +53,9 @@ def limit_of(loaded: LoadedModel, config: FairConfig) -> Limit:
     if config.max_size is not None:
         return Limit(max_bytes=config.max_size, languages=languages)
     if config.target_bits is not None:
-        return Limit(max_bytes=bytes_at_bits(loaded, config.grid, config.target_bits), languages=languages)
+        tables = config.eight_bit_tables
+        at_bits = bytes_at_bits(loaded, config.grid, config.target_bits, eight_bit_tables=tables)
+        return Limit(max_bytes=at_bits, languages=languages)
     share = layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead)
     return Limit(max_overhead=share, languages=languages)
 
@@ -173,6 +175,9 @@ def plan_by_scores(
         ConfigError: limits of languages that do not count.
     """
     menu, whole_layers = menu_of(loaded, config)
+    # Scores say nothing of the format that a plan is for.
+    _, other_bytes = count_bytes(loaded, scores.grid, eight_bit_tables=config.eight_bit_tables)
+    scores = replace(scores, other_bytes=other_bytes)
     planner = Planner(
         scores,
         Demand(

@@ -10,15 +10,17 @@ from typing import Any, NamedTuple, cast
 
 from quant_fairness_plugin.answers.prompts import load_prompts
 from quant_fairness_plugin.artifacts import Documents, Part, Precision, TextSet, Unit
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.export.companions import find_companions
-from quant_fairness_plugin.export.staging import check_output
+from quant_fairness_plugin.export.staging import check_file, check_output
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
 from quant_fairness_plugin.model.beginnings import beginning, has_chat_template
 from quant_fairness_plugin.model.context import check_context, longest_input
+from quant_fairness_plugin.model.gguf import check_installed
 from quant_fairness_plugin.model.layers import check_layers
 from quant_fairness_plugin.model.limits import check_libraries
 from quant_fairness_plugin.model.native import is_wrapper
@@ -126,7 +128,7 @@ def preflight(
     check_libraries()
     _check_backend(config)
     if out is not None:
-        check_output(out.resolve(), overwrite=overwrite)
+        _check_output(config, out, overwrite=overwrite)
         check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
     check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
@@ -139,7 +141,8 @@ def preflight(
         check_exportable(kind, format=config.format, grid=config.grid, reader=config.reader, overrides=overrides)
     if out is not None:
         _check_family_exportable(files, config)
-        find_companions(files.folder, files.weights, runs_code=files.runs_code)
+        if not checkpoint_format(config.format).one_file:
+            find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
     _check_searched(sentences, config)
     if out is not None:
@@ -148,6 +151,16 @@ def preflight(
     _check_tokens(files, sentences)
     _check_chats(files, sentences, open_documents(config, sentences))
     return Checked(files, sentences)
+
+
+def _check_output(config: FairConfig, out: Path, *, overwrite: bool) -> None:
+    """Refuse a name that cannot be written, and a file whose metadata cannot be found."""
+    if checkpoint_format(config.format).one_file:
+        check_installed(out)
+        config.gguf_template()
+        check_file(out, suffix=f".{config.format}", overwrite=overwrite)
+    else:
+        check_output(out.resolve(), overwrite=overwrite)
 
 
 def _check_family_exportable(files: ModelFiles, config: FairConfig) -> None:

@@ -666,17 +666,54 @@ def test_a_gguf_file_of_five_bits_comes_from_memory_and_is_refused_before_the_wo
     like = write_gguf_of(planted_model, tmp_path / "like.gguf")
 
     def opened(**options: Any) -> FairQuantizer:
-        return FairQuantizer.from_pretrained(
-            str(planted_model), group_size=32, texts=planted_file, protect_layers="none", **options
-        )
+        options = {"format": "gguf", "like": str(like), "protect_layers": "none"} | options
+        return FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, **options)
 
-    report = opened(bits=5).save_gguf(tmp_path / "out.gguf", like=like)
+    quantizer = opened(bits=5)
+    report = quantizer.save_gguf(tmp_path / "out.gguf")
     assert report.exact
     assert report.types["Q5_0"] == report.packed > 0
     monkeypatch.setattr(FairQuantizer, "quantize", lambda *_: pytest.fail("quantized before the refusal"))
-    with pytest.raises(UnsupportedModelError, match="the model has 3 bits; GGUF files are written with 4, 5, 8"):
-        opened(bits=3).save_gguf(tmp_path / "other.gguf", like=like)
-    with pytest.raises(UnsupportedModelError, match="asym.*Q4_0 is symmetric. Quantize with --sym"):
-        opened(symmetric=False).save_gguf(tmp_path / "other.gguf", like=like)
+    refused: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+        ({"bits": 3}, UnsupportedModelError, "not written with 3 bits; allowed are 4, 5 and 8"),
+        ({"symmetric": False}, UnsupportedModelError, "no zero points; allowed is a symmetric grid. Use --sym"),
+        ({"group_size": 64}, UnsupportedModelError, "group size 64 saves nothing in a GGUF file"),
+        ({"like": None}, ConfigError, "GGUF file of the 16-bit model, and none is given"),
+        ({"format": "gptq", "like": None}, ConfigError, "format 'gptq' is no GGUF file"),
+    )
+    for options, kind, message in refused:
+        with pytest.raises(kind, match=message):
+            opened(**options).save_gguf(tmp_path / "other.gguf")
     with pytest.raises(ConfigError, match="exists already"):
-        opened().save_gguf(tmp_path / "out.gguf", like=like)
+        opened().save_gguf(tmp_path / "out.gguf")
+    with pytest.raises(ConfigError, match=r"format 'gguf' is one file, and a folder is to be written.*save_gguf"):
+        opened().save_pretrained(tmp_path / "folder")
+
+
+def test_a_plan_for_a_gguf_file_counts_the_embedding_in_eight_bits(
+    planted_model: Path, planted_file: str, tmp_path: Path
+) -> None:
+    from tests.export.gguf_files import write_gguf_of
+
+    like = write_gguf_of(planted_model, tmp_path / "like.gguf")
+    options: Any = {"texts": planted_file, "format": "gguf", "like": str(like)}
+    plain = FairQuantizer.from_pretrained(str(planted_model), protect_layers="none", **options)
+    plain.save_gguf(tmp_path / "plain.gguf")
+    sizes = counted_bytes(tmp_path / "plain.gguf")
+    budget = int(sizes * 1.1)
+    planned = FairQuantizer.from_pretrained(str(planted_model), max_size=budget, sentences=4, **options)
+    plan = planned.recommend()
+    planned.save_gguf(tmp_path / "planned.gguf")
+    assert plan.overrides
+    written = counted_bytes(tmp_path / "planned.gguf")
+    assert sizes < written <= budget
+    assert written - sizes == plan.extra_bytes
+    assert plan.overhead == round(plan.extra_bytes / sizes, 6)
+
+
+def counted_bytes(path: Path) -> int:
+    """Of all tensors of a GGUF file, with vectors, which are in 32 bit there, in 16 as plans count them."""
+    import gguf
+
+    tensors = gguf.GGUFReader(path).tensors
+    return sum(int(tensor.n_bytes) // (2 if len(tensor.shape) == 1 else 1) for tensor in tensors)

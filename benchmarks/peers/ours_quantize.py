@@ -25,7 +25,7 @@ def quantize(model: str, request: dict[str, Any], out: Path) -> None:
     quantizer = quantizer_of(model, request)
     if request.get("gguf"):
         out.mkdir(parents=True)
-        quantizer.save_gguf(out / "model.gguf", like=request["full"])
+        quantizer.save_gguf(out / "model.gguf")
     else:
         quantizer.save_pretrained(out, measure=None)
     quantized = quantizer.quantize()
@@ -39,11 +39,15 @@ def quantize(model: str, request: dict[str, Any], out: Path) -> None:
 
 def quantizer_of(model: str, request: dict[str, Any]) -> FairQuantizer:
     """Return our quantizer with what a variant asks for."""
-    options = {key: request[key] for key in ("protect_layers", "max_overhead") if key in request}
+    options: dict[str, Any] = {
+        key: request[key] for key in ("protect_layers", "max_overhead", "max_size") if key in request
+    }
     if "our_group_size" in request:  # by default it is the largest that fits each module
         options["group_size"] = request["our_group_size"]
     if "our_bits" in request:
         options["bits"] = request["our_bits"]
+    if request.get("gguf"):
+        options |= {"format": "gguf", "like": request["full"]}
     english = request["calibration"] == "English"
     return FairQuantizer.from_pretrained(
         model, texts=calibration_texts(request["calibration"]), seed=SEED,

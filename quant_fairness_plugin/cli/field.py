@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from quant_fairness_plugin.checkpoint.formats import FORMATS
+from quant_fairness_plugin.checkpoint.formats import FILES, FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.completion import complete
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import choice
 from quant_fairness_plugin.measure.objectives import one_of
 
-REGISTRIES: dict[str, Collection[str]] = {"format": FORMATS, "reader": READERS}
+REGISTRIES: dict[str, Collection[str]] = {"format": [*FORMATS, *FILES], "reader": READERS}
 """Names that fields of `FairConfig` accept and that lie above it."""
 
 

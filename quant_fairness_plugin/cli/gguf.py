@@ -52,10 +52,16 @@ def gguf(
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=1, ensure_ascii=False))
     else:
-        say(_described(report))
+        say(describe_gguf(report))
 
 
-def _described(report: GgufReport) -> str:
+def describe_gguf(report: GgufReport, *, measured: bool = False) -> str:
+    """Write what a file holds, how it was checked, and what was not run.
+
+    Args:
+        report: of the file.
+        measured: what its weights lose stands above.
+    """
     types = ", ".join(f"{count} {kind}" for kind, count in sorted(report.types.items()))
     equal = "to the last bit" if report.exact else "but for scales below 2^-17, which float16 rounds"
     lines = [
@@ -65,6 +71,7 @@ def _described(report: GgufReport) -> str:
     ]
     if report.embedding_error is not None:
         lines.append(f"Embedding and head in 8 bits: changed by {100 * report.embedding_error:.2g} % of their size")
-    lines.append("llama.cpp was not run. It also rounds the inputs of its products to 8 bits; quant-fairness measure "
-                 f"{report.path} says what the weights alone lose")  # fmt: skip
+    lines.append("llama.cpp was not run. It also rounds the inputs of its products to 8 bits")
+    if not measured:
+        lines[-1] += f"; quant-fairness measure {report.path} says what the weights alone lose"
     return "\n".join(lines)

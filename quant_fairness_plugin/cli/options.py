@@ -142,11 +142,11 @@ class Shown:
     details: Annotated[bool, Option("Every interval and column, in a wide table.", "Output", flag="--details")] = False
 
 
-def default_output(model: str) -> Path:
-    """Return `<name>-int4-fair` in the current folder, for a model name, Hub id, folder or file."""
+def default_output(model: str, *, ending: str = "-int4-fair") -> Path:
+    """Return a name in the current folder for what a model name, Hub id, folder or file is made to."""
     path = Path(model)
     name = path.resolve().parent.name if path.suffix == ".safetensors" else path.name or path.resolve().name
-    return Path(f"{name}-int4-fair")
+    return Path(name.removesuffix(".gguf") + ending)
 
 
 def require_model(model: str | None) -> str:

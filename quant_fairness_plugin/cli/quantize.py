@@ -7,9 +7,11 @@ from pathlib import Path
 import typer
 
 from quant_fairness_plugin.artifacts import ExportRecord, Measurement, ProtectionPlan, to_json
+from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.cli.answers import show_answers
 from quant_fairness_plugin.cli.damage import damage_notes, damage_table, detailed_damage_table, show_notes
 from quant_fairness_plugin.cli.declare import options
+from quant_fairness_plugin.cli.gguf_file import quantize_to_gguf
 from quant_fairness_plugin.cli.line import opened_line
 from quant_fairness_plugin.cli.options import (
     Access,
@@ -43,6 +45,10 @@ def quantize_model(
 ) -> None:
     """Quantize MODEL, keep the protected layers in 16 bit, verify what was written and measure it."""
     saved, config = planned(plan, config)
+    if checkpoint_format(config.format).one_file:
+        return quantize_to_gguf(
+            access.source(model), config, output, plan=saved, overwrite=overwrite, place=place, shown=shown
+        )
     out = output or default_output(model)
     record = write_checkpoint(access.source(model), config, out, plan=saved, overwrite=overwrite, place=place)
     report_checkpoint(record, out, config, shown)

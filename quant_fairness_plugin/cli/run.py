@@ -8,6 +8,7 @@ import typer
 
 from quant_fairness_plugin.artifacts import Measurement, to_json
 from quant_fairness_plugin.artifacts.evidence import RunResult
+from quant_fairness_plugin.checkpoint.formats import check_folder_format
 from quant_fairness_plugin.cli.answers import show_answers
 from quant_fairness_plugin.cli.damage import comparison_table, damage_notes, detailed_comparison_table, show_notes
 from quant_fairness_plugin.cli.declare import options
@@ -36,6 +37,7 @@ def run(
 ) -> None:
     """Measure, score, plan, quantize, export, verify, and print each language's damage before and after."""
     saved, config = planned(plan, config)
+    check_folder_format(config.format)
     source = access.source(model)
     out = output or default_output(source.name)
     with opened_line("run", source, config, out, plan=saved, overwrite=overwrite, place=place) as quantizer:

@@ -9,6 +9,7 @@ from typing import Literal
 from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting
 from quant_fairness_plugin.config.parsers import read_duration, read_target
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.gguf import FORMAT, Embedding
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 
 MOST_COLUMNS = 0.5
@@ -196,6 +197,34 @@ def check_effort(effort: Effort, *, method: str, backend: str) -> None:
             f"effort {effort!r} has no effect on method {method!r} with backend {backend!r}; use method "
             f"{method_names(lambda m: effort in m.efforts)} with backend 'native', or leave effort out"
         )
+
+
+def check_gguf_file(format: str, like: str | None, embedding: Embedding, *, columns: float, sweeps: str) -> None:
+    """Refuse what only a GGUF file has for another format, and what it has no place for.
+
+    Args:
+        format: the format.
+        like: the GGUF file to take metadata from.
+        embedding: what embedding and head are stored as.
+        columns: the share of 16-bit input channels.
+        sweeps: why a plan comes from a sweep, whose bytes are those of a folder; empty where none does.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    if format != FORMAT:
+        given = "like" if like is not None else "embedding" if embedding != "q8_0" else ""
+        if given:
+            raise ConfigError(
+                f"{given} has an effect on format {FORMAT!r} alone, and the format is {format!r}; leave it out"
+            )
+        return
+    if columns:
+        raise ConfigError(
+            f"protect_columns {columns:g}: a GGUF file has no place for them; leave it out, or protect whole units"
+        )
+    if sweeps:
+        raise ConfigError(f"{sweeps}, and plans for a GGUF file are made from scores; leave that out")
 
 
 def check_calibration(calibration: Weighting, *, method: str, tokens_per_language: int | None) -> None:

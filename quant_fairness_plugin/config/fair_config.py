@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -24,6 +25,7 @@ from quant_fairness_plugin.config.checks import (
     check_calibration_texts,
     check_columns,
     check_effort,
+    check_gguf_file,
     check_limits,
     check_overrides,
     check_precisions,
@@ -39,6 +41,7 @@ from quant_fairness_plugin.config.quantizing import QuantizingFields
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.model.devices import check_device_name
+from quant_fairness_plugin.model.gguf import BLOCK, FORMAT
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import find_method
@@ -73,6 +76,8 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         check_effort(self.effort, method=self.method, backend=self.backend)
         check_columns(self.protect_columns, method=self.method, backend=self.backend)
         check_always_16_bit(protect_biases=self.protect_biases, protect_final_ln=self.protect_final_ln)
+        sweeps = self._sweeps if self.protect_layers == "auto" else ""
+        check_gguf_file(self.format, self.like, self.embedding, columns=self.protect_columns, sweeps=sweeps)
         if self.gate is not None:
             Gate.parse(self.gate)
         if self.draws < 100:
@@ -88,7 +93,8 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         Its group size is the largest that `auto` can come to, until `fitted` knows the model.
         """
         symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
-        group_size = AUTO_GROUP_SIZES[0] if self.group_size == "auto" else self.group_size
+        largest = BLOCK if self.format == FORMAT else AUTO_GROUP_SIZES[0]
+        group_size = largest if self.group_size == "auto" else self.group_size
         clip = self.clip or (find_method(self.method).clip if self.backend == "native" else "absmax")
         return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=clip)
 
@@ -128,6 +134,32 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         if self.strict:
             raise ConfigError(f"{message}; they would take {names}. Use --group-size auto, or leave --strict out")
         _logger.warning("%s: they take %s", message, names)
+
+    @property
+    def eight_bit_tables(self) -> bool:
+        """Return whether the embedding and the head are written in 8 bits."""
+        return self.format == FORMAT and self.embedding == "q8_0"
+
+    def gguf_template(self, given: str | Path | None = None) -> Path:
+        """Return the GGUF file of the 16-bit model whose metadata an output of format `gguf` gets.
+
+        Args:
+            given: the file; None is `like`.
+
+        Raises:
+            ConfigError: another format, or no such file.
+        """
+        if self.format != FORMAT:
+            raise ConfigError(f"format {self.format!r} is no GGUF file; use format={FORMAT!r} (--format {FORMAT})")
+        path = self.like if given is None else given
+        if path is None or not Path(path).is_file():
+            found = "none is given" if path is None else f"{str(path)!r} is no file"
+            raise ConfigError(
+                f"like: format {FORMAT!r} takes metadata and tokenizer from a GGUF file of the 16-bit model, and "
+                f"{found}; give one with --like, of any type: what convert_hf_to_gguf.py of llama.cpp writes, or one "
+                "from the Hub"
+            )
+        return Path(path)
 
     @property
     def decides_by(self) -> str:

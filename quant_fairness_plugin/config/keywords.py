@@ -7,6 +7,7 @@ from typing import Literal, TypedDict
 
 from quant_fairness_plugin.artifacts import CheckpointFormat, Clip, Effort, Precision, Reader, Start, TextSet, Weighting
 from quant_fairness_plugin.model.devices import Dtype
+from quant_fairness_plugin.model.gguf import Embedding
 
 
 class FairOptions(TypedDict, total=False):
@@ -48,6 +49,8 @@ class FairOptions(TypedDict, total=False):
     calibration: Weighting
     format: CheckpointFormat
     reader: Reader
+    like: str | None
+    embedding: Embedding
     gate: str | None
     protect_biases: bool
     protect_final_ln: bool

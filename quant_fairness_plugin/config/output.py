@@ -8,6 +8,7 @@ from typing import Annotated
 from quant_fairness_plugin.artifacts import CheckpointFormat, Reader
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.model.devices import Dtype
+from quant_fairness_plugin.model.gguf import Embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,18 @@ class OutputFields:
 
     format: Annotated[CheckpointFormat, Option("Checkpoint format:", "Output")] = "compressed-tensors"
     reader: Annotated[Reader, Option("Reader that must be able to load the checkpoint:", "Output")] = "transformers"
+    like: Annotated[
+        str | None,
+        Option(
+            "With --format gguf: a GGUF file of the 16-bit model, of any type, whose metadata and tokenizer the output "
+            "gets. Default: MODEL, where it is one.",
+            "Output",
+            metavar="FILE.gguf",
+        ),
+    ] = None
+    embedding: Annotated[
+        Embedding, Option("With --format gguf: what the embedding and the head are stored as:", "Output")
+    ] = "q8_0"
     gate: Annotated[
         str | None,
         Option(

@@ -84,6 +84,18 @@ def check_output(out: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_file(out: Path, *, suffix: str, overwrite: bool) -> None:
+    """Check that a file `out` may be created or replaced, without changing anything.
+
+    Raises:
+        ConfigError: another suffix, or `out` exists (without `overwrite`) or is no file.
+    """
+    if out.suffix != suffix:
+        raise ConfigError(f"{out} does not end in {suffix}, and the output is such a file; give such a name with -o")
+    if os.path.lexists(out) and not (overwrite and out.is_file()):
+        raise ConfigError(f"{out} exists already; the output must be a new name. Choose another, or pass --overwrite.")
+
+
 def flush_folder(folder: Path) -> None:
     """Force every file below `folder`, and the folders themselves, to disk."""
     for path in sorted(folder.rglob("*")):

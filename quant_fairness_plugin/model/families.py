@@ -8,6 +8,7 @@ record is traced (`tracing`). Importing this module does not import torch; `dete
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,15 @@ class Family:
     def embeddings(self) -> tuple[str, ...]:
         """Full names of the embeddings; the first one is that of the tokens."""
         return self.architecture.embeddings
+
+    def table_shapes(self, shapes: Mapping[str, Sequence[int]]) -> list[tuple[int, int]]:
+        """Return rows and columns of the embedding of the tokens, and of a head of its own.
+
+        Args:
+            shapes: of the model's parameters.
+        """
+        names = [f"{self.embeddings[0]}.weight", *([] if self.tied_head else [f"{self.head}.weight"])]
+        return [(shapes[name][0], shapes[name][1]) for name in names]
 
     @property
     def final_norm(self) -> str | None:

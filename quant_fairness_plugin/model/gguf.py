@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["bfloat16", "float32"]
+FORMAT = "gguf"
+"""What `--format` calls such a file."""
+BLOCK = 32
+"""Input channels that share a scale in the types that are written."""
 Embedding = Literal["q8_0", "16bit"]
 """What the embedding, and a head of its own, are stored as in a file that is written."""
 _logger = logging.getLogger(__name__)
@@ -65,7 +71,7 @@ def gguf_folder(path: Path, *, dtype: Dtype = "bfloat16") -> Path:
 
 
 def convert_gguf(path: Path, folder: Path, *, checksum: str, dtype: Dtype = "bfloat16") -> None:
-    """Write a GGUF file's model and tokenizer as a plain Hugging Face folder, its weights dequantized.
+    """Write a GGUF file's model as a plain Hugging Face folder, its weights dequantized, and in bfloat16 its tokenizer.
 
     Nothing is regained: weights that had 4 bits once have the values of that 4-bit grid. Figures measured on them say
     what a second quantization costs.
@@ -81,10 +87,11 @@ def convert_gguf(path: Path, folder: Path, *, checksum: str, dtype: Dtype = "bfl
         UnsupportedModelError: Transformers does not read this GGUF.
     """
     check_installed(path)
-    _logger.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
-    model, tokenizer = _read(path, dtype)
+    model = _read(path, dtype)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if dtype == "bfloat16":  # else it is compared with a 16-bit model, on the tokens of that
+        _logger.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
+        _read_tokenizer(path, model).save_pretrained(folder)
     _rewrite_config(folder)
     source = {"file": path.name, "sha256": checksum, "weights": f"dequantized to {dtype}"}
     (folder / SOURCE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
@@ -104,27 +111,53 @@ def check_installed(path: Path) -> None:
         raise MissingExtraError(f"{path}: a GGUF file needs {' and '.join(missing)}. Install them: {_INSTALL}")
 
 
-def _read(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    import torch  # only here: resolving a model must not load torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def check_readable(path: Path) -> None:
+    """Refuse a GGUF file of a model that Transformers does not read, by its metadata alone.
 
-    try:
+    Raises:
+        UnsupportedModelError: says what is missing.
+    """
+    from transformers import AutoConfig
+
+    with _reading(path):
+        AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _read(path: Path, dtype: Dtype) -> PreTrainedModel:
+    import torch  # only here: resolving a model must not load torch
+    from transformers import AutoModelForCausalLM
+
+    with _reading(path):
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=getattr(torch, dtype))
+    del model.hf_quantizer  # or save_pretrained would call the dequantized weights GGUF
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model
+
+
+def _read_tokenizer(path: Path, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _reading(path):
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, ImportError) as err:
-        reason = " ".join(str(err).split())[:200]
-        raise UnsupportedModelError(
-            f"{path}: Transformers does not read this GGUF ({reason}). Use the model's safetensors folder."
-        ) from err
     # Transformers gives the tokenizer of a chat model other end tokens than the file's own ids (SmolLM2: <|im_start|>).
     for name in ("bos", "eos", "pad"):
         index = getattr(model.config, f"{name}_token_id", None)
         if isinstance(index, int) and 0 <= index < len(tokenizer):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
-    del model.hf_quantizer  # or save_pretrained would call the dequantized weights GGUF
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    return model, tokenizer
+    return tokenizer
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say what Transformers says of a file that it does not read."""
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError, OSError, NotImplementedError, ImportError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise UnsupportedModelError(
+            f"{path}: Transformers does not read this GGUF ({reason}). Use the model's safetensors folder."
+        ) from err
 
 
 def _rewrite_config(folder: Path) -> None:

@@ -92,6 +92,10 @@ class LoadedModel:
         rows, cols = linear_weight(self.model.get_submodule(module)).shape
         return rows, cols
 
+    def table_shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of the embedding, and of a head of its own."""
+        return self.family.table_shapes({name: value.shape for name, value in self.model.named_parameters()})
+
     def stored(self, name: str) -> Tensor:
         """Return a parameter or buffer as an export stores it: on the CPU, floats in the storage dtype; a copy."""
         value: Tensor = self.model.state_dict()[name]

@@ -57,6 +57,10 @@ class Outline:
         first, second = self.shapes[f"{module}.weight"]
         return (second, first) if self.family.conv1d else (first, second)
 
+    def table_shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of the embedding, and of a head of its own."""
+        return self.family.table_shapes(self.shapes)
+
 
 def unit_shapes(model: Outline | LoadedModel, layer: int) -> list[list[tuple[int, int]]]:
     """Return rows and columns of the modules of each unit of a layer."""

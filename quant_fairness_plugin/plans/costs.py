@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, Unit, bits_of_precision, precision_of_bits
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.gguf import BLOCK
 from quant_fairness_plugin.quantize.grid_rules import column_bytes, group_count, has_columns, misfit, unit_grid
 from quant_fairness_plugin.quantize.selection import Modules, Selection, select_modules
 
@@ -49,13 +50,16 @@ def _packed_bytes(rows: int, cols: int, grid: Grid) -> int:
     return rows * cols * grid.bits // 8 + rows * groups * SCALE_BYTES + zero_points
 
 
-def count_bytes(loaded: Modules, grid: Grid, precisions: Sequence[Precision] = ()) -> tuple[LayerBytes, int]:
+def count_bytes(
+    loaded: Modules, grid: Grid, precisions: Sequence[Precision] = (), *, eight_bit_tables: bool = False
+) -> tuple[LayerBytes, int]:
     """Return the table of the bytes of each layer's linear weights, and the bytes of everything else.
 
     Args:
         loaded: the model.
         grid: the grid of what is quantized.
         precisions: what else to count, beside `fp16`, the grid and `int8`.
+        eight_bit_tables: embedding and head are stored as llama.cpp's Q8_0, where its blocks divide their columns.
     """
     grids = {"quantized": grid, "int8": replace(grid, bits=8)}
     grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
@@ -73,7 +77,14 @@ def count_bytes(loaded: Modules, grid: Grid, precisions: Sequence[Precision] = (
     for kind, cost in costs.items():
         groups = {f"{kind}.{name}": tuple(map(cost, layers)) for name, layers in shapes.items()}
         table |= {kind: tuple(map(sum, zip(*groups.values(), strict=True)))} | groups
-    return table, 2 * loaded.parameters - sum(table["fp16"])
+    saved = _saved_by(loaded.table_shapes()) if eight_bit_tables else 0
+    return table, 2 * loaded.parameters - sum(table["fp16"]) - saved
+
+
+def _saved_by(tables: Iterable[Shape]) -> int:
+    """Bytes that tables in Q8_0 save over 16 bit."""
+    grid = Grid(bits=8, group_size=BLOCK)
+    return sum(2 * rows * cols - _packed_bytes(rows, cols, grid) for rows, cols in tables if cols % BLOCK == 0)
 
 
 def has_bytes(layer_bytes: LayerBytes, unit: str) -> bool:
@@ -198,9 +209,9 @@ def layers_budget(loaded: Modules, grid: Grid, share: float, max_overhead: float
     return max_overhead - cost
 
 
-def bytes_at_bits(loaded: Modules, grid: Grid, bits: float) -> int:
+def bytes_at_bits(loaded: Modules, grid: Grid, bits: float, *, eight_bit_tables: bool = False) -> int:
     """Return the bytes of a checkpoint whose layers take so many bits a weight on average, scales included."""
-    table, other = count_bytes(loaded, grid)
+    table, other = count_bytes(loaded, grid, eight_bit_tables=eight_bit_tables)
     return other + int(sum(table["fp16"]) * bits / 16)
 
 

@@ -37,6 +37,9 @@ class Modules(Protocol):
     def matrix(self, module: str) -> tuple[int, int]:
         """Rows (outputs) and columns (inputs) of a linear module, by its full name."""
 
+    def table_shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of the embedding, and of a head of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:

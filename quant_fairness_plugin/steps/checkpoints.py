@@ -181,7 +181,7 @@ def check_folder(folder: Path, loaded: LoadedModel) -> bool:
 
 
 def measured_folder(
-    measurement: Measurement, folder: Path, texts: TextSet, part: Part, *, compared: bool
+    measurement: Measurement, folder: Path, texts: TextSet, part: Part, *, compared: bool, made_here: bool = False
 ) -> Measurement:
     """Return a folder's measurement with what its record says of the sentences, and how its original is known.
 
@@ -191,9 +191,13 @@ def measured_folder(
         texts: the whole text set that it was measured on.
         part: the part of it.
         compared: what `check_folder` returned.
+        made_here: it was made from these texts, and has no record.
     """
     record = recorded(folder)
-    if record is None:
+    if made_here:
+        condition = used_before(texts, part)
+        held_out = not condition
+    elif record is None:
         held_out, condition = None, f"what {folder.name} was calibrated on is not recorded"
     elif not record.calibration and record.plan.source in ("none", "explicit"):
         held_out, condition = True, ""  # no sentence was used

@@ -51,7 +51,7 @@ def plan_of_layers(
     loaded: LoadedModel, config: FairConfig, layers: tuple[int, ...], overrides: Choice = NO_OVERRIDES
 ) -> ProtectionPlan:
     """Return the plan that keeps these layers in 16 bit, and gives units the precisions of `overrides`."""
-    layer_bytes, other_bytes = count_bytes(loaded, config.grid)
+    layer_bytes, other_bytes = count_bytes(loaded, config.grid, eight_bit_tables=config.eight_bit_tables)
     return explicit_plan(
         layers,
         model=loaded.files.name,

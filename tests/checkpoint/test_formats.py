@@ -228,8 +228,9 @@ def test_kept_layers_are_those_without_any_quantized_module() -> None:
 
 
 def test_unknown_formats_are_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown format 'gguf'; known are compressed-tensors, gptq, awq, fp16-twin"):
-        checkpoint_format("gguf")
+    known = "compressed-tensors, gptq, awq, fp16-twin, gguf"
+    with pytest.raises(ConfigError, match=f"unknown format 'onnx'; known are {known}"):
+        checkpoint_format("onnx")
 
 
 def test_the_twin_is_a_format_that_packs_nothing() -> None:

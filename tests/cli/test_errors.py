@@ -39,7 +39,7 @@ BAD = [
     (["--bits", "3.5"], 2, "bits '3.5' is not an integer"),
     (["--group-size", "100"], 2, "group size 100"),
     (["--no-protect-biases"], 2, "biases"),
-    (["--format", "gguf"], 2, "format 'gguf'"),
+    (["--format", "onnx"], 2, "format 'onnx'"),
     (["--colour"], 2, "No such option"),
     (["-o", "."], 2, "exists"),
 ]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from quant_fairness_plugin.errors import MissingExtraError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.model import gguf
@@ -27,11 +27,13 @@ def readings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Which files were read; every one gives the tiny model."""
     read: list[Path] = []
 
-    def stand_in(path: Path, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    def stand_in(path: Path, dtype: str) -> PreTrainedModel:
         read.append(path)
-        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+        return model
 
     monkeypatch.setattr(gguf, "_read", stand_in)
+    monkeypatch.setattr(gguf, "_read_tokenizer", lambda path, model: AutoTokenizer.from_pretrained(folder))
     return read
 
 

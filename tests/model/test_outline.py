@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ def rename_tensors(folder: Path, old: str, new: str) -> None:
     save_file({new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in tensors.items()}, path)
 
 
+def embedding_and_head(model: Any) -> tuple[Any, Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outline_is_that_of_the_loaded_model(family: str, tmp_path: Path) -> None:
     write_tiny_model(tmp_path, family, layers=3)
@@ -35,6 +40,9 @@ def test_outline_is_that_of_the_loaded_model(family: str, tmp_path: Path) -> Non
     assert outline.shapes == {name: tuple(p.shape) for name, p in loaded.model.named_parameters()}
     assert outline.parameters == sum(p.numel() for p in loaded.model.parameters())
     assert (outline.layers, outline.width, outline.vocabulary) == (3, 32, loaded.model.config.vocab_size)
+    assert outline.table_shapes() == loaded.table_shapes()
+    tables = {id(module.weight): tuple(module.weight.shape) for module in embedding_and_head(loaded.model)}
+    assert outline.table_shapes() == [*tables.values()]
     assert outline.positions == position_limit(loaded.model)
 
 
@@ -74,6 +82,9 @@ def test_an_unknown_architecture_is_built_without_memory(tmp_path: Path) -> None
     assert outline.family == loaded.family
     assert len(outline.family.kinds) == 2  # traced, a kind for each layer
     assert outline.shapes == {name: tuple(p.shape) for name, p in loaded.model.named_parameters()}
+    assert outline.table_shapes() == loaded.table_shapes()
+    own = [*([] if loaded.family.tied_head else ["lm_head.weight"])]
+    assert len(outline.table_shapes()) == 1 + len(own)
     assert outline.positions == position_limit(loaded.model)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from quant_fairness_plugin.checkpoint.formats.awq import AwqFormat
 from quant_fairness_plugin.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from quant_fairness_plugin.checkpoint.formats.format import Format
+from quant_fairness_plugin.checkpoint.formats.gguf import GgufFormat
 from quant_fairness_plugin.checkpoint.formats.gptq import GptqFormat, GptqVersion2
 from quant_fairness_plugin.checkpoint.formats.twin import TwinFormat
 from quant_fairness_plugin.errors import ConfigError
@@ -29,6 +30,8 @@ FORMATS = _by_name(
     )
 )
 """What can be written, by the name that users give. To add a format, add its file and its line."""
+FILES = _by_name((GgufFormat(),))
+"""What is written as one file, by `quantize` alone."""
 READ_ONLY = _by_name((GptqVersion2(),))
 """What other tools write and only readers meet."""
 
@@ -39,9 +42,23 @@ def checkpoint_format(name: str) -> Format:
     Raises:
         ConfigError: an unknown name.
     """
-    if name not in FORMATS:
-        raise ConfigError(f"unknown format {name!r}; known are {', '.join(FORMATS)}. Correct --format.")
-    return FORMATS[name]
+    every = {**FORMATS, **FILES}
+    if name not in every:
+        raise ConfigError(f"unknown format {name!r}; known are {', '.join(every)}. Correct --format.")
+    return every[name]
+
+
+def check_folder_format(name: str) -> None:
+    """Refuse a format of one file where a folder is to be written.
+
+    Raises:
+        ConfigError: it is one, or an unknown name.
+    """
+    if checkpoint_format(name).one_file:
+        raise ConfigError(
+            f"format {name!r} is one file, and a folder is to be written; accepted are {', '.join(FORMATS)}. Use "
+            f"quantize MODEL --format {name} -o NAME.{name} (in Python save_{name})"
+        )
 
 
 def format_of_layout(layout: str) -> Format:

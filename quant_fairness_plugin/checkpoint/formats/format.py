@@ -138,6 +138,8 @@ class Format(ABC):
     """Suffixes that a module may lack."""
     widths: ClassVar[tuple[int, ...]] = (4, 8)
     """Bits of an integer that the format can hold."""
+    one_file: ClassVar[bool] = False
+    """Whether a checkpoint is a file, and no folder that readers load."""
     uniform: ClassVar[bool] = False
     """Whether all quantized modules have one group size."""
     zeros: ClassVar[str] = ""

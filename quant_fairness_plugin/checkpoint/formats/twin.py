@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.format import Format, Quantization, Shape, StoredGrid, TensorKind
+from quant_fairness_plugin.checkpoint.refusals import Rule
 from quant_fairness_plugin.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class TwinFormat(Format):
 
     name = "fp16-twin"
     method = ""
-    rules = ()
+    rules: ClassVar[tuple[Rule, ...]] = ()
 
     def shapes(self, grid: StoredGrid) -> dict[str, TensorKind]:
         """Return nothing: no module is packed."""
@@ -38,26 +39,26 @@ class TwinFormat(Format):
 
     def size(self, parts: Mapping[str, Tensor]) -> NoReturn:
         """Refuse: there are no such tensors."""
-        _refuse()
+        self._refuse()
 
     def packed(self, shapes: Mapping[str, Shape], rows: int, cols: int) -> NoReturn:
         """Refuse: there are no such tensors."""
-        _refuse()
+        self._refuse()
 
     def pack(self, tensor: QuantizedTensor) -> NoReturn:
         """Refuse: the dequantized values are written instead."""
-        _refuse()
+        self._refuse()
 
     def unpack(self, parts: Mapping[str, Tensor], grid: Grid) -> NoReturn:
         """Refuse: there are no such tensors."""
-        _refuse()
+        self._refuse()
 
     def check_module(self, module: str, grid: StoredGrid) -> NoReturn:
         """Refuse every module."""
-        _refuse()
+        self._refuse()
 
-
-def _refuse() -> NoReturn:
-    raise ConfigError(
-        "format 'fp16-twin' stores no quantized modules; those that do are compressed-tensors, gptq, awq. Use one."
-    )
+    def _refuse(self) -> NoReturn:
+        raise ConfigError(
+            f"format {self.name!r} stores no quantized modules as tensors of a folder; those that do are "
+            "compressed-tensors, gptq, awq. Use one."
+        )

@@ -120,8 +120,9 @@ def find_refusal(
         ConfigError: an unknown format or reader.
     """
     layout = checkpoint_format(format)
-    rules = layout.rules if reader is None else (*layout.rules, *find_reader(reader).rules)
-    if not layout.packs:  # a plain checkpoint loads everywhere
+    # A plain checkpoint loads everywhere, and no reader here loads a file.
+    rules = layout.rules if reader is None or not layout.packs else (*layout.rules, *find_reader(reader).rules)
+    if not rules:
         return None
     name = family if family is None or isinstance(family, str) else family.name
     architecture = family.architecture if isinstance(family, Family) else find_architecture(name or "")

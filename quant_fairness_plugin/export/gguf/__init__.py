@@ -20,21 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, temporary_folder
-from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError, UnsupportedModelError
-from quant_fairness_plugin.export.gguf.blocks import (
-    BLOCK,
-    FLOATS,
-    TYPES,
-    dense_values,
-    packed_blocks,
-    plain_values,
-    type_of,
-)
+from quant_fairness_plugin.artifacts import temporary_folder
+from quant_fairness_plugin.checkpoint.formats.gguf import TYPES
+from quant_fairness_plugin.errors import ArtifactError, ResourceError, UnsupportedModelError
+from quant_fairness_plugin.export.gguf.blocks import FLOATS, dense_values, packed_blocks, plain_values, type_of
 from quant_fairness_plugin.export.gguf.sources import FolderSource, ModelSource, Source
 from quant_fairness_plugin.export.gguf.template import ONLY_IN_GGUF, Arrangement, Template, gguf_version
-from quant_fairness_plugin.export.staging import flush
-from quant_fairness_plugin.model.gguf import Embedding, check_installed
+from quant_fairness_plugin.export.staging import check_file, flush
+from quant_fairness_plugin.model.gguf import BLOCK, Embedding, check_installed
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 TABLES = ("token_embd.weight", "output.weight")
@@ -119,33 +112,20 @@ def write_gguf(
     return report
 
 
-def check_gguf(like: Path, out: Path, *, grid: Grid | None = None, overwrite: bool = False) -> Template:
+def check_gguf(like: Path, out: Path, *, overwrite: bool = False) -> Template:
     """Return the opened `like` file, after refusing what is known before anything is quantized.
 
     Args:
         like: a GGUF file of the 16-bit model.
         out: the file to write.
-        grid: of most modules; None where they are quantized already.
         overwrite: replace a GGUF file that is there.
 
     Raises:
         MissingExtraError, ConfigError, ArtifactError: as `write_gguf`.
-        UnsupportedModelError: a grid that GGUF has no type for.
     """
     check_installed(out)
-    _check_name(out, overwrite=overwrite)
-    if grid is not None:
-        kind = type_of("the model", grid.bits)
-        if not grid.symmetric:
-            raise UnsupportedModelError(f"the grid is {grid}; GGUF's {kind} is symmetric. Quantize with --sym")
+    check_file(out, suffix=".gguf", overwrite=overwrite)
     return Template(like)
-
-
-def _check_name(out: Path, *, overwrite: bool) -> None:
-    if out.suffix != ".gguf":
-        raise ConfigError(f"{out} does not end in .gguf, as llama.cpp's files do; give such a name with -o")
-    if os.path.lexists(out) and not (overwrite and out.is_file()):
-        raise ConfigError(f"{out} exists already; the output must be a new name. Choose another, or pass --overwrite.")
 
 
 def _entries(source: Source, template: Template, embedding: Embedding) -> Iterator[_Entry]:

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quant_fairness_plugin.checkpoint.formats.gguf import TYPES
 from quant_fairness_plugin.errors import UnsupportedModelError
+from quant_fairness_plugin.model.gguf import BLOCK
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 
-BLOCK = 32
-"""Input channels of a block."""
-TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
-"""Bits of a grid → the type that holds its values."""
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """dtype of a tensor → the type that holds its values."""
 
