@@ -53,9 +53,8 @@ def limit_of(loaded: LoadedModel, config: FairConfig) -> Limit:
     if config.max_size is not None:
         return Limit(max_bytes=config.max_size, languages=languages)
     if config.target_bits is not None:
-        tables = config.eight_bit_tables
-        at_bits = bytes_at_bits(loaded, config.grid, config.target_bits, eight_bit_tables=tables)
-        return Limit(max_bytes=at_bits, languages=languages)
+        table, other = count_bytes(loaded, config.grid, eight_bit_tables=config.eight_bit_tables)
+        return Limit(max_bytes=bytes_at_bits(table, other, config.target_bits), languages=languages)
     share = layers_budget(loaded, config.grid, config.protect_columns, config.max_overhead)
     return Limit(max_overhead=share, languages=languages)
 

@@ -15,18 +15,24 @@ from quant_fairness_plugin.cli.imatrix import write_importance
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_recommend
 from quant_fairness_plugin.cli.options import COMPUTE, TEXTS, Access, Json, ModelOption, OutputFile
 from quant_fairness_plugin.cli.progress import progress
-from quant_fairness_plugin.cli.recommend_options import SEED_TOP, Limits, Printed
+from quant_fairness_plugin.cli.recommend_options import BUDGETS, MADE, SEED_TOP, Limits, Printed
 from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.cli.tables import frontier_table, plan_list, show
 from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
+from quant_fairness_plugin.plans.costs import bytes_at_bits
 from quant_fairness_plugin.preflight import ModelSource, preflight
 from quant_fairness_plugin.recommend import Limit, recommend_plan
 from quant_fairness_plugin.recommend.frontier import frontier_json, frontier_of
 from quant_fairness_plugin.recommend.tools import plan_for_tool
 
+_CONFIG = (
+    "objective", *TEXTS, *COMPUTE, "exhaustive", "time", "sentences", "strict", *BUDGETS, "limits", *MADE,
+)  # fmt: skip
 
-@options(config=("objective", *TEXTS, *COMPUTE, "exhaustive", "time", "sentences", "strict"), file=False)
+
+@options(config=_CONFIG, file=False)
 def recommend(
     config: FairConfig,
     limits: Limits,
@@ -44,14 +50,15 @@ def recommend(
     """
     if printed.as_ is not None and as_json:
         raise ConfigError("--as and --json exclude each other; give one, and --output to save the plan as well")
+    limits.check(config)
     if limits.method == "legacy":
-        budget = [name for name in limits.given if name != "--top"]
+        budget = [name for name in limits.given(config) if name != "--top"]
         check_legacy(config, report=report, printed=printed != Printed(), **dict.fromkeys(budget, True))
         legacy_recommend(access.source(model), config, limits.top or SEED_TOP, output=output, as_json=as_json)
         return
-    limits.check_search(config, swept=report is not None or printed.frontier or printed.verify)
+    by_scores = limits.by_scores(config, printed, saved=report is not None)
     config = limits.within(config)
-    if report is None and limits.is_budget and limits.weights is None and not (printed.frontier or printed.verify):
+    if by_scores:
         plan = _plan_by_scores(access.source(model), config)
     else:
         swept = _sweep(access.source(model), config) if report is None else load(SweepReport, report)
@@ -76,15 +83,26 @@ def recommend(
 
 
 def _plan_by_sweep(swept: SweepReport, config: FairConfig, limits: Limits) -> ProtectionPlan:
-    share = config.max_overhead if limits.max_bytes is None and limits.target is None else None
     return recommend_plan(
         swept,
-        Limit(max_bytes=limits.max_bytes, target=limits.target, max_overhead=share),
-        objective=config.objective,
+        _limit_of(swept, config),
+        objective=config.decides_by,
         top=config.top,
         weights=limits.weights,
         strict=config.strict,
     )
+
+
+def _limit_of(swept: SweepReport, config: FairConfig) -> Limit:
+    """Return what bounds a plan; as `planning.limit_of`, which takes a model."""
+    languages, size = config.limits or {}, config.max_size
+    if config.target is not None:
+        return Limit(target=read_target(config.target)[1], languages=languages)
+    if config.target_bits is not None:
+        size = bytes_at_bits(swept.layer_bytes, swept.other_bytes, config.target_bits)
+    if size is not None:
+        return Limit(max_bytes=size, languages=languages)
+    return Limit(max_overhead=config.max_overhead, languages=languages)
 
 
 def _say_why(plan: ProtectionPlan, *, by_number: bool) -> None:

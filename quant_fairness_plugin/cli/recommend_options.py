@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from quant_fairness_plugin.checkpoint.formats import FILES
 from quant_fairness_plugin.cli.legacy import HowMeasured
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.option import Option
@@ -22,6 +23,12 @@ def parse_weights(text: str) -> dict[str, float]:
     return parse_numbers(text, flag="--weights", example="en=1,fi=2")
 
 
+BUDGETS = ("max_size", "target_bits", "target")
+"""Fields of `FairConfig` that bound a plan, beside `max_overhead`, whose default bounds it where nothing is given."""
+MADE = ("bits", "group_size", "symmetric", "clip", "effort", "format", "reader", "embedding")
+"""Fields of `FairConfig` that say of what checkpoint the plan is; a saved sweep has its grid."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """How much may be protected (a number of layers, a budget or a target; at most one), and by which measurement."""
@@ -34,13 +41,6 @@ class Limits:
         float | None,
         Option("The best for this budget: extra bytes over all-INT4, 0.2 = 20 %.", "What to protect"),
     ] = None
-    max_bytes: Annotated[
-        int | None, Option("The best for this budget: bytes of the checkpoint.", "What to protect")
-    ] = None
-    target: Annotated[
-        float | None,
-        Option("The fewest bytes for this damage: KL in bits per byte, by --objective.", "What to protect"),
-    ] = None
     weights: Annotated[
         dict[str, float] | None,
         Option(
@@ -52,51 +52,74 @@ class Limits:
     ] = None
     method: HowMeasured = "rigorous"
 
-    def __post_init__(self) -> None:
-        given = self.given
+    def given(self, config: FairConfig) -> list[str]:
+        """Return the options that bound the plan."""
+        values = {"top": self.top, "max_overhead": self.max_overhead}
+        values |= {name: getattr(config, name) for name in BUDGETS}
+        return [f"--{name.replace('_', '-')}" for name, value in values.items() if value is not None]
+
+    def is_budget(self, config: FairConfig) -> bool:
+        """Return whether a budget or a target was given."""
+        return bool(self.given(config)) and self.top is None
+
+    def check(self, config: FairConfig) -> None:
+        """Refuse several limits, and what counts for a budget without one.
+
+        Raises:
+            ConfigError: names them.
+        """
+        given = self.given(config)
         if len(given) > 1:
             raise ConfigError(
                 f"{' and '.join(given)} exclude each other; give the number of layers, a budget or a target"
             )
-        if self.weights is not None and (self.top is not None or not given):
+        if self.is_budget(config):
+            return
+        if self.weights is not None:
             weights = ",".join(f"{language}={weight:g}" for language, weight in self.weights.items())
             raise ConfigError(f"--weights {weights} count for a budget or a target; give --max-overhead, say")
+        if config.limits is not None:
+            limits = ",".join(f"{language}={limit:g}" for language, limit in config.limits.items())
+            raise ConfigError(f"--limit {limits} counts beside a budget or a target; give --max-overhead, say")
 
-    @property
-    def given(self) -> list[str]:
-        """Return the options that were given."""
-        names = ("top", "max_overhead", "max_bytes", "target")
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
-
-    @property
-    def is_budget(self) -> bool:
-        """Return whether a budget or a target was given."""
-        return bool(self.given) and self.top is None
-
-    def check_search(self, config: FairConfig, *, swept: bool) -> None:
-        """Refuse bounds of a search by scores where there is none.
+    def by_scores(self, config: FairConfig, printed: Printed, *, saved: bool) -> bool:
+        """Return whether the plan comes from scores of units, and not from a sweep.
 
         Args:
-            config: the configuration, with `time` and `sentences`.
-            swept: whether a saved sweep, or what only a sweep can answer, was asked for.
+            config: the configuration.
+            printed: what only a sweep can print.
+            saved: whether a saved sweep was given.
 
         Raises:
-            ConfigError: names the bound.
+            ConfigError: a sweep, beside what it does not know.
         """
-        given = {"--time": config.time, "--sentences": config.sentences}
-        for name, value in given.items():
-            if value is not None and (swept or self.weights is not None or not self.is_budget):
+        sweeps = saved or self.weights is not None or printed.frontier or printed.verify
+        if not sweeps and self.is_budget(config):
+            return True
+        for name in ("time", "sentences"):
+            if (value := getattr(config, name)) is not None:
                 raise ConfigError(
-                    f"{name} {value} bounds the search for a plan by scores, and this is answered by a sweep: give "
-                    "--max-overhead, --max-bytes or --target, without a saved sweep, --weights, --frontier or --verify"
+                    f"--{name} {value} bounds the search for a plan by scores, and this is answered by a sweep: give "
+                    "--max-overhead, --max-size or --target, without a saved sweep, --weights, --frontier or --verify"
                 )
+        if config.format in FILES:
+            raise ConfigError(
+                f"format {config.format!r}: plans for it are made from scores, and this is answered by a sweep: give "
+                "--max-overhead, --max-size or --target, without a saved sweep, --weights, --frontier or --verify"
+            )
+        default = FairConfig()
+        for name in MADE if saved else ():
+            if (value := getattr(config, name)) != getattr(default, name):
+                raise ConfigError(
+                    f"{name} {value} has no effect beside a saved sweep, which has its grid; leave it out"
+                )
+        return False
 
     def within(self, config: FairConfig) -> FairConfig:
         """Return the configuration with the number of layers, three without any limit, and the budget."""
-        top = self.top if self.given else SEED_TOP
+        top = self.top if self.given(config) else SEED_TOP
         budget = config.max_overhead if self.max_overhead is None else self.max_overhead
-        target = None if self.target is None else f"{self.target!r}"
-        return replace(config, top=top, max_overhead=budget, max_size=self.max_bytes, target=target)
+        return replace(config, top=top, max_overhead=budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

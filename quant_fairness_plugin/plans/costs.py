@@ -209,10 +209,15 @@ def layers_budget(loaded: Modules, grid: Grid, share: float, max_overhead: float
     return max_overhead - cost
 
 
-def bytes_at_bits(loaded: Modules, grid: Grid, bits: float, *, eight_bit_tables: bool = False) -> int:
-    """Return the bytes of a checkpoint whose layers take so many bits a weight on average, scales included."""
-    table, other = count_bytes(loaded, grid, eight_bit_tables=eight_bit_tables)
-    return other + int(sum(table["fp16"]) * bits / 16)
+def bytes_at_bits(layer_bytes: LayerBytes, other: int, bits: float) -> int:
+    """Return the bytes of a checkpoint whose layers take so many bits a weight on average, scales included.
+
+    Args:
+        layer_bytes: the table, as in `SweepReport`.
+        other: bytes of everything that is never quantized.
+        bits: 16 is the original.
+    """
+    return other + int(sum(layer_bytes["fp16"]) * bits / 16)
 
 
 def _columns_cost(selected: Selection, loaded: Modules, share: float) -> int:

@@ -96,13 +96,46 @@ def test_a_search_of_several_precisions_ends_in_a_plan_with_both(
     report = load(SweepReport, out)
     floor = report.other_bytes + sum(report.layer_bytes["quantized"])
     budget = floor + 2 * (report.layer_bytes["int8"][0] - report.layer_bytes["quantized"][0])
-    given = ["recommend", str(out), "--max-bytes", str(budget), "-o", str(plan)]
+    given = ["recommend", str(out), "--max-size", str(budget), "-o", str(plan)]
     assert run_guarded(command, given, "quant-fairness") == 0
     chosen = capsys.readouterr()
     assert f"{PLANTED_LAYER}:int8" in chosen.out.strip().split(",")
     assert f"note: predicted from single units: least worst damage within {budget} bytes: worst " in chosen.err
     assert "(predicted until the plan itself is evaluated on the confirm part)" in chosen.err
     assert load(ProtectionPlan, plan).units[f"layers.{PLANTED_LAYER}"] == "int8"
+
+
+def test_bits_and_limits_of_languages_bound_the_plan_of_a_saved_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, path = typer.main.get_command(app), tmp_path / "sweep.json"
+    report = planted_report([0.1, 0.4, 1.5, 0.2], noise=0.001)
+    save(report, path)
+    sixteen, four = (sum(report.layer_bytes[row]) for row in ("fp16", "quantized"))
+    one_more = four + report.layer_bytes["fp16"][2] - report.layer_bytes["quantized"][2]
+    bits = str(16 * (one_more + 1) / sixteen)  # room for one layer in 16 bit, and no more
+    assert run_guarded(command, ["recommend", str(path), "--target-bits", bits], "quant-fairness") == 0
+    assert capsys.readouterr().out == "2\n"
+    given = ["recommend", str(path), "--target-bits", bits, "--limit", "en=0.0001"]
+    assert run_guarded(command, given, "quant-fairness") in (0, 6)
+    assert "predicted to keep en below 0.0001" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gguf_file_is_made_for_its_grid_and_bytes(
+    planted_model: Path, planted_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = {}
+    for embedding in ("q8_0", "16bit"):
+        plan = tmp_path / f"{embedding}.json"
+        given = ["recommend", "--model", str(planted_model), "--texts", planted_file, "--format", "gguf", "--bits", "5"]
+        given += ["--embedding", embedding, "--target-bits", "6.5", "--sentences", "4", "-o", str(plan)]
+        assert run_guarded(typer.main.get_command(app), given, "quant-fairness") == 0
+        assert "the rest INT5 g32" in capsys.readouterr().err
+        plans[embedding] = load(ProtectionPlan, plan)
+    # The same bits of the layers buy the same units; of the smaller file that is a larger share.
+    assert plans["q8_0"].overrides == plans["16bit"].overrides != {}
+    assert plans["q8_0"].extra_bytes == plans["16bit"].extra_bytes
+    assert plans["q8_0"].overhead > plans["16bit"].overhead
 
 
 def test_the_frontier_is_printed_and_is_one_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,13 +182,18 @@ def test_a_budget_without_a_sweep_is_planned_by_scores(
     ("options", "message"),
     [
         (["--top", "2", "--target", "0.1"], "--top and --target exclude each other"),
-        (["--max-bytes", "9", "--max-overhead", "0.1"], "--max-overhead and --max-bytes exclude each other"),
+        (["--max-size", "9", "--max-overhead", "0.1"], "--max-overhead and --max-size exclude each other"),
         (["--weights", "en=1"], "--weights en=1 count for a budget or a target"),
         (["--top", "2", "--weights", "en=1"], "--weights en=1 count for a budget or a target"),
-        (["--max-bytes", "9999", "--weights", "en=1"], "no weight for he, zh"),
-        (["--max-bytes", "9999", "--time", "10min"], "--time 10min bounds the search for a plan by scores"),
-        (["--max-bytes", "9999", "--sentences", "4"], "--sentences 4 bounds the search for a plan by scores"),
+        (["--max-size", "9999", "--weights", "en=1"], "no weight for he, zh"),
+        (["--max-size", "9999", "--time", "10min"], "--time 10min bounds the search for a plan by scores"),
+        (["--max-size", "9999", "--sentences", "4"], "--sentences 4 bounds the search for a plan by scores"),
         (["--time", "soon"], "time 'soon' is no duration above 0"),
+        (["--limit", "en=0.1"], "--limit en=0.1 counts beside a budget or a target"),
+        (["--target-bits", "5", "--max-size", "9MB"], "max_size and target_bits exclude each other"),
+        (["--max-size", "9MB", "--bits", "8"], "bits 8 has no effect beside a saved sweep"),
+        (["--max-size", "9MB", "--format", "gguf"], "format 'gguf': plans for it are made from scores"),
+        (["--max-size", "9MB", "--limit", "sw=0.1"], "limits of sw, which do not count"),
     ],
 )
 def test_limits_that_do_not_go_together_are_refused(
