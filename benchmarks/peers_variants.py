@@ -42,13 +42,7 @@ AT_PEERS_BYTES = 112_500_000
 checkpoints of the others."""
 VARIANTS = {
     OURS: Variant("ours", "7 languages", {"protect_layers": "none"}),
-    "quant-fairness, INT4, groups of 64": Variant(
-        "ours", "7 languages", {"protect_layers": "none", "our_group_size": 64}
-    ),
     "quant-fairness, planned, +10 %": Variant("ours", "7 languages", {"max_overhead": 0.1}),
-    "quant-fairness, planned, +10 %, groups of 64": Variant(
-        "ours", "7 languages", {"max_overhead": 0.1, "our_group_size": 64}
-    ),
     "quant-fairness, GGUF": Variant("ours", "7 languages", {"protect_layers": "none", "gguf": True}),
     "quant-fairness, GGUF, planned": Variant("ours", "7 languages", {"max_size": AT_PEERS_BYTES, "gguf": True}),
     "quant-fairness, GGUF, 5 bits": Variant(

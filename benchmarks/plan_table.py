@@ -44,7 +44,12 @@ def measure(given: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    asked = {"--langs": given.langs, "--sentences": given.sentences, "--bits": given.bits if given.bits != 4 else None}
+    asked = {
+        "--langs": given.langs,
+        "--sentences": given.sentences,
+        "--search": given.search,
+        "--bits": given.bits if given.bits != 4 else None,
+    }
     options = "".join(f" {flag} {value}" for flag, value in asked.items() if value)
     options += " --exhaustive" if given.exhaustive else ""
     states = list(measure_model(given))
@@ -67,7 +72,8 @@ def measure_model(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from quant_fairness_plugin.model.exchange import swapped
 
     options: Any = {
-        "seed": SEED, "max_overhead": OVERHEAD, "texts": text_set(given.langs, given.sentences), "bits": given.bits,
+        "seed": SEED, "max_overhead": OVERHEAD, "bits": given.bits,
+        "texts": text_set(given.langs, confirm=given.sentences, search=given.search),
         "reader": "vllm" if given.model == "demo-gpt2" else "transformers",
         "format": "compressed-tensors" if given.bits == 4 else "fp16-twin",  # other widths are simulated
     }  # fmt: skip
@@ -105,6 +111,7 @@ def measure_model(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "state": state, "grid": str(made.grid), "overhead": made.overhead, "extra_bytes": made.extra_bytes,
             "units": made.overrides, "layers": list(made.protected_layers), "reasons": list(made.reasons),
             "stable": made.stable, "part": "confirm", "sentences": result.languages[0].sentences,
+            "search_sentences": len(base.texts.part("search")),
             "worst_kl": asdict(result.worst_kl), "mean_kl": asdict(result.mean_kl),
             "kl": {row.language: asdict(row.kl_bits_per_byte) | {"status": row.status} for row in result.languages},
             "gain_over_int4": None if state == NONE else asdict(measured.gain(NONE, state)), "cpu_seconds": seconds,
@@ -130,15 +137,17 @@ def plan_of_sweep(base: Any) -> Any:
     return plan_by_allocation(ranker, Goal(limit=limit_of(base.loaded, base.config), overrides={}))
 
 
-def text_set(languages: str | None, sentences: int | None) -> Any:
-    """The bundled text set in some languages, with so many sentences of its confirm part (None: all)."""
+def text_set(languages: str | None, *, confirm: int | None, search: int | None) -> Any:
+    """The bundled text set in some languages, with so many sentences of two of its parts (None: all)."""
     from quant_fairness_plugin.texts.load import load_texts
 
     texts = load_texts("bundled", languages=None if languages is None else tuple(languages.split(",")))
-    confirm = [i for i, part in enumerate(texts.parts) if part == "confirm"]
-    some = len(confirm) if sentences is None else sentences
-    kept = {confirm[i * len(confirm) // some] for i in range(some)}
-    return texts.take([i for i, part in enumerate(texts.parts) if part != "confirm" or i in kept])
+    kept = {i for i, part in enumerate(texts.parts) if part == "calibrate"}
+    for part, wanted in (("confirm", confirm), ("search", search)):
+        rows = [i for i, held in enumerate(texts.parts) if held == part]
+        some = len(rows) if wanted is None else wanted
+        kept |= {rows[i * len(rows) // some] for i in range(some)}
+    return texts.take(sorted(kept))
 
 
 def sixteen_bit_layers(base: Any) -> tuple[Any, dict[str, Any]]:
@@ -253,6 +262,7 @@ if __name__ == "__main__":
     parser.add_argument("--folder", help="where the model lies, unless it is bundled")
     parser.add_argument("--langs")
     parser.add_argument("--sentences", type=int, help="of the confirm part; all by default")
+    parser.add_argument("--search", type=int, help="sentences of the search part; all by default")
     parser.add_argument("--bits", type=int, choices=WIDTHS, default=4, help="of all that a plan does not single out")
     parser.add_argument("--exhaustive", action="store_true", help="a sweep of all units and its plan as well")
     given = parser.parse_args()

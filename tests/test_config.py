@@ -272,7 +272,8 @@ def test_auto_scores_units_unless_a_sweep_is_asked_for() -> None:
 
 def test_the_group_size_is_left_to_the_model_unless_it_is_given(tiny_model: Callable[..., Path]) -> None:
     outline = outline_model(resolve_model(str(tiny_model(width=64))))
-    assert FairConfig().fitted(outline).grid.group_size == 128  # that of `down`
+    assert FairConfig(group_size=128).fitted(outline).grid.group_size == 128  # that of `down`
+    assert FairConfig().fitted(outline).grid.group_size == 64  # that of all others
     assert FairConfig().fitted(outline, uniform=True).grid.group_size == 64
     assert FairConfig(group_size=32).fitted(outline) == FairConfig(group_size=32)
     assert FairConfig(group_size=-1).fitted(outline, uniform=True).grid.group_size == -1

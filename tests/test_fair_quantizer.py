@@ -311,7 +311,8 @@ def test_group_sizes_of_a_model_and_of_a_plan(tiny_model: Callable[..., Path], p
     given: dict[str, Any] = {"texts": planted_file, "protect_layers": "none"}
     with pytest.raises(ConfigError, match="group size 64 does not divide .* 6 of 8 units.* would take 32"):
         FairQuantizer.from_pretrained(folder, group_size=64, strict=True, **given)
-    plan = FairQuantizer.from_pretrained(folder, **given).recommend()
+    assert FairQuantizer.from_pretrained(folder, **given).config.grid.group_size == 32
+    plan = FairQuantizer.from_pretrained(folder, group_size=64, **given).recommend()
     assert plan.grid.group_size == 64
     uniform = FairQuantizer.from_pretrained(folder, method="awq", symmetric=True, format="awq", **given)
     assert uniform.config.grid.group_size == 32

@@ -42,8 +42,6 @@ def quantizer_of(model: str, request: dict[str, Any]) -> FairQuantizer:
     options: dict[str, Any] = {
         key: request[key] for key in ("protect_layers", "max_overhead", "max_size") if key in request
     }
-    if "our_group_size" in request:  # by default it is the largest that fits each module
-        options["group_size"] = request["our_group_size"]
     if "our_bits" in request:
         options["bits"] = request["our_bits"]
     if request.get("gguf"):

@@ -45,7 +45,7 @@ from quant_fairness_plugin.model.gguf import BLOCK, FORMAT
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import find_method
-from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes
+from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes, usual_group_size
 
 _logger = logging.getLogger(__name__)
 
@@ -99,9 +99,10 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=clip)
 
     def fitted(self, model: Modules, *, uniform: bool = False) -> FairConfig:
-        """Return the same configuration with the largest group size that the units of a model take.
+        """Return the same configuration with the largest group size that a model's units take; no unit takes a larger.
 
-        Where none fits any of them, `auto` is one scale for a whole row.
+        `auto` is the size that most of the weights take: larger groups of the others would save next to nothing, and
+        lose more. Where none fits any unit, it is one scale for a whole row.
 
         Args:
             model: the model, or its outline.
@@ -109,7 +110,10 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         """
         if self.group_size == -1:
             return self
-        largest = fitting_group_size(model, self.grid.group_size, uniform=uniform)
+        if self.group_size == "auto" and not uniform:
+            largest = usual_group_size(model, self.grid.group_size)
+        else:
+            largest = fitting_group_size(model, self.grid.group_size, uniform=uniform)
         if largest is None:
             return replace(self, group_size=-1) if self.group_size == "auto" else self
         return replace(self, group_size=largest)

@@ -27,7 +27,7 @@ class QuantizingFields:
         int | Literal["auto"],
         Option(
             "Input channels that share a scale, at most: each unit takes the largest of 128, 64, 32 up to it that "
-            "divides its input channels ('auto': up to 128); -1: all of a row.",
+            "divides its input channels ('auto': up to what most of the weights take); -1: all of a row.",
             "How to quantize",
             parse=parse_group_size,
             metavar="auto|32|64|128|-1",

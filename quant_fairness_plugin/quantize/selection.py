@@ -5,6 +5,7 @@ Takes a loaded model, the protected layers and a grid; returns a `Selection`, be
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -89,6 +90,22 @@ def fitting_group_size(model: Modules, largest: int, *, uniform: bool) -> int | 
     """
     sizes = group_sizes(model, Grid(group_size=largest)).values()
     return (min if uniform else max)(sizes, default=None)
+
+
+def usual_group_size(model: Modules, largest: int) -> int | None:
+    """Return the group size that most weights of a model take, each the largest that fits; None where none fits any.
+
+    Args:
+        model: the model, or its outline.
+        largest: the largest size to take.
+    """
+    weights: Counter[int] = Counter()
+    for name, size in group_sizes(model, Grid(group_size=largest)).items():
+        unit = Unit.parse(name)
+        modules = next(group.modules for group in model.family.units_of(unit.layer) if group.name == unit.group)
+        shapes = [model.matrix(f"{model.family.blocks}.{unit.layer}.{module}") for module in modules]
+        weights[size] += sum(rows * cols for rows, cols in shapes)
+    return max(weights, key=lambda size: (weights[size], size), default=None)
 
 
 def select_modules(

@@ -7,7 +7,7 @@ import pytest
 from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.model.load import LoadedModel
-from quant_fairness_plugin.quantize.selection import fitting_group_size, group_sizes, select_modules
+from quant_fairness_plugin.quantize.selection import fitting_group_size, group_sizes, select_modules, usual_group_size
 from tests.tiny import FAMILIES
 
 Load = Callable[..., LoadedModel]
@@ -124,13 +124,24 @@ def test_a_plan_that_leaves_nothing_to_quantize_is_an_error(load: Load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "largest", "uniform"),
-    [(32, 64, 32), (64, 128, 64), (128, 128, 128), (192, 128, 64), (96, 64, 32), (48, 32, 32), (40, None, None)],
+    ("width", "largest", "usual", "uniform"),
+    [
+        (32, 64, 32, 32),
+        (64, 128, 64, 64),
+        (128, 128, 128, 128),
+        (192, 128, 64, 64),
+        (96, 64, 32, 32),
+        (48, 32, 32, 32),
+        (40, None, None, None),
+    ],
 )
-def test_the_automatic_group_size(load: Load, width: int, largest: int | None, uniform: int | None) -> None:
+def test_the_automatic_group_size(
+    load: Load, width: int, largest: int | None, usual: int | None, uniform: int | None
+) -> None:
     """The MLP is twice as wide: of width 48 only `down` (96 inputs) fits groups of 32, of width 40 nothing fits any."""
     loaded = load(width=width)
     assert fitting_group_size(loaded, 128, uniform=False) == largest
+    assert usual_group_size(loaded, 128) == usual
     assert fitting_group_size(loaded, 128, uniform=True) == uniform
     if uniform is not None:
         grids = select_modules(loaded, Grid(group_size=uniform)).grids.values()

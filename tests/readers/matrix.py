@@ -127,7 +127,7 @@ def further_checkpoints() -> list[Checkpoint]:
         Checkpoint("llama", "compressed-tensors", "zero points", {"symmetric": False}),
         Checkpoint("llama", "awq", "without zero points", {"symmetric": True}),
         *(Checkpoint("llama", format, "group 32", {"group_size": 32}) for format in FORMATS),
-        *(Checkpoint("llama", format, MIXED, changes=_MIXED_SIZES) for format in plain),
+        *(Checkpoint("llama", format, MIXED, {"group_size": 128}, changes=_MIXED_SIZES) for format in plain),
         *(Checkpoint("llama", format, "one group per row", {"group_size": -1}) for format in FORMATS),
         *(Checkpoint("llama", format, "bfloat16", dtype="bfloat16") for format in FORMATS),
         *(Checkpoint("llama", format, "shards", shard_bytes=1_000_000) for format in FORMATS),
