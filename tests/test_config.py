@@ -198,10 +198,12 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"precisions": ("int8",)}, "a checkpoint holds fp16, or fp16,int8"),
+        ({"precisions": ("int8",)}, "a checkpoint holds fp16, or fp16 with int8; name those"),
         ({"precisions": ("fp16", "int5")}, "precisions fp16,int5"),
+        ({"precisions": ("fp16", "int4"), "format": "gguf"}, "holds fp16, or fp16 with int8 and int5; name those"),
         ({"precisions": ("fp16", "int8"), "top": 3}, "top 3 is a number of layers in 16 bit"),
-        ({"precisions": ("fp16", "int8"), "bits": 8}, "bits 8 is the same"),
+        ({"precisions": ("fp16", "int8"), "bits": 8}, "bits 8 is no less; leave int8 out"),
+        ({"precisions": ("fp16", "int8", "int5"), "bits": 5, "format": "gguf"}, "bits 5 is no less; leave int5 out"),
     ],
 )
 def test_precisions_that_auto_cannot_choose_from(chosen: dict[str, Any], message: str) -> None:
@@ -264,6 +266,8 @@ def test_auto_scores_units_unless_a_sweep_is_asked_for() -> None:
     assert FairConfig().scores_units
     assert FairConfig().menu == FairConfig(exhaustive=True).menu == ("fp16", "int8")
     assert FairConfig(bits=8).menu == ("fp16",)
+    assert FairConfig(format="gguf").menu == ("fp16", "int8", "int5")
+    assert FairConfig(format="gguf", bits=5).menu == ("fp16", "int8")
     swept = ({"precisions": ("fp16",)}, {"top": 3}, {"exhaustive": True}, {"objective": "disparity"})
     assert not any(make_config(**values).scores_units for values in (*swept, {"protect_layers": "none"}))
     assert FairConfig(top=3).menu == ("fp16",)

@@ -23,7 +23,7 @@ COMPUTE = ("device", "dtype")
 """Fields of `FairConfig` that every command takes that computes with a model."""
 GRID = ("bits", "group_size", "symmetric")
 
-_MODEL = "demo, demo-gpt2, a Hub id, a folder, or a .safetensors file."
+_MODEL = "demo, demo-gpt2, a Hub id, a folder, or a .safetensors or .gguf file."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 ModelOption = Annotated[
     str | None,

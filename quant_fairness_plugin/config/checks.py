@@ -6,7 +6,7 @@ import math
 import re
 from typing import Literal
 
-from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting
+from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting, bits_of_precision
 from quant_fairness_plugin.config.parsers import read_duration, read_target
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.gguf import FORMAT, Embedding
@@ -148,23 +148,31 @@ def check_search(time: str | None, sentences: int | None, *, sweeps: str) -> Non
             )
 
 
-def check_precisions(precisions: tuple[Precision, ...] | None, *, bits: int, top: int | None) -> None:
+def check_precisions(precisions: tuple[Precision, ...] | None, *, bits: int, top: int | None, format: str) -> None:
     """Refuse precisions that `auto` cannot choose from.
 
     Raises:
-        ConfigError: not `fp16`, or `fp16` and `int8`; `int8` on an 8-bit grid, or with a number of layers to protect.
+        ConfigError: without `fp16`, or beside it others than `int8`, and `int5` in a GGUF file; one that is not wider
+            than the grid, or with a number of layers to protect.
     """
     if precisions is None:
         return
-    given = ",".join(precisions)
-    if sorted(precisions) not in (["fp16"], ["fp16", "int8"]):
+    given, wider = ",".join(precisions), menu_of_format(format)
+    if "fp16" not in precisions or not set(precisions) <= set(wider) or len(set(precisions)) < len(precisions):
         raise ConfigError(
-            f"precisions {given or '(none)'}: beside the quantized layers a checkpoint holds fp16, or fp16,int8; use "
-            "one of these"
+            f"precisions {given or '(none)'}: beside the quantized layers a checkpoint holds fp16, or fp16 with "
+            f"{' and '.join(wider[1:])}; name those, with commas between"
         )
-    if "int8" in precisions and (bits == 8 or top is not None):
-        problem = "bits 8 is the same" if bits == 8 else f"top {top} is a number of layers in 16 bit"
-        raise ConfigError(f"precisions {given}: {problem}; leave int8 out, or give a budget with max_overhead")
+    narrow = [kind for kind in precisions if kind != "fp16" and bits_of_precision(kind) <= bits]
+    if narrow or (len(precisions) > 1 and top is not None):
+        problem = f"bits {bits} is no less" if narrow else f"top {top} is a number of layers in 16 bit"
+        left = narrow[0] if narrow else next(kind for kind in precisions if kind != "fp16")
+        raise ConfigError(f"precisions {given}: {problem}; leave {left} out, or give a budget with max_overhead")
+
+
+def menu_of_format(format: str) -> tuple[Precision, ...]:
+    """Return what a checkpoint of a format can hold beside most of its weights."""
+    return ("fp16", "int8", "int5") if format == FORMAT else ("fp16", "int8")
 
 
 def check_columns(share: float, *, method: str, backend: str) -> None:

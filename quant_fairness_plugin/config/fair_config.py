@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, Unit
+from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, Unit, bits_of_precision
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.config.checks import (
     bits_of_rest,
@@ -32,6 +32,7 @@ from quant_fairness_plugin.config.checks import (
     check_rest,
     check_search,
     check_tokens_per_expert,
+    menu_of_format,
 )
 from quant_fairness_plugin.config.languages import LanguageFields
 from quant_fairness_plugin.config.output import OutputFields
@@ -70,7 +71,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
                 f"max_overhead {self.max_overhead} is no share of the all-quantized size; use 0.2 for 20 % extra bytes"
             )
         check_overrides(self.protect_layers, self.protect_units, self.int8_layers)
-        check_precisions(self.precisions, bits=self.bits, top=self.top)
+        check_precisions(self.precisions, bits=self.bits, top=self.top, format=self.format)
         check_limits(self.max_size, self.target_bits, self.target, self.limits, top=self.top)
         check_search(self.time, self.sentences, sweeps=self._sweeps)
         check_effort(self.effort, method=self.method, backend=self.backend)
@@ -203,7 +204,9 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         """Return what `auto` may give instead of the grid's precision, before format and reader are asked."""
         if self.precisions is not None:
             return self.precisions
-        return ("fp16", "int8") if self.bits < 8 and (self.exhaustive or self.scores_units) else ("fp16",)
+        if not (self.exhaustive or self.scores_units):
+            return ("fp16",)
+        return tuple(kind for kind in menu_of_format(self.format) if bits_of_precision(kind) > self.bits)
 
     @property
     def bootstrap(self) -> Bootstrap:

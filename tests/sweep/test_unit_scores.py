@@ -9,6 +9,7 @@ from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, Uni
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.plans.units import map_units
+from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.sweep.bank import RtnBank
 from quant_fairness_plugin.sweep.model_bank import ModelBank
@@ -73,3 +74,22 @@ def test_a_quantized_model_is_a_bank_of_its_own_weights(loaded: LoadedModel) -> 
             assert mine.keys() == theirs.keys()
             assert all(value.equal(theirs[name]) for name, value in mine.items())
     assert bank.description == "rtn int4 g32 sym absmax; other precisions: rtn int4 g32 sym absmax"
+
+
+def test_errors_of_five_bits_are_those_of_the_method_at_the_size_that_rounding_says(loaded: LoadedModel) -> None:
+    units, plan = map_units(loaded), ProtectionPlan.unprotected("planted", loaded.layers, GRID)
+    calibration = build_calibration(loaded.tokenizer, planted_texts(), row_tokens=64)
+    quantized = quantize_model(loaded, plan, method="gptq", calibration=calibration)
+    rounded = RtnBank(loaded, units, GRID)
+    bank = ModelBank(units, quantized, rounded)
+    unit = f"layers.{PLANTED_LAYER}.gate_up"
+    made, four, five = bank.weights(unit, "int5"), rounded.weights(unit, "int4"), rounded.weights(unit, "int5")
+    assert made.keys() == five.keys()
+    for name, value in made.items():
+        weight = loaded.model.get_parameter(name).detach()
+        solved = quantized.dense_weight(name.removesuffix(".weight")) - weight
+        found, ratio = value - weight, (five[name] - weight).norm() / (four[name] - weight).norm()
+        assert 0.3 < ratio < 0.7  # half a step is half as large
+        assert found.norm() == pytest.approx(float(ratio * solved.norm()), rel=1e-4)
+        cosine = (found * solved).sum() / (found.norm() * solved.norm())
+        assert cosine == pytest.approx(1, abs=1e-4)
