@@ -40,8 +40,8 @@ class ProtectionFields:
     precisions: Annotated[
         tuple[Precision, ...] | None,
         Option(
-            "What 'auto' may give a unit instead of --bits. Default: fp16,int8 (in a GGUF file int5 as well), as far as "
-            "format and reader allow; fp16 alone sweeps whole layers.",
+            "What 'auto' may give a unit instead of --bits. Default: fp16,int8, in a GGUF file int5 as well, as far "
+            "as format and reader allow; fp16 alone sweeps whole layers.",
             "What to protect",
             parse=parse_precisions,
             metavar="LIST",
