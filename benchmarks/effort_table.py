@@ -37,8 +37,10 @@ VARIANTS = {
     "normal": Gptq(),
     "best": Gptq().at("best"),
     "damp-0.05": Gptq(damp=0.05),
+    "normal, documents": Gptq(),
 }
-"""The efforts of `--effort`, what `normal` does apart, and `normal` with a damping that no number of tokens changes."""
+"""The efforts of `--effort`, what `normal` does apart, `normal` with a damping that no number of tokens changes, and
+`normal` with the bundled documents, too."""
 SEED = 0
 DRAWS = 2000
 
@@ -65,9 +67,12 @@ def run(base: Any, variant: str) -> dict[str, Any]:
     from quant_fairness_plugin.quantize.calibration import build_calibration
     from quant_fairness_plugin.quantize.in_blocks import quantized_state
     from quant_fairness_plugin.quantize.stream import quantize_model
+    from quant_fairness_plugin.texts.documents import load_documents
 
     loaded, texts = base.loaded, base.texts.part("confirm")
-    calibration = build_calibration(loaded.tokenizer, base.texts)
+    long = variant.endswith("documents")
+    rows = load_documents("bundled", languages=base.texts.languages) if long else base.texts
+    calibration = build_calibration(loaded.tokenizer, rows)
     began = time.process_time()
     quantized = quantize_model(loaded, base.recommend(), method=VARIANTS[variant], calibration=calibration)
     seconds = time.process_time() - began

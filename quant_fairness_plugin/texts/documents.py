@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import logging
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +18,11 @@ from quant_fairness_plugin.artifacts import Documents, TextSet, digest
 from quant_fairness_plugin.artifacts.documents import Document
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
 from quant_fairness_plugin.texts.languages import normalise_language
-from quant_fairness_plugin.texts.load import load_texts
+from quant_fairness_plugin.texts.load import bundled_content, load_texts
 from quant_fairness_plugin.texts.sentences import clean_sentence
 from quant_fairness_plugin.texts.sources import column_language, parse_document, read_corpus, read_lines
 
+BUNDLED_DOCUMENTS = Path(__file__).parent / "bundled" / "documents.jsonl"
 LANGUAGE, TEXT, MESSAGES = "language", "text", "messages"
 """Keys of a row that says itself which language it is in."""
 _ROLES = ("system", "user", "assistant")
@@ -36,8 +38,8 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
         source: a `.jsonl` file of rows `{"language", "text"}` or `{"language", "messages": [{"role", "content"}]}`; a
             `.csv` or `.tsv` table with the columns `language` and `text`, or with a column for each language, whose
             cells may be empty; a `.json` file `{lang: text or [texts]}`; a folder of `<lang>.txt` (a document a line),
-            of `<lang>.jsonl` (rows without `language`) and of folders `<lang>` (a document a `.txt` file); or whatever
-            `load_texts` takes, of which the part `calibrate` is used.
+            of `<lang>.jsonl` (rows without `language`) and of folders `<lang>` (a document a `.txt` file); `bundled`;
+            or whatever else `load_texts` takes, of which the part `calibrate` is used.
         languages: tags of the languages to load; all of the source where None.
 
     Raises:
@@ -45,7 +47,9 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
         ArtifactError: a file that is missing, malformed, or holds a damaged text; says where.
     """
     path = Path(source).expanduser()
-    if source == "bundled" or not path.exists() or _is_parallel(path):
+    if source == "bundled":
+        documents = bundled_documents()
+    elif not path.exists() or _is_parallel(path):
         documents = Documents.of(load_texts(source, reference=None))
     else:
         documents = _checked(path)
@@ -59,6 +63,22 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
     if left_out := [name for name in documents.languages if name not in chosen_rows]:
         _logger.info("%s: not calibrated on, as --langs leaves it out: %s", documents.name, ", ".join(left_out))
     return Documents(name=documents.name, texts=chosen_rows, sha256=digest(chosen_rows))
+
+
+def bundled_documents() -> Documents:
+    """Return the part `calibrate` of the bundled sentences, and behind it the bundled documents of each language.
+
+    Raises:
+        ArtifactError: a file that is missing or altered.
+    """
+    sentences = Documents.of(load_texts("bundled", reference=None))
+    documents: dict[str, list[Document]] = {name: list(rows) for name, rows in sentences.texts.items()}
+    lines = bundled_content(BUNDLED_DOCUMENTS).decode("utf-8").strip().split("\n")
+    for number, line in enumerate(lines, start=1):
+        row = json.loads(line)
+        documents[row[LANGUAGE]].append(clean_sentence(row[TEXT], f"{BUNDLED_DOCUMENTS.name} line {number}"))
+    texts = {name: tuple(rows) for name, rows in documents.items()}
+    return Documents(name=f"bundled, with {BUNDLED_DOCUMENTS.name}", texts=texts, sha256=digest(texts))
 
 
 def check_apart(documents: Documents, texts: TextSet) -> None:

@@ -97,7 +97,7 @@ def choose_texts(texts: TextSet, *, languages: Sequence[str] | None = None, refe
 
 def _read(source: str | Path) -> tuple[str, RawTexts]:
     if source == "bundled":
-        return "bundled", parse_jsonl(_bundled_content(BUNDLED), "bundled")
+        return "bundled", parse_jsonl(bundled_content(BUNDLED), "bundled")
     if isinstance(source, str) and source.startswith(PREFIX):
         return source, read_dataset(source)
     path = Path(source).expanduser()
@@ -105,7 +105,12 @@ def _read(source: str | Path) -> tuple[str, RawTexts]:
     return path.resolve().name, read_path(path)
 
 
-def _bundled_content(path: Path) -> bytes:
+def bundled_content(path: Path) -> bytes:
+    """Return the content of a bundled file, compared with the checksum beside it.
+
+    Raises:
+        ArtifactError: it is missing or altered.
+    """
     try:
         content = path.read_bytes()
         stored = path.with_suffix(".sha256").read_text(encoding="ascii").split()[:1]

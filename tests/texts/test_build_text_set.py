@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from quant_fairness_plugin.texts import load, load_texts
+from quant_fairness_plugin.texts import documents, load, load_texts
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "build_text_set.py"
 
@@ -116,3 +116,18 @@ def test_a_folder_without_english_is_refused(
     (folder / "en.txt").unlink()
     assert builder.main([str(folder), "--out", str(tmp_path / "out")]) == 5
     assert "no en.txt" in capsys.readouterr().err
+
+
+def test_documents_are_built_again_from_their_lines(builder: ModuleType, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in documents.BUNDLED_DOCUMENTS.read_text("utf-8").strip().split("\n")]
+    (tmp_path / "in").mkdir()
+    for language in {row["language"] for row in rows}:
+        lines = [row["text"] + "\n" for row in rows if row["language"] == language]
+        (tmp_path / "in" / f"{language}.txt").write_text("".join(lines), encoding="utf-8")
+    assert builder.main([str(tmp_path / "in"), "--documents", "--out", str(tmp_path)]) == 0
+    for suffix in (".jsonl", ".sha256"):
+        stored = documents.BUNDLED_DOCUMENTS.with_suffix(suffix)
+        assert (tmp_path / stored.name).read_bytes() == stored.read_bytes()
+
+    (tmp_path / "in" / "de.txt").write_text("Ein Satz.\n", encoding="utf-8")
+    assert builder.main([str(tmp_path / "in"), "--documents", "--out", str(tmp_path)]) == 5

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from quant_fairness_plugin.artifacts import TextSet
-from quant_fairness_plugin.texts import load_texts, normalise_language
+from quant_fairness_plugin.texts import documents, load_texts, normalise_language
 
 DATA = resources.files("quant_fairness_plugin.texts") / "bundled"
 REQUIRED = ("en", "de", "fr", "es", "he", "ar", "zh", "ja", "ko", "ru", "fi", "vi", "tr", "hi")
@@ -196,3 +196,19 @@ def test_the_licence_is_stated_beside_the_data() -> None:
     readme = (DATA / "README.md").read_text("utf-8")
     assert "CC0 1.0" in readme
     assert "examples/build_text_set.py" in readme
+
+
+def test_documents_are_in_their_language_and_in_every_register(texts: TextSet) -> None:
+    rows = [json.loads(line) for line in documents.BUNDLED_DOCUMENTS.read_text("utf-8").strip().split("\n")]
+    assert {row["language"] for row in rows} == set(texts.languages)
+    for language in texts.languages:
+        own = [row for row in rows if row["language"] == language]
+        kinds = Counter(row["register"] for row in own)
+        assert kinds == {
+            "news": 12, "how-to": 10, "informal": 10, "explanation": 10, "question": 6, "technical": 6, "official": 6,
+        }  # fmt: skip
+        # Letters of the sentences, which were proofread, are those of the documents: code and names are the rest.
+        known = {letter for text in texts.sentences[language] for letter in text.lower() if letter.isalpha()}
+        found = [letter for row in own for letter in row["text"].lower() if letter.isalpha()]
+        share = sum(letter in known for letter in found) / len(found)
+        assert share > (0.6 if language in ("zh", "ja", "ko") else 0.95), (language, share)

@@ -7,6 +7,7 @@ import pytest
 
 from quant_fairness_plugin.artifacts import Documents
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
+from quant_fairness_plugin.texts import documents
 from quant_fairness_plugin.texts.documents import check_apart, load_documents
 from quant_fairness_plugin.texts.load import load_texts
 
@@ -67,10 +68,31 @@ def test_a_folder_holds_lines_rows_and_files(tmp_path: Path) -> None:
 
 
 def test_a_parallel_set_gives_its_calibrate_part(tmp_path: Path) -> None:
-    bundled = load_documents("bundled", languages=["he", "en"])
-    assert bundled.texts == dict(load_texts("bundled", languages=["en", "he"]).part("calibrate").sentences)
     rows = [{"en": f"Sentence {i}.", "de": f"Satz {i}."} for i in range(9)]
     assert len(load_documents(rows_file(tmp_path, *rows)).texts["de"]) == 9
+
+
+def test_the_bundled_documents_follow_the_bundled_sentences() -> None:
+    sentences = load_texts("bundled", reference=None).part("calibrate").sentences
+    bundled = load_documents("bundled")
+    assert bundled.texts.keys() == sentences.keys()
+    for language, rows in bundled.texts.items():
+        more = rows[len(sentences[language]) :]
+        assert rows[: len(sentences[language])] == sentences[language]
+        assert len(more) == len(set(more)) == 60
+        assert sum(map(len, more)) > 5 * sum(map(len, sentences[language]))
+    some = load_documents("bundled", languages=["he", "en"])
+    assert some.texts == {name: bundled.texts[name] for name in ("en", "he")}
+    check_apart(bundled, load_texts("bundled", reference=None))
+
+
+def test_altered_bundled_documents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "documents.jsonl"
+    copy.write_bytes(documents.BUNDLED_DOCUMENTS.read_bytes() + b"\n")
+    copy.with_suffix(".sha256").write_bytes(documents.BUNDLED_DOCUMENTS.with_suffix(".sha256").read_bytes())
+    monkeypatch.setattr(documents, "BUNDLED_DOCUMENTS", copy)
+    with pytest.raises(ArtifactError, match="altered, its sha256 is"):
+        load_documents("bundled")
 
 
 def test_the_checksum_is_that_of_the_text(tmp_path: Path) -> None:
