@@ -30,7 +30,7 @@ from quant_fairness_plugin.quantize.backends import check_backend
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
 from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
 from quant_fairness_plugin.quantize.methods import check_method, find_method
-from quant_fairness_plugin.texts.documents import check_apart, load_documents
+from quant_fairness_plugin.texts.documents import check_apart, documents_of, load_documents
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
@@ -214,13 +214,13 @@ def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:
 
 
 def open_documents(config: FairConfig, texts: TextSet) -> Documents:
-    """Return what to calibrate on: the documents that the configuration names, else the part `calibrate` of the texts.
+    """Return what to calibrate on: the documents that the configuration names, else those of the texts.
 
     Raises:
         QuantFairnessError: as `load_documents` and `check_apart`.
     """
     if config.calibration_texts is None:
-        return Documents.of(texts)
+        return documents_of(texts)
     documents = load_documents(config.calibration_texts, languages=config.languages)
     check_apart(documents, texts)
     if lacking := [name for name in texts.languages if name not in documents.texts]:

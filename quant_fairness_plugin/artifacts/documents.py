@@ -18,6 +18,8 @@ class Documents:
     name: str
     texts: dict[str, tuple[Document, ...]]
     sha256: str
+    enough: int | None = None
+    """Tokens of each language that are calibrated on where nobody says how many; None is all that there are."""
 
     @classmethod
     def of(cls, texts: TextSet) -> Documents:

@@ -56,7 +56,11 @@ class LanguageFields:
     ] = "auto"
     tokens_per_language: Annotated[
         int | None,
-        Option("Calibration tokens of each language. Default: what the language with the fewest has.", "Texts"),
+        Option(
+            "Calibration tokens of each language. Default: what the language with the fewest has, of the bundled texts "
+            "at most 2048.",
+            "Texts",
+        ),
     ] = None
     tokens_per_expert: Annotated[
         int | None,

@@ -15,6 +15,8 @@ from quant_fairness_plugin.model.outline import Outline
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, counting_tokenizer, is_plain
 from quant_fairness_plugin.sweep.memory import BATCH_TOKENS, CONTEXT
+from quant_fairness_plugin.texts.documents import ENOUGH_TOKENS
+from quant_fairness_plugin.texts.sources import BUNDLED
 
 UNKNOWN_TOKENS = 1 << 24
 """More than hidden states are held of in memory, where how much is calibrated on is not known before."""
@@ -76,7 +78,9 @@ def calibrated_tokens(tokenized: TokenRows, config: FairConfig) -> int | None:
 
     None where documents say it that are not read here.
     """
-    if config.calibration_texts is not None and config.tokens_per_language is None:
+    bundled = config.texts == BUNDLED and config.calibration_texts is None
+    given = config.tokens_per_language or (ENOUGH_TOKENS if bundled else None)
+    if (config.calibration_texts is not None and given is None) or (bundled and config.calibration == "proportional"):
         return None
     counts = Counter[str]()
     for row in tokenized.rows:
@@ -84,4 +88,4 @@ def calibrated_tokens(tokenized: TokenRows, config: FairConfig) -> int | None:
     if config.calibration == "proportional":
         return counts.total()
     languages = 1 if config.calibration == "english" else len(counts)
-    return languages * (config.tokens_per_language or min(counts.values()))
+    return languages * (given or min(counts.values()))

@@ -170,7 +170,7 @@ def build_calibration(
         texts: documents, or a text set, of which only the part `calibrate` is used (`all` where it was not split).
         languages: which languages; all of the text set if None.
         tokens_per_language: tokens of every language, beginnings and line ends included; the smallest language's total
-            if None. `proportional` takes all tokens of every language.
+            if None, or as many as the documents say are enough. `proportional` takes all tokens of every language.
         row_tokens: length of a row; must fit into the model's context.
         seed: order of the sentences, and therefore which of them a longer language leaves out.
         weighting: how much each language counts; `minimax` starts from equal weights, which quantizing changes.
@@ -193,7 +193,8 @@ def build_calibration(
         random.Random(seed).shuffle(order)
         turn = islice(cycle(ways.values()), number, None)
         packed[lang] = _pack(_encoded(tokenizer, order), turn, parting, row_tokens)
-    budgets = _budgets({lang: sum(map(len, rows)) for lang, rows in packed.items()}, tokens_per_language, weighting)
+    available = {lang: sum(map(len, rows)) for lang, rows in packed.items()}
+    budgets = _budgets(available, tokens_per_language, weighting, enough=documents.enough)
     total = sum(budgets.values())
     return CalibrationSet(
         rows={lang: _cut(rows, budgets[lang]) for lang, rows in packed.items()},
@@ -226,7 +227,9 @@ def _english(part: Documents, languages: Sequence[str] | None) -> str:
     )
 
 
-def _budgets(available: Mapping[str, int], wanted: int | None, weighting: Weighting) -> dict[str, int]:
+def _budgets(
+    available: Mapping[str, int], wanted: int | None, weighting: Weighting, *, enough: int | None
+) -> dict[str, int]:
     """Tokens that each language contributes, from those it has."""
     smallest = min(available, key=available.__getitem__)
     if weighting == "proportional" and wanted is not None:
@@ -234,7 +237,8 @@ def _budgets(available: Mapping[str, int], wanted: int | None, weighting: Weight
             f"{wanted} tokens per language and 'proportional' weights exclude each other: these take all tokens of "
             "every language; leave the number out, or use uniform weights"
         )
-    budget = available[smallest] if wanted is None else wanted
+    most = available[smallest] if enough is None else min(enough, available[smallest])
+    budget = most if wanted is None else wanted
     if available[smallest] < max(budget, 1):
         raise ConfigError(
             f"{smallest} has {available[smallest]} calibration tokens, fewer than the {budget} of every language; "

@@ -11,6 +11,7 @@ import json
 import logging
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLang
 from quant_fairness_plugin.texts.languages import normalise_language
 from quant_fairness_plugin.texts.load import bundled_content, load_texts
 from quant_fairness_plugin.texts.sentences import clean_sentence
-from quant_fairness_plugin.texts.sources import column_language, parse_document, read_corpus, read_lines
+from quant_fairness_plugin.texts.sources import BUNDLED, column_language, parse_document, read_corpus, read_lines
 
+ENOUGH_TOKENS = 2048
+"""Of each language, of text that nobody chose: the time grows with the tokens, and what they bring less and less."""
 BUNDLED_DOCUMENTS = Path(__file__).parent / "bundled" / "documents.jsonl"
 LANGUAGE, TEXT, MESSAGES = "language", "text", "messages"
 """Keys of a row that says itself which language it is in."""
@@ -63,6 +66,17 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
     if left_out := [name for name in documents.languages if name not in chosen_rows]:
         _logger.info("%s: not calibrated on, as --langs leaves it out: %s", documents.name, ", ".join(left_out))
     return Documents(name=documents.name, texts=chosen_rows, sha256=digest(chosen_rows))
+
+
+def documents_of(texts: TextSet) -> Documents:
+    """Return what a text set is calibrated on: its part `calibrate`, and with the whole bundled one its documents.
+
+    Raises:
+        ArtifactError: as `bundled_documents`.
+    """
+    if texts.name == BUNDLED and texts.part("calibrate").ids == load_texts("bundled").part("calibrate").ids:
+        return replace(load_documents(BUNDLED, languages=texts.languages), enough=ENOUGH_TOKENS)
+    return Documents.of(texts)
 
 
 def bundled_documents() -> Documents:

@@ -250,3 +250,19 @@ def test_tokens_that_tell_as_much_as_those_of_uneven_weights(texts: TextSet) -> 
     # The variance of a weighted mean over all tokens, each as uncertain as any other, is Σ w² of them.
     variance = sum((uneven.shares[language] / 31) ** 2 for language in uneven.rows for _ in range(31))
     assert uneven.telling_tokens == pytest.approx(1 / variance)
+
+
+def test_documents_say_how_many_tokens_are_enough() -> None:
+    texts = Documents(name="many", texts={"en": ("a" * 900,), "de": ("b" * 700,)}, sha256="")
+    tokens = {
+        (enough, wanted): build_calibration(
+            byte_tokenizer(), replace(texts, enough=enough), tokens_per_language=wanted, row_tokens=64
+        ).coverage
+        for enough in (None, 300, 5000)
+        for wanted in (None, 500)
+    }
+    assert tokens[300, None] == {"en": 300, "de": 300}
+    assert tokens[5000, None] == tokens[None, None]
+    assert tokens[300, 500] == tokens[None, 500] == {"en": 500, "de": 500}
+    shares = build_calibration(byte_tokenizer(), replace(texts, enough=300), row_tokens=64, weighting="proportional")
+    assert shares.coverage["en"] > shares.coverage["de"] > 700

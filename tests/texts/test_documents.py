@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from quant_fairness_plugin.artifacts import Documents
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
 from quant_fairness_plugin.texts import documents
-from quant_fairness_plugin.texts.documents import check_apart, load_documents
+from quant_fairness_plugin.texts.documents import check_apart, documents_of, load_documents
 from quant_fairness_plugin.texts.load import load_texts
 
 HELLO = (("user", "Hello?"), ("assistant", "Yes."))
@@ -84,6 +85,17 @@ def test_the_bundled_documents_follow_the_bundled_sentences() -> None:
     some = load_documents("bundled", languages=["he", "en"])
     assert some.texts == {name: bundled.texts[name] for name in ("en", "he")}
     check_apart(bundled, load_texts("bundled", reference=None))
+
+
+def test_the_bundled_sentences_bring_their_documents_only_as_a_whole() -> None:
+    texts = load_texts("bundled", languages=["en", "he"])
+    brought = documents_of(texts)
+    assert brought.texts == load_documents("bundled", languages=["en", "he"]).texts
+    assert brought.enough == 2048
+    some = texts.take([i for i, part in enumerate(texts.parts) if part != "calibrate" or i % 2])
+    assert documents_of(some) == Documents.of(some)
+    other = replace(texts, name="mine.jsonl")
+    assert documents_of(other) == Documents.of(other)
 
 
 def test_altered_bundled_documents_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
