@@ -60,7 +60,8 @@ def calibration_texts(calibration: Calibration) -> TextSet:
     """
     from quant_fairness_plugin.texts.load import load_texts
 
-    texts = load_texts("bundled", languages=LANGUAGES)
+    # By another name: those that come with the library bring their documents, which the rows of the others are not from.
+    texts = replace(load_texts("bundled", languages=LANGUAGES), name="bundled sentences")
     if calibration != "English":
         return texts
     parts: tuple[Part, ...] = tuple("calibrate" if part == "search" else part for part in texts.parts)
