@@ -60,7 +60,7 @@ def calibration_texts(calibration: Calibration) -> TextSet:
     """
     from quant_fairness_plugin.texts.load import load_texts
 
-    # By another name: those that come with the library bring their documents, which the rows of the others are not from.
+    # By another name: those that come with the library bring documents, and no other tool's rows are from these.
     texts = replace(load_texts("bundled", languages=LANGUAGES), name="bundled sentences")
     if calibration != "English":
         return texts

@@ -147,7 +147,7 @@ def text_set(languages: str | None, *, confirm: int | None, search: int | None) 
         rows = [i for i, held in enumerate(texts.parts) if held == part]
         some = len(rows) if wanted is None else wanted
         kept |= {rows[i * len(rows) // some] for i in range(some)}
-    return texts.take(sorted(kept))
+    return replace(texts.take(sorted(kept)), name="bundled sentences")  # which bring no documents to calibrate on
 
 
 def sixteen_bit_layers(base: Any) -> tuple[Any, dict[str, Any]]:
@@ -230,8 +230,8 @@ intervals say nothing about. In `auto` the units in 8 bit and all others are qua
 put back into `INT4`; none where one layer costs more than the budget. `exhaustive` is the plan of the same budget from
 a sweep that evaluates every unit in 8 and in 16 bit exactly, taken whether or not its ranking is stable (the command
 would protect nothing then). Scores, choice and comparison are of the `search` part. INT3 is simulated. SmolLM2-135M is
-dequantized from a 4-bit file, so that its figures are those of a second quantization; it was swept on 20 search sentences
-a language, and a sweep's time grows with them. All are calibrated on the part `calibrate` of the sentences alone.
+dequantized from a 4-bit file, so that its figures are those of a second quantization; it was swept on 20 sentences a
+language of that part, and the time of a sweep grows with them. All are calibrated on the part `calibrate` alone.
 """
 
 TIMES = """## How long it takes
