@@ -67,11 +67,11 @@ def run(base: Any, variant: str) -> dict[str, Any]:
     from quant_fairness_plugin.quantize.calibration import build_calibration
     from quant_fairness_plugin.quantize.in_blocks import quantized_state
     from quant_fairness_plugin.quantize.stream import quantize_model
-    from quant_fairness_plugin.texts.documents import load_documents
+    from quant_fairness_plugin.texts.documents import documents_of
 
     loaded, texts = base.loaded, base.texts.part("confirm")
     long = variant.endswith("documents")
-    rows = load_documents("bundled", languages=base.texts.languages) if long else base.texts
+    rows = documents_of(base.texts) if long else base.texts
     calibration = build_calibration(loaded.tokenizer, rows)
     began = time.process_time()
     quantized = quantize_model(loaded, base.recommend(), method=VARIANTS[variant], calibration=calibration)
