@@ -87,8 +87,11 @@ def convert_gguf(path: Path, folder: Path, *, checksum: str, dtype: Dtype = "bfl
         UnsupportedModelError: Transformers does not read this GGUF.
     """
     check_installed(path)
-    model = _read(path, dtype)
-    model.save_pretrained(folder)
+    from quant_fairness_plugin.model.quiet import quiet_transformers  # which loads Transformers
+
+    with quiet_transformers():
+        model = _read(path, dtype)
+        model.save_pretrained(folder)
     if dtype == "bfloat16":  # else it is compared with a 16-bit model, on the tokens of that
         _logger.warning("%s: dequantizing GGUF weights; what follows is measured on dequantized weights", path.name)
         _read_tokenizer(path, model).save_pretrained(folder)
