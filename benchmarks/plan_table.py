@@ -202,11 +202,11 @@ def sentences_of(rows: dict[str, dict[str, Any]]) -> str:
     beside = ""
     if swept is not None:
         ratio = plan["worst_kl"]["estimate"] / swept["worst_kl"]["estimate"]
-        # What is scored are the errors of GPTQ itself; the sweep's seconds hold a quantization, too.
+        # What is scored are the errors of GPTQ itself, so that the fast plan needs a quantization, and the sweep none.
         taken = sum(plan["cpu_seconds"][part] for part in ("quantize INT4", "score", "choose and compare"))
         beside = (
             f" The sweep's plan: {swept['reasons'][0]}. The worst KL of `auto` is {ratio:.2f} of it, for 1 / "
-            f"{plan['cpu_seconds']['sweep'] / taken:.1f} of the CPU time, quantizing included in both."
+            f"{plan['cpu_seconds']['sweep'] / taken:.1f} of the CPU time, the quantization that scores need included."
         )
     return (
         f"{'; '.join(plan['reasons'])}. Measured on {plan['sentences']} confirm sentences a language: the worst "
@@ -228,8 +228,9 @@ Written by `benchmarks/plan_table.py`; the rows (versions, machine, seed, comman
 intervals over sentences. All states are GPTQ on the bundled calibration rows; there is one calibration draw, which the
 intervals say nothing about. In `auto` the units in 8 bit and all others are quantized together; the 16-bit layers are
 put back into `INT4`; none where one layer costs more than the budget. `exhaustive` is the plan of the same budget from
-a sweep that evaluates every unit in 8 and in 16 bit exactly, taken whether or not its ranking is stable (the command
-would protect nothing then). Scores, choice and comparison are of the `search` part. INT3 is simulated. SmolLM2-135M is
+a sweep that evaluates every unit in 8 and in 16 bit exactly, all rounded to nearest (its bank; it quantizes nothing by
+GPTQ, while `auto` scores GPTQ's errors), taken whether or not its ranking is stable (the command would protect nothing
+then). Scores, choice and comparison are of the `search` part. INT3 is simulated. SmolLM2-135M is
 dequantized from a 4-bit file, so that its figures are those of a second quantization; it was swept on 20 sentences a
 language of that part, and the time of a sweep grows with them. All are calibrated on the part `calibrate` alone.
 """

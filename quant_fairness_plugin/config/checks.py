@@ -6,10 +6,10 @@ import math
 import re
 from typing import Literal
 
-from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting, bits_of_precision
+from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting, bits_of_precision, precision_of_bits
 from quant_fairness_plugin.config.parsers import read_duration, read_target
 from quant_fairness_plugin.errors import ConfigError
-from quant_fairness_plugin.model.gguf import FORMAT, Embedding
+from quant_fairness_plugin.model.gguf import FORMAT, TYPES, Embedding
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 
 MOST_COLUMNS = 0.5
@@ -172,7 +172,9 @@ def check_precisions(precisions: tuple[Precision, ...] | None, *, bits: int, top
 
 def menu_of_format(format: str) -> tuple[Precision, ...]:
     """Return what a checkpoint of a format can hold beside most of its weights."""
-    return ("fp16", "int8", "int5") if format == FORMAT else ("fp16", "int8")
+    if format != FORMAT:
+        return ("fp16", "int8")
+    return ("fp16", *map(precision_of_bits, sorted(TYPES, reverse=True)[:-1]))
 
 
 def check_columns(share: float, *, method: str, backend: str) -> None:

@@ -22,6 +22,8 @@ FORMAT = "gguf"
 """What `--format` calls such a file."""
 BLOCK = 32
 """Input channels that share a scale in the types that are written."""
+TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
+"""Bits of a symmetric grid → the type that holds its values."""
 Embedding = Literal["q8_0", "16bit"]
 """What the embedding, and a head of its own, are stored as in a file that is written."""
 _logger = logging.getLogger(__name__)

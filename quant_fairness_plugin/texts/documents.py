@@ -50,7 +50,7 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
         ArtifactError: a file that is missing, malformed, or holds a damaged text; says where.
     """
     path = Path(source).expanduser()
-    if source == "bundled":
+    if source == BUNDLED:
         documents = bundled_documents()
     elif not path.exists() or _is_parallel(path):
         documents = Documents.of(load_texts(source, reference=None))
@@ -74,7 +74,7 @@ def documents_of(texts: TextSet) -> Documents:
     Raises:
         ArtifactError: as `bundled_documents`.
     """
-    if texts.name == BUNDLED and texts.part("calibrate").ids == load_texts("bundled").part("calibrate").ids:
+    if texts.name == BUNDLED and texts.part("calibrate").ids == load_texts(BUNDLED).part("calibrate").ids:
         return replace(load_documents(BUNDLED, languages=texts.languages), enough=ENOUGH_TOKENS)
     return Documents.of(texts)
 
@@ -85,7 +85,7 @@ def bundled_documents() -> Documents:
     Raises:
         ArtifactError: a file that is missing or altered.
     """
-    sentences = Documents.of(load_texts("bundled", reference=None))
+    sentences = Documents.of(load_texts(BUNDLED, reference=None))
     documents: dict[str, list[Document]] = {name: list(rows) for name, rows in sentences.texts.items()}
     lines = bundled_content(BUNDLED_DOCUMENTS).decode("utf-8").strip().split("\n")
     for number, line in enumerate(lines, start=1):

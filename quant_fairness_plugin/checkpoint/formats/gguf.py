@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from quant_fairness_plugin.checkpoint.formats.twin import TwinFormat
 from quant_fairness_plugin.checkpoint.refusals import Refusal
-from quant_fairness_plugin.model.gguf import BLOCK, FORMAT
+from quant_fairness_plugin.model.gguf import BLOCK, FORMAT, TYPES
 
-TYPES = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}
-"""Bits of a symmetric grid → the type that holds its values."""
 _KINDS = ("fp16", *(f"int{bits}" for bits in TYPES))
 
 

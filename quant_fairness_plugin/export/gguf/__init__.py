@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from quant_fairness_plugin.artifacts import temporary_folder
-from quant_fairness_plugin.checkpoint.formats.gguf import TYPES
 from quant_fairness_plugin.errors import ArtifactError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.gguf.blocks import FLOATS, dense_values, packed_blocks, plain_values, type_of
 from quant_fairness_plugin.export.gguf.sources import FolderSource, ModelSource, Source
 from quant_fairness_plugin.export.gguf.template import ONLY_IN_GGUF, Arrangement, Template, gguf_version
 from quant_fairness_plugin.export.staging import check_file, flush
-from quant_fairness_plugin.model.gguf import BLOCK, Embedding, check_installed
+from quant_fairness_plugin.model.gguf import BLOCK, TYPES, Embedding, check_installed
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 TABLES = ("token_embd.weight", "output.weight")

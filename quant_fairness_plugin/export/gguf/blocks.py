@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.checkpoint.formats.gguf import TYPES
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.model.gguf import BLOCK
+from quant_fairness_plugin.model.gguf import BLOCK, TYPES
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
