@@ -99,7 +99,9 @@ def refine_result(result: GptqResult, weight: Tensor, hessian: Tensor, *, damp: 
     """
     if not rounds:
         return result
-    live = _without_dead(hessian, working_dtype(weight.device, weight.shape[1]))
+    # Half the time of float64, for the same error to five digits: unlike the factor of an inverse, nothing here is
+    # far larger than what it is computed from.
+    live = _without_dead(hessian, torch.float32)
     tensor = refine(result.tensor, weight, live, damp=damp, rounds=rounds)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), result.damp_used)
 
