@@ -35,7 +35,7 @@ from quant_fairness_plugin.checkpoint.formats import check_folder_format
 from quant_fairness_plugin.checkpoint.others import readable_folder
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.export.companions import companions_of
-from quant_fairness_plugin.export.gguf import GgufReport, check_gguf, write_gguf
+from quant_fairness_plugin.export.gguf import GgufReport, check_gguf, check_like, write_gguf
 from quant_fairness_plugin.export.push import PushOptions, push_folder
 from quant_fairness_plugin.export.writer import Measure
 from quant_fairness_plugin.measure.measurement import Measured
@@ -143,6 +143,8 @@ class FairQuantizer(Opened):
             with nullcontext() if search is None else search.counted():
                 if search is not None:
                     steps.check_time(self.loaded, self.texts, self.config, search, quantizes=self._quantizes_to_score())
+                if planning.quantizes_first(self.config) and self._bare is None:
+                    planning.check_supported(self.loaded, self.texts, self.config)
                 self._scores = planning.score(
                     self.loaded, self.texts, self.config, self._scoring_bank(), search=search, progress=progress
                 )
@@ -175,6 +177,7 @@ class FairQuantizer(Opened):
         return self._plan
 
     def _measure_units(self) -> SweepReport | UnitScores:
+        planning.check_budget(self.loaded, self.config)
         if self.config.scores_units:
             return self.score()
         if self.config.exhaustive:
@@ -269,7 +272,7 @@ class FairQuantizer(Opened):
             ArtifactError: a file of another model, or what was written is not what was quantized.
         """
         template = self.config.gguf_template(like)
-        check_gguf(template, Path(out), overwrite=overwrite)
+        check_like(self.loaded, check_gguf(template, Path(out), overwrite=overwrite), self.config.embedding)
         if self._plan is None:
             steps.check_exportable_before_sweep(self.loaded, self.config)
         quantized = self.quantize()

@@ -155,6 +155,6 @@ class Opened:
 
     def _remember_plan(self, plan: ProtectionPlan | None) -> None:
         if plan is not None:
-            steps.check_plan(plan, self.loaded, self.config)
+            plan = steps.fitting_plan(plan, self.loaded, self.config)
         if plan is None or plan != self._plan:
             self._plan, self._quantized, self._exported = plan, None, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from quant_fairness_plugin.artifacts import (
     Bootstrap,
@@ -21,10 +22,18 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.config.parsers import read_target
+from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.one_token import check_walkable
 from quant_fairness_plugin.model.streamed import budget_of
-from quant_fairness_plugin.plans.costs import bytes_at_bits, count_bytes, layers_budget, with_columns
+from quant_fairness_plugin.plans.costs import (
+    bytes_at_bits,
+    count_bytes,
+    layers_and_overrides,
+    layers_budget,
+    plan_bytes,
+    with_columns,
+)
 from quant_fairness_plugin.plans.units import map_units
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.methods import find_method
@@ -33,12 +42,14 @@ from quant_fairness_plugin.recommend import Limit
 from quant_fairness_plugin.recommend.assembly import Choice
 from quant_fairness_plugin.recommend.estimated import Candidate, Demand, Planner
 from quant_fairness_plugin.sweep.bank import Bank, RtnBank
+from quant_fairness_plugin.sweep.engine import support_of
 from quant_fairness_plugin.sweep.execution import Execution
 from quant_fairness_plugin.sweep.fisher import check_linear, spread
 from quant_fairness_plugin.sweep.model_bank import ModelBank
 from quant_fairness_plugin.sweep.sampling import EXACT_BY_SCORED, EXACT_SENTENCES, SENTENCES, Sampling, SearchTime
 from quant_fairness_plugin.sweep.streaming import score_plans_layerwise
 from quant_fairness_plugin.sweep.unit_scores import score_units
+from quant_fairness_plugin.texts.languages import normalise_language
 from quant_fairness_plugin.texts.parts import overlap
 
 Progress = Callable[[int, int], None]
@@ -47,7 +58,7 @@ Progress = Callable[[int, int], None]
 
 def limit_of(loaded: LoadedModel, config: FairConfig) -> Limit:
     """Return what bounds a plan: the configuration's size, bits, target or overhead, and its limits of languages."""
-    languages = config.limits or {}
+    languages = {normalise_language(name): value for name, value in (config.limits or {}).items()}
     if config.target is not None:
         return Limit(target=read_target(config.target)[1], languages=languages)
     if config.max_size is not None:
@@ -86,6 +97,59 @@ def _refused_units(
         if (group := Unit.parse(name).group) not in by_group:
             by_group[group] = tuple(kind for kind in menu if _refused(loaded, config, {name: kind}))
     return {name: by_group[Unit.parse(name).group] for name in scores.units}
+
+
+def check_budget(loaded: LoadedModel, config: FairConfig) -> None:
+    """Refuse a budget that no plan keeps, before anything is quantized for it.
+
+    Raises:
+        QualityGateError: what is quantized as far as the configuration lets it is larger.
+        ConfigError: 16-bit input channels alone take more than the extra bytes.
+    """
+    most = limit_of(loaded, config).max_bytes
+    if most is None:
+        return
+    kinds = tuple(config.overrides.values())
+    table, other = count_bytes(loaded, config.grid, kinds, eight_bit_tables=config.eight_bit_tables)
+    dense, overrides = layers_and_overrides(config.overrides)
+    least = plan_bytes(table, other, dense, overrides, quantized=precision_of_bits(config.bits))
+    if least > most:
+        raise QualityGateError(
+            f"a budget of {most} bytes is below the smallest checkpoint of this grid, {least} bytes: raise it to that, "
+            "or use fewer --bits"
+        )
+
+
+def check_supported(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
+    """Refuse languages that nothing can be planned for, before anything is quantized for their scores.
+
+    Languages are looked at one after another, those with a limit first, until the 16-bit model knows one of the others.
+
+    Raises:
+        ConfigError: a limit of a language that the 16-bit model does not support.
+        QualityGateError: it supports none.
+    """
+    units, part = map_units(loaded), texts.part("search")
+    scorer = partial(
+        score_plans_layerwise, loaded, units=units, bank=RtnBank(loaded, units, config.grid, keep=False),
+        execution=Execution(memory_budget=budget_of(loaded)),
+    )  # fmt: skip
+    limited = limit_of(loaded, config).languages
+    for language in sorted(part.languages, key=lambda name: normalise_language(name) not in limited):
+        is_limited = normalise_language(language) in limited
+        try:
+            support_of(loaded, part.choose((language,)), scorer)
+        except QualityGateError as err:
+            if is_limited:
+                raise ConfigError(f"limit of {language}: {err}; leave it out") from err
+            continue
+        if not is_limited or len(limited) == len(part.languages):
+            return
+    if not limited:
+        raise QualityGateError(
+            f"the 16-bit model supports none of {', '.join(part.languages)}, so no plan can be chosen by what they "
+            "lose; name the layers with --protect-layers, or use a trained model"
+        )
 
 
 def check_scorable(loaded: LoadedModel) -> None:

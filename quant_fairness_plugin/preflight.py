@@ -31,6 +31,7 @@ from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
 from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
 from quant_fairness_plugin.quantize.methods import check_method, find_method
 from quant_fairness_plugin.texts.documents import check_apart, documents_of, load_documents
+from quant_fairness_plugin.texts.languages import normalise_language
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
 
@@ -106,10 +107,24 @@ def configure(config: FairConfig | None, options: FairOptions) -> tuple[FairConf
         raise ConfigError(
             f"{', '.join(fields)} together with config: one of the two is accepted. Use dataclasses.replace(config, …)"
         )
+    if config is not None and not isinstance(config, FairConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}, and a FairConfig is accepted; use FairConfig.from_dict(…), or give "
+            "its fields by name"
+        )
     complete = config or make_config(**fields)
     if texts is not None:
+        _check_given(texts)
         complete = replace(complete, texts=texts.name if isinstance(texts, TextSet) else str(texts))
     return complete, texts if isinstance(texts, TextSet) else None
+
+
+def _check_given(texts: object) -> None:
+    if not isinstance(texts, TextSet | str | Path):
+        raise ConfigError(
+            f"texts is a {type(texts).__name__}, and a text set, a path or a name is accepted; write the sentences to "
+            "a JSON file {language: [sentences]} and give its path"
+        )
 
 
 def preflight(
@@ -132,6 +147,8 @@ def preflight(
         check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
     check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
+    if out is not None and out.resolve() == files.folder.resolve():
+        raise ConfigError(f"{out} is the model itself; the output must be another folder. Choose another name with -o")
     check_model(config, files)
     kind = str(files.config.get("model_type", ""))
     if out is not None and find_mixture(kind) is not None:
@@ -145,6 +162,7 @@ def preflight(
             find_companions(files.folder, files.weights, runs_code=files.runs_code)
     sentences = open_texts(config, texts)
     _check_searched(sentences, config)
+    _check_limited(sentences, config)
     if out is not None:
         _check_sentences(sentences, config)
     load_prompts(config.prompts)  # a file that cannot be read is found now
@@ -193,6 +211,18 @@ def _check_searched(texts: TextSet, config: FairConfig) -> None:
         raise ConfigError(
             f"sentences {config.sentences}: text set {texts.name} has {held} of each language to search for a plan on; "
             f"use {held} or fewer, or give more text"
+        )
+
+
+def _check_limited(texts: TextSet, config: FairConfig) -> None:
+    """Refuse limits of languages that are not measured."""
+    known = {normalise_language(name): name for name in texts.languages}
+    named = [normalise_language(name) for name in config.limits or {}]
+    unknown = [name for name in named if name not in known]
+    if unknown or len(set(named)) < len(named):
+        wrong = f"{', '.join(unknown)}: not measured" if unknown else "a language is named twice"
+        raise ConfigError(
+            f"limits ({wrong}); measured are {', '.join(known)}. Name each of those once, or add it to --langs"
         )
 
 

@@ -17,6 +17,8 @@ from quant_fairness_plugin.artifacts import (
     SweepReport,
     Undefined,
     bits_of_precision,
+    check_file_place,
+    check_place,
     files,
     from_json,
     load,
@@ -25,7 +27,7 @@ from quant_fairness_plugin.artifacts import (
     save_run_record,
     to_json,
 )
-from quant_fairness_plugin.errors import ArtifactError, ConfigError
+from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from tests.planted import planted_report, planted_texts
 
 
@@ -173,3 +175,28 @@ def test_a_sweep_of_an_older_version_must_be_made_again(tmp_path: Path) -> None:
     (tmp_path / "old.json").write_text(json.dumps(old | {"schema_version": 2}), encoding="utf-8")
     with pytest.raises(ArtifactError, match="schema_version: Input should be 3; expected a SweepReport.*Make it again"):
         load(SweepReport, tmp_path / "old.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("file/out", ConfigError, "file is no folder"),
+        ("file/more/out", ConfigError, "file is no folder"),
+        ("x" * 250, ResourceError, "the name has 250 bytes"),
+        ("new/" + "x" * 300 + "/out", ResourceError, r"cannot be written"),
+        ("/proc/new/out", ResourceError, "/proc takes no new files"),
+        ("/", ConfigError, "names no file or folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_and_nothing_is_made(
+    name: str, kind: type[Exception], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    for check in (check_place, check_file_place):
+        with pytest.raises(kind, match=said):
+            check(tmp_path / name)
+    check_file_place(tmp_path / "new" / "deeper" / "out.json")
+    check_place(tmp_path / "new" / "out")
+    with pytest.raises(ConfigError, match="is a folder, and a file is to be written"):
+        check_file_place(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -12,7 +12,7 @@ import pytest
 
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.config import FairConfig, FairOptions, make_config
-from quant_fairness_plugin.config.parsers import read_duration
+from quant_fairness_plugin.config.parsers import parse_limits, read_duration
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.outline import outline_model
 from quant_fairness_plugin.model.resolve import resolve_model
@@ -300,3 +300,16 @@ def test_a_stated_group_size_that_does_not_fit_is_said_and_refused_where_strict(
     )
     with pytest.raises(ConfigError, match="group size 64 .* 6 of 8 units, first layers.0.qkv; they would take 32. Use"):
         FairConfig(group_size=64, strict=True).check_group_size(outline)
+
+
+def test_a_seed_below_zero_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed -1 is below 0"):
+        make_config(seed=-1)
+
+
+def test_limits_are_by_the_language_and_not_by_its_spelling() -> None:
+    assert parse_limits("iw=0.5, zh-Hans=0.1") == {"he": 0.5, "zh": 0.1}
+    with pytest.raises(ConfigError, match="name each language once"):
+        parse_limits("iw=0.5,he=0.1")
+    with pytest.raises(ConfigError, match="xq"):
+        parse_limits("xq1=0.5")

@@ -19,6 +19,7 @@ from quant_fairness_plugin.artifacts import ExportRecord, Interval, ProtectionPl
 from quant_fairness_plugin.artifacts.evidence import RunResult
 from quant_fairness_plugin.config import make_config
 from quant_fairness_plugin.errors import (
+    ArtifactError,
     ConfigError,
     InvalidLayerError,
     QualityGateError,
@@ -718,3 +719,29 @@ def counted_bytes(path: Path) -> int:
 
     tensors = gguf.GGUFReader(path).tensors
     return sum(int(tensor.n_bytes) // (2 if len(tensor.shape) == 1 else 1) for tensor in tensors)
+
+
+def test_a_plan_of_another_model_of_as_many_layers_is_priced_here(
+    quantizer: FairQuantizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = quantizer.protecting([0]).recommend()
+    foreign = replace(plan, model="other", extra_bytes=7, overhead=0.9, reasons=("measured worst 0.1",))
+    followed = quantizer.following(foreign).recommend()
+    assert (followed.extra_bytes, followed.overhead, followed.model) == (plan.extra_bytes, plan.overhead, plan.model)
+    assert followed.reasons == ("of other: measured worst 0.1",)
+    assert "the plan was made for other, and is followed for" in caplog.text
+    assert quantizer.following(plan).recommend() is plan
+
+
+def test_a_gguf_file_of_another_model_is_found_before_anything_is_quantized(
+    planted_model: Path, planted_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.export.gguf_files import write_gguf_of
+
+    like = write_gguf_of(Path(resolve.bundled_folder("demo")), tmp_path / "demo.gguf")
+    monkeypatch.setattr(FairQuantizer, "quantize", lambda *_: pytest.fail("quantized before the refusal"))
+    quantizer = FairQuantizer.from_pretrained(
+        str(planted_model), texts=planted_file, format="gguf", like=str(like), protect_layers="none"
+    )
+    with pytest.raises(ArtifactError, match="file of another model|no counterpart"):
+        quantizer.save_gguf(tmp_path / "out.gguf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import pytest
 from quant_fairness_plugin import planning, steps
 from quant_fairness_plugin.artifacts import ProtectionPlan, from_json, to_json
 from quant_fairness_plugin.config import FairConfig
-from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
+from quant_fairness_plugin.errors import ConfigError, QualityGateError, UnsupportedModelError
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
 from quant_fairness_plugin.forecast.passes import Range
 from quant_fairness_plugin.model.load import from_loaded
@@ -22,6 +23,7 @@ from quant_fairness_plugin.preflight import ModelSource
 from quant_fairness_plugin.quantize.workplace import Workplace
 from quant_fairness_plugin.recommend.estimated import Candidate, Planner
 from quant_fairness_plugin.sweep.sampling import SearchTime
+from quant_fairness_plugin.texts.load import load_texts
 from tests.planted_model import PLANTED_LAYER, write_planted_mixture
 from tests.tiny import byte_tokenizer
 from tests.traced import traced_model
@@ -162,3 +164,38 @@ def test_a_time_that_cannot_hold_the_least_is_refused_before_the_work(
     assert search.whole_pass == 120.0
     assert quantizer.protecting("none").config.time is None
     assert quantizer.protecting("auto").config.time == "59s"
+
+
+def test_what_no_plan_keeps_is_refused_before_anything_is_quantized(
+    planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FairQuantizer, "_quantize", lambda *_: pytest.fail("quantized before the refusal"))
+    for options, said in (
+        ({"max_size": 1000}, "a budget of 1000 bytes is below the smallest checkpoint of this grid, [0-9]+ bytes"),
+        ({"target_bits": 2.5}, "is below the smallest checkpoint of this grid"),
+    ):
+        wanted: Any = options
+        quantizer = FairQuantizer.from_pretrained(str(planted_model), texts=planted_file, **wanted)
+        with pytest.raises(QualityGateError, match=said):
+            quantizer.recommend()
+
+
+def test_languages_that_the_model_does_not_know_are_found_before_anything_is_quantized(
+    planted_model: Path, planted_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sentences of noise are no language of the model's: alone they end the work, and so does a limit of theirs."""
+    monkeypatch.setattr(FairQuantizer, "_quantize", lambda *_: pytest.fail("quantized before the refusal"))
+    texts = load_texts(planted_file)
+    first, second = texts.languages[:2]
+    draw = random.Random(0)
+    noise = tuple("".join(chr(draw.randrange(33, 127)) for _ in range(60)) for _ in range(len(texts)))
+    mixed = replace(texts, sentences={first: texts.sentences[first], second: noise})
+    for given, limits, kind, said in (
+        (mixed.choose((second,)), None, QualityGateError, "supports none of"),
+        (mixed, {second: 0.1}, ConfigError, f"limit of {second}: the 16-bit model supports none of {second}"),
+    ):
+        quantizer = FairQuantizer.from_pretrained(
+            str(planted_model), texts=given, limits=limits, reference=None, target="worst=0.1"
+        )
+        with pytest.raises(kind, match=said):
+            quantizer.recommend()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quant_fairness_plugin.config import make_config
+from quant_fairness_plugin.config import FairConfig, make_config
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.fair_quantizer import FairQuantizer
-from quant_fairness_plugin.preflight import ModelSource, check_units, known_units, preflight
+from quant_fairness_plugin.preflight import ModelSource, check_units, configure, known_units, preflight
 from tests.tiny import byte_tokenizer, tiny_config
 
 
@@ -136,3 +136,31 @@ def test_texts_that_are_too_few_are_refused_before_the_work(
     with pytest.raises(ConfigError, match=message):
         preflight(source, make_config(texts=str(texts), **chosen), out=tmp_path / "out")
     preflight(source, make_config(texts=str(texts), **chosen))  # nothing is to be written: only looked at
+
+
+def test_a_limit_of_a_language_that_is_not_measured_is_refused_before_a_weight_is_read(planted_file: str) -> None:
+    config = FairConfig(texts=planted_file, limits={"fr": 0.1}, target="worst=0.1")
+    with pytest.raises(ConfigError, match=r"limits \(fr: not measured\); measured are"):
+        preflight(ModelSource("demo"), config)
+    double = FairConfig(texts=planted_file, limits={"he": 0.1, "iw": 0.2}, target="worst=0.1")
+    with pytest.raises(ConfigError, match="a language is named twice"):
+        preflight(ModelSource("demo"), double)
+
+
+def test_the_model_itself_is_no_output(planted_model: Path, planted_file: str, tmp_path: Path) -> None:
+    """A 16-bit twin is a checkpoint of ours and a model at once."""
+    twin = tmp_path / "twin"
+    shutil.copytree(planted_model, twin)
+    (twin / "quant_fairness.json").write_text("{}")
+    config = FairConfig(texts=planted_file)
+    with pytest.raises(ConfigError, match="is the model itself; the output must be another folder"):
+        preflight(ModelSource(str(twin)), config, out=twin, overwrite=True)
+
+
+def test_python_arguments_of_another_type_are_named() -> None:
+    given: Any = {"bits": 4}
+    with pytest.raises(ConfigError, match="config is a dict, and a FairConfig is accepted"):
+        configure(given, {})
+    texts: Any = {"en": ["One.", "Two."]}
+    with pytest.raises(ConfigError, match="texts is a dict, and a text set, a path or a name is accepted"):
+        configure(None, {"texts": texts})

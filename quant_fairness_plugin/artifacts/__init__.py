@@ -58,6 +58,7 @@ from quant_fairness_plugin.artifacts.names import (
     precision_of_bits,
 )
 from quant_fairness_plugin.artifacts.numbers import Bootstrap, Interval, Number, Undefined
+from quant_fairness_plugin.artifacts.places import check_file_place, check_place
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 from quant_fairness_plugin.artifacts.reading import ReaderRun
@@ -138,6 +139,8 @@ __all__ = [
     "UnitScores",
     "Weighting",
     "bits_of_precision",
+    "check_file_place",
+    "check_place",
     "digest",
     "from_json",
     "held",

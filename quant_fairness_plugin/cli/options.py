@@ -8,7 +8,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
-from quant_fairness_plugin.artifacts import Weighting
+from quant_fairness_plugin.artifacts import Weighting, check_file_place
 from quant_fairness_plugin.cli.stopping import NOTHING_LEFT
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_names
@@ -45,10 +45,26 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.", rich_help_panel="Output")
 ]
+
+
+def writable(path: Path | None) -> Path | None:
+    """Return the name of a file to write, checked before the work whose result it is to hold.
+
+    Raises:
+        ConfigError, ResourceError: no file can be there.
+    """
+    if path is not None:
+        check_file_place(path)
+    return path
+
+
 OutputFile = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Also save the result as JSON.", rich_help_panel="Output"),
-]
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="Also save the result as JSON.", rich_help_panel="Output",
+        callback=writable,
+    ),
+]  # fmt: skip
 
 
 MemoryBudget = Annotated[

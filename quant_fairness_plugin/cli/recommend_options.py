@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from quant_fairness_plugin.artifacts import check_file_place
 from quant_fairness_plugin.checkpoint.formats import FILES
 from quant_fairness_plugin.cli.legacy import HowMeasured
 from quant_fairness_plugin.config import FairConfig
@@ -154,6 +155,9 @@ class Printed:
             raise ConfigError(
                 f"--imatrix {self.imatrix} is read by llama.cpp alone; add --as llama.cpp, or leave it out"
             )
+        for output in (self.evidence, self.imatrix):
+            if output is not None:
+                check_file_place(output)
         if self.imatrix is not None:
             check_gguf()
         if self.evidence is not None and not self.verify:

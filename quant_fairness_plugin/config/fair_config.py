@@ -81,6 +81,8 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         check_gguf_file(self.format, self.like, self.embedding, columns=self.protect_columns, sweeps=sweeps)
         if self.gate is not None:
             Gate.parse(self.gate)
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} is below 0; use a whole number from 0 on, such as 0")
         if self.draws < 100:
             raise ConfigError(f"draws {self.draws} are too few for a 95 % interval; use 2000 or more, at least 100")
         check_calibration(self.calibration, method=self.method, tokens_per_language=self.tokens_per_language)

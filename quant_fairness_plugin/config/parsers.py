@@ -12,6 +12,7 @@ from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.measure.objectives import additive_objectives, one_of
 from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
+from quant_fairness_plugin.texts.languages import normalise_language
 
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,6})?) ?(s|min|h)", re.ASCII)
@@ -140,7 +141,7 @@ def parse_numbers(text: str, *, flag: str, example: str) -> dict[str, float]:
     """Return the number of each name in a list such as `en=1,fi=2`. Whether there are such languages is checked later.
 
     Raises:
-        ConfigError: not NAME=NUMBER with commas between, or a name twice.
+        ConfigError: not NAME=NUMBER with commas between, no language, or one twice.
 
     >>> parse_numbers("en=1, fi=2", flag="--weights", example="en=1,fi=2")
     {'en': 1.0, 'fi': 2.0}
@@ -152,9 +153,10 @@ def parse_numbers(text: str, *, flag: str, example: str) -> dict[str, float]:
             number = float(value)
         except ValueError as err:
             raise ConfigError(f"{flag} {text!r}: write LANGUAGE=NUMBER with commas between, such as {example}") from err
-        if not name or name in numbers:
+        language = normalise_language(name) if name else ""
+        if not language or language in numbers:
             raise ConfigError(f"{flag} {text!r}: name each language once, such as {example}")
-        numbers[name] = number
+        numbers[language] = number
     return numbers
 
 

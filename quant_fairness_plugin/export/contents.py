@@ -11,6 +11,7 @@ from quant_fairness_plugin.checkpoint.experts import kept_experts, owner_of, sta
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.model.linear import is_conv1d
+from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 
@@ -30,7 +31,7 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
     family = loaded.family
     weights = {f"{name}.weight": name for name in quantized.tensors}
     kept = kept_experts(loaded.model, quantized.tensors) if layout.packs else {}
-    for name in _names_once(quantized):
+    for name in names_once(quantized.loaded):
         module = weights.get(name)
         if owner_of(name, kept) is not None:
             continue  # stacked, below
@@ -53,12 +54,11 @@ def checkpoint_tensors(quantized: QuantizedModel, layout: Format) -> Iterator[tu
 def plain_tensors(quantized: QuantizedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors that are not quantized, as `checkpoint_tensors` does; none of a mixture's is stacked."""
     weights = {f"{name}.weight" for name in quantized.tensors}
-    return (_plain_tensor(quantized, name) for name in _names_once(quantized) if name not in weights)
+    return (_plain_tensor(quantized, name) for name in names_once(quantized.loaded) if name not in weights)
 
 
-def _names_once(quantized: QuantizedModel) -> Iterator[str]:
-    """Yield the names in the model of its tensors that are not copied, one of those that are shared."""
-    loaded = quantized.loaded
+def names_once(loaded: LoadedModel) -> Iterator[str]:
+    """Yield the names in a model of its tensors that are not copied, one of those that are shared."""
     tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
     once = {name for name, _ in loaded.model.named_parameters()}
     every = {name for name, _ in loaded.model.named_parameters(remove_duplicate=False)}

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quant_fairness_plugin.artifacts import lock
+from quant_fairness_plugin.artifacts import check_place, lock
 from quant_fairness_plugin.errors import ConfigError, ResourceError, is_disk_error
 
 MARKER = "quant_fairness.json"
@@ -70,8 +70,10 @@ def check_output(out: Path, *, overwrite: bool) -> None:
     """Check that `out` may be created or replaced, without changing anything.
 
     Raises:
-        ConfigError: `out` exists (without `overwrite`), or it is not an earlier export.
+        ConfigError: `out` exists (without `overwrite`), or it is not an earlier export; or no folder can be there.
+        ResourceError: where it is to be takes no new folder.
     """
+    check_place(out)
     if not os.path.lexists(out):
         return
     if not overwrite:
@@ -88,8 +90,10 @@ def check_file(out: Path, *, suffix: str, overwrite: bool) -> None:
     """Check that a file `out` may be created or replaced, without changing anything.
 
     Raises:
-        ConfigError: another suffix, or `out` exists (without `overwrite`) or is no file.
+        ConfigError: another suffix, or `out` exists (without `overwrite`) or is no file; or no file can be there.
+        ResourceError: where it is to be takes no new file.
     """
+    check_place(out)
     if out.suffix != suffix:
         raise ConfigError(f"{out} does not end in {suffix}, and the output is such a file; give such a name with -o")
     if os.path.lexists(out) and not (overwrite and out.is_file()):

@@ -149,7 +149,11 @@ def _locate(
     if local is not None:
         if revision is not None:
             raise ConfigError(f"revision {revision!r} applies to Hub ids only, and {name!r} is on disk. Leave it out.")
-        return local, name if name in BUNDLED else local.resolve().name, None
+        own = local.resolve().name
+        if name in BUNDLED and os.path.isfile(os.path.join(name, "config.json")):
+            _logger.warning("%s is the bundled model; the folder of that name here is ./%s", name, name)
+        # A folder is not to be taken for the bundled model of its name.
+        return local, name if name in BUNDLED else f"./{own}" if own in BUNDLED else own, None
     if not is_repository_id(name):
         raise ConfigError(f"there is no model {name!r}. {hint}")
     if trust_remote_code and not is_commit(revision):

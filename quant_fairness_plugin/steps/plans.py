@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from quant_fairness_plugin.artifacts import Precision, ProtectionPlan, SweepReport, UnitScores
 from quant_fairness_plugin.checkpoint.readers import check_exportable, takes_one_group_size
@@ -12,9 +14,11 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.planning import limit_of
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, count_bytes, with_columns
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
-from quant_fairness_plugin.quantize.selection import group_sizes
+from quant_fairness_plugin.quantize.selection import group_sizes, select_modules
 from quant_fairness_plugin.recommend import explicit_plan, recommend_plan
 from quant_fairness_plugin.recommend.assembly import Choice
+
+_logger = logging.getLogger(__name__)
 
 
 def recommend(loaded: LoadedModel, config: FairConfig, report: SweepReport | None) -> ProtectionPlan:
@@ -76,11 +80,12 @@ def plan_of_quantized(quantized: QuantizedModel, loaded: LoadedModel) -> Protect
     return quantized.plan
 
 
-def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> None:
-    """Refuse a plan of another model or grid, or with several group sizes for a format or reader that takes one.
+def fitting_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) -> ProtectionPlan:
+    """Return a plan with the bytes that it costs in this model; one that was made for another model is warned of.
 
     Raises:
-        ConfigError: a plan for another number of layers, or for another grid than the configuration's.
+        ConfigError: a plan for another number of layers, or for another grid than the configuration's, or of units
+            that the model lacks.
         UnsupportedModelError: group sizes that the format or the reader does not take; names the ways out.
     """
     if plan.layers == loaded.layers and takes_one_group_size(config.format, config.reader):
@@ -93,6 +98,19 @@ def check_plan(plan: ProtectionPlan, loaded: LoadedModel, config: FairConfig) ->
             f"the plan is for {plan.layers} layers of {plan.model} and {plan.grid}; here are {loaded.layers} "
             f"layers and {config.grid}. Name the plan's model and grid, or make another plan"
         )
+    if plan.model == loaded.files.name:
+        return plan
+    _logger.warning(
+        "the plan was made for %s, and is followed for %s: what it predicts is said of the former", plan.model,
+        loaded.files.name,
+    )  # fmt: skip
+    select_modules(loaded, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
+    here = plan_of_layers(loaded, config, plan.protected_layers, plan.overrides)
+    reasons = tuple(f"of {plan.model}: {reason}" for reason in plan.reasons)
+    return with_columns(
+        replace(here, source=plan.source, stable=plan.stable, predicted=True, reasons=reasons), loaded,
+        plan.protect_columns,
+    )  # fmt: skip
 
 
 def check_report(report: SweepReport | UnitScores, loaded: LoadedModel, config: FairConfig) -> None:

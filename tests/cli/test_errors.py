@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 
 from quant_fairness_plugin.artifacts import save
-from quant_fairness_plugin.cli.main import harmless, run_guarded
+from quant_fairness_plugin.cli.main import app, harmless, run_guarded
 from quant_fairness_plugin.errors import ConfigError
 from tests.cli.fresh import Commands, command_processes
 from tests.planted import planted_report
@@ -190,3 +191,24 @@ def test_names_from_files_do_not_reach_the_terminal_as_commands(capsys: pytest.C
     assert said.startswith("error: \\x1b[2J\\u202eיש\\x00xxx")
     assert len(said) < 2100
     assert harmless("plain ✓ text\n") == "plain ✓ text\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("quantize", "demo", "-o", "{file}/out"),
+        ("recommend", "--model", "demo", "-o", "{file}/plan.json"),
+        ("measure", "--model", "demo", "-o", "{folder}"),
+        ("sweep", "--model", "demo", "-o", "/proc/nope/sweep.json"),
+        ("recommend", "--model", "demo", "--verify", "--evidence", "{folder}"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_a_model_is_read(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    monkeypatch.setattr("quant_fairness_plugin.model.load.load_model", lambda *_, **__: pytest.fail("read a model"))
+    given = [word.format(file=file, folder=tmp_path) for word in words]
+    assert run_guarded(typer.main.get_command(app), given, "quant-fairness") in (2, 4)
+    assert capsys.readouterr().err.startswith("error: ")

@@ -323,3 +323,13 @@ def test_the_layers_of_a_wrapper_are_those_of_its_text_decoder(folder: Path) -> 
 def test_code_from_another_repository_is_never_run(folder: Path) -> None:
     edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "someone/else--modeling.Model"})
     assert "takes its code from another repository, which no revision pins" in refused(folder, trust_remote_code=True)
+
+
+def test_a_folder_of_a_bundled_name_is_not_taken_for_the_bundled_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(folder, tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_model("./demo").name == "./demo"
+    assert resolve_model("demo").name == "demo"
+    assert "demo is the bundled model; the folder of that name here is ./demo" in caplog.text

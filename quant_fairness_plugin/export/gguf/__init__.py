@@ -23,10 +23,11 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import temporary_folder
 from quant_fairness_plugin.errors import ArtifactError, ResourceError, UnsupportedModelError
 from quant_fairness_plugin.export.gguf.blocks import FLOATS, dense_values, packed_blocks, plain_values, type_of
-from quant_fairness_plugin.export.gguf.sources import FolderSource, ModelSource, Source
+from quant_fairness_plugin.export.gguf.sources import FolderSource, ModelSource, OriginalSource, Source
 from quant_fairness_plugin.export.gguf.template import ONLY_IN_GGUF, Arrangement, Template, gguf_version
 from quant_fairness_plugin.export.staging import check_file, flush
 from quant_fairness_plugin.model.gguf import BLOCK, TYPES, Embedding, check_installed
+from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 
 TABLES = ("token_embd.weight", "output.weight")
@@ -125,6 +126,16 @@ def check_gguf(like: Path, out: Path, *, overwrite: bool = False) -> Template:
     check_installed(out)
     check_file(out, suffix=".gguf", overwrite=overwrite)
     return Template(like)
+
+
+def check_like(loaded: LoadedModel, template: Template, embedding: Embedding) -> None:
+    """Refuse a GGUF file of another model, or one that has no place for a tensor, before anything is quantized.
+
+    Raises:
+        ArtifactError, UnsupportedModelError: as `write_gguf`.
+    """
+    source = OriginalSource(loaded)
+    _check_complete(source, list(_entries(source, template, embedding)), template)
 
 
 def _entries(source: Source, template: Template, embedding: Embedding) -> Iterator[_Entry]:

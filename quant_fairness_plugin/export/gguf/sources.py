@@ -19,7 +19,8 @@ from quant_fairness_plugin.checkpoint.formats import format_of_layout
 from quant_fairness_plugin.checkpoint.formats.format import Format, StoredGrid
 from quant_fairness_plugin.checkpoint.module_map import stored_name
 from quant_fairness_plugin.errors import UnsupportedModelError
-from quant_fairness_plugin.export.contents import plain_tensors
+from quant_fairness_plugin.export.contents import names_once, plain_tensors
+from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.wrapper import find_wrapper
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
@@ -109,6 +110,43 @@ class FolderSource:
     @property
     def _form(self) -> Format:
         return format_of_layout(self._checkpoint.layout)
+
+
+class OriginalSource:
+    """The 16-bit model, of which nothing is quantized yet."""
+
+    packed: Collection[str] = ()
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        """Take a model; its tensors are made one at a time.
+
+        Raises:
+            UnsupportedModelError: what GGUF has no place for.
+        """
+        _check_parts(loaded.model)
+        self._loaded = loaded
+        self._names = {stored_name(name, loaded.family): name for name in names_once(loaded)}
+
+    @property
+    def plain(self) -> Collection[str]:
+        """Names of its tensors."""
+        return self._names
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor as files hold it."""
+        return self._loaded.stored(self._names[name])
+
+    def dense(self, module: str) -> Tensor:
+        """Refuse: nothing is quantized."""
+        raise KeyError(module)
+
+    def bits(self, module: str) -> int:
+        """Refuse: nothing is quantized."""
+        raise KeyError(module)
+
+    def quantized(self, module: str) -> QuantizedTensor:
+        """Refuse: nothing is quantized."""
+        raise KeyError(module)
 
 
 class ModelSource:
