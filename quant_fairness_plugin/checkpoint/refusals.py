@@ -63,6 +63,11 @@ class Request:
         )
 
     @property
+    def floats(self) -> bool:
+        """Whether the codes of the grid are floats."""
+        return self.grid.scheme != "int"
+
+    @property
     def int8(self) -> bool:
         """Whether a layer or unit gets 8 bits."""
         return "int8" in self.overrides.values()

@@ -22,7 +22,7 @@ from quant_fairness_plugin.checkpoint.folder import (
     load_record,
     read_config,
 )
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import stored_format
 from quant_fairness_plugin.checkpoint.readers import READERS, check_metadata, find_reader, reader_problems
 from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
 from quant_fairness_plugin.checkpoint.readers.running import find_python
@@ -151,7 +151,7 @@ def _check_recorded(folder: Path) -> tuple[str, list[CheckResult], Case]:
     model = bare_model(folder)
     family = detect_family(model)
     modules = modules_by_tensors(model, family, shapes, record)
-    layout = checkpoint_format(record.format)
+    layout = stored_format(record.format, record.plan.grid)
     metadata = check_metadata(layout, modules, quantization or {})
     if not layout.packs:
         metadata = "none: a plain 16-bit checkpoint"

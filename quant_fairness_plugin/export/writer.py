@@ -27,7 +27,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import stored_format
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths, stored_name
 from quant_fairness_plugin.checkpoint.original import IN_MEMORY
@@ -93,7 +93,7 @@ def export(
     check_exportable(
         loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out, group_sizes=sizes
     )
-    layout = checkpoint_format(format)
+    layout = stored_format(format, plan.grid)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
     companions, copies = companions_of(loaded), copies_of(loaded)
@@ -209,7 +209,7 @@ def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies
     config = {key: value for key, value in loaded.files.config.items() if key not in QUANTIZATION_KEYS}
     config |= _dtypes(loaded) | _tying(loaded)
     if layout.packs:
-        bits = own_widths(quantized.bits, quantized.grid)
+        bits = own_widths(quantized.bits)
         sizes = {name: grid.group_size for name, grid in quantized.module_grids.items()}
         modules = module_map(
             loaded.model, loaded.family, quantized.tensors, bits=bits, sizes=sizes, unread=copies.roots

@@ -131,7 +131,7 @@ class CompressedTensorsFormat(Format):
         yield from _wrong_groups(modules, quantization.get("config_groups"))
         if modules.experts is not None:
             yield from _wrong_experts(quantization.get("config_groups"))
-        yield from _wrong_ignore(modules, quantization)
+        yield from wrong_ignore(modules, quantization)
 
 
 def _group(targets: list[str], grid: Grid) -> dict[str, Any]:
@@ -206,8 +206,8 @@ def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
         yield f"actorder is {order!r}; expected: null or 'static'"
 
 
-def _wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
-    """Every entry is the full name of one linear module, or the pattern of a part that is not text; nothing else."""
+def wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+    """Yield every entry that is not the full name of a linear module or the pattern of a part that is not text."""
     malformed = list(wrong_names(quantization, "ignore"))
     yield from malformed
     if malformed:

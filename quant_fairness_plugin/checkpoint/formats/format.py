@@ -28,10 +28,38 @@ Shape = tuple[int, ...]
 TensorKind = tuple[str | None, Shape]
 """dtype as safetensors writes it (None: the storage dtype of the checkpoint), and shape."""
 
+FLOATS: tuple[Rule, ...] = (
+    (
+        lambda r: r.floats and r.format != "compressed-tensors",
+        Refusal(
+            "format '{r.format}' has no place for the floats of scheme '{r.grid.scheme}'",
+            "is compressed-tensors",
+            f"--format compressed-tensors, --scheme int, or {TWIN}",
+        ),
+    ),
+    (
+        # Its groups would have formats of their own (`mixed-precision`), which no reader was run on here.
+        lambda r: r.floats and bool(set(r.overrides.values()) - {"fp16", r.grid.scheme}),
+        Refusal(
+            "integers beside the floats of scheme '{r.grid.scheme}' are not written",
+            "is 16 bit for single layers and units",
+            "--protect-layers or --protect-units",
+        ),
+    ),
+    (
+        lambda r: r.floats and r.mixture,
+        Refusal(
+            "experts of {r.family} in scheme '{r.grid.scheme}' are not written: no reader was run on such a checkpoint",
+            "is scheme int",
+            f"--scheme int, or {TWIN}",
+        ),
+    ),
+)
 # Refused by every format that packs integers, in this order.
 WIDTHS: tuple[Rule, ...] = (
+    *FLOATS,
     (
-        lambda r: r.grid.bits != STORED_BITS,
+        lambda r: r.grid.bits != STORED_BITS and not r.floats,
         Refusal(
             "checkpoints of {r.grid.bits} bits are not written (other widths are simulation only)",
             "is 4",
@@ -39,7 +67,7 @@ WIDTHS: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda r: bool(r.simulated),
+        lambda r: bool(r.simulated) and not r.floats,
         Refusal(
             "layers of {r.simulated[0]} are not written (simulation only)",
             "are fp16, int8 and int4",
