@@ -38,6 +38,8 @@ class Request:
 
     mixture: bool = False
     """Whether the model holds a mixture of experts."""
+    dtype: str = ""
+    """The 16-bit type that the model is stored in, as torch names it; empty before that is known."""
 
     @property
     def expert_names(self) -> tuple[str, ...]:

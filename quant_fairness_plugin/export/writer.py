@@ -91,7 +91,13 @@ def export(
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
     sizes = {grid.group_size for grid in quantized.module_grids.values()}  # integers may be in files: not read for this
     check_exportable(
-        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out, group_sizes=sizes
+        loaded.family,
+        format=format,
+        grid=plan.grid,
+        reader=reader,
+        overrides=plan.singled_out,
+        group_sizes=sizes,
+        dtype=str(loaded.storage_dtype).removeprefix("torch."),
     )
     layout = stored_format(format, plan.grid)
     check_output(out.resolve(), overwrite=overwrite)

@@ -47,6 +47,16 @@ FLOATS: tuple[Rule, ...] = (
         ),
     ),
     (
+        # Run with compressed-tensors 0.19, which unpacks FP4 into bfloat16 whatever the model is loaded in.
+        lambda r: r.floats and r.grid.bits == STORED_BITS and r.dtype == "float16",
+        Refusal(
+            "scheme '{r.grid.scheme}' of a model that is stored in float16 is not read: Transformers unpacks it into "
+            "bfloat16 beside layers in float16, and fails",
+            "is a model stored in bfloat16, or scheme fp8",
+            f"a copy of the model in bfloat16, --scheme fp8, or {TWIN}",
+        ),
+    ),
+    (
         lambda r: r.floats and r.mixture,
         Refusal(
             "experts of {r.family} in scheme '{r.grid.scheme}' are not written: no reader was run on such a checkpoint",
