@@ -32,6 +32,11 @@ class Grid:
         """The name of this grid's numbers in a plan: `int4`, `nvfp4`."""
         return precision_of_bits(self.bits) if self.scheme == "int" else self.scheme
 
+    @property
+    def numbers(self) -> str:
+        """What weights are, as people write it: `4 bit`, or `NVFP4`."""
+        return f"{self.bits} bit" if self.scheme == "int" else self.scheme.upper()
+
     def at(self, precision: Precision) -> Grid:
         """Return the grid of another precision in the same model; integers beside floats have groups of 128."""
         if precision == self.precision:

@@ -40,7 +40,7 @@ def check_scheme(
     for wrong, given, accepted in (*_of_rounding(fields, scheme), *others):
         if wrong:
             raise ConfigError(
-                f"{given} cannot be used with scheme {scheme.name!r} ({scheme.title}); accepted with it: {accepted}. "
+                f"{given} cannot be used with scheme {scheme.name!r}; accepted with it: {accepted}. "
                 "Leave it out, or use scheme 'int'"
             )
 

@@ -46,8 +46,6 @@ class FloatScheme:
     """One scheme of float codes for a whole model."""
 
     name: SchemeName
-    title: str
-    """As people write it."""
     bits: int
     group_size: int
     """Input channels that share a scale; -1: all of a row."""
@@ -74,14 +72,14 @@ SCHEMES: dict[str, FloatScheme] = {
     scheme.name: scheme
     for scheme in (
         FloatScheme(
-            name="fp8", title="FP8", bits=8, group_size=-1, numbers=E4M3, scale="16bit", scale_bytes=2, tries=16
+            name="fp8", bits=8, group_size=-1, numbers=E4M3, scale="16bit", scale_bytes=2, tries=16
         ),
         FloatScheme(
-            name="nvfp4", title="NVFP4", bits=4, group_size=16, numbers=E2M1, scale="e4m3", scale_bytes=1, divided=True,
+            name="nvfp4", bits=4, group_size=16, numbers=E2M1, scale="e4m3", scale_bytes=1, divided=True,
             tries=8,
         ),
         FloatScheme(
-            name="mxfp4", title="MXFP4", bits=4, group_size=32, numbers=E2M1, scale="e8m0", scale_bytes=1, tries=1
+            name="mxfp4", bits=4, group_size=32, numbers=E2M1, scale="e8m0", scale_bytes=1, tries=1
         ),
     )
 }  # fmt: skip

@@ -317,7 +317,7 @@ def describe_choice(choice: Choice, grid: Grid, free: Sequence[str]) -> str:
         free: all units that there were to choose for.
     """
     size = "a scale a row" if grid.group_size == -1 else f"g{grid.group_size}"
-    rest = f"INT{grid.bits} {size}"
+    rest = f"{grid.precision.upper()} {size}"
     kinds = sorted(set(choice.values()), key=bits_of_precision)
     if not kinds:
         return f"everything {rest}"
