@@ -66,7 +66,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         check_device_name(self.device)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
-        check_scheme(self, columns=self.protect_columns, int8_layers=self.int8_layers, precisions=self.precisions)
+        check_scheme(self, columns=self.protect_columns, int8_layers=self.int8_layers)
         if self.group_size != "auto":
             check_group_size(self.group_size)
         if not 0 <= self.max_overhead <= 4:
@@ -209,7 +209,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         """Return what `auto` may give instead of the grid's precision, before format and reader are asked."""
         if self.precisions is not None:
             return self.precisions
-        if self.scheme in SCHEMES or not (self.exhaustive or self.scores_units):
+        if not (self.exhaustive or self.scores_units):
             return ("fp16",)
         return tuple(kind for kind in menu_of_format(self.format) if bits_of_precision(kind) > self.bits)
 

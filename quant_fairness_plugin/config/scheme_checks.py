@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quant_fairness_plugin.artifacts import Precision
 from quant_fairness_plugin.config.quantizing import QuantizingFields
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.schemes import FLOAT_CLIPS, SCHEMES, FloatScheme
 
+EIGHT = 8
 Misfit = tuple[bool, str, str]
 """Whether an option does not fit, how it stands, and what is accepted."""
 
 
-def check_scheme(
-    fields: QuantizingFields, *, columns: float, int8_layers: tuple[int, ...], precisions: tuple[Precision, ...] | None
-) -> None:
+def check_scheme(fields: QuantizingFields, *, columns: float, int8_layers: tuple[int, ...]) -> None:
     """Refuse options that a scheme of floats leaves no choice of, or cannot be used with.
 
     Args:
         fields: how weights are rounded.
         columns: share of the input channels in 16 bit.
         int8_layers: layers in 8 bits.
-        precisions: what a plan may hold beside the scheme.
 
     Raises:
         ConfigError: names the option and what is accepted.
@@ -34,8 +31,11 @@ def check_scheme(
         return
     others: tuple[Misfit, ...] = (
         (columns > 0, f"protect_columns {columns:g}", "whole layers and units in 16 bit"),
-        (bool(int8_layers), f"int8_layers {','.join(map(str, int8_layers))}", "layers and units in 16 bit"),
-        (precisions not in (None, ("fp16",)), f"precisions {','.join(precisions or ())}", "fp16"),
+        (
+            bool(int8_layers) and scheme.bits >= EIGHT,
+            f"int8_layers {','.join(map(str, int8_layers))}",
+            "layers and units in 16 bit",
+        ),
     )
     for wrong, given, accepted in (*_of_rounding(fields, scheme), *others):
         if wrong:

@@ -2,7 +2,8 @@
 
 What is stored is what compressed-tensors 0.19 stores under these names: two FP4 codes to a byte, the low half first;
 NVFP4's scales as they are and one divisor for a matrix; MXFP4's scales as exponents over 127; FP8 codes as they are.
-All quantized modules of a checkpoint have one scheme, and the others are in `ignore`.
+Beside floats of 4 bits there may be modules of INT8: each has a group with a `format` of its own, and then that of the
+whole is `mixed-precision`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from quant_fairness_plugin.artifacts import Grid
-from quant_fairness_plugin.checkpoint.formats.compressed_tensors import wrong_ignore
+from quant_fairness_plugin.checkpoint.formats.compressed_tensors import (
+    WIDE_BITS,
+    CompressedTensorsFormat,
+    integer_group,
+    wrong_ignore,
+    wrong_integer_group,
+)
 from quant_fairness_plugin.checkpoint.formats.format import (
     Format,
     Quantization,
@@ -21,6 +28,7 @@ from quant_fairness_plugin.checkpoint.formats.format import (
     TensorKind,
     wrong_fields,
 )
+from quant_fairness_plugin.checkpoint.refusals import STORED_BITS
 from quant_fairness_plugin.quantize.schemes import SCHEMES, FloatScheme
 
 if TYPE_CHECKING:
@@ -28,6 +36,11 @@ if TYPE_CHECKING:
 
     from quant_fairness_plugin.checkpoint.module_map import ModuleMap
     from quant_fairness_plugin.quantize.grid import QuantizedTensor
+
+
+MIXED = "mixed-precision"
+"""`format` of a checkpoint whose groups have several."""
+_INTEGERS = CompressedTensorsFormat()
 
 
 class CompressedFloats(Format):
@@ -45,7 +58,12 @@ class CompressedFloats(Format):
 
     def quantization_config(self, modules: ModuleMap, grid: Grid) -> dict[str, Any]:
         """Return the `quantization_config` entry of `config.json`."""
-        group = {
+        groups = {}
+        for number, size in enumerate(sorted({modules.sizes[name] for name in self._integers(modules)}), start=1):
+            names = [name for name in self._integers(modules) if modules.sizes[name] == size]
+            names += [modules.renamed[name] for name in names if name in modules.renamed]
+            groups[f"group_{number}"] = integer_group(names, Grid(bits=WIDE_BITS, group_size=size))
+        groups["group_0"] = {
             "targets": ["Linear"],
             "format": self.layout_name,
             "input_activations": None,
@@ -54,26 +72,47 @@ class CompressedFloats(Format):
         }
         return {
             "quant_method": self.method,
-            "format": self.layout_name,
+            "format": self.layout_name if len(groups) == 1 else MIXED,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
+            "config_groups": groups,
             "ignore": list(modules.left_out),
         }
 
     def scheme_problems(self, modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
-        """Yield what is wrong: the one group, or the names to ignore."""
-        expected = {"quant_method": self.method, "format": self.layout_name, "quantization_status": "compressed"}
-        yield from wrong_fields(quantization, expected)
+        """Yield what is wrong: the groups, the names of targets, or the names to ignore."""
         groups = quantization.get("config_groups")
-        tables = list(groups.values()) if isinstance(groups, dict) else []
-        if len(tables) != 1 or not isinstance(tables[0], dict):
-            yield f"config_groups is {groups!r}; expected: one group, for Linear"
+        if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+            yield f"config_groups is {groups!r}; expected: a table of groups"
             return
-        [group] = tables
+        *others, last = groups.values()
+        expected = {"quant_method": self.method, "quantization_status": "compressed"}
+        yield from wrong_fields(quantization, expected | {"format": MIXED if others else self.layout_name})
         given = {"targets": ["Linear"], "format": self.layout_name}
-        yield from wrong_fields(group, given | {"input_activations": None, "output_activations": None})
-        yield from wrong_fields(group.get("weights") or {}, self._weights())
+        yield from wrong_fields(last, given | {"input_activations": None, "output_activations": None})
+        yield from wrong_fields(last.get("weights") or {}, self._weights())
+        integers = self._integers(modules)
+        for group in others:
+            yield from wrong_integer_group(group, WIDE_BITS)
+            known = {*integers, *(modules.renamed.get(name, name) for name in integers)}
+            for name in set(group.get("targets", ())) - known:
+                yield f"targets hold {name!r}, which is no module of {WIDE_BITS} bits; expected: full names of these"
         yield from wrong_ignore(modules, quantization)
+
+    def tensors(self, module: str, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        """Return the tensors that stand for `<module>.weight`, by full name; integers as their own format has them."""
+        if tensor.grid.scheme != self.scheme.name:
+            return _INTEGERS.tensors(module, tensor)
+        return super().tensors(module, tensor)
+
+    def expected(self, grid: StoredGrid, *, symmetric: bool) -> dict[str, TensorKind]:
+        """Return the tensors of a module as they are written: suffix → dtype and shape."""
+        if grid.bits != self.scheme.bits:
+            return _INTEGERS.expected(grid, symmetric=symmetric)
+        return super().expected(grid, symmetric=symmetric)
+
+    def _integers(self, modules: ModuleMap) -> tuple[str, ...]:
+        """Return the quantized modules that hold integers: those of other bits."""
+        return tuple(n for n in modules.quantized if modules.bits.get(n, STORED_BITS) != self.scheme.bits)
 
     def packed(self, shapes: Mapping[str, Shape], rows: int, cols: int) -> tuple[int, int, int]:
         """Return the words that the codes of a row would fill, their number, and the number of groups."""

