@@ -27,9 +27,9 @@ class FairOptions(TypedDict, total=False):
     """
 
     method: str
-    scheme: SchemeName
     bits: int
     quantize_rest_to: str | None
+    scheme: SchemeName
     group_size: int | Literal["auto"]
     symmetric: bool | None
     clip: Clip | None

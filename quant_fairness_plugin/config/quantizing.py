@@ -18,6 +18,11 @@ class QuantizingFields:
     method: Annotated[str, Option("How weights are rounded:", "How to quantize", metavar="NAME", names=METHODS)] = (
         "gptq"
     )
+    bits: Annotated[
+        int, Option("Bits of a quantized weight.", "How to quantize", parse=parse_bits, metavar="INTEGER")
+    ] = 4
+    quantize_rest_to: str | None = None
+    """The research scripts' word for `bits`: `INT4` or `INT8`. None where `bits` alone says it."""
     scheme: Annotated[
         SchemeName,
         Option(
@@ -26,11 +31,6 @@ class QuantizingFields:
             "How to quantize",
         ),
     ] = "int"
-    bits: Annotated[
-        int, Option("Bits of a quantized weight.", "How to quantize", parse=parse_bits, metavar="INTEGER")
-    ] = 4
-    quantize_rest_to: str | None = None
-    """The research scripts' word for `bits`: `INT4` or `INT8`. None where `bits` alone says it."""
     group_size: Annotated[
         int | Literal["auto"],
         Option(

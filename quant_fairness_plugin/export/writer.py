@@ -89,16 +89,7 @@ def export(
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
-    sizes = {grid.group_size for grid in quantized.module_grids.values()}  # integers may be in files: not read for this
-    check_exportable(
-        loaded.family,
-        format=format,
-        grid=plan.grid,
-        reader=reader,
-        overrides=plan.singled_out,
-        group_sizes=sizes,
-        dtype=str(loaded.storage_dtype).removeprefix("torch."),
-    )
+    _check_exportable(quantized, format, reader)
     layout = stored_format(format, plan.grid)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
@@ -120,6 +111,20 @@ def export(
     if (summary := copies.summary()) and loaded.files.weights:
         _logger.warning("%s: %s", out, summary)
     return record
+
+
+def _check_exportable(quantized: QuantizedModel, format: CheckpointFormat, reader: str) -> None:
+    """Refuse a model that the reader cannot load in this format."""
+    loaded, plan = quantized.loaded, quantized.plan
+    check_exportable(
+        loaded.family,
+        format=format,
+        grid=plan.grid,
+        reader=reader,
+        overrides=plan.singled_out,
+        group_sizes={grid.group_size for grid in quantized.module_grids.values()},  # no integers are read for this
+        dtype=str(loaded.storage_dtype).removeprefix("torch."),
+    )
 
 
 def _measured(record: ExportRecord, found: Measurement | BeforeAndAfter) -> ExportRecord:

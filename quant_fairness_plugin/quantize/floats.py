@@ -7,6 +7,7 @@ else; clip `mse` tries those around it that the file can hold.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ OCTAVES = 2
 """How many factors of two clip `mse` goes below the scale of the full range."""
 MOST_EXPONENT = 126
 """Powers of two up to this, and their inverses, are normal numbers in float32 and bfloat16."""
+LARGEST_CODES = {torch.float8_e4m3fn: len(E4M3) - 1, torch.float8_e8m0fnu: 127 + MOST_EXPONENT}
+"""Of scales of 8 bits; the smallest is 1 in both, a number above 0."""
 
 
 def divisor_of(largest: float, scheme: FloatScheme) -> Tensor:
@@ -64,8 +67,7 @@ def fit_floats(values: Tensor, grid: Grid, *, divisor: Tensor | None, scale_dtyp
     if grid.clip != "mse":
         return best
     least = _squared_error(values, best.float() / factor, grid)
-    for step in range(-1, OCTAVES * scheme.tries + 1):
-        scales = stored(full * 2.0 ** (-step / scheme.tries), scheme, scale_dtype)
+    for scales in _neighbours(full, best, scheme):
         error = _squared_error(values, scales.float() / factor, grid)
         better = error < least
         least = torch.where(better, error, least)
@@ -83,8 +85,23 @@ def stored(scales: Tensor, scheme: FloatScheme, scale_dtype: torch.dtype) -> Ten
             return scales.clamp(E4M3[1], E4M3[-1]).to(torch.float8_e4m3fn)
         case "e8m0":
             mantissa, exponent = torch.frexp(scales)
-            exponent = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-MOST_EXPONENT, MOST_EXPONENT)
+            exponent = torch.where(mantissa > 0.5, exponent, exponent - 1)
+            exponent = torch.where(scales > 0, exponent, -MOST_EXPONENT).clamp(-MOST_EXPONENT, MOST_EXPONENT)
             return torch.exp2(exponent.float()).to(torch.float8_e8m0fnu)
+
+
+def _neighbours(full: Tensor, rounded: Tensor, scheme: FloatScheme) -> Iterator[Tensor]:
+    """Yield the scales that clip `mse` tries beside that of the full range, as they are stored."""
+    if scheme.scale == "16bit":
+        for step in range(1, scheme.below + 1):
+            yield stored(full * 2.0 ** (-OCTAVES * step / scheme.below), scheme, rounded.dtype)
+        return
+    # Positive floats are ordered as their bits are: these are all that there are.
+    codes = _bits(rounded).int()
+    largest = LARGEST_CODES[rounded.dtype]
+    for step in range(-scheme.above, scheme.below + 1):
+        if step:
+            yield (codes - step).clamp(1, largest).to(torch.uint8).view(rounded.dtype)
 
 
 def _bits(scales: Tensor) -> Tensor:

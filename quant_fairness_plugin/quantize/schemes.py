@@ -55,8 +55,10 @@ class FloatScheme:
     scale_bytes: int
     divided: bool = False
     """Whether each matrix has one number that divides its scales; modules that servers merge have the same one."""
-    tries: int
-    """How many scales clip `mse` tries to each factor of two; more would be stored as the same, or bring nothing."""
+    above: int
+    """How many scales above that of the full range clip `mse` tries: the largest number of a group may be 4, not 6."""
+    below: int
+    """How many it tries below; two factors of two in all."""
 
     @property
     def largest(self) -> float:
@@ -72,14 +74,14 @@ SCHEMES: dict[str, FloatScheme] = {
     scheme.name: scheme
     for scheme in (
         FloatScheme(
-            name="fp8", bits=8, group_size=-1, numbers=E4M3, scale="16bit", scale_bytes=2, tries=16
+            name="fp8", bits=8, group_size=-1, numbers=E4M3, scale="16bit", scale_bytes=2, above=0, below=32
         ),
         FloatScheme(
             name="nvfp4", bits=4, group_size=16, numbers=E2M1, scale="e4m3", scale_bytes=1, divided=True,
-            tries=8,
+            above=5, below=16,
         ),
         FloatScheme(
-            name="mxfp4", bits=4, group_size=32, numbers=E2M1, scale="e8m0", scale_bytes=1, tries=1
+            name="mxfp4", bits=4, group_size=32, numbers=E2M1, scale="e8m0", scale_bytes=1, above=1, below=2
         ),
     )
 }  # fmt: skip
