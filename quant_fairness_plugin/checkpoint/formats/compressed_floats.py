@@ -28,7 +28,6 @@ from quant_fairness_plugin.checkpoint.formats.format import (
     TensorKind,
     wrong_fields,
 )
-from quant_fairness_plugin.checkpoint.refusals import STORED_BITS
 from quant_fairness_plugin.quantize.schemes import SCHEMES, FloatScheme
 
 if TYPE_CHECKING:
@@ -59,8 +58,9 @@ class CompressedFloats(Format):
     def quantization_config(self, modules: ModuleMap, grid: Grid) -> dict[str, Any]:
         """Return the `quantization_config` entry of `config.json`."""
         groups = {}
-        for number, size in enumerate(sorted({modules.sizes[name] for name in self._integers(modules)}), start=1):
-            names = [name for name in self._integers(modules) if modules.sizes[name] == size]
+        sizes = {name: modules.sizes.get(name, Grid().group_size) for name in self._integers(modules)}
+        for number, size in enumerate(sorted(set(sizes.values())), start=1):
+            names = [name for name, own in sizes.items() if own == size]
             names += [modules.renamed[name] for name in names if name in modules.renamed]
             groups[f"group_{number}"] = integer_group(names, Grid(bits=WIDE_BITS, group_size=size))
         groups["group_0"] = {
@@ -111,8 +111,8 @@ class CompressedFloats(Format):
         return super().expected(grid, symmetric=symmetric)
 
     def _integers(self, modules: ModuleMap) -> tuple[str, ...]:
-        """Return the quantized modules that hold integers: those of other bits."""
-        return tuple(n for n in modules.quantized if modules.bits.get(n, STORED_BITS) != self.scheme.bits)
+        """Return the quantized modules that hold integers of 8 bits, which there are beside floats of 4 alone."""
+        return () if self.scheme.bits == WIDE_BITS else tuple(modules.bits)
 
     def packed(self, shapes: Mapping[str, Shape], rows: int, cols: int) -> tuple[int, int, int]:
         """Return the words that the codes of a row would fill, their number, and the number of groups."""
