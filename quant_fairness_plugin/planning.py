@@ -17,7 +17,6 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
     Unit,
     UnitScores,
-    precision_of_bits,
 )
 from quant_fairness_plugin.checkpoint.readers import find_refusal
 from quant_fairness_plugin.config import FairConfig
@@ -255,7 +254,7 @@ def plan_by_scores(
     bootstrap, evaluated = replace(config.bootstrap, reference=None), None
     if bank is not None:
         some = spread(texts.part("search").choose(tuple(scores.bytes_)), config.sentences or EXACT_SENTENCES)
-        exactly = Exactly(planner, loaded, some, bank, precision_of_bits(config.bits), watched, bootstrap)
+        exactly = Exactly(planner, loaded, some, bank, config.grid.precision, watched, bootstrap)
         if search is None:
             evaluated = exactly.evaluate(candidates)
         else:

@@ -143,8 +143,8 @@ def preflight(
     check_libraries()
     _check_backend(config)
     if out is not None:
-        _check_output(config, out, overwrite=overwrite)
         check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
+        _check_output(config, out, overwrite=overwrite)
     check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
     if out is not None and out.resolve() == files.folder.resolve():
@@ -185,7 +185,12 @@ def _check_family_exportable(files: ModelFiles, config: FairConfig) -> None:
     """Refuse before the weights are read what the type in config.json already says of format and reader."""
     model_type = str(files.config.get("model_type", ""))
     refusal = find_refusal(
-        model_type, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides
+        model_type,
+        format=config.format,
+        grid=config.grid,
+        reader=config.reader,
+        overrides=config.overrides,
+        dtype=str(files.config.get("dtype") or files.config.get("torch_dtype") or ""),
     )
     if find_architecture(model_type) is not None and refusal is not None:
         raise UnsupportedModelError(str(refusal))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.selection import NO_OVERRIDES
@@ -21,7 +21,7 @@ def plan_of_layers(
     columns: float = 0.0,
 ) -> ProtectionPlan:
     """The bytes are made up: no test of quantization or export reads them."""
-    units: dict[str, Precision] = {f"layers.{i}": precision_of_bits(grid.bits) for i in range(loaded.layers)}
+    units: dict[str, Precision] = {f"layers.{i}": grid.precision for i in range(loaded.layers)}
     return ProtectionPlan(
         model=loaded.files.name,
         units=units | {f"layers.{i}": "fp16" for i in protected} | dict(overrides),

@@ -93,7 +93,7 @@ def silenced(loaded: LoadedModel, units: UnitMap, layer: int) -> tuple[str, ...]
 
 def prefix(loaded: LoadedModel, units: UnitMap, grid: Grid) -> Iterator[Change]:
     """Yield 16 bit up to each layer, and all behind it rounded."""
-    precision = precision_of_bits(grid.bits)
+    precision = grid.precision
     bank = RtnBank(loaded, units, grid)
     check_bank_fits(bank, units, precision)
     plans = {
@@ -105,7 +105,7 @@ def prefix(loaded: LoadedModel, units: UnitMap, grid: Grid) -> Iterator[Change]:
 
 def patterns(loaded: LoadedModel, units: UnitMap, grid: Grid) -> Iterator[Change]:
     """Yield attention alone, MLP alone, and every second layer rounded."""
-    precision, layers = precision_of_bits(grid.bits), range(units.layers)
+    precision, layers = grid.precision, range(units.layers)
     groups = {layer: loaded.family.units_of(layer) for layer in layers}
     parts = {
         kind: [

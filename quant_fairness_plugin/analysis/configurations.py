@@ -22,7 +22,6 @@ from quant_fairness_plugin.artifacts import (
     Part,
     StateScores,
     Undefined,
-    precision_of_bits,
 )
 from quant_fairness_plugin.measure.damage import mean_disparity, measure_damage, supported_languages
 from quant_fairness_plugin.measure.intervals import Resamples, interval, ratio_interval
@@ -104,7 +103,7 @@ def analyse(request: Request) -> Configurations:
     """
     loaded, texts = request.load(), request.texts.part(PART)
     units, grid, seed = map_units(loaded), request.config.fitted(loaded).grid, request.config.seed
-    quantized, bank = precision_of_bits(grid.bits), RtnBank(loaded, units, grid)
+    quantized, bank = grid.precision, RtnBank(loaded, units, grid)
     check_bank_fits(bank, units, quantized)
     plans = named_plans(loaded, units, grid, seed=seed)
     precisions = {plan.name: plan.precisions(units, quantized) for plan in plans}

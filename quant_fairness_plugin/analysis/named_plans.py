@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from quant_fairness_plugin.analysis.variants import is_attention
-from quant_fairness_plugin.artifacts import Grid, Precision, Undefined, Unit, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Precision, Undefined, Unit
 from quant_fairness_plugin.evidence.weight_statistics import layer_statistics
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
@@ -55,7 +55,7 @@ def named_plans(loaded: LoadedModel, units: UnitMap, grid: Grid, *, seed: int) -
 def bytes_of(plans: Sequence[NamedPlan], loaded: LoadedModel, grid: Grid) -> tuple[list[int | Undefined], int]:
     """Return the bytes of the checkpoint under every plan, and those in 16 bit."""
     table, other = count_bytes(loaded, grid)
-    quantized = precision_of_bits(grid.bits)
+    quantized = grid.precision
     sizes = [
         SIMULATED if plan.around else plan_bytes(table, other, plan.layers, plan.overrides, quantized=quantized)
         for plan in plans

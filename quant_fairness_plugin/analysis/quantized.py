@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from quant_fairness_plugin.artifacts import Grid, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.measure.scoring import ModelState
 from quant_fairness_plugin.model.exchange import exchanged
 from quant_fairness_plugin.model.load import LoadedModel
@@ -36,7 +36,7 @@ def quantized_state(loaded: LoadedModel, grid: Grid, checkpoint: Path | None) ->
 
 def rounded_state(loaded: LoadedModel, grid: Grid) -> ModelState:
     """Return the model with every linear weight of every layer rounded to nearest, in place while it is applied."""
-    units, precision = map_units(loaded), precision_of_bits(grid.bits)
+    units, precision = map_units(loaded), grid.precision
     bank = RtnBank(loaded, units, grid)
     check_bank_fits(bank, units, precision)
     weights = {name: value for unit in units.group_names() for name, value in bank.weights(unit, precision).items()}

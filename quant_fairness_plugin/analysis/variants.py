@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Unit, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Unit
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.model.architectures import FusionGroup
 from quant_fairness_plugin.model.families import Family
@@ -69,7 +69,7 @@ def writers(family: Family, layer: int) -> tuple[FusionGroup, FusionGroup]:
 def keep_largest(loaded: LoadedModel, units: UnitMap, grid: Grid, share: float) -> Make:
     """Return the variant that rounds all weights to nearest but the largest, by magnitude over all layers."""
     limit, bank = magnitude_limit(loaded, units, 1 - share), RtnBank(loaded, units, grid, keep=False)
-    precision = precision_of_bits(grid.bits)
+    precision = grid.precision
 
     def make(unit: str) -> dict[str, Tensor]:
         rounded = bank.weights(unit, precision)

@@ -6,7 +6,9 @@ from typing import Literal
 
 from quant_fairness_plugin.errors import ConfigError
 
-Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2"]
+SchemeName = Literal["int", "fp8", "nvfp4", "mxfp4"]
+"""What the codes of quantized weights are: integers, or floats (facts of each: `quantize.schemes`)."""
+Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "nvfp4", "mxfp4"]
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
 Fluency = Literal["fluent", "weak", "none"]
@@ -43,5 +45,5 @@ def precision_of_bits(bits: int) -> Precision:
 
 
 def bits_of_precision(precision: Precision) -> int:
-    """`int4` → 4, `fp16` → 16."""
-    return 16 if precision == "fp16" else int(precision.removeprefix("int"))
+    """`int4` → 4, `nvfp4` → 4, `fp16` → 16; scales are not counted."""
+    return int(precision.lstrip("abcdefghijklmnopqrstuvwxyz"))

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import ConfigDict
 
 from quant_fairness_plugin.artifacts.grids import Grid
-from quant_fairness_plugin.artifacts.names import Precision, precision_of_bits
+from quant_fairness_plugin.artifacts.names import Precision
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES
 from quant_fairness_plugin.artifacts.units import Unit
 
@@ -43,7 +43,7 @@ class ProtectionPlan:
     @classmethod
     def unprotected(cls, model: str, layers: int, grid: Grid) -> ProtectionPlan:
         """Return the plan that quantizes every layer of a model."""
-        quantized = precision_of_bits(grid.bits)
+        quantized = grid.precision
         return cls(
             model=model,
             units={str(Unit(i)): quantized for i in range(layers)},
@@ -69,7 +69,7 @@ class ProtectionPlan:
     @property
     def quantized_precision(self) -> Precision:
         """What a layer gets that the plan does not single out."""
-        return precision_of_bits(self.grid.bits)
+        return self.grid.precision
 
     @property
     def overrides(self) -> dict[str, Precision]:

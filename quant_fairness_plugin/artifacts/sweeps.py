@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 
 from quant_fairness_plugin.artifacts.grids import Grid
 from quant_fairness_plugin.artifacts.measurements import LanguageDamage, StateScores
-from quant_fairness_plugin.artifacts.names import Granularity, Mode, Precision, SearchMethod, Status, precision_of_bits
+from quant_fairness_plugin.artifacts.names import Granularity, Mode, Precision, SearchMethod, Status
 from quant_fairness_plugin.artifacts.numbers import Number, Undefined
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 from quant_fairness_plugin.artifacts.units import Unit
@@ -205,6 +205,6 @@ class SweepReport:
     def units(self) -> tuple[str, ...]:
         """Every unit that was singled out by itself, in forward order; in the plan `none` all are quantized."""
         first = self.modes[0]
-        own = "fp16" if first == "protect-one" else precision_of_bits(self.grid.bits)
+        own = "fp16" if first == "protect-one" else self.grid.precision
         rows = [row for row in self.rows if row.mode == first and row.precision == own]
         return tuple(row.units[0] for row in rows if len(row.units) == 1)

@@ -27,7 +27,7 @@ from quant_fairness_plugin.checkpoint.folder import (
     read_quantization,
     weight_files,
 )
-from quant_fairness_plugin.checkpoint.formats import FORMATS, checkpoint_format, format_of_layout
+from quant_fairness_plugin.checkpoint.formats import FORMATS, checkpoint_format, format_of_layout, stored_format
 from quant_fairness_plugin.checkpoint.formats.format import Format, StoredGrid, TensorKind
 from quant_fairness_plugin.checkpoint.module_map import ModuleMap, module_map, own_widths, stored_name
 from quant_fairness_plugin.checkpoint.readers.case import (
@@ -172,7 +172,7 @@ def modules_by_tensors(model: PreTrainedModel, family: Family, shapes: TensorSha
     Raises:
         ArtifactError: the record names other modules.
     """
-    form = checkpoint_format(record.format)
+    form = stored_format(record.format, record.plan.grid)
     marker = f".{form.suffixes[0]}" if form.packs else None
     stored = {name.removesuffix(marker) for name in shapes if name.endswith(marker)} if marker else set()
     packed = {family.loaded_name(name) for name in stored}
@@ -183,7 +183,7 @@ def modules_by_tensors(model: PreTrainedModel, family: Family, shapes: TensorSha
             "must agree. Export again."
         )
     kinds = sort_names(model, family, shapes)
-    bits = own_widths(record.quantized_modules, record.plan.grid)
+    bits = own_widths(record.quantized_modules)
     unread = roots(kinds.own, kinds.unread)
     return module_map(model, family, packed, bits=bits, sizes=record.sizes, unread=unread)
 
@@ -224,7 +224,7 @@ def check_values(folder: Path, record: ExportRecord) -> str:
     Raises:
         ArtifactError: a value that no loader would report; names the tensor.
     """
-    grid, form = record.plan.grid, checkpoint_format(record.format)
+    grid, form = record.plan.grid, stored_format(record.format, record.plan.grid)
     family = detect_family(bare_model(folder))
     widths = {family.stored_name(name): bits for name, bits in record.quantized_modules.items()}
     for values in read_values(folder, form, widths):
@@ -312,7 +312,7 @@ def _check_names(missing: set[str], unexpected: set[str], advice: str) -> None:
 def _expected_tensors(
     model: PreTrainedModel, family: Family, modules: ModuleMap, record: ExportRecord
 ) -> dict[str, TensorKind]:
-    form, grid, sizes = checkpoint_format(record.format), record.plan.grid, record.sizes
+    form, grid, sizes = stored_format(record.format, record.plan.grid), record.plan.grid, record.sizes
     state, needed = _state_names(model, family, modules.quantized)
     expected: dict[str, TensorKind] = {
         stored_name(name, family): (OTHER_KINDS.get(tensor.dtype), tuple(tensor.shape))

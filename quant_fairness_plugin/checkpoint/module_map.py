@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.experts import expert_target, skipped_patterns
+from quant_fairness_plugin.checkpoint.refusals import STORED_BITS
 from quant_fairness_plugin.model.architectures import find_architecture
 from quant_fairness_plugin.model.families import Family
 
@@ -40,7 +40,7 @@ def module_map(
         model: the 16-bit model.
         family: its map.
         quantized: full names of the quantized modules, in any order.
-        bits: those of them that have other bits than the grid, with their bits.
+        bits: those of them that have other bits than 4, with their bits.
         sizes: group sizes of the quantized modules, where they are known.
         unread: outermost names in files of tensors that no module of the model has.
     """
@@ -66,9 +66,9 @@ def module_map(
     )
 
 
-def own_widths(bits: Mapping[str, int], grid: Grid) -> dict[str, int]:
-    """Return those modules of `bits` (module → bits) that have other bits than the grid; see `module_map`."""
-    return {name: width for name, width in bits.items() if width != grid.bits}
+def own_widths(bits: Mapping[str, int]) -> dict[str, int]:
+    """Return those modules of `bits` (module → bits) that have other bits than most checkpoints; see `module_map`."""
+    return {name: width for name, width in bits.items() if width != STORED_BITS}
 
 
 def activation_scales(model: nn.Module) -> dict[str, int]:
@@ -104,7 +104,7 @@ class ModuleMap:
     fused: Mapping[str, tuple[str, ...]]
     """Name of a module that servers merge → the modules that it is merged from."""
     bits: Mapping[str, int] = field(default_factory=dict)
-    """Quantized module → bits, where they are not those of the grid (INT8 units)."""
+    """Quantized module → bits, where they are not 4 (INT8 units, FP8)."""
     sizes: Mapping[str, int] = field(default_factory=dict)
     """Quantized module → input channels that share a scale (-1: all); empty where that is not known."""
     renamed: Mapping[str, str] = field(default_factory=dict)

@@ -38,6 +38,8 @@ class Request:
 
     mixture: bool = False
     """Whether the model holds a mixture of experts."""
+    dtype: str = ""
+    """The 16-bit type that the model is stored in, as torch names it; empty before that is known."""
 
     @property
     def expert_names(self) -> tuple[str, ...]:
@@ -61,6 +63,11 @@ class Request:
             kind == "int8" and (Unit.is_layer(name) or name.endswith(f".{EXPERTS}"))
             for name, kind in self.overrides.items()
         )
+
+    @property
+    def floats(self) -> bool:
+        """Whether the codes of the grid are floats."""
+        return self.grid.scheme != "int"
 
     @property
     def int8(self) -> bool:

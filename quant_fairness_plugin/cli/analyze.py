@@ -16,7 +16,7 @@ from quant_fairness_plugin.analysis.kinds import ANALYSES, find_analysis
 from quant_fairness_plugin.analysis.request import AnalysisOptions, Request, SavedRequest, check_options
 from quant_fairness_plugin.artifacts import AnalysisAnswer, Interval, Undefined, from_json, write_atomically
 from quant_fairness_plugin.cli.declare import options
-from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, OutputFile
+from quant_fairness_plugin.cli.options import COMPUTE, INTEGERS, TEXTS, Access, Json, OutputFile
 from quant_fairness_plugin.cli.progress import progress
 from quant_fairness_plugin.cli.report import write_report
 from quant_fairness_plugin.cli.say import say
@@ -35,7 +35,7 @@ MOST_ROWS = 60
 """Of a table on the terminal; --json has larger ones."""
 
 
-@options(config=(*GRID, *TEXTS, *COMPUTE), file=False)
+@options(config=(*INTEGERS, *TEXTS, *COMPUTE), file=False)
 def analyze(
     config: FairConfig,
     extra: AnalysisOptions,

@@ -21,7 +21,10 @@ TEXTS = ("languages", "reference", "texts", "start", "seed")
 """Fields of `FairConfig` that every command with a model takes."""
 COMPUTE = ("device", "dtype")
 """Fields of `FairConfig` that every command takes that computes with a model."""
-GRID = ("bits", "group_size", "symmetric")
+INTEGERS = ("bits", "group_size", "symmetric")
+"""Fields of `FairConfig` that say which integers there are."""
+GRID = ("scheme", *INTEGERS)
+"""Fields of `FairConfig` that say what weights become."""
 
 _MODEL = "demo, demo-gpt2, a Hub id, a folder, or a .safetensors or .gguf file."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]

@@ -25,7 +25,7 @@ from quant_fairness_plugin.texts.languages import language_name
 if TYPE_CHECKING:
     from quant_fairness_plugin.fair_quantizer import FairQuantizer
 
-_SAMPLED = ("method", "bits", "group_size", "symmetric", "protect_layers", "top", "max_overhead")
+_SAMPLED = ("method", "scheme", "bits", "group_size", "symmetric", "protect_layers", "top", "max_overhead")
 """Settings of a quantization, which is not done here."""
 
 

@@ -26,7 +26,7 @@ def parse_weights(text: str) -> dict[str, float]:
 
 BUDGETS = ("max_size", "target_bits", "target")
 """Fields of `FairConfig` that bound a plan, beside `max_overhead`, whose default bounds it where nothing is given."""
-MADE = ("bits", "group_size", "symmetric", "clip", "effort", "format", "reader", "embedding")
+MADE = ("scheme", "bits", "group_size", "symmetric", "clip", "effort", "format", "reader", "embedding")
 """Fields of `FairConfig` that say of what checkpoint the plan is; a saved sweep has its grid."""
 
 

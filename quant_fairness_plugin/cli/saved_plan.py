@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from quant_fairness_plugin.artifacts import RECORD_NAME, ExportRecord, ProtectionPlan, load
+from quant_fairness_plugin.cli.options import GRID
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError
 
@@ -45,7 +46,9 @@ def planned(path: Path | None, config: FairConfig) -> tuple[ProtectionPlan | Non
     given = {name: getattr(config, name) for name in SELECTING if getattr(config, name)}
     if config.protect_layers not in ("auto", "none"):
         given["protect_layers"] = config.protect_layers
-    grid = {name: getattr(plan.grid, name) for name in ("bits", "group_size", "symmetric", "clip")}
+    # Floats have a group size of their own, which is no choice.
+    chosen = ("scheme", "bits", "clip") if plan.grid.scheme != "int" else (*GRID, "clip")
+    grid = {name: getattr(plan.grid, name) for name in chosen}
     for name, value in grid.items():
         if getattr(config, name) not in (getattr(_DEFAULTS, name), value):
             given[name] = getattr(config, name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from quant_fairness_plugin.artifacts import SweepReport, Undefined, precision_of_bits, save, save_run_record, to_json
+from quant_fairness_plugin.artifacts import SweepReport, Undefined, save, save_run_record, to_json
 from quant_fairness_plugin.cli.declare import options
 from quant_fairness_plugin.cli.legacy import check_legacy, legacy_sweep
 from quant_fairness_plugin.cli.options import COMPUTE, GRID, TEXTS, Access, Json, ModelOption, OutputFile, describe_kept
@@ -51,7 +51,7 @@ def sweep(
         legacy_sweep(access.source(model), config, output=output, as_json=as_json)
         return
     wanted = plans.to_sweep(config, search=sets.to_search(config.objective), top=sets.top)
-    check_precisions(wanted.precisions, wanted.modes, precision_of_bits(config.bits))
+    check_precisions(wanted.precisions, wanted.modes, config.grid.precision)
     # A plan cannot have both several precisions and a number of layers; a sweep's `top` is about stability alone.
     config = replace(config, precisions=("fp16",), top=sets.top if plans.granularity == "layer" else None)
     source = access.source(model)

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from quant_fairness_plugin.checkpoint.readers import READERS
 from quant_fairness_plugin.cli.options import Json
 from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.export.verify import VerifyReport
@@ -43,6 +42,6 @@ def verify(
 def show_readers(report: VerifyReport) -> None:
     """Print a line for each reader: whether its rules take this folder right."""
     for reader, problem in report.problems.items():
-        note = f" ({READERS[reader].note})" if READERS[reader].note else ""
+        note = f" ({report.notes[reader]})" if report.notes.get(reader) else ""
         said = f"{problem or 'every module as it is stored'}{note}"
         say(f"{reader:<12} {'no' if problem else 'reads':<8} {said}", indent=22)

@@ -39,6 +39,7 @@ from quant_fairness_plugin.config.output import OutputFields
 from quant_fairness_plugin.config.parsers import read_target
 from quant_fairness_plugin.config.protection import ProtectionFields
 from quant_fairness_plugin.config.quantizing import QuantizingFields
+from quant_fairness_plugin.config.scheme_checks import check_scheme
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.measure.objectives import find_objective
 from quant_fairness_plugin.model.devices import check_device_name
@@ -46,6 +47,7 @@ from quant_fairness_plugin.model.gguf import BLOCK, FORMAT
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.grid_rules import AUTO_GROUP_SIZES, check_bits, check_group_size
 from quant_fairness_plugin.quantize.methods import find_method
+from quant_fairness_plugin.quantize.schemes import SCHEMES
 from quant_fairness_plugin.quantize.selection import Modules, fitting_group_size, group_sizes, usual_group_size
 
 _logger = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         check_device_name(self.device)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
+        check_scheme(self, columns=self.protect_columns, int8_layers=self.int8_layers)
         if self.group_size != "auto":
             check_group_size(self.group_size)
         if not 0 <= self.max_overhead <= 4:
@@ -91,14 +94,16 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
 
     @property
     def grid(self) -> Grid:
-        """Return the integer grid of the quantized layers.
+        """Return the grid of the quantized layers.
 
         Its group size is the largest that `auto` can come to, until `fitted` knows the model.
         """
+        clip = self.clip or (find_method(self.method).clip if self.backend == NATIVE else "absmax")
+        if self.scheme in SCHEMES:
+            return SCHEMES[self.scheme].grid(clip)
         symmetric = find_method(self.method).symmetric if self.symmetric is None else self.symmetric
         largest = BLOCK if self.format == FORMAT else AUTO_GROUP_SIZES[0]
         group_size = largest if self.group_size == "auto" else self.group_size
-        clip = self.clip or (find_method(self.method).clip if self.backend == "native" else "absmax")
         return Grid(bits=self.bits, group_size=group_size, symmetric=symmetric, clip=clip)
 
     def fitted(self, model: Modules, *, uniform: bool = False) -> FairConfig:
@@ -111,7 +116,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
             model: the model, or its outline.
             uniform: all units take one size, because the format or its reader knows one.
         """
-        if self.group_size == -1:
+        if self.group_size == -1 or self.scheme in SCHEMES:
             return self
         if self.group_size == "auto" and not uniform:
             largest = usual_group_size(model, self.grid.group_size)
@@ -259,12 +264,15 @@ def _adapter() -> TypeAdapter[FairConfig]:
 
 
 def _complete(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values with `bits` where only `quantize_rest_to` says it.
+    """Return the values with `bits` where only `quantize_rest_to` or `scheme` says it.
 
     Integers are checked here, before pydantic turns True into 1 and "4" into 4.
     """
     rest = values.get("quantize_rest_to")
-    derived = {"bits": bits_of_rest(rest)} if isinstance(rest, str) and "bits" not in values else {}
+    scheme = SCHEMES.get(str(values.get("scheme")))
+    derived: dict[str, Any] = {}
+    if "bits" not in values and (scheme is not None or isinstance(rest, str)):
+        derived["bits"] = bits_of_rest(str(rest)) if scheme is None else scheme.bits
     if "bits" in values:
         check_bits(values["bits"])
     if values.get("group_size", "auto") != "auto":

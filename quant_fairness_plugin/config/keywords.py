@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from quant_fairness_plugin.artifacts import CheckpointFormat, Clip, Effort, Precision, Reader, Start, TextSet, Weighting
+from quant_fairness_plugin.artifacts import (
+    CheckpointFormat,
+    Clip,
+    Effort,
+    Precision,
+    Reader,
+    SchemeName,
+    Start,
+    TextSet,
+    Weighting,
+)
 from quant_fairness_plugin.model.devices import Dtype
 from quant_fairness_plugin.model.gguf import Embedding
 
@@ -19,6 +29,7 @@ class FairOptions(TypedDict, total=False):
     method: str
     bits: int
     quantize_rest_to: str | None
+    scheme: SchemeName
     group_size: int | Literal["auto"]
     symmetric: bool | None
     clip: Clip | None

@@ -12,6 +12,7 @@ from quant_fairness_plugin.errors import ConfigError, InvalidLayerError
 from quant_fairness_plugin.measure.objectives import additive_objectives, one_of
 from quant_fairness_plugin.model.sizes import parse_size
 from quant_fairness_plugin.quantize.grid_rules import check_bits, check_group_size
+from quant_fairness_plugin.quantize.schemes import SCHEMES
 from quant_fairness_plugin.texts.languages import normalise_language
 
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
@@ -122,7 +123,7 @@ def parse_precisions(text: str) -> tuple[Precision, ...]:
     Raises:
         ConfigError: a word that is no precision.
     """
-    names, known = parse_names(text.lower()), get_args(Precision)
+    names, known = parse_names(text.lower()), [kind for kind in get_args(Precision) if kind not in SCHEMES]
     if not set(names) <= set(known):
         raise ConfigError(f"--precisions {text!r}: write some of {', '.join(known)} with commas between")
     return cast(tuple[Precision, ...], names)

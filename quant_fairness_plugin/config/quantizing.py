@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from quant_fairness_plugin.artifacts import Clip, Effort
+from quant_fairness_plugin.artifacts import Clip, Effort, SchemeName
 from quant_fairness_plugin.config.option import Option
 from quant_fairness_plugin.config.parsers import parse_bits, parse_group_size
 from quant_fairness_plugin.quantize.methods import METHODS
@@ -23,6 +23,14 @@ class QuantizingFields:
     ] = 4
     quantize_rest_to: str | None = None
     """The research scripts' word for `bits`: `INT4` or `INT8`. None where `bits` alone says it."""
+    scheme: Annotated[
+        SchemeName,
+        Option(
+            "What weights become: int is integers of --bits bits in groups of --group-size; nvfp4, mxfp4 and fp8 are "
+            "floats of 4 or 8 bits with groups of their own, in compressed-tensors alone, made by rtn or gptq:",
+            "How to quantize",
+        ),
+    ] = "int"
     group_size: Annotated[
         int | Literal["auto"],
         Option(

@@ -79,7 +79,7 @@ def _front_matter(record: ExportRecord, source: SourceCard) -> dict[str, Any]:
     base = source.base_model or (record.provenance.model if _is_hub_id(record) else None)
     relation = source.relation if source.base_model else "quantized"
     measured = [damage.language for damage in record.measurement.languages] if record.measurement else []
-    own = ("quant-fairness", record.format, record.method, f"int{record.plan.grid.bits}")
+    own = ("quant-fairness", record.format, record.method, record.plan.grid.precision)
     content = {
         "base_model": base,
         "base_model_relation": relation if base else None,

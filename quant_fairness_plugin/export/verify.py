@@ -22,7 +22,7 @@ from quant_fairness_plugin.checkpoint.folder import (
     load_record,
     read_config,
 )
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import stored_format
 from quant_fairness_plugin.checkpoint.readers import READERS, check_metadata, find_reader, reader_problems
 from quant_fairness_plugin.checkpoint.readers.case import Case, TensorFacts
 from quant_fairness_plugin.checkpoint.readers.running import find_python
@@ -60,6 +60,8 @@ class VerifyReport:
     checks: tuple[CheckResult, ...]
     problems: dict[str, str] = field(default_factory=dict)
     """Reader → what it would get wrong by its own rules, in one sentence; empty where nothing."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Reader → how far that goes; empty where it was compared with the real reader."""
 
     @property
     def reader_run(self) -> ReaderRun | Undefined:
@@ -80,7 +82,7 @@ class VerifyReport:
             "complete": self.complete,
             "checks": [{"name": c.name, "outcome": c.outcome, "detail": c.detail} for c in self.checks],
             "readers": [
-                {"reader": name, "reads": not text, "problem": text, "note": READERS[name].note}
+                {"reader": name, "reads": not text, "problem": text, "note": self.notes.get(name, "")}
                 for name, text in self.problems.items()
             ],
         }
@@ -132,7 +134,8 @@ def verify(
     checks.append(too_large or _check_reader(folder, case, reader, python, problems))
     for check in checks:
         _logger.info("%s: %s %s: %s", folder, check.name, check.outcome, check.detail)
-    return VerifyReport(folder=str(folder), format=format_name, checks=tuple(checks), problems=problems)
+    notes = {name: entry.note_on(case.quantization) for name, entry in READERS.items()}
+    return VerifyReport(folder=str(folder), format=format_name, checks=tuple(checks), problems=problems, notes=notes)
 
 
 def _check_recorded(folder: Path) -> tuple[str, list[CheckResult], Case]:
@@ -151,7 +154,7 @@ def _check_recorded(folder: Path) -> tuple[str, list[CheckResult], Case]:
     model = bare_model(folder)
     family = detect_family(model)
     modules = modules_by_tensors(model, family, shapes, record)
-    layout = checkpoint_format(record.format)
+    layout = stored_format(record.format, record.plan.grid)
     metadata = check_metadata(layout, modules, quantization or {})
     if not layout.packs:
         metadata = "none: a plain 16-bit checkpoint"
@@ -225,6 +228,11 @@ def _check_reader(
     if reader is not None and problem:
         others = ", ".join(_with_note(name) for name, text in problems.items() if not text)
         raise UnsupportedModelError(f"{folder}: {reader} does not read it right: {problem}. Allowed: {others}.")
+    if reader is not None and (why := READERS[reader].on_gpu(case.quantization)):
+        raise UnsupportedModelError(
+            f"{folder}: {reader} is run on a CPU here, and {why}. Allowed: --reader transformers; or load it in "
+            f"{reader} on a GPU and compare what it answers."
+        )
     missing = " and ".join(missing_packages(case.method))
     here = reader in (None, "transformers") and not missing and not problem and python is None
     if here and case.method in HALF_PRECISION_KERNELS:

@@ -27,7 +27,7 @@ from quant_fairness_plugin.artifacts import (
 from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
-from quant_fairness_plugin.checkpoint.formats import checkpoint_format
+from quant_fairness_plugin.checkpoint.formats import stored_format
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.module_map import module_map, own_widths, stored_name
 from quant_fairness_plugin.checkpoint.original import IN_MEMORY
@@ -89,11 +89,8 @@ def export(
         ResourceError: no space or permission. In all cases nothing is left behind.
     """
     out, loaded, plan = Path(out), quantized.loaded, quantized.plan
-    sizes = {grid.group_size for grid in quantized.module_grids.values()}  # integers may be in files: not read for this
-    check_exportable(
-        loaded.family, format=format, grid=plan.grid, reader=reader, overrides=plan.singled_out, group_sizes=sizes
-    )
-    layout = checkpoint_format(format)
+    _check_exportable(quantized, format, reader)
+    layout = stored_format(format, plan.grid)
     check_output(out.resolve(), overwrite=overwrite)
     _check_source(quantized, out)
     companions, copies = companions_of(loaded), copies_of(loaded)
@@ -114,6 +111,20 @@ def export(
     if (summary := copies.summary()) and loaded.files.weights:
         _logger.warning("%s: %s", out, summary)
     return record
+
+
+def _check_exportable(quantized: QuantizedModel, format: CheckpointFormat, reader: str) -> None:
+    """Refuse a model that the reader cannot load in this format."""
+    loaded, plan = quantized.loaded, quantized.plan
+    check_exportable(
+        loaded.family,
+        format=format,
+        grid=plan.grid,
+        reader=reader,
+        overrides=plan.singled_out,
+        group_sizes={grid.group_size for grid in quantized.module_grids.values()},  # no integers are read for this
+        dtype=str(loaded.storage_dtype).removeprefix("torch."),
+    )
 
 
 def _measured(record: ExportRecord, found: Measurement | BeforeAndAfter) -> ExportRecord:
@@ -209,7 +220,7 @@ def _write_model(quantized: QuantizedModel, folder: Path, layout: Format, copies
     config = {key: value for key, value in loaded.files.config.items() if key not in QUANTIZATION_KEYS}
     config |= _dtypes(loaded) | _tying(loaded)
     if layout.packs:
-        bits = own_widths(quantized.bits, quantized.grid)
+        bits = own_widths(quantized.bits)
         sizes = {name: grid.group_size for name, grid in quantized.module_grids.items()}
         modules = module_map(
             loaded.model, loaded.family, quantized.tensors, bits=bits, sizes=sizes, unread=copies.roots

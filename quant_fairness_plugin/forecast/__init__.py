@@ -59,6 +59,7 @@ __all__ = [
     "Verdict",
     "Work",
     "forecast",
+    "precision_of_bits",
 ]
 
 
@@ -179,7 +180,7 @@ def _run(
 
 def _walks(outline: Outline, config: FairConfig, sweep: SweepConfig) -> tuple[list[StateTree], list[StateTree]]:
     """Return the trees of the walks with the least and the most block passes that a sweep can come to."""
-    units, quantized = unit_map(outline), precision_of_bits(config.bits)
+    units, quantized = unit_map(outline), config.grid.precision
     singled_out = swept_units(units, fitting_groups(outline, config.grid), sweep.granularity)
     planned = sweep.plan_set(singled_out, quantized)
     check_around(sweep.also, units, outline.shapes, config.grid)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from quant_fairness_plugin.answers.prompts import NEW_TOKENS, load_prompts
-from quant_fairness_plugin.artifacts import Undefined, precision_of_bits
+from quant_fairness_plugin.artifacts import Undefined
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.forecast.memory import fitting_weights
 from quant_fairness_plugin.forecast.passes import Range, Text, fitting_groups
@@ -131,7 +131,7 @@ class Run:
         Args:
             sentences: of each language, whose gradients are taken.
         """
-        kinds = len({*self.config.menu, precision_of_bits(self.config.bits)} - {"fp16"})
+        kinds = len({*self.config.menu, self.config.grid.precision} - {"fp16"})
         share = self._share(sentences)
         weights = fitting_weights(self.outline, fitting_groups(self.outline, self.config.grid))
         found = self._passed(self.search, 1.0, passes=1, states=1)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
-from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, Unit, bits_of_precision, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Precision, ProtectionPlan, Unit, bits_of_precision
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.gguf import BLOCK
 from quant_fairness_plugin.quantize.grid_rules import column_bytes, group_count, has_columns, misfit, unit_grid
+from quant_fairness_plugin.quantize.schemes import DIVISOR_BYTES, find_scheme
 from quant_fairness_plugin.quantize.selection import Modules, Selection, select_modules
 
-SCALE_BYTES = 2  # scales are stored in the model's 16-bit type
+SCALE_BYTES = 2  # scales of integers are stored in the model's 16-bit type
 WIDER: tuple[Precision, ...] = ("int3", "int4", "int5", "int8")
 """More bits for everything: what the bytes of a protected layer could buy instead, where the grid has fewer."""
 NO_OVERRIDES: Mapping[str, Precision] = MappingProxyType({})
@@ -45,7 +46,10 @@ def quantized_bytes(shapes: Sequence[Shape], grid: Grid) -> int:
 
 
 def _packed_bytes(rows: int, cols: int, grid: Grid) -> int:
-    groups = group_count(grid, cols)
+    groups, scheme = group_count(grid, cols), find_scheme(grid)
+    if scheme is not None:
+        divisor = DIVISOR_BYTES if scheme.divided else 0
+        return rows * cols * grid.bits // 8 + rows * groups * scheme.scale_bytes + divisor
     zero_points = 0 if grid.symmetric else rows * groups * grid.bits // 8
     return rows * cols * grid.bits // 8 + rows * groups * SCALE_BYTES + zero_points
 
@@ -61,8 +65,8 @@ def count_bytes(
         precisions: what else to count, beside `fp16`, the grid and `int8`.
         eight_bit_tables: embedding and head are stored as llama.cpp's Q8_0, where its blocks divide their columns.
     """
-    grids = {"quantized": grid, "int8": replace(grid, bits=8)}
-    grids |= {kind: replace(grid, bits=bits_of_precision(kind)) for kind in precisions if kind != "fp16"}
+    grids = {"quantized": grid, "int8": grid.at("int8")}
+    grids |= {kind: grid.at(kind) for kind in precisions if kind != "fp16"}
     costs: dict[str, Callable[[Sequence[Shape]], int]] = {"fp16": dense_bytes}
     costs |= {kind: partial(quantized_bytes, grid=of_kind) for kind, of_kind in grids.items()}
     # A layer without a unit of this name has no bytes in its row.
@@ -274,7 +278,7 @@ class Costs:
 
 def layer_costs(loaded: Modules, grid: Grid) -> Costs:
     """Return the bytes of every whole layer on the grid, with more bits, and in 16 bit."""
-    quantized = precision_of_bits(grid.bits)
+    quantized = grid.precision
     wider = tuple(kind for kind in WIDER if bits_of_precision(kind) > grid.bits)
     sizes, other = count_bytes(loaded, grid, wider)
     rows = {quantized: sizes["quantized"]} | {kind: sizes[kind] for kind in (*wider, "fp16")}

@@ -19,7 +19,8 @@ from torch import Tensor
 from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.errors import ConfigError, UnsolvableError
 from quant_fairness_plugin.model.devices import wide_dtype
-from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit_grid, to_integers
+from quant_fairness_plugin.quantize.codes import codes_of
+from quant_fairness_plugin.quantize.grid import Fitted, QuantizedTensor, fit
 from quant_fairness_plugin.quantize.moments import GroupMoments, check_finite, working_dtype
 from quant_fairness_plugin.quantize.refinement import refine
 
@@ -71,19 +72,27 @@ def solve_gptq(
         UnsolvableError: the Hessian holds NaN or infinity, or no damping makes it positive definite.
     """
     _check(weight, hessian, damp=damp, block=block)
+    fitted = fit(weight.float().contiguous(), grid, scale_dtype=scale_dtype, inputs=inputs)
+    return solve_on_grid(weight, hessian, fitted, damp=damp, block=block, act_order=act_order)
+
+
+def solve_on_grid(
+    weight: Tensor, hessian: Tensor, fitted: Fitted, *, damp: float, block: int = 128, act_order: bool = True
+) -> GptqResult:
+    """Quantize a weight on a grid that is laid on it already; arguments and errors as of `solve_gptq`."""
+    _check(weight, hessian, damp=damp, block=block)
     work = weight.to(working_dtype(weight.device, weight.shape[1]), copy=True)
-    scales, zeros = fit_grid(weight.float().contiguous(), grid, scale_dtype=scale_dtype, inputs=inputs)
     live = _without_dead(hessian, work.dtype)
     columns = torch.arange(work.shape[1], device=work.device)
     order = torch.argsort(live.diagonal(), descending=True, stable=True) if act_order else columns
     live = live.index_select(0, order).index_select(1, order)
     factor, damp_used = _inverse_factor(live, damp)
     del live
-    group = order // (work.shape[1] // scales.shape[1])
-    solved = _solve(work[:, order], factor, scales, zeros, group.tolist(), bits=grid.bits, block=block)
+    group = order // (work.shape[1] // fitted.scales.shape[1])
+    solved = _solve(work[:, order], factor, fitted, group.tolist(), block=block)
     integers = torch.empty_like(solved)
     integers[:, order] = solved
-    tensor = QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
+    tensor = fitted.coded(integers)
     return GptqResult(tensor, output_loss(weight, tensor.dequantize(), hessian), damp_used)
 
 
@@ -164,23 +173,22 @@ def _inverse_factor(hessian: Tensor, damp: float) -> tuple[Tensor, float]:
     )
 
 
-def _solve(
-    work: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, groups: list[int], *, bits: int, block: int
-) -> Tensor:
-    """Integers `[rows, cols]` in the order of the columns of `work`."""
+def _solve(work: Tensor, factor: Tensor, fitted: Fitted, groups: list[int], *, block: int) -> Tensor:
+    """Codes `[rows, cols]` in the order of the columns of `work`."""
     # Columns are rows here, so that what one of them is computed from lies together.
-    rest, scales, zeros = work.T.contiguous(), scales.T.contiguous(), zeros.T.contiguous()
+    rest, steps, zeros = work.T.contiguous(), fitted.steps.T.to(work.dtype).contiguous(), fitted.zeros.T.contiguous()
+    codes = codes_of(fitted.grid)
     integers = torch.empty(rest.shape, dtype=torch.uint8, device=work.device)
     for start in range(0, len(rest), block):
         stop = min(start + block, len(rest))
         part, errors = rest[start:stop], torch.empty_like(rest[start:stop])
         for i in range(stop - start):
             group, pivot = groups[start + i], factor[start + i, start + i : stop]
-            scale, zero = scales[group], zeros[group]
-            levels = to_integers(part[i], scale, zero, bits=bits)
-            value = (levels.to(work.dtype) - zero) * scale.to(work.dtype)
+            step, zero = steps[group], zeros[group]
+            nearest = codes.nearest(part[i] / step, zero)
+            value = codes.numbers(nearest, zero, work.dtype) * step
             errors[i] = (part[i] - value) / pivot[0]
             part[i:].addr_(pivot, errors[i], alpha=-1)
-            integers[start + i] = levels
+            integers[start + i] = nearest
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return integers.T.contiguous()

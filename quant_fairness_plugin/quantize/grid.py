@@ -1,11 +1,12 @@
-"""Integer grids on tensors: fit scales and zero points, round to them, and read the weights back.
+"""Grids on tensors: fit scales and zero points, round to them, and read the weights back.
 
 Takes weights `[rows, cols]` = `[output channels, input channels]`; returns a `QuantizedTensor`.
-Integers are always rounded against the scale as it will be stored (16 bit), so what is measured is what is written.
+Codes are always rounded against the scale as it will be stored (16 or 8 bit), so what is measured is what is written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,29 +27,102 @@ from quant_fairness_plugin.quantize.clipping.rules import (
     shrink,
     squared_error,
 )
+from quant_fairness_plugin.quantize.codes import Integers, codes_of
+from quant_fairness_plugin.quantize.floats import divisor_of, fit_floats
 from quant_fairness_plugin.quantize.grid_rules import check_grid, group_count
 from quant_fairness_plugin.quantize.moments import GroupMoments
+from quant_fairness_plugin.quantize.schemes import find_scheme
 
-__all__ = ["SMALLEST_SCALE", "QuantizedTensor", "fit_grid", "quantize_rtn", "to_integers"]
+__all__ = [
+    "SMALLEST_SCALE", "Fitted", "QuantizedTensor", "fit", "fit_grid", "quantize_rtn", "shared_largest", "to_integers",
+]  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class QuantizedTensor:
-    """A weight as integers on a grid; value = (integer - zero) * scale."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitted:
+    """A grid laid on a weight, before any of its values is rounded."""
+
+    scales: Tensor
+    """`[rows, groups]` in the dtype in which they are stored: 16-bit float; of some float schemes a float of 8 bits."""
+    zeros: Tensor
+    """uint8 `[rows, groups]`, the codes of 0: of integers 2^(bits-1) everywhere on a symmetric grid, of floats 0."""
+    grid: Grid
+    divisor: Tensor | None = None
+    """What all scales are divided by, float32 `[1]`, where the scheme has that."""
+
+    @property
+    def steps(self) -> Tensor:
+        """What codes are multiplied by, float32 `[rows, groups]`."""
+        scales = self.scales.float()
+        return scales if self.divisor is None else scales / self.divisor
+
+    def coded(self, codes: Tensor) -> QuantizedTensor:
+        """Return the weight of codes `[rows, cols]` on this grid."""
+        return QuantizedTensor(
+            integers=codes, scales=self.scales, zeros=self.zeros, grid=self.grid, divisor=self.divisor
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedTensor(Fitted):
+    """A weight as codes on a grid; value = number of the code * step, of an integer (integer - zero) * scale."""
 
     integers: Tensor
-    """uint8 `[rows, cols]`, 0 … 2^bits - 1."""
-    scales: Tensor
-    """16-bit float (the dtype in which they are stored) `[rows, groups]`."""
-    zeros: Tensor
-    """uint8 `[rows, groups]`; 2^(bits-1) everywhere on a symmetric grid."""
-    grid: Grid
+    """The codes, uint8 `[rows, cols]`, 0 … 2^bits - 1."""
 
     def dequantize(self) -> Tensor:
-        """The weight that the integers stand for, float32 `[rows, cols]`, computed from the stored scales."""
+        """The weight that the codes stand for, float32 `[rows, cols]`, computed from the stored scales."""
         rows, cols = self.integers.shape
-        levels = self.integers.view(rows, self.scales.shape[1], -1).float()
-        return ((levels - self.zeros.unsqueeze(2)) * self.scales.float().unsqueeze(2)).view(rows, cols)
+        codes = self.integers.view(rows, self.scales.shape[1], -1)
+        numbers = codes_of(self.grid).numbers(codes, self.zeros.unsqueeze(2))
+        return (numbers * self.steps.unsqueeze(2)).view(rows, cols)
+
+
+def shared_largest(weights: Iterable[Tensor], grid: Grid) -> float | None:
+    """Return the largest magnitude of a fusion group; None where its modules share nothing.
+
+    Servers merge them into one matrix, which has one divisor of its scales.
+    """
+    scheme = find_scheme(grid)
+    return max(float(weight.abs().max()) for weight in weights) if scheme is not None and scheme.divided else None
+
+
+def fit(
+    weight: Tensor,
+    grid: Grid,
+    *,
+    scale_dtype: torch.dtype,
+    inputs: GroupMoments | None = None,
+    largest: float | None = None,
+) -> Fitted:
+    """Return the grid of any scheme laid on a weight.
+
+    Args:
+        weight: float `[rows, cols]`, not changed.
+        grid: the grid.
+        scale_dtype: dtype in which scales will be stored, where the scheme leaves that open.
+        inputs: what clip `minimax` needs, and no other rule uses.
+        largest: of `shared_largest`; None where the weight stands alone.
+
+    Raises:
+        ConfigError: as `fit_grid`.
+        ArtifactError: as `fit_grid`.
+        UnsupportedModelError: as `fit_grid`.
+    """
+    scheme = find_scheme(grid)
+    if scheme is None:
+        scales, zeros = fit_grid(weight, grid, scale_dtype=scale_dtype, inputs=inputs)
+        return Fitted(scales=scales, zeros=zeros, grid=grid)
+    check_grid(grid)
+    rows, cols = weight.shape
+    values = weight.view(rows, group_count(grid, cols), -1)
+    _check_finite(values)
+    divisor = None
+    if scheme.divided:
+        divisor = divisor_of(float(weight.abs().max()) if largest is None else largest, scheme).to(weight.device)
+    scales = fit_floats(values, grid, divisor=divisor, scale_dtype=scale_dtype)
+    zeros = torch.zeros(scales.shape, dtype=torch.uint8, device=weight.device)
+    return Fitted(scales=scales, zeros=zeros, grid=grid, divisor=divisor)
 
 
 def fit_grid(
@@ -81,10 +155,7 @@ def fit_grid(
     check_grid(grid)
     rows, cols = weight.shape
     groups = group_ranges(weight.view(rows, group_count(grid, cols), -1), symmetric=grid.symmetric)
-    if not torch.isfinite(groups.high - groups.low).all():
-        raise ArtifactError(
-            "the weight holds NaN or infinity; only finite weights can be quantized. Check the model file"
-        )
+    _check_finite(groups.high - groups.low)
     scales, zeros = fit_range(groups.low, groups.high, grid, scale_dtype)
     if not torch.isfinite(scales).all():
         largest = float(torch.maximum(groups.high, -groups.low).max())
@@ -104,17 +175,19 @@ def to_integers(weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int) -> 
         zeros: zero points.
         bits: bits of the grid.
     """
-    levels = torch.round(weight / scales.to(weight.dtype)) + zeros
-    return levels.clamp_(0, 2**bits - 1).to(torch.uint8)
+    return Integers(bits).nearest(weight / scales.to(weight.dtype), zeros)
 
 
-def quantize_rtn(weight: Tensor, grid: Grid, *, scale_dtype: torch.dtype) -> QuantizedTensor:
+def quantize_rtn(
+    weight: Tensor, grid: Grid, *, scale_dtype: torch.dtype, largest: float | None = None
+) -> QuantizedTensor:
     """Round a weight to the nearest grid points (no calibration).
 
     Args:
         weight: float `[rows, cols]`, not changed.
         grid: the grid.
         scale_dtype: dtype in which scales will be stored.
+        largest: as for `fit`.
 
     Raises:
         ConfigError: the grid is not a grid, or its group does not divide the columns.
@@ -122,10 +195,17 @@ def quantize_rtn(weight: Tensor, grid: Grid, *, scale_dtype: torch.dtype) -> Qua
         UnsupportedModelError: a scale is too large for `scale_dtype`.
     """
     weight = weight.float().contiguous()
-    scales, zeros = fit_grid(weight, grid, scale_dtype=scale_dtype)
-    grouped = weight.view(*scales.shape, -1)
-    integers = to_integers(grouped, scales.unsqueeze(2), zeros.unsqueeze(2), bits=grid.bits)
-    return QuantizedTensor(integers=integers.view(weight.shape), scales=scales, zeros=zeros, grid=grid)
+    fitted = fit(weight, grid, scale_dtype=scale_dtype, largest=largest)
+    grouped = weight.view(*fitted.scales.shape, -1)
+    codes = codes_of(grid).nearest(grouped / fitted.steps.unsqueeze(2), fitted.zeros.unsqueeze(2))
+    return fitted.coded(codes.view(weight.shape))
+
+
+def _check_finite(values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        raise ArtifactError(
+            "the weight holds NaN or infinity; only finite weights can be quantized. Check the model file"
+        )
 
 
 def _clipped(groups: Groups, grid: Grid, full: Fit, inputs: GroupMoments | None) -> Fit:

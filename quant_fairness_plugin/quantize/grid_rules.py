@@ -1,4 +1,4 @@
-"""Which integer grids exist and which weights they fit: what can be checked before torch is loaded."""
+"""Which grids exist and which weights they fit: what can be checked before torch is loaded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import get_args
 
 from quant_fairness_plugin.artifacts import Clip, Grid
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.quantize.schemes import FLOAT_CLIPS, find_scheme
 
 BITS = tuple(range(2, 9))
 """Widths of an integer."""
@@ -28,8 +29,16 @@ def check_grid(grid: Grid) -> None:
 
     Raises:
         ConfigError: bits are not a whole number from 2 to 8, the group size is not 32, 64, 128 or -1, or the clipping
-            rule is unknown.
+            rule is unknown; or another grid of a float scheme than its own.
     """
+    if (scheme := find_scheme(grid)) is not None:
+        if grid.clip not in FLOAT_CLIPS or grid != scheme.grid(grid.clip):
+            raise ConfigError(
+                f"scheme {grid.scheme!r} with bits {grid.bits}, group size {grid.group_size}, symmetric "
+                f"{grid.symmetric} and clip {grid.clip!r} does not exist; accepted are {scheme.bits} bits, group size "
+                f"{scheme.group_size}, a symmetric grid and clip {' or '.join(FLOAT_CLIPS)}. Leave these out"
+            )
+        return
     check_bits(grid.bits)
     check_group_size(grid.group_size)
     if not isinstance(grid.symmetric, bool):
@@ -66,10 +75,10 @@ def unit_grid(grid: Grid, columns: Iterable[int]) -> Grid:
     Where none divides the input channels the size is the smallest, which `misfit` then gives as the reason.
 
     Args:
-        grid: a checked grid; one scale for all of a row (-1) stays so.
+        grid: a checked grid; one scale for all of a row (-1) stays so, and the group size of a float scheme.
         columns: input channels of each of its modules.
     """
-    if grid.group_size == -1:
+    if grid.group_size == -1 or find_scheme(grid) is not None:
         return grid
     counts = tuple(columns)
     sizes = [size for size in AUTO_GROUP_SIZES if size <= grid.group_size]

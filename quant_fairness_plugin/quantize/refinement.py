@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from quant_fairness_plugin.quantize.codes import codes_of
 from quant_fairness_plugin.quantize.grid import SMALLEST_SCALE, QuantizedTensor
 
 SWEEPS = 2
@@ -29,6 +30,7 @@ def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, damp: fl
     """Return integers and scales with a smaller output error, on the same grid.
 
     Scales that were chosen for the worst language (clip `minimax`) stay: least squares would choose for all together.
+    So do scales of 8 bits, which have no values between theirs to choose.
 
     Args:
         tensor: where to start from.
@@ -42,7 +44,7 @@ def refine(tensor: QuantizedTensor, target: Tensor, hessian: Tensor, *, damp: fl
     curvature.diagonal().add_(damp * hessian.diagonal().mean())
     wanted = target.to(curvature.dtype) @ curvature
     for _ in range(rounds):
-        if tensor.grid.clip != "minimax":
+        if tensor.grid.clip != "minimax" and tensor.scales.dtype in SMALLEST_SCALE:
             tensor = best_scales(tensor, wanted, curvature)
         tensor = best_integers(tensor, wanted, curvature)
     return tensor
@@ -71,7 +73,8 @@ def _some_rows(tensor: QuantizedTensor, rows: slice) -> QuantizedTensor:
 
 def _best_scales(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) -> Tensor:
     rows, groups = tensor.scales.shape
-    levels = (tensor.integers.to(wanted.dtype).view(rows, groups, -1)).sub_(tensor.zeros.unsqueeze(2))
+    codes = tensor.integers.view(rows, groups, -1)
+    levels = codes_of(tensor.grid).numbers(codes, tensor.zeros.unsqueeze(2), wanted.dtype)
     system, size = levels.new_empty(rows, groups, groups), levels.shape[2]
     for group in range(groups):
         reach = levels[:, group] @ curvature[group * size : (group + 1) * size]
@@ -103,11 +106,11 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
     """
     size = wanted.shape[1] // tensor.scales.shape[1]
     # Columns are rows here, so that what one of them is computed from lies together.
-    scales, zeros, integers = (
-        part.to(wanted.dtype).T.contiguous() for part in (tensor.scales, tensor.zeros, tensor.integers)
-    )
-    scales, zeros = scales.repeat_interleave(size, dim=0), zeros.repeat_interleave(size, dim=0)
-    values, diagonal, top = (integers - zeros) * scales, curvature.diagonal().tolist(), 2**tensor.grid.bits - 1
+    # Integers are copied even where they lie like that already, because they are changed in place.
+    steps, zeros, integers = (part.T.contiguous() for part in (tensor.steps, tensor.zeros, tensor.integers.clone()))
+    steps, zeros = steps.to(wanted.dtype).repeat_interleave(size, dim=0), zeros.repeat_interleave(size, dim=0)
+    codes, diagonal = codes_of(tensor.grid), curvature.diagonal().tolist()
+    values = codes.numbers(integers, zeros, wanted.dtype) * steps
     slope = curvature @ values - wanted.T
     for _ in range(SWEEPS):
         moved = False
@@ -115,9 +118,10 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
             part = slice(start, min(start + BLOCK, len(values)))
             moves, near, square = torch.zeros_like(values[part]), slope[part].clone(), curvature[part, part]
             for i, k in enumerate(range(part.start, part.stop)):
-                best = (values[k] - near[i] / diagonal[k]).div_(scales[k]).add_(zeros[k])
-                integers[k] = best.round_().clamp_(0, top)
-                moves[i] = (integers[k] - zeros[k]).mul_(scales[k]).sub_(values[k])
+                # Of all numbers the nearest to the lowest point of a parabola is the best, however they are spaced.
+                best = (values[k] - near[i] / diagonal[k]).div_(steps[k])
+                integers[k] = codes.nearest(best, zeros[k])
+                moves[i] = codes.numbers(integers[k], zeros[k], wanted.dtype).mul_(steps[k]).sub_(values[k])
                 near[i:].addr_(square[i, i:], moves[i])
             if moves.any():
                 moved = True
@@ -125,4 +129,4 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
                 slope.addmm_(curvature[:, part], moves)
         if not moved:
             break
-    return replace(tensor, integers=integers.T.contiguous().to(torch.uint8))
+    return replace(tensor, integers=integers.T.contiguous())

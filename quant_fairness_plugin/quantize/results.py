@@ -29,6 +29,8 @@ from quant_fairness_plugin.quantize.solving import Solved
 V = TypeVar("V")
 _FACTS = "layer"
 _TENSORS, _FOLDED, _COLUMNS = "tensors", "folded", "columns"
+_PARTS = ("integers", "scales", "zeros", "divisor")
+"""Fields of a `QuantizedTensor`."""
 _logger = logging.getLogger(__name__)
 
 
@@ -183,8 +185,8 @@ def _flattened(solved: Solved) -> dict[str, Tensor]:
     """Return every tensor of a layer under a name of its own."""
     flat = {f"{_FOLDED}/{name}": value for name, value in solved.folded.items()}
     for name, tensor in solved.tensors.items():
-        parts = {"integers": tensor.integers, "scales": tensor.scales, "zeros": tensor.zeros}
-        flat |= {f"{_TENSORS}/{name}/{part}": value for part, value in parts.items()}
+        parts = {part: getattr(tensor, part) for part in _PARTS}
+        flat |= {f"{_TENSORS}/{name}/{part}": value for part, value in parts.items() if value is not None}
     for name, kept in solved.columns.items():
         flat |= {f"{_COLUMNS}/{name}/index": kept.index, f"{_COLUMNS}/{name}/delta": kept.delta}
     # Copies, because safetensors refuses tensors that share memory (modules of a group share the kept channels).
@@ -192,10 +194,9 @@ def _flattened(solved: Solved) -> dict[str, Tensor]:
 
 
 def _tensor(places: Mapping[str, Place], name: str, grid: Grid) -> QuantizedTensor:
-    integers, scales, zeros = (
-        read_tensor(places[f"{_TENSORS}/{name}/{part}"]) for part in ("integers", "scales", "zeros")
-    )
-    return QuantizedTensor(integers=integers, scales=scales, zeros=zeros, grid=grid)
+    stored = {part: f"{_TENSORS}/{name}/{part}" for part in _PARTS}
+    parts = {part: read_tensor(places[full]) for part, full in stored.items() if full in places}
+    return QuantizedTensor(grid=grid, **parts)
 
 
 def _kept(places: Mapping[str, Place], name: str) -> KeptColumns:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from quant_fairness_plugin.artifacts import Grid, Precision, Unit, bits_of_precision
+from quant_fairness_plugin.artifacts import Grid, Precision, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.families import Family
 from quant_fairness_plugin.model.layers import check_layers
@@ -154,11 +154,7 @@ def _group_grids(loaded: Modules, layer: Unit, grid: Grid, precisions: Mapping[U
     """Return the grids of a layer's fusion groups; those in 16 bit by the plan are left out."""
     groups = loaded.family.units_of(layer.layer)
     kinds = {group.name: precisions.get(layer.part(group.name), precisions.get(layer)) for group in groups}
-    return {
-        name: grid if kind is None else replace(grid, bits=bits_of_precision(kind))
-        for name, kind in kinds.items()
-        if kind != "fp16"
-    }
+    return {name: grid if kind is None else grid.at(kind) for name, kind in kinds.items() if kind != "fp16"}
 
 
 def _parse_overrides(loaded: Modules, overrides: Mapping[str, Precision]) -> dict[Unit, Precision]:

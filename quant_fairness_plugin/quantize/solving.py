@@ -23,8 +23,8 @@ from quant_fairness_plugin.quantize.awq import solve_awq
 from quant_fairness_plugin.quantize.columns import KeptColumns, Target, choose_columns, decoupled
 from quant_fairness_plugin.quantize.compensation import compensated
 from quant_fairness_plugin.quantize.folding import fold_source, model_folds, multiply_others
-from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, refine_result, solve_gptq
-from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
+from quant_fairness_plugin.quantize.gptq import GptqResult, output_loss, refine_result, solve_on_grid
+from quant_fairness_plugin.quantize.grid import QuantizedTensor, fit, quantize_rtn, shared_largest
 from quant_fairness_plugin.quantize.grid_rules import has_columns
 from quant_fairness_plugin.quantize.moments import MomentWatch
 
@@ -71,6 +71,11 @@ class Problem:
         return self.loaded.storage_dtype
 
     @property
+    def largest(self) -> float | None:
+        """The largest magnitude in any of the weights, where these share what divides their scales."""
+        return shared_largest(self.weights.values(), next(iter(self.grids.values())))
+
+    @property
     def inputs(self) -> Inputs:
         """What calibration says, for methods that need it."""
         assert self.measured is not None, "`quantize_model` calibrates for every method that needs it"
@@ -108,9 +113,12 @@ def dense_values(tensor: QuantizedTensor, columns: KeptColumns | None) -> Tensor
 
 def solve_rtn_unit(problem: Problem, solved: Solved) -> None:
     """Round the modules of a fusion group to nearest."""
+    largest = problem.largest
     for name, weight in problem.weights.items():
         with error_prefix(name):
-            solved.tensors[name] = quantize_rtn(weight, problem.grids[name], scale_dtype=problem.scale_dtype)
+            solved.tensors[name] = quantize_rtn(
+                weight, problem.grids[name], scale_dtype=problem.scale_dtype, largest=largest
+            )
 
 
 def shrink(hessians: Mapping[str, Tensor], share: float) -> None:
@@ -164,18 +172,18 @@ def _gptq(
     problem: Problem, hessians: Mapping[str, Tensor], *, damp: float, act_order: bool, refinements: int
 ) -> dict[str, GptqResult]:
     results: dict[str, GptqResult] = {}
+    largest = problem.largest
     for name, hessian in hessians.items():
         with error_prefix(name):
             weight = problem.weights[name].float()
-            once = solve_gptq(
-                weight,
-                hessian,
+            fitted = fit(
+                weight.contiguous(),
                 problem.grids[name],
                 scale_dtype=problem.scale_dtype,
-                damp=damp,
-                act_order=act_order,
                 inputs=problem.inputs.groups.inputs(name),
+                largest=largest,
             )
+            once = solve_on_grid(weight, hessian, fitted, damp=damp, act_order=act_order)
             results[name] = refine_result(once, weight, hessian, damp=once.damp_used, rounds=refinements)
     return results
 

@@ -14,7 +14,6 @@ from quant_fairness_plugin.artifacts import (
     SweepRow,
     Unit,
     bits_of_precision,
-    precision_of_bits,
 )
 from quant_fairness_plugin.errors import QualityGateError
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE, plan_name
@@ -187,7 +186,7 @@ def _remarks(report: SweepReport, choice: Choice, ranking: Ranking) -> tuple[str
     """How stable the ranking behind a choice is, and what of the choice no checkpoint holds."""
     if not choice:
         return ()
-    quantized = precision_of_bits(report.grid.bits)
+    quantized = report.grid.precision
     simulated = sorted({kind for kind in choice.values() if kind not in (*IN_CHECKPOINTS, quantized)})
     stability = f"{'' if ranking.stable else 'unstable ranking: '}{ranking.reason}"
     if not simulated:
@@ -304,7 +303,7 @@ def options_of(report: SweepReport, overrides: Choice) -> Options:
         report: the sweep.
         overrides: what the user gave; these units are no choice, and are paid for.
     """
-    quantized = precision_of_bits(report.grid.bits)
+    quantized = report.grid.precision
     mode: Mode = "protect-one" if "protect-one" in report.modes else "quantize-one"
     states = {unit: _states(report, unit, mode, quantized) for unit in candidates(report, report.units, overrides)}
     languages = [name for name, status in report.languages.items() if status == "supported"]

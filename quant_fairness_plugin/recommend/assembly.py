@@ -14,7 +14,6 @@ from quant_fairness_plugin.artifacts import (
     SweepRow,
     Unit,
     bits_of_precision,
-    precision_of_bits,
 )
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_bytes, layers_and_overrides, plan_bytes
 
@@ -78,7 +77,7 @@ def plan_of(report: Priced, choice: Choice, *, source: str, reasons: tuple[str, 
 def bytes_of(report: Priced, choice: Choice) -> int:
     """Return the bytes of the whole checkpoint's tensors under a choice; with an empty one all is quantized."""
     keep, others = layers_and_overrides(choice)
-    quantized = precision_of_bits(report.grid.bits)
+    quantized = report.grid.precision
     return plan_bytes(report.layer_bytes, report.other_bytes, keep, others, quantized=quantized)
 
 
@@ -119,7 +118,7 @@ def _assemble(
     other_bytes: int,
 ) -> ProtectionPlan:
     keep, others = layers_and_overrides(choice)
-    quantized = precision_of_bits(grid.bits)
+    quantized = grid.precision
     floor = plan_bytes(layer_bytes, other_bytes, ())
     extra = plan_bytes(layer_bytes, other_bytes, keep, others, quantized=quantized) - floor
     whole: dict[str, Precision] = {

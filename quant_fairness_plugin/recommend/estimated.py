@@ -22,7 +22,6 @@ from quant_fairness_plugin.artifacts import (
     Unit,
     UnitScores,
     bits_of_precision,
-    precision_of_bits,
 )
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS, Resamples
@@ -222,7 +221,7 @@ class Planner:
     def _options(self, weights: Array | None = None) -> Options:
         """What to choose from, with the sentences weighted."""
         weights = np.ones(self._sentences) if weights is None else weights
-        quantized, given = precision_of_bits(self.scores.grid.bits), self.demand.overrides
+        quantized, given = self.scores.grid.precision, self.demand.overrides
         kinds = {unit: self._kinds(unit) for unit in self._free}
         floor = bytes_of(self.scores, given)
         bytes_ = {
@@ -245,7 +244,7 @@ class Planner:
         layer = Unit.parse(unit)
         members = [name for name in self.scores.units if name == unit or Unit.parse(name).whole == layer]
         refused = {kind for name in members for kind in self.demand.refused.get(name, ())}
-        kinds = dict.fromkeys((precision_of_bits(self.scores.grid.bits), *self.demand.menu))
+        kinds = dict.fromkeys((self.scores.grid.precision, *self.demand.menu))
         return tuple(kind for kind in kinds if kind not in refused)
 
     def _best(self) -> dict[str, Precision]:
@@ -276,7 +275,7 @@ class Planner:
         return set(self._free) <= {unit for unit, kind in choice.items() if kind == "fp16"}
 
     def _worst_on_grid(self, unit: str) -> float:
-        return max(self._kl(unit, precision_of_bits(self.scores.grid.bits), np.ones(self._sentences)).values())
+        return max(self._kl(unit, self.scores.grid.precision, np.ones(self._sentences)).values())
 
     def _other(self, weights: Array) -> dict[str, Precision] | None:
         """The best choice by weighted sentences; None where there is none."""
@@ -298,7 +297,7 @@ class Planner:
         )
 
     def _choice(self, allocation: Allocation) -> dict[str, Precision]:
-        quantized = precision_of_bits(self.scores.grid.bits)
+        quantized = self.scores.grid.precision
         raised = {unit: allocation.units[unit] for unit in self._free if allocation.units[unit] != quantized}
         return {**self.demand.overrides, **raised}
 
@@ -318,7 +317,7 @@ def describe_choice(choice: Choice, grid: Grid, free: Sequence[str]) -> str:
         free: all units that there were to choose for.
     """
     size = "a scale a row" if grid.group_size == -1 else f"g{grid.group_size}"
-    rest = f"INT{grid.bits} {size}"
+    rest = f"{grid.precision.upper()} {size}"
     kinds = sorted(set(choice.values()), key=bits_of_precision)
     if not kinds:
         return f"everything {rest}"

@@ -59,6 +59,11 @@ def plan_for_tool(tool: Tool, plan: ProtectionPlan, files: ModelFiles, *, trust_
     model = empty_model(files, trust_remote_code=trust_remote_code)
     outline = outline_model(files, trust_remote_code=trust_remote_code)
     family = outline.family
+    if plan.grid.scheme != "int":
+        raise UnsupportedModelError(
+            f"--as {tool}: the plan is of {plan.grid}, and configurations are written for integers; make the plan with "
+            "--scheme int, or quantize here: quant-fairness quantize --plan"
+        )
     selection = select_modules(outline, plan.grid, protected=plan.protected_layers, overrides=plan.overrides)
     rest = [name for name, module in model.named_modules() if is_linear(module) and name not in selection.grids]
     match tool:

@@ -118,5 +118,5 @@ def plan_words(plan: ProtectionPlan) -> str:
     else:
         parts += [others] if others else []
     parts += [f"{100 * plan.protect_columns:.3g} % of all input channels in 16 bit"] if plan.protect_columns else []
-    rest = f"{plan.grid.bits} bit"
+    rest = plan.grid.numbers
     return f"{'; '.join(parts)}; all else in {rest}" if parts else f"all layers in {rest}, nothing protected"

@@ -46,7 +46,7 @@ def configurations(record: ExportRecord, before: Measurement | None = None) -> l
     if unprotected is not None:
         # A twin holds every value in 16 bit, whatever is protected.
         smaller = size if record.format == "fp16-twin" else size - record.plan.extra_bytes
-        rows.insert(0, _row(f"INT{record.plan.grid.bits} without protection", smaller, whole, unprotected))
+        rows.insert(0, _row(f"{record.plan.grid.precision.upper()} without protection", smaller, whole, unprotected))
     return [same, *(replace(row, use=_use(row, rows)) for row in rows)]
 
 

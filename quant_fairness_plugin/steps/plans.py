@@ -156,4 +156,5 @@ def check_exportable_plan(
         reader=config.reader,
         overrides=overrides,
         group_sizes=group_sizes(loaded, config.grid, protected=protected).values(),
+        dtype=str(loaded.storage_dtype).removeprefix("torch."),
     )

@@ -10,15 +10,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Precision, Unit, bits_of_precision
+from quant_fairness_plugin.artifacts import Grid, Precision, Unit
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.streamed import StreamedModel
 from quant_fairness_plugin.plans.tree import Variant
 from quant_fairness_plugin.plans.units import UnitMap, check_table
-from quant_fairness_plugin.quantize.grid import quantize_rtn
+from quant_fairness_plugin.quantize.grid import quantize_rtn, shared_largest
 from quant_fairness_plugin.quantize.grid_rules import misfit, unit_grid
+from quant_fairness_plugin.quantize.schemes import find_scheme
 
 
 class Bank(Protocol):
@@ -66,7 +67,8 @@ class RtnBank:
         key = (unit, precision)
         if key not in self._made:
             grid = self._grid_of(unit, precision)
-            rounded = {name: self._round(name, grid) for name in self._units.parameters[unit]}
+            largest = shared_largest(map(self._matrix, self._units.parameters[unit]), grid)
+            rounded = {name: self._round(name, grid, largest) for name in self._units.parameters[unit]}
             made = {name: value for name, value in rounded.items() if value is not None}
             # Servers merge a fusion group into one matrix, which has one precision.
             made = made if len(made) == len(rounded) else {}
@@ -81,7 +83,7 @@ class RtnBank:
         return all(misfit(grid, *self._matrix(name).shape) is None for name in names)
 
     def _grid_of(self, unit: str, precision: Precision) -> Grid:
-        grid = replace(self._grid, bits=bits_of_precision(precision))
+        grid = self._grid.at(precision)
         shapes = [self._matrix(name).shape for name in self._units.parameters[unit]]
         return unit_grid(grid, [shape[1] for shape in shapes if len(shape) == 2])  # a vector has one scale
 
@@ -89,17 +91,23 @@ class RtnBank:
         value = self._loaded.model.get_parameter(name).detach()
         return value.t() if name in self._transposed else value
 
-    def _round(self, name: str, grid: Grid) -> Tensor | None:
+    def _round(self, name: str, grid: Grid, largest: float | None) -> Tensor | None:
         value = self._loaded.model.get_parameter(name).detach()
         transposed = name in self._transposed
         matrix = self._matrix(name) if value.dim() == 2 else value[None]
+        if name not in self._packed and find_scheme(grid) is not None:
+            raise ConfigError(
+                f"{self.description}: {name} is no matrix of a layer, and others are simulated on integers alone; "
+                "leave --also out, or the scheme"
+            )
         if value.dim() != 2:
             grid = replace(grid, group_size=-1)
         elif name not in self._packed:
             check_table(name, matrix.shape, grid, what=self.description)
         elif misfit(grid, *matrix.shape) is not None:
             return None
-        rounded = quantize_rtn(matrix, grid, scale_dtype=self._loaded.storage_dtype).dequantize().to(value)
+        coded = quantize_rtn(matrix, grid, scale_dtype=self._loaded.storage_dtype, largest=largest)
+        rounded = coded.dequantize().to(value)
         return (rounded.t().contiguous() if transposed else rounded).view(value.shape)
 
 

@@ -87,6 +87,11 @@ def _grids(quantization: Mapping[str, Any]) -> Iterator[Grid]:
     if method == "compressed-tensors":
         for group in (quantization.get("config_groups") or {}).values():
             weights = group["weights"]
+            if weights.get("type", "int") != "int":
+                raise UnsupportedModelError(
+                    f"--bank: its weights are {group.get('format')}, and a bank has integers. Leave --bank out: sweep "
+                    "--scheme rounds to floats itself"
+                )
             size = weights.get("group_size") or -1
             yield Grid(
                 bits=int(weights["num_bits"]), group_size=int(size), symmetric=bool(weights.get("symmetric", True))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quant_fairness_plugin.artifacts import Grid, Unit, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Unit
 from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
 from quant_fairness_plugin.checkpoint.dequantize import Checkpoint, open_checkpoint
 from quant_fairness_plugin.checkpoint.folder import (
@@ -64,7 +64,7 @@ def open_bank(loaded: LoadedModel, units: UnitMap, *, folder: Path, grid: Grid) 
         _check_parameter(folder, loaded, name)
     bank = CheckpointBank(
         units,
-        precision=precision_of_bits(checkpoint_grid(folder, read_quantization(folder)[0]).bits),
+        precision=checkpoint_grid(folder, read_quantization(folder)[0]).precision,
         quantized=quantized,
         folded=dict(_folded(folder, loaded, checkpoint)),
         description=_description(folder, checkpoint, units, set(quantized)),

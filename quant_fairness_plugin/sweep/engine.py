@@ -26,7 +26,6 @@ from quant_fairness_plugin.artifacts import (
     TextSet,
     Undefined,
     Unit,
-    precision_of_bits,
 )
 from quant_fairness_plugin.errors import QualityGateError
 from quant_fairness_plugin.measure.damage import measure_damage, objective_values, supported_languages
@@ -118,7 +117,7 @@ def _prepare(
 ) -> _Subject:
     """Return the plans for a model, after all checks that need no text."""
     check_grid(grid)
-    quantized = precision_of_bits(grid.bits)
+    quantized = grid.precision
     check_precisions(config.precisions, config.modes, quantized)
     execution.check(loaded, recipe)
     units = map_units(loaded)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from quant_fairness_plugin.artifacts import Grid, Precision, TextSet, UnitScores, precision_of_bits
+from quant_fairness_plugin.artifacts import Grid, Precision, TextSet, UnitScores
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.model.streamed import budget_of
@@ -52,7 +52,7 @@ def score_units(
         QualityGateError: the 16-bit model supports none of the languages.
         ResourceError: a memory budget that does not hold a block in every precision.
     """
-    quantized = precision_of_bits(grid.bits)
+    quantized = grid.precision
     kinds: tuple[Precision, ...] = (quantized, *(kind for kind in menu if kind not in ("fp16", quantized)))
     changes = Changes.of(loaded, units, bank, kinds)
     check_bank_fits(bank, units, quantized)

@@ -174,7 +174,7 @@ def test_int8_beside_experts_is_written() -> None:
 def test_experts_that_would_be_unpacked_with_other_bits_are_found(tiny_model: Model) -> None:
     quantized = quantize_tiny(tiny_model("qwen3_moe"), protected=(), overrides={"layers.1.o": "int8"})
     loaded, layout = quantized.loaded, checkpoint_format("compressed-tensors")
-    bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()}, quantized.grid)
+    bits = own_widths({name: tensor.grid.bits for name, tensor in quantized.tensors.items()})
     modules = module_map(loaded.model, loaded.family, quantized.tensors, bits=bits)
     config = layout.quantization_config(modules, quantized.grid)
     assert list(layout.scheme_problems(modules, config)) == []

@@ -17,7 +17,7 @@ from quant_fairness_plugin.model.linear import linear_weight, set_linear_weight
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.quantize import solve_blocks, solving
 from quant_fairness_plugin.quantize.calibration import CalibrationSet
-from quant_fairness_plugin.quantize.gptq import refine_result, solve_gptq
+from quant_fairness_plugin.quantize.gptq import refine_result, solve_gptq, solve_on_grid
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from quant_fairness_plugin.quantize.moments import FairMoments
@@ -215,9 +215,9 @@ def test_an_error_midway_leaves_the_model_as_it_was(
                 "the work had not begun"
             )
             raise error("planted")
-        return solve_gptq(*arguments, **named)
+        return solve_on_grid(*arguments, **named)
 
-    monkeypatch.setattr(solving, "solve_gptq", fail_after)
+    monkeypatch.setattr(solving, "solve_on_grid", fail_after)
     with pytest.raises(error, match="planted"):
         quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
     assert_untouched(loaded, before)

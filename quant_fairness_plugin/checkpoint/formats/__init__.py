@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.formats.awq import AwqFormat
+from quant_fairness_plugin.checkpoint.formats.compressed_floats import Fp8Tensors, Mxfp4Tensors, Nvfp4Tensors
 from quant_fairness_plugin.checkpoint.formats.compressed_tensors import CompressedTensorsFormat
 from quant_fairness_plugin.checkpoint.formats.format import Format
 from quant_fairness_plugin.checkpoint.formats.gguf import GgufFormat
@@ -36,6 +38,12 @@ READ_ONLY = _by_name((GptqVersion2(),))
 """What other tools write and only readers meet."""
 
 
+FLOATS: dict[tuple[str, str], Format] = {
+    (form.name, form.scheme.name): form for form in (Fp8Tensors(), Nvfp4Tensors(), Mxfp4Tensors())
+}
+"""Name of a format and scheme → how it stores what is no integer."""
+
+
 def checkpoint_format(name: str) -> Format:
     """Return the format of a given name.
 
@@ -46,6 +54,15 @@ def checkpoint_format(name: str) -> Format:
     if name not in every:
         raise ConfigError(f"unknown format {name!r}; known are {', '.join(every)}. Correct --format.")
     return every[name]
+
+
+def stored_format(name: str, grid: Grid) -> Format:
+    """Return how a format of a given name stores the modules of a grid.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    return FLOATS.get((name, grid.scheme), checkpoint_format(name))
 
 
 def check_folder_format(name: str) -> None:

@@ -108,14 +108,14 @@ class CompressedTensorsFormat(Format):
         for number, other in enumerate(others, start=1):
             names = [name for name, own in grids.items() if own == other]
             names += [modules.renamed[name] for name in names if name in modules.renamed]
-            groups[f"group_{number}"] = _group(names, other)
+            groups[f"group_{number}"] = integer_group(names, other)
         if modules.experts is not None and groups:
             # Transformers gives experts the first group whose pattern names them, else the first without a pattern.
             pattern = re.compile(modules.experts.removeprefix("re:"))
             own = next((own for name, own in grids.items() if pattern.match(name)), grid)
-            groups = {"experts": _group([modules.experts], own)} | groups
+            groups = {"experts": integer_group([modules.experts], own)} | groups
         # Last, because compressed-tensors warns of every name that comes after a class which matched first.
-        groups["group_0"] = _group(["Linear"], grid)
+        groups["group_0"] = integer_group(["Linear"], grid)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
@@ -131,10 +131,11 @@ class CompressedTensorsFormat(Format):
         yield from _wrong_groups(modules, quantization.get("config_groups"))
         if modules.experts is not None:
             yield from _wrong_experts(quantization.get("config_groups"))
-        yield from _wrong_ignore(modules, quantization)
+        yield from wrong_ignore(modules, quantization)
 
 
-def _group(targets: list[str], grid: Grid) -> dict[str, Any]:
+def integer_group(targets: list[str], grid: Grid) -> dict[str, Any]:
+    """Return an entry of `config_groups` for modules of integers."""
     return {
         "targets": targets,
         "format": "pack-quantized",
@@ -165,9 +166,9 @@ def _wrong_groups(modules: ModuleMap, groups: object) -> Iterator[str]:
             f"config_groups holds {1 + len(others)} groups; expected: one for the names of each other scheme, and "
             "after them one for Linear"
         )
-    yield from _wrong_group(last, STORED_BITS)
+    yield from wrong_integer_group(last, STORED_BITS)
     for group in others:
-        yield from _wrong_group(group, WIDE_BITS if _scheme(group)[0] == WIDE_BITS else STORED_BITS)
+        yield from wrong_integer_group(group, WIDE_BITS if _scheme(group)[0] == WIDE_BITS else STORED_BITS)
     for group in others:
         # Another target would match nothing, and no reader would say so.
         known = {"Linear", *modules.quantized, *(modules.renamed.get(name, name) for name in modules.quantized)}
@@ -188,11 +189,11 @@ def _wrong_experts(groups: object) -> Iterator[str]:
     named = [g for g in tables if any(t.startswith("re:") and "experts" in t for t in g.get("targets", ()))]
     plain = [group for group, matches in zip(tables, patterns, strict=True) if not all(matches)]
     for group in [*named, *plain][:1]:
-        yield from _wrong_group(group, STORED_BITS)
+        yield from wrong_integer_group(group, STORED_BITS)
 
 
-def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
-    """Compressed integers, weights only; in order, because servers read no group act-order."""
+def wrong_integer_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
+    """Yield what is wrong in a group of compressed integers: weights only; in order, as servers read no act-order."""
     yield from wrong_fields(group, {"format": "pack-quantized", "input_activations": None, "output_activations": None})
     weights = group.get("weights") or {}
     yield from wrong_fields(weights, {"num_bits": bits, "type": "int", "dynamic": False})
@@ -206,8 +207,8 @@ def _wrong_group(group: Mapping[str, Any], bits: int) -> Iterator[str]:
         yield f"actorder is {order!r}; expected: null or 'static'"
 
 
-def _wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
-    """Every entry is the full name of one linear module, or the pattern of a part that is not text; nothing else."""
+def wrong_ignore(modules: ModuleMap, quantization: Quantization) -> Iterator[str]:
+    """Yield every entry that is not the full name of a linear module or the pattern of a part that is not text."""
     malformed = list(wrong_names(quantization, "ignore"))
     yield from malformed
     if malformed:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from quant_fairness_plugin.artifacts import Grid
+from quant_fairness_plugin.artifacts import Grid, Precision
 from quant_fairness_plugin.checkpoint.refusals import STORED_BITS, TWIN, Refusal, Rule
 from quant_fairness_plugin.errors import UnsupportedModelError
 
@@ -28,10 +28,50 @@ Shape = tuple[int, ...]
 TensorKind = tuple[str | None, Shape]
 """dtype as safetensors writes it (None: the storage dtype of the checkpoint), and shape."""
 
+INTEGERS_BESIDE: Mapping[int, tuple[Precision, ...]] = {4: ("int8",), 8: ()}
+"""Bits of floats → what single modules may be beside them (run: Transformers 5.17 reads it)."""
+FLOATS: tuple[Rule, ...] = (
+    (
+        lambda r: r.floats and r.format != "compressed-tensors",
+        Refusal(
+            "format '{r.format}' has no place for the floats of scheme '{r.grid.scheme}'",
+            "is compressed-tensors",
+            f"--format compressed-tensors, --scheme int, or {TWIN}",
+        ),
+    ),
+    (
+        # Modules of FP8 and of INT8 would have the same bits, by which their tensors are told apart.
+        lambda r: r.floats and bool(set(r.overrides.values()) - {"fp16", r.grid.scheme, *INTEGERS_BESIDE[r.grid.bits]}),
+        Refusal(
+            "layers or units of other widths beside scheme '{r.grid.scheme}' are not written",
+            "are fp16, and int8 beside floats of 4 bits",
+            "--protect-layers or --protect-units",
+        ),
+    ),
+    (
+        # Run with compressed-tensors 0.19, which unpacks FP4 into bfloat16 whatever the model is loaded in.
+        lambda r: r.floats and r.grid.bits == STORED_BITS and r.dtype == "float16",
+        Refusal(
+            "scheme '{r.grid.scheme}' of a model that is stored in float16 is not read: Transformers unpacks it into "
+            "bfloat16 beside layers in float16, and fails",
+            "is a model stored in bfloat16, or scheme fp8",
+            f"a copy of the model in bfloat16, --scheme fp8, or {TWIN}",
+        ),
+    ),
+    (
+        lambda r: r.floats and r.mixture,
+        Refusal(
+            "experts of {r.family} in scheme '{r.grid.scheme}' are not written: no reader was run on such a checkpoint",
+            "is scheme int",
+            f"--scheme int, or {TWIN}",
+        ),
+    ),
+)
 # Refused by every format that packs integers, in this order.
 WIDTHS: tuple[Rule, ...] = (
+    *FLOATS,
     (
-        lambda r: r.grid.bits != STORED_BITS,
+        lambda r: r.grid.bits != STORED_BITS and not r.floats,
         Refusal(
             "checkpoints of {r.grid.bits} bits are not written (other widths are simulation only)",
             "is 4",
@@ -39,7 +79,7 @@ WIDTHS: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda r: bool(r.simulated),
+        lambda r: bool(r.simulated) and not r.floats,
         Refusal(
             "layers of {r.simulated[0]} are not written (simulation only)",
             "are fp16, int8 and int4",

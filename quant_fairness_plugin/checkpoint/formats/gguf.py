@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from quant_fairness_plugin.checkpoint.formats.format import FLOATS
 from quant_fairness_plugin.checkpoint.formats.twin import TwinFormat
 from quant_fairness_plugin.checkpoint.refusals import Refusal
 from quant_fairness_plugin.model.gguf import BLOCK, FORMAT, TYPES
@@ -15,6 +16,7 @@ class GgufFormat(TwinFormat):
     name = FORMAT
     one_file = True
     rules = (
+        *FLOATS,
         (
             lambda r: r.grid.bits not in TYPES,
             Refusal("GGUF files are not written with {r.grid.bits} bits", "are 4, 5 and 8", "--bits 4, 5 or 8"),

@@ -64,6 +64,7 @@ def check_exportable(
     overrides: Mapping[str, Precision] = _NOTHING,
     group_sizes: Collection[int] = (),
     wrapped: bool = False,
+    dtype: str = "",
 ) -> None:
     """Refuse what no loader, or not the wanted one, would read correctly.
 
@@ -71,12 +72,13 @@ def check_exportable(
         family: the model's family map or the family's name, or None while the model is not known (then its rows are
             left out).
         format: one of `FORMATS`.
-        grid: the integer grid of the quantized modules.
+        grid: the grid of the quantized modules.
         reader: the loader that must read the result, one of `READERS`; None: any.
         overrides: layers and units with a precision of their own, as in `ProtectionPlan.overrides`, or as in
             `ProtectionPlan.singled_out` where it is known which layers keep 16 bit.
         group_sizes: those of the quantized modules; none while the model is not known.
         wrapped: whether the text decoder is a part of the model; a family map says so itself.
+        dtype: the 16-bit type that the model is stored in, as torch names it; empty while that is not known.
 
     Raises:
         ConfigError: an unknown format or reader.
@@ -90,6 +92,7 @@ def check_exportable(
         overrides=overrides,
         group_sizes=group_sizes,
         wrapped=wrapped,
+        dtype=dtype,
     )
     if refusal is not None:
         raise UnsupportedModelError(str(refusal))
@@ -104,6 +107,7 @@ def find_refusal(
     overrides: Mapping[str, Precision] = _NOTHING,
     group_sizes: Collection[int] = (),
     wrapped: bool = False,
+    dtype: str = "",
 ) -> Refusal | None:
     """Return why a combination cannot be written and read, or None where it can; as `check_exportable`.
 
@@ -115,6 +119,7 @@ def find_refusal(
         overrides: precisions of single layers and units.
         group_sizes: those of the quantized modules.
         wrapped: as for `check_exportable`.
+        dtype: as for `check_exportable`.
 
     Raises:
         ConfigError: an unknown format or reader.
@@ -137,6 +142,7 @@ def find_refusal(
         scaled_activation="" if scaled is None else scaled.activation,
         group_sizes=frozenset(group_sizes),
         mixture=find_mixture(name or "") is not None,
+        dtype=dtype,
         wrapped=wrapped or (isinstance(family, Family) and family.wrapper is not None),
     )
     return first_refusal(rules, request)

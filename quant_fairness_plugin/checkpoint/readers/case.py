@@ -273,6 +273,13 @@ def scheme_of_target(schemes: Mapping[str, Scheme], name: str) -> Scheme:
     return schemes.get(name if name in schemes else next(patterns, "Linear"), (None, None))
 
 
+def float_bits(quantization: Quantization) -> set[object]:
+    """Return the bits of those weights of `config_groups` that are floats; empty where there are none."""
+    groups = quantization.get("config_groups")
+    tables = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    return {weights.get("num_bits") for weights in tables if weights.get("type") == "float"}
+
+
 RULES_OF_MERGED: tuple[MetadataRule, ...] = (
     ListRule("dynamic", "of merged names", skipped_by_rule, merged=True),
     SchemeRule("dynamic", scheme_by_rule, merged=True),

@@ -276,18 +276,18 @@ def _exact_kernel(folder: Path) -> dict[str, Any]:
     return {"quantization_config": GPTQConfig(bits=4, backend="torch"), "device_map": "cpu"}
 
 
-def _widen(model: PreTrainedModel) -> None:
-    """Make all floating-point parameters and buffers float32, which is exact.
+def _widen(model: nn.Module) -> None:
+    """Make all floating-point parameters and buffers float32, which is exact; those of 8 bits are codes and scales.
 
     Transformers leaves those in 16 bit that it renames while loading a quantized checkpoint (GPT-NeoX's head), and
     gptqmodel its scales and biases.
     """
     for parameter in model.parameters():
-        if parameter.is_floating_point():
+        if parameter.is_floating_point() and parameter.element_size() > 1:
             parameter.data = parameter.data.float()
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_floating_point():
+            if buffer.is_floating_point() and buffer.element_size() > 1:
                 setattr(module, name, buffer.float())
 
 
@@ -332,6 +332,7 @@ def _unpack_when_called(model: Any, blocks: Any) -> None:
     def unpack(part: nn.Module, *_: object) -> None:
         for module in packed.intersection(part.modules()):
             compressor.decompress_model(module)
+            _widen(module)  # FP4 is unpacked into bfloat16, whatever the model is loaded in
             packed.remove(module)
 
     for module in packed.difference(*(block.modules() for block in blocks)):

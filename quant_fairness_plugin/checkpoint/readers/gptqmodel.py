@@ -10,21 +10,25 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     ListRule,
     MetadataRule,
     SchemeRule,
+    float_bits,
     no_wrapped_zeros,
     scheme_by_rule,
     skipped_by_rule,
 )
 from quant_fairness_plugin.checkpoint.readers.reader import Reader
-from quant_fairness_plugin.checkpoint.refusals import TWIN, Refusal
+from quant_fairness_plugin.checkpoint.refusals import STORED_BITS, TWIN, Refusal
 
 DYNAMIC = ListRule("dynamic", "the only list that gptqmodel reads", skipped_by_rule)
 SCHEMES = SchemeRule("dynamic", scheme_by_rule)
+FP4 = "gptqmodel was run in float16, in which Transformers unpacks FP4 into bfloat16 beside it"
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {"gptq": (DYNAMIC, SCHEMES), "awq": (DYNAMIC,)}
 
 
 def problems(case: Case) -> Iterator[str]:
     """Yield what gptqmodel would get wrong in a folder."""
     if case.method == "compressed-tensors":
+        if STORED_BITS in float_bits(case.quantization):
+            yield f"{FP4}, and fails"
         yield from transformers.problems(case)
         return
     yield from no_wrapped_zeros(case)
@@ -37,6 +41,14 @@ GPTQMODEL = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            lambda r: r.floats and r.grid.bits == STORED_BITS,
+            Refusal(
+                f"{FP4}, and fails (scheme '{{r.grid.scheme}}')",
+                "is reader transformers, or scheme fp8",
+                f"--reader transformers, --scheme fp8, or {TWIN}",
+            ),
+        ),
         (
             lambda r: r.mixture,
             Refusal(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from quant_fairness_plugin.checkpoint.formats.format import Quantization
 from quant_fairness_plugin.checkpoint.readers.case import Case, MetadataRule
 from quant_fairness_plugin.checkpoint.refusals import Rule
 
@@ -34,6 +35,8 @@ class Reader:
     """The command that makes such a Python's environment."""
     variable: str = ""
     """Environment variable that names such a Python."""
+    on_gpu: Callable[[Quantization], str] = lambda _: ""
+    """Why a checkpoint with this metadata is read on a GPU alone, as a clause; empty where a CPU does."""
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """`quant_method` → packages that it needs in our own Python, where it can be run there."""
 
@@ -41,6 +44,11 @@ class Reader:
     def note(self) -> str:
         """How far its verdicts go; empty where they were compared with the real reader."""
         return "" if self.script else NOT_RUN
+
+    def note_on(self, quantization: Quantization) -> str:
+        """Return how far its verdict on a checkpoint with this metadata goes; empty where it was compared."""
+        why = self.on_gpu(quantization)
+        return self.note or (f"{why}; not run here" if why else "")
 
     @property
     def script_path(self) -> Path | None:

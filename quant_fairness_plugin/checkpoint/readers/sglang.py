@@ -19,6 +19,7 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     SchemeRule,
     WholeGroups,
     contains,
+    float_bits,
     metadata_in_config,
     names_in,
     scheme_by_target,
@@ -75,6 +76,8 @@ def problems(case: Case) -> Iterator[str]:
 
 
 def _compressed_tensors_problems(case: Case) -> Iterator[str]:
+    if float_bits(case.quantization):
+        yield "weights in FP8 or FP4 alone: SGLang's rules for these are not known here"
     if not case.facts.ordered:
         yield "act-order by groups, which SGLang does not read"
     widths = {case.modules.bits.get(name) for name in case.modules.quantized}
@@ -91,6 +94,14 @@ SGLANG = Reader(
     metadata=METADATA,
     problems=problems,
     rules=(
+        (
+            lambda r: r.floats,
+            Refusal(
+                "SGLang's rules for scheme '{r.grid.scheme}' are not known here",
+                "are readers transformers and vllm",
+                f"--reader transformers, or {TWIN}",
+            ),
+        ),
         (
             lambda r: r.mixture,
             Refusal(

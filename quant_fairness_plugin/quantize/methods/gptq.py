@@ -32,6 +32,7 @@ class Gptq(Method):
     name: ClassVar[str] = "gptq"
     needs_calibration: ClassVar[bool] = True
     clips: ClassVar[tuple[Clip, ...]] = CLIPS
+    floats: ClassVar[bool] = True
     keeps_columns: ClassVar[bool] = True
     timed: ClassVar[bool] = True
     efforts: ClassVar[tuple[Effort, ...]] = ("fast", "normal", "best")

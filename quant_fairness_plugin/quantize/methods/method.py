@@ -35,6 +35,8 @@ class Method(ABC):
     """Its rule where the user does not say."""
     bits: ClassVar[tuple[int, ...]] = BITS
     """The widths that it rounds to."""
+    floats: ClassVar[bool] = False
+    """Whether it rounds to the floats of `quantize.schemes`, too."""
     moves_scales: ClassVar[bool] = False
     """Whether it scales input channels and divides the module in front by that, which changes 16-bit values too."""
     keeps_columns: ClassVar[bool] = False

@@ -15,6 +15,7 @@ class Rtn(Method):
 
     name: ClassVar[str] = "rtn"
     needs_calibration: ClassVar[bool] = False
+    floats: ClassVar[bool] = True
 
     def solve(self, problem: Problem, solved: Solved) -> None:
         """Round the modules of a group."""

@@ -61,8 +61,8 @@ def _grid(grid: Grid, record: ExportRecord | None) -> str:
     if record is not None and record.group_sizes:
         return f"Several group sizes, as widths differ: {record.grids}."
     shared = "each output channel" if grid.group_size == -1 else f"each group of {grid.group_size} weights"
-    kind = "symmetric" if grid.symmetric else "asymmetric"
-    return f"In what is quantized, {shared} shares a scale ({kind} grid)."
+    kind = "symmetric grid" if grid.symmetric else "asymmetric grid"
+    return f"In what is quantized, {shared} shares a scale ({kind if grid.scheme == 'int' else grid.numbers})."
 
 
 def _notes(plan: ProtectionPlan, record: ExportRecord | None) -> list[tuple[str, str]]:
