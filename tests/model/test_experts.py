@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant_fairness_plugin.errors import InvalidLayerError
 from quant_fairness_plugin.model.architectures.experts import MIXTURES as RECORDS
-from quant_fairness_plugin.model.architectures.experts import mixture_units
+from quant_fairness_plugin.model.architectures.experts import mixture_kind
 from quant_fairness_plugin.model.experts import (
     Experts,
     expert_modules,
@@ -137,7 +137,7 @@ def test_names_on_disk_are_those_of_servers(load: Load) -> None:
 
 
 def test_modules_without_partners_are_units_of_their_own() -> None:
-    units = mixture_units(["self_attn.q_a_proj", "self_attn.o_proj", "mlp.experts.0.w1", "mlp.gate"], "mlp.experts")
+    units = mixture_kind(["self_attn.q_a_proj", "self_attn.o_proj", "mlp.experts.0.w1", "mlp.gate"], "mlp.experts").units
     assert [(unit.name, unit.fused) for unit in units] == [
         ("self_attn.q_a_proj", None), ("o", None), ("experts", "mlp.experts"),
     ]  # fmt: skip
