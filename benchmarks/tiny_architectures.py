@@ -30,6 +30,7 @@ _ROUTED = {
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+_LATE = {"n_shared_experts": 1, "first_k_dense_replace": 1}
 _TEXT = _IDS | _PLAIN
 _GEMMA3_EYE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
@@ -50,6 +51,15 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "vision_config": _QWEN_EYE, "image_token_id": 263, "video_token_id": 262, "vision_start_token_id": 261,
         "vision_end_token_id": 260,
     },
+    "qwen3_5_moe": {
+        "text_config": _TEXT | _LINEAR | _ROUTED | {
+            "shared_expert_intermediate_size": 32, "rope_parameters": _QWEN_ROTARY | {"partial_rotary_factor": 1.0},
+        },
+        "vision_config": _QWEN_EYE, "image_token_id": 263, "video_token_id": 262, "vision_start_token_id": 261,
+        "vision_end_token_id": 260,
+    },
+    "deepseek_v2": _LATENT | _ROUTED | _LATE,
+    "dots1": _ROUTED | _LATE,
     "falcon": {"num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "glm": {"partial_rotary_factor": 0.5},

@@ -182,9 +182,10 @@ def moved_name(name: str, moved: Renamings) -> str:
     """
     parts, result = name.split("."), list[str]()
     while parts:
-        old, new = next((pair for pair in moved if parts[: len(run := pair[0].split("."))] == run), (parts[0], parts[0]))
+        found = (pair for pair in moved if parts[: pair[0].count(".") + 1] == pair[0].split("."))
+        old, new = next(found, (parts[0], parts[0]))
         result.append(new)
-        parts = parts[len(old.split(".")) :]
+        parts = parts[old.count(".") + 1 :]
     return ".".join(result)
 
 

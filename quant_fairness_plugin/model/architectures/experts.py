@@ -6,7 +6,7 @@ A family is taken where a reader was run on its quantized experts; every other o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ MIXTURES = (
         families=(
             "qwen3_moe", "qwen2_moe", "olmoe", "deepseek_v3", "glm4_moe",
             "afmoe", "cohere2_moe", "deepseek_v2", "deepseek_v32", "dots1", "flex_olmo", "glm4_moe_lite",
-            "hunyuan_v1_moe", "mellum", "qwen3_5_moe_text", "qwen3_next", "solar_open",
+            "hunyuan_v1_moe", "mellum", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "solar_open",
         )
     ),
     Mixture(families=("ernie4_5_moe",), moved=(("mlp.gate.moe_statics", "mlp.moe_statics"),)),
@@ -92,7 +92,7 @@ MIXTURES = (
         ),
     ),
     Mixture(families=("mimo_v2_flash",), moved=(("self_attn.sinks", "self_attn.attention_sink_bias"),)),
-    Mixture(families=("mixtral", "minimax", "minimax_m2"), names=_MIXTRAL, moved=(_SPARSE,)),
+    Mixture(families=("mixtral", "minimax_m2"), names=_MIXTRAL, moved=(_SPARSE,)),
     Mixture(families=("phimoe",), names=_MIXTRAL, moved=(("mlp.router", "block_sparse_moe.gate"), _SPARSE)),
     Mixture(families=("lfm2_moe",), names=_MIXTRAL),
 )  # fmt: skip
