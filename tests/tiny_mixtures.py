@@ -12,16 +12,16 @@ from transformers import AutoConfig, PretrainedConfig
 
 DENSE_FIRST = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "ernie4_5_moe", "exaone_moe",
-    "afmoe", "hy_v3", "laguna", "mimo_v2_flash", "lfm2_moe",
+    "afmoe", "axk1", "hy_v3", "laguna", "mimo_v2_flash", "lfm2_moe",
 )  # fmt: skip
 """Families whose first layer has no experts."""
 SHARED = (
     "qwen2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "glm4_moe", "glm4_moe_lite", "ernie4_5_moe",
-    "exaone_moe", "afmoe", "hy_v3", "laguna", "solar_open", "hunyuan_v1_moe", "qwen3_next", "qwen3_5_moe",
+    "exaone_moe", "afmoe", "axk1", "hy_v3", "laguna", "solar_open", "hunyuan_v1_moe", "qwen3_next", "qwen3_5_moe",
     "qwen3_5_moe_text",
 )  # fmt: skip
 """Families with an expert that every token passes."""
-LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite")
+LATENT = ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite")
 """Families whose attention keeps a compressed state."""
 MIXTURES = (
     *DENSE_FIRST,

@@ -75,6 +75,7 @@ MIXTURES = (
             "hunyuan_v1_moe", "mellum", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next", "solar_open",
         )
     ),
+    Mixture(families=("axk1",), moved=(("mlp.post_mlp_layernorm", "post_mlp_layernorm"),)),
     Mixture(families=("ernie4_5_moe",), moved=(("mlp.gate.moe_statics", "mlp.moe_statics"),)),
     Mixture(families=("exaone_moe",), moved=(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),)),
     Mixture(
@@ -96,8 +97,21 @@ MIXTURES = (
     Mixture(families=("phimoe",), names=_MIXTRAL, moved=(("mlp.router", "block_sparse_moe.gate"), _SPARSE)),
     Mixture(families=("lfm2_moe",), names=_MIXTRAL),
 )  # fmt: skip
-_STACKED = ("granitemoe", "granitemoehybrid", "granitemoeshared", "gpt_oss", "llama4", "llama4_text", "gemma4_text")
-"""Families whose files stack the experts too: no reader takes them quantized one by one, or none here can check it."""
+_STACKED = (
+    "aria_text", "dbrx", "gemma4_text", "gpt_oss", "granitemoe", "granitemoehybrid", "granitemoeshared",
+    "granitemoe_swa", "inkling_text", "jetmoe", "llama4", "llama4_text", "minimax_m3_vl_text",
+)  # fmt: skip
+_STREAMS = ("glm_moe_dsa", "hy_v4", "zaya")
+_WHY: Mapping[str, str] = {
+    **dict.fromkeys(_STACKED, "the files of {family} stack them, and no reader takes them quantized one by one"),
+    **dict.fromkeys(_STREAMS, "a layer of {family} hands on more than a hidden state, which no walk by layers passes"),
+    "axk2": "a norm of {family} holds linear modules, which run before those that stand in front of them",
+    "longcat_flash": "a layer of {family} holds two of attention, which config.json counts once and twice",
+    "minimax": "attention of {family} decays by tables in float32, with which no 16-bit run of it is computed",
+    "qwen4_exp": "what 4 bits do to the modules that mix the streams of {family} was not measured",
+    "qwen4_exp_text": "what 4 bits do to the modules that mix the streams of {family} was not measured",
+}
+"""Families that were looked at and are not taken, each with what was found; of any other, no reader was run on them."""
 
 
 def find_mixture(model_type: str) -> Mixture | None:
@@ -108,10 +122,8 @@ def find_mixture(model_type: str) -> Mixture | None:
 def mixture_advice(model_type: str) -> str:
     """Return why a mixture is refused, with what is accepted, to end a sentence that says what was found."""
     taken = ", ".join(sorted(name for mixture in MIXTURES for name in mixture.families))
-    family = model_type or "this family"
-    why = f"the files of {family} stack them, and no reader takes them quantized one by one"
-    if model_type not in _STACKED:
-        why = f"no reader was run on quantized experts of {family}"
+    why = _WHY.get(model_type, "no reader was run on quantized experts of {family}")
+    why = why.format(family=model_type or "this family")
     return (
         f"and {why}; accepted are {taken}, and dense models. Use a dense model of the family, or quantize this one "
         "with a tool that knows its experts (gptqmodel, llm-compressor)."
