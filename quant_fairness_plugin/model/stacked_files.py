@@ -32,7 +32,10 @@ def single_shapes(files: ModelFiles) -> TensorShapes:
     result: TensorShapes = {}
     for name, (dtype, shape) in tensor_shapes(files).items():
         matrices = list(_matrices(files, name, shape))
-        result |= {matrix.name: (dtype, (matrix.rows, shape[-1])) for matrix in matrices} or {name: (dtype, shape)}
+        for matrix in matrices:
+            result[matrix.name] = (dtype, (matrix.rows, shape[-1]))
+        if not matrices:
+            result[name] = (dtype, shape)
     return result
 
 

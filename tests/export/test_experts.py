@@ -51,7 +51,7 @@ def written(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Call
     return build
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "qwen3_next", "hy_v3", "qwen3_5_moe"])
 def test_a_mixture_that_stays_in_its_files_gives_the_same_bytes(tiny_model: Model, tmp_path: Path, family: str) -> None:
     """Layer 1 keeps 16 bit, so that its experts are stacked in the file."""
     folder, config = tiny_model(family, layers=3), FairConfig(group_size=32, method="rtn", protect_layers=(1,))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quant_fairness_plugin.errors import InvalidLayerError
 from quant_fairness_plugin.model.architectures.experts import MIXTURES as RECORDS
-from quant_fairness_plugin.model.architectures.experts import find_mixture, mixture_kind
+from quant_fairness_plugin.model.architectures.experts import find_mixture, mixture_advice, mixture_kind
 from quant_fairness_plugin.model.experts import (
     Experts,
     expert_modules,
@@ -219,6 +219,21 @@ def test_files_that_stack_experts_are_read_as_those_that_do_not(
         assert torch.equal(whole.model.state_dict()[name], value)
         if ".experts." in name:
             assert torch.equal(streamed.stored(name).float(), value)
+
+
+@pytest.mark.parametrize(
+    ("family", "why"),
+    [
+        ("granitemoe_swa", "the files of granitemoe_swa stack them"),
+        ("glm_moe_dsa", "a layer of glm_moe_dsa hands on more than a hidden state"),
+        ("minimax", "attention of minimax decays by tables in float32"),
+        ("never_seen", "no reader was run on quantized experts of never_seen"),
+        ("", "no reader was run on quantized experts of this family"),
+    ],
+)
+def test_a_refusal_says_what_was_found(family: str, why: str) -> None:
+    assert mixture_advice(family).startswith(f"and {why}")
+    assert find_mixture(family) is None
 
 
 def test_modules_without_partners_are_units_of_their_own() -> None:
