@@ -30,11 +30,13 @@ _ROUTED = {
     "num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1,
 }  # fmt: skip
+_LATE = {"n_shared_experts": 1, "first_k_dense_replace": 1}
 _TEXT = _IDS | _PLAIN
 _GEMMA3_EYE = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28,
     "patch_size": 14,
 }  # fmt: skip
+_EYE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28}
 _QWEN_EYE = {
     "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [],
@@ -50,6 +52,44 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "vision_config": _QWEN_EYE, "image_token_id": 263, "video_token_id": 262, "vision_start_token_id": 261,
         "vision_end_token_id": 260,
     },
+    "qwen3_5_moe": {
+        "text_config": _TEXT | _LINEAR | _ROUTED | {
+            "shared_expert_intermediate_size": 32, "rope_parameters": _QWEN_ROTARY | {"partial_rotary_factor": 1.0},
+        },
+        "vision_config": _QWEN_EYE, "image_token_id": 263, "video_token_id": 262, "vision_start_token_id": 261,
+        "vision_end_token_id": 260,
+    },
+    "qwen4_exp_text": {
+        "rope_parameters": _QWEN_ROTARY | {"partial_rotary_factor": 1.0}, "shared_expert_intermediate_size": 32,
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+        "indexer_compress_ratio": 4, "hc_lowrank": 8, "ple_embed_dim": 16, "ngram_vocab_size_base": 64,
+        "split_ngram_parts": 2, "heads_per_ngram": 2, "make_ngram_vocab_size_divisible_by": 8,
+    },
+    "longcat_flash": _LATENT | {
+        "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2, "expert_ffn_hidden_size": 32, "ffn_hidden_size": 96,
+        "num_layers": 2,
+    },
+    "llama4": {
+        "text_config": _TEXT | _ROUTED | {"intermediate_size_mlp": 96, "attention_chunk_size": 32},
+        "vision_config": _EYE | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
+    },
+    "emu3": {
+        "text_config": _TEXT | {"pad_token_id": 0}, "vocabulary_map": {"image": 263},
+        "vq_config": {"base_channels": 32},
+    },
+    "gemma4": {
+        "text_config": _TEXT | {
+            "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32, "global_head_dim": 32,
+            "num_hidden_layers": 6, "num_kv_shared_layers": 2, "pad_token_id": 0,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+    },
+    "deepseek_v2": _LATENT | _ROUTED | _LATE,
+    "dots1": _ROUTED | _LATE,
     "falcon": {"num_kv_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "glm": {"partial_rotary_factor": 0.5},
@@ -59,8 +99,18 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 6, "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
-    "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 32, "num_hidden_layers": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
+        "rope_parameters": dict.fromkeys(
+            ("sliding_attention", "full_attention"),
+            {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2]},
+        ),
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2": {"block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention"] * 2},
     "minicpm3": _LATENT,

@@ -10,29 +10,24 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    AutoModelForCausalLM,
     BloomConfig,
-    DeepseekV3Config,
     GemmaConfig,
-    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
-    MixtralConfig,
-    OlmoeConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
-    Qwen2MoeConfig,
     Qwen3Config,
-    Qwen3MoeConfig,
 )
 
+from quant_fairness_plugin.model.native import auto_class
+from tests.tiny_mixtures import MIXTURES as MIXTURES
+from tests.tiny_mixtures import mixture_config
+
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "opt", "gpt_neox", "gpt2", "bloom")
-MIXTURES = ("qwen3_moe", "mixtral", "qwen2_moe", "olmoe", "deepseek_v3", "glm4_moe")
-"""With four experts a layer, two for each token, of the width of the model."""
 VOCABULARY = 264
 END_OF_TEXT = "<|endoftext|>"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -81,32 +76,7 @@ def tiny_config(family: str, *, layers: int, width: int) -> PretrainedConfig:
         case "bloom":
             return BloomConfig(**ids, hidden_size=width, n_layer=layers, n_head=4)
         case _:
-            return _mixture_config(family, grouped, width)
-
-
-def _mixture_config(family: str, grouped: dict[str, Any], width: int) -> PretrainedConfig:
-    routed = {"num_experts_per_tok": 2}
-    plain = {key: value for key, value in grouped.items() if key != "head_dim"} | routed
-    match family:
-        case "qwen3_moe":
-            return Qwen3MoeConfig(**grouped, **routed, moe_intermediate_size=width, num_experts=4)
-        case "mixtral":
-            sizes = grouped | routed | {"intermediate_size": width}
-            return MixtralConfig(**sizes, num_local_experts=4, sliding_window=None)
-        case "qwen2_moe":
-            sizes = {"moe_intermediate_size": width, "shared_expert_intermediate_size": 2 * width}
-            return Qwen2MoeConfig(**plain, **sizes, num_experts=4)
-        case "olmoe":
-            return OlmoeConfig(**plain, num_experts=4)
-        case "deepseek_v3" | "glm4_moe":  # the first layer is dense
-            sizes = {"n_routed_experts": 4, "n_shared_experts": 1, "moe_intermediate_size": width}
-            sizes |= {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-            if family == "glm4_moe":
-                return Glm4MoeConfig(**grouped, **routed, **sizes)
-            heads = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
-            return DeepseekV3Config(**(plain | {"num_key_value_heads": 4}), **sizes, **heads, v_head_dim=8)
-        case _:
-            raise ValueError(f"unknown family {family!r}")
+            return mixture_config(family, grouped, width)
 
 
 def write_tiny_model(
@@ -121,7 +91,8 @@ def write_tiny_model(
     """Write a random model whose weights are large enough that its predictions differ from uniform."""
     torch.manual_seed(0)
     config = tiny_config(family, layers=layers, width=width)
-    model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict() | dict(changes)))
+    config = type(config).from_dict(config.to_dict() | dict(changes))
+    model = auto_class(config.to_dict()).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() >= 2:

@@ -18,12 +18,12 @@ from quant_fairness_plugin.artifacts import SweepReport, Undefined, Unit, load
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.evidence.weight_statistics import LayerStatistics, criticality
 from quant_fairness_plugin.measure.metrics import significant
-from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.families import detect_family
 from quant_fairness_plugin.model.load import empty_model
 from quant_fairness_plugin.model.reading import Place, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.skeleton import match_tensors
+from quant_fairness_plugin.model.stacked_files import single_tensors
 from quant_fairness_plugin.plans.units import HEAD, name_units
 
 LARGEST_SHARE = 0.01
@@ -143,7 +143,7 @@ def norm_placement(files: ModelFiles) -> str | Undefined:
 def _tensors(files: ModelFiles) -> Iterator[tuple[str, int | None, str, Place]]:
     """Yield kind, layer, name and place of every parameter, in forward order; a tied head is not one."""
     model = empty_model(files, trust_remote_code=files.runs_code)
-    places = match_tensors(model, detect_family(model), files, find_tensors(files))
+    places = match_tensors(model, detect_family(model), files, single_tensors(files))
     family = detect_family(model)  # a head of its own is known by now
     units = name_units(family, files.layers, [name for name, _ in model.named_parameters() if family.owns(name)])
     for unit, names in ((unit, units.parameters[unit]) for stage in units.stages for unit in stage):

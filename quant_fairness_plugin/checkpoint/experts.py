@@ -112,5 +112,6 @@ def expert_target(model: nn.Module, quantized: Collection[str]) -> str | None:
 def _expert_patterns(kept: Collection[str], mixture: Mixture) -> Iterator[str]:
     for name in kept:
         before, place, last = name.rsplit(".", 2)
-        places = place if mixture.places == (place,) else f"({'|'.join(mixture.places)})"
-        yield rf"{re.escape(before)}\.{places}\.{last}\..*"
+        places = dict.fromkeys((place, mixture.stored_name(name).split(".")[-2]))
+        either = place if len(places) == 1 else f"({'|'.join(places)})"
+        yield rf"{re.escape(before)}\.{either}\.{last}\..*"

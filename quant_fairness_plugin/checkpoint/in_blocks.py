@@ -23,6 +23,7 @@ from quant_fairness_plugin.model.linear import is_conv1d, linear_weight
 from quant_fairness_plugin.model.reading import Place
 from quant_fairness_plugin.model.rehearsal import head_input, rehearse
 from quant_fairness_plugin.model.resolve import ModelFiles, layer_count
+from quant_fairness_plugin.model.stacked_files import rows_of
 from quant_fairness_plugin.model.streamed import StreamedModel, find_parts
 from quant_fairness_plugin.quantize.columns import KeptColumns
 
@@ -128,18 +129,12 @@ def _unstacked(name: str, experts: Experts, places: dict[str, Place], stored: se
     inner, parts = both.shape[1] // 2, dict[str, Place]()
     for number in range(len(experts)):
         matrices = (
-            _rows(both, 2 * number * inner, inner),
-            _rows(both, (2 * number + 1) * inner, inner),
-            _rows(down, number * down.shape[1], down.shape[1]),
+            rows_of(both, 2 * number * inner, inner),
+            rows_of(both, (2 * number + 1) * inner, inner),
+            rows_of(down, number * down.shape[1], down.shape[1]),
         )
         parts |= {f"{name}.{number}.{last}.weight": place for last, place in zip(experts.names, matrices, strict=True)}
     return parts
-
-
-def _rows(stack: Place, first: int, count: int) -> Place:
-    """Return some rows of stacked matrices, counted through all of them."""
-    columns = stack.shape[-1]
-    return Place(stack.path, stack.offset + first * columns * stack.dtype.itemsize, stack.dtype, (count, columns))
 
 
 class BlockLogits:

@@ -25,7 +25,7 @@ from quant_fairness_plugin.model.architectures.experts import (
     expert_counts,
     find_mixture,
     mixture_advice,
-    mixture_units,
+    mixture_kind,
     names_experts,
 )
 from quant_fairness_plugin.model.wrapper import Wrapper, find_wrapper
@@ -167,7 +167,7 @@ def detect_family(model: PreTrainedModel) -> Family:
     _refuse_adapters_and_experts(model, path, blocks)
     structures = [block_structure(block) for block in blocks]
     if find_mixture(_kind(model)) is not None and any(experts := [_unfolded(block) for block in blocks]):
-        return replace(_mixture(model, path, structures, experts), wrapper=wrapper)
+        return replace(_mixture(model, path, structures, experts, wrapper), wrapper=wrapper)
     alike = len(set(structures)) == 1
     record = match_architecture(lambda record: structures[0] if alike and record.blocks == path else None, _kind(model))
     if record is not None and _kind(model) in record.families:
@@ -354,12 +354,21 @@ def _unfolded(block: nn.Module) -> str:
     return next((name for name, _ in expert_modules(block)), "")
 
 
-def _mixture(model: PreTrainedModel, path: str, blocks: list[Block], experts: list[str]) -> Family:
+def _mixture(
+    model: PreTrainedModel, path: str, blocks: list[Block], experts: list[str], wrapper: Wrapper | None
+) -> Family:
     """Return the map of a model with unfolded experts; some of its layers may have none."""
+    from quant_fairness_plugin.model.tracing.steering import head_counts, without_steering
+
     mixture = find_mixture(_kind(model))
     assert mixture is not None, "experts are unfolded in families that are taken only"
-    kinds = [BlockKind(mixture_units(block.linears, name)) for block, name in zip(blocks, experts, strict=True)]
-    family = _traced(_read_off(model, path, blocks, _kind(model), None), tuple(kinds))
+    text: Any = model if wrapper is None else model.get_submodule(wrapper.decoder)
+    heads, kinds = head_counts(text), []
+    for layer, (block, name) in enumerate(zip(blocks, experts, strict=True)):
+        kind = mixture_kind(block.linears, name)
+        dense = frozenset(module for unit in kind.units if not unit.routed for module in unit.modules)
+        kinds.append(without_steering(kind, dense, model.get_submodule(f"{path}.{layer}"), heads))
+    family = _traced(_read_off(model, path, blocks, _kind(model), wrapper), tuple(kinds))
     return replace(family, architecture=replace(family.architecture, moved=mixture.moved))
 
 

@@ -14,14 +14,14 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, InvalidLayerError, UnsupportedModelError
 from quant_fairness_plugin.model.activations import fitting_dtype, probe_rows
-from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.experts import unfold_experts, with_unfolded_experts
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.linear import is_conv1d, is_linear, linear_weight, set_linear_weight
 from quant_fairness_plugin.model.native import auto_class
 from quant_fairness_plugin.model.quiet import quiet_transformers
 from quant_fairness_plugin.model.reading import read_tensor
-from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved, tensor_shapes
+from quant_fairness_plugin.model.resolve import HEAD_ADVICE, ModelFiles, resolved
+from quant_fairness_plugin.model.stacked_files import single_shapes, single_tensors
 from quant_fairness_plugin.model.storage import (
     parameters_sha256,
     round_parameters,
@@ -289,7 +289,7 @@ def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel
     model: PreTrainedModel
     model, info = loaded
     if files.weights[0].suffix == ".safetensors" and not info["missing_keys"]:
-        info = info | {"unexpected_keys": set(sort_names(bare, family, tensor_shapes(files)).strays)}
+        info = info | {"unexpected_keys": set(sort_names(bare, family, single_shapes(files)).strays)}
     check_keys(files, info)
     unfold_experts(model)
     return model
@@ -297,7 +297,7 @@ def _load_weights(files: ModelFiles, trust_remote_code: bool) -> PreTrainedModel
 
 def _decoded(files: ModelFiles) -> dict[str, Tensor]:
     """Return the tensors of a checkpoint in 8 or 4 bits, as bfloat16 values."""
-    return {name: read_tensor(place) for name, place in find_tensors(files).items()}
+    return {name: read_tensor(place) for name, place in single_tensors(files).items()}
 
 
 def say_untied(files: ModelFiles, model: PreTrainedModel, family: Family) -> None:

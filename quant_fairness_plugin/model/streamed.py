@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quant_fairness_plugin.model.activations import dtype_for, probe_rows
-from quant_fairness_plugin.model.coded import find_tensors
 from quant_fairness_plugin.model.families import Family, detect_family
 from quant_fairness_plugin.model.in_blocks import largest_activation_by_blocks
 from quant_fairness_plugin.model.load import (
@@ -32,6 +31,7 @@ from quant_fairness_plugin.model.load import (
 from quant_fairness_plugin.model.reading import Place, read_tensor
 from quant_fairness_plugin.model.resolve import ModelFiles, resolved
 from quant_fairness_plugin.model.skeleton import match_tensors, place_buffers, put
+from quant_fairness_plugin.model.stacked_files import single_tensors
 from quant_fairness_plugin.model.storage import rounded, storage_dtype
 from quant_fairness_plugin.model.tables import Table, look_up_in_files, tables_of
 
@@ -175,7 +175,7 @@ def open_streamed(
     stored = storage_dtype(files) if storage is None else storage
     # Buffers are made in float32, as in a model that is loaded; parameters are replaced below.
     model = empty_model(files, trust_remote_code=trust_remote_code, dtype=torch.float32)
-    parts = find_parts(model, files, find_tensors(files), storage=stored, compute=compute, device=device)
+    parts = find_parts(model, files, single_tensors(files), storage=stored, compute=compute, device=device)
     check_layer_count(files, model, parts.family)
     tokenizer = load_tokenizer(files, trust_remote_code=trust_remote_code)
     streamed = StreamedModel(files, model, tokenizer, parts.family, stored, parts.places, parts.tables, compute)

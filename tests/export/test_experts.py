@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from tests.tiny import MIXTURES
 
 Model = Callable[..., Path]
 IDS = torch.arange(3, 40)[None]
+STACKS = ("gate_up_proj", "down_proj")
 
 
 def write(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def written(tiny_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Call
     return build
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "qwen3_next", "hy_v3", "qwen3_5_moe"])
 def test_a_mixture_that_stays_in_its_files_gives_the_same_bytes(tiny_model: Model, tmp_path: Path, family: str) -> None:
     """Layer 1 keeps 16 bit, so that its experts are stacked in the file."""
     folder, config = tiny_model(family, layers=3), FairConfig(group_size=32, method="rtn", protect_layers=(1,))
@@ -101,10 +103,18 @@ def test_lists_fit_the_names_of_transformers_and_of_servers(written: Callable[[s
 def test_the_other_families_are_read_back(tiny_model: Model, tmp_path: Path, family: str) -> None:
     """`export` compares the logits of Transformers with those of our own dequantizer."""
     overrides: dict[str, Precision] = {"layers.1.experts": "fp16", "layers.1.o": "int8"}
-    config = write(tiny_model(family, layers=3), tmp_path / "out", protected=(), overrides=overrides)
+    source = tiny_model(family, layers=3)
+    config = write(source, tmp_path / "out", protected=(), overrides=overrides)
     first = next(iter(config["config_groups"].values()))
     assert first["targets"] == [r"re:.*\.experts\.\d+\..*"]
     assert first["weights"]["num_bits"] == 4
+    names, stored = (set(load_file(folder / "model.safetensors")) for folder in (tmp_path / "out", source))
+    kept = {name for name in stored if ".layers.1." in name and re.search(r"\.experts\.\d+\.", name)}
+    stacks = {re.sub(r"\.experts\..*", f".experts.{part}", name) for name in kept for part in STACKS}
+    plain = {name.removesuffix("_packed") for name in names if not name.endswith(("_scale", "_shape"))}
+    assert plain == stored - kept | stacks, "names on disk are those of the source"
+    quantized = {name.removesuffix(".weight_packed") for name in names if name.endswith("_packed")}
+    assert not any(re.search(r"(\.gate|router|expert_gate|indexer)(\.|$)", name) for name in quantized)
 
 
 @pytest.mark.parametrize("damage", ["one by one", "left out"])

@@ -224,7 +224,7 @@ def test_an_unsupported_structure_is_refused_before_the_weights_are_read(
 ) -> None:
     path = folder / "config.json"
     small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    path.write_text(json.dumps(small | {"model_type": "phimoe", "num_hidden_layers": 2, "num_local_experts": 2}))
+    path.write_text(json.dumps(small | {"model_type": "granitemoe", "num_hidden_layers": 2, "num_local_experts": 2}))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(UnsupportedModelError, match="holds a mixture of experts"):
         load_model(str(folder))

@@ -11,6 +11,8 @@ from typing import Any
 
 from quant_fairness_plugin.model.context import longest_input
 
+Renamings = tuple[tuple[str, str], ...]
+"""Parts of names, and what they become."""
 LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 """Keys of config.json for the number of layers; where a config has several, they must agree."""
 OBSOLETE_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
@@ -126,8 +128,8 @@ class Architecture:
     folds: tuple[Fold, ...] = ()
     """Where AWQ's scales go; empty where that is not known."""
     scaled_activation: ScaledActivation | None = None
-    moved: tuple[str, str] | None = None
-    """A part of module names in Transformers, and what files and servers call it instead."""
+    moved: Renamings = ()
+    """Whole parts of names in Transformers, and what files and servers call them instead."""
     gguf_names: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Module of a block → llama.cpp's name of its weight in `blk.<layer>.<name>.weight`; empty where not known."""
     static_cache: bool = True
@@ -162,17 +164,34 @@ class Architecture:
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a module or tensor of the files. The inverse of `stored_name`."""
-        back = None if self.moved is None else self.moved[::-1]
-        return _renamed(moved_name(name, back), self.head_on_disk or self.head, self.head)
+        back = moved_name(name, turned_round(self.moved))
+        return _renamed(back, self.head_on_disk or self.head, self.head)
 
     def longest_input(self, config: Mapping[str, Any]) -> int:
         """Return how many tokens a model takes, by its config; `sys.maxsize` where nothing bounds them."""
         return longest_input(config, self.default_positions)
 
 
-def moved_name(name: str, moved: tuple[str, str] | None) -> str:
-    """Return a name with one of its parts, between dots, changed to another; the same name where none is moved."""
-    return name if moved is None else ".".join(moved[1] if part == moved[0] else part for part in name.split("."))
+def moved_name(name: str, moved: Renamings) -> str:
+    """Return a name with whole parts of it, between dots, changed to others; the same name where none of them is in it.
+
+    Args:
+        name: of a module or tensor.
+        moved: parts, one or several with dots between them, and what they become; where two begin alike, the first
+            counts.
+    """
+    parts, result = name.split("."), list[str]()
+    while parts:
+        found = (pair for pair in moved if parts[: pair[0].count(".") + 1] == pair[0].split("."))
+        old, new = next(found, (parts[0], parts[0]))
+        result.append(new)
+        parts = parts[old.count(".") + 1 :]
+    return ".".join(result)
+
+
+def turned_round(moved: Renamings) -> Renamings:
+    """Return the way back of renamings."""
+    return tuple((new, old) for old, new in moved)
 
 
 def _renamed(name: str, old: str, new: str) -> str:

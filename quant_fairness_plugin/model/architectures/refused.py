@@ -10,7 +10,7 @@ from quant_fairness_plugin.model.native import is_wrapper
 _DENSE = "expected a decoder-only transformer whose blocks are attention and a dense MLP. Use a model of that shape."
 _RECURRENT = (
     "mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "bamba", "falcon_h1", "zamba", "zamba2",
-    "plamo2", "kimi_linear",
+    "plamo2", "kimi_linear", "jamba", "nemotron_h",
 )  # fmt: skip
 _DECODERS = (
     "bart", "mbart", "marian", "blenderbot", "blenderbot-small", "bigbird_pegasus", "pegasus", "plbart", "mvp",
