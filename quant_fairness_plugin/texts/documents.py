@@ -17,6 +17,7 @@ from typing import Any
 
 from quant_fairness_plugin.artifacts import Documents, TextSet, digest
 from quant_fairness_plugin.artifacts.documents import Document
+from quant_fairness_plugin.artifacts.used import pieces_of
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
 from quant_fairness_plugin.texts.languages import normalise_language
 from quant_fairness_plugin.texts.load import bundled_content, load_texts
@@ -102,17 +103,12 @@ def check_apart(documents: Documents, texts: TextSet) -> None:
         ConfigError: says how many there are.
     """
     judged = {text for part in ("search", "confirm") for rows in texts.part(part).sentences.values() for text in rows}
-    lines = {line.strip() for rows in documents.texts.values() for row in rows for line in _lines_of(row)}
-    if both := judged & lines:
+    pieces = {piece for rows in documents.texts.values() for row in rows for piece in pieces_of(row)}
+    if both := judged & pieces:
         raise ConfigError(
             f"{documents.name} holds {len(both)} of the sentences that {texts.name} measures on, such as "
             f"{reprlib.repr(min(both))}: no figure would be held out. Remove them, or give other --texts"
         )
-
-
-def _lines_of(document: Document) -> Iterator[str]:
-    for text in (document,) if isinstance(document, str) else (said for _, said in document):
-        yield from text.split("\n")
 
 
 def _is_parallel(path: Path) -> bool:
