@@ -206,14 +206,13 @@ def build_calibration(
     total = sum(budgets.values())
     cut = {lang: _cut(rows, budgets[lang]) for lang, rows in packed.items()}
     taken = [row for rows in cut.values() for row in rows]
-    begun = {row.start for row in taken}
     return CalibrationSet(
         rows={lang: tuple(row.ids for row in rows) for lang, rows in cut.items()},
         source=documents.name,
         text_sha256=documents.sha256,
         row_tokens=row_tokens,
         seed=seed,
-        starts={name: ids for name, ids in ways.items() if name in begun},
+        starts={name: ids for name, ids in ways.items() if any(row.start == name for row in taken)},
         weights={lang: budget / total for lang, budget in budgets.items()} if weighting == "proportional" else None,
         weighting=weighting,
         sentences=sentence_digests(document for row in taken for document in row.documents),
