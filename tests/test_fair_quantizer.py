@@ -656,8 +656,7 @@ def test_a_folder_says_that_it_was_calibrated_on_what_it_is_measured_on(
     assert plain.measure_folder(part="calibrate").condition.startswith("calibration uses these sentences")
     other = FairQuantizer.from_pretrained(str(planted_model), texts="bundled", languages=("en", "he"), draws=100)
     measured = other.measure_folder(tmp_path / "out")
-    assert (measured.held_out, measured.original_compared) == (None, True)
-    assert measured.condition == "made on planted.jsonl: whether bundled shares sentences with it is not known"
+    assert (measured.held_out, measured.original_compared) == (True, True)  # no sentence of the one is in the other
 
 
 def test_a_gguf_file_of_five_bits_comes_from_memory_and_is_refused_before_the_work(

@@ -77,6 +77,7 @@ from quant_fairness_plugin.artifacts.sweeps import (
 )
 from quant_fairness_plugin.artifacts.texts import TextSet
 from quant_fairness_plugin.artifacts.units import Unit
+from quant_fairness_plugin.artifacts.used import UsedSentences, join_digests, sentence_digests
 from quant_fairness_plugin.artifacts.work import note_circumstances
 
 __all__ = [
@@ -139,6 +140,7 @@ __all__ = [
     "Undefined",
     "Unit",
     "UnitScores",
+    "UsedSentences",
     "Weighting",
     "bits_of_precision",
     "check_file_place",
@@ -146,6 +148,7 @@ __all__ = [
     "digest",
     "from_json",
     "held",
+    "join_digests",
     "load",
     "lock",
     "note_circumstances",
@@ -153,6 +156,7 @@ __all__ = [
     "precision_of_bits",
     "save",
     "save_run_record",
+    "sentence_digests",
     "temporary_folder",
     "to_json",
     "write_atomically",

@@ -15,6 +15,7 @@ from quant_fairness_plugin.artifacts.numbers import Undefined
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES, Provenance
 from quant_fairness_plugin.artifacts.reading import ReaderRun
+from quant_fairness_plugin.artifacts.used import UsedSentences
 
 RECORD_NAME = "quant_fairness.json"
 """The file of a checkpoint folder that holds its `ExportRecord`."""
@@ -58,6 +59,8 @@ class ExportRecord:
     """Of a mixture of experts that was calibrated: the tokens of every language that reached each expert."""
     unprotected: Measurement | None = None
     """Of the same quantization without protection, on the sentences of `measurement`; None where that was not made."""
+    sentences: UsedSentences | None = None
+    """Those that it was calibrated on, and that its plan was searched on; None in older records."""
 
     @property
     def weight_bytes(self) -> int:

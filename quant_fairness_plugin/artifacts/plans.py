@@ -12,6 +12,9 @@ from quant_fairness_plugin.artifacts.names import Precision
 from quant_fairness_plugin.artifacts.provenance import NO_SURPRISES
 from quant_fairness_plugin.artifacts.units import Unit
 
+UNSEARCHED = ("none", "explicit")
+"""Sources of plans that no sentence was read for."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProtectionPlan:

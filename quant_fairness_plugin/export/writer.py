@@ -21,9 +21,14 @@ from quant_fairness_plugin.artifacts import (
     CheckpointFormat,
     ExportRecord,
     Measurement,
+    Part,
     TextSet,
+    UsedSentences,
+    join_digests,
     save,
+    sentence_digests,
 )
+from quant_fairness_plugin.artifacts.plans import UNSEARCHED
 from quant_fairness_plugin.checkpoint.columns import check_difference, read_columns, write_columns
 from quant_fairness_plugin.checkpoint.dequantize import iterate_dense
 from quant_fairness_plugin.checkpoint.folder import RECORD, check_recorded_files, file_record, list_files
@@ -181,7 +186,22 @@ def _new_record(
         experts=quantized.experts,
         copied_tensors=copies.checksums(),
         protected_columns={n: len(c.index) for n, c in quantized.columns.items()} if layout.packs else {},
+        sentences=_used_sentences(quantized, texts),
     )
+
+
+def _used_sentences(quantized: QuantizedModel, texts: TextSet) -> UsedSentences:
+    """Return what a checkpoint was made with: its calibration text, and the sentences that its plan was searched on."""
+    calibration = quantized.calibration
+    calibrated = "" if calibration is None else calibration.sentences
+    if calibration is not None and calibration.weighting == "minimax":  # the weights are chosen by losses on these
+        calibrated = join_digests(calibrated, _digests_of(texts, "calibrate"))
+    searched = quantized.plan.source not in UNSEARCHED
+    return UsedSentences(calibrated=calibrated, searched=_digests_of(texts, "search") if searched else "")
+
+
+def _digests_of(texts: TextSet, part: Part) -> str:
+    return sentence_digests(text for rows in texts.part(part).sentences.values() for text in rows)
 
 
 def _served_rows(quantized: QuantizedModel) -> list[tuple[int, ...]]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quant_fairness_plugin.artifacts import Documents, Start, TextSet, Weighting, digest
+from quant_fairness_plugin.artifacts import Documents, Start, TextSet, Weighting, digest, sentence_digests
 from quant_fairness_plugin.artifacts.documents import Document
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 from quant_fairness_plugin.model.beginnings import Beginning, all_beginnings, beginning, chat_ids
@@ -37,8 +37,16 @@ class Encoded(NamedTuple):
     """A document as tokens."""
 
     ids: Ids
-    chat: bool
-    """Whether the chat template wrote it, which then says how it begins."""
+    document: Document
+
+
+class Row(NamedTuple):
+    """A row of tokens, and what is in it."""
+
+    ids: Ids
+    start: Start | None
+    """What it begins with; None where a chat template wrote it, which then says how it begins."""
+    documents: tuple[Document, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +80,15 @@ class CalibrationSet:
     """Length of every row but the last of a language, which may be shorter."""
     seed: int
     starts: Mapping[Start, Beginning] = field(default_factory=dict)
-    """What stands before the rows, in turn; empty where rows were made otherwise."""
+    """What stands before rows, in turn, of those that begin one; empty where rows were made otherwise."""
     weights: Mapping[str, float] | None = None
     """How much each language counts in what the quantizer minimises; they add up to 1. None = all the same."""
     weighting: Weighting = "uniform"
     """Where the weights come from."""
     rounds: tuple[MinimaxRound, ...] = ()
     """`minimax`: what was tried, in order; `weights` are those of the round with the smallest `worst_kl`."""
+    sentences: str = ""
+    """Digests of what is in the rows, see `UsedSentences`."""
 
     @property
     def shares(self) -> dict[str, float]:
@@ -186,25 +196,26 @@ def build_calibration(
         languages = (_english(documents, languages),)
     used = _check(documents, languages, tokens_per_language, row_tokens)
     ways = _starts(tokenizer, starts, row_tokens)
-    parting = tuple(text_ids(tokenizer, [PARTING])["input_ids"][0])
-    packed = {}
+    packed: dict[str, list[Row]] = {}
     for number, lang in enumerate(used):
         order = list(documents.texts[lang])
         random.Random(seed).shuffle(order)
-        turn = islice(cycle(ways.values()), number, None)
-        packed[lang] = _pack(_encoded(tokenizer, order), turn, parting, row_tokens)
-    available = {lang: sum(map(len, rows)) for lang, rows in packed.items()}
+        packed[lang] = _pack(tokenizer, order, islice(cycle(ways.items()), number, None), row_tokens)
+    available = {lang: sum(len(row.ids) for row in rows) for lang, rows in packed.items()}
     budgets = _budgets(available, tokens_per_language, weighting, enough=documents.enough)
     total = sum(budgets.values())
+    cut = {lang: _cut(rows, budgets[lang]) for lang, rows in packed.items()}
+    taken = [row for rows in cut.values() for row in rows]
     return CalibrationSet(
-        rows={lang: _cut(rows, budgets[lang]) for lang, rows in packed.items()},
+        rows={lang: tuple(row.ids for row in rows) for lang, rows in cut.items()},
         source=documents.name,
         text_sha256=documents.sha256,
         row_tokens=row_tokens,
         seed=seed,
-        starts=ways,
+        starts={name: ids for name, ids in ways.items() if any(row.start == name for row in taken)},
         weights={lang: budget / total for lang, budget in budgets.items()} if weighting == "proportional" else None,
         weighting=weighting,
+        sentences=sentence_digests(document for row in taken for document in row.documents),
     )
 
 
@@ -270,44 +281,50 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) 
     texts = iter(text_ids(tokenizer, [text for text in documents if isinstance(text, str)])["input_ids"])
     for document in documents:
         if isinstance(document, str):
-            yield Encoded(tuple(next(texts)), chat=False)
+            yield Encoded(tuple(next(texts)), document)
         else:
-            yield Encoded(chat_ids(tokenizer, document), chat=True)
+            yield Encoded(chat_ids(tokenizer, document), document)
 
 
-def _pack(documents: Iterable[Encoded], starts: Iterable[Beginning], parting: Ids, length: int) -> list[Ids]:
+def _pack(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    starts: Iterable[tuple[Start, Beginning]],
+    length: int,
+) -> list[Row]:
     """Return rows of `length` tokens that hold all documents: a conversation in its own, text behind a start, in turn.
 
     The last row of a conversation, and that of all text, may be shorter.
     """
-    ways = iter(starts)
-    rows: list[Ids] = []
-    lead: Beginning = next(ways)
-    row = [*lead]
-    for ids, chat in documents:
-        if chat:
-            rows += [ids[place : place + length] for place in range(0, len(ids), length)]
+    ways, parting = iter(starts), tuple(text_ids(tokenizer, [PARTING])["input_ids"][0])
+    rows: list[Row] = []
+    start, lead = next(ways)
+    row, held = [*lead], list[Document]()
+    for ids, document in _encoded(tokenizer, documents):
+        if not isinstance(document, str):
+            rows += [Row(ids[place : place + length], None, (document,)) for place in range(0, len(ids), length)]
             continue
         if len(row) > len(lead):
             row += parting[: length - len(row)]
         rest = ids
         while rest:
             if len(row) == length:
-                rows.append(tuple(row))
-                lead = next(ways)
-                row = [*lead]
+                rows.append(Row(tuple(row), start, tuple(held)))
+                start, lead = next(ways)
+                row, held = [*lead], []
             room = length - len(row)
             row += rest[:room]
+            held.append(document)
             rest = rest[room:]
-    return [*rows, tuple(row)] if len(row) > len(lead) else rows
+    return [*rows, Row(tuple(row), start, tuple(held))] if len(row) > len(lead) else rows
 
 
-def _cut(rows: list[tuple[int, ...]], budget: int) -> tuple[tuple[int, ...], ...]:
-    """The first `budget` tokens, in the same rows."""
-    cut: list[tuple[int, ...]] = []
+def _cut(rows: list[Row], budget: int) -> list[Row]:
+    """Return the first `budget` tokens, in the same rows."""
+    cut: list[Row] = []
     for row in rows:
         if budget <= 0:
             break
-        cut.append(row[:budget])
-        budget -= len(cut[-1])
-    return tuple(cut)
+        cut.append(row._replace(ids=row.ids[:budget]))
+        budget -= len(cut[-1].ids)
+    return cut

@@ -115,7 +115,9 @@ def reach_experts(
         added[name].append(row)
         offered[best] = 0
     rows = {name: (*rows, *added[name]) for name, rows in calibration.rows.items()}
-    return replace(calibration, rows=rows, weights=calibration.shares)
+    # Which documents are in a row is not known here: where any row was added, all count as used.
+    source = whole if any(added.values()) else calibration
+    return replace(calibration, rows=rows, weights=calibration.shares, starts=source.starts, sentences=source.sentences)
 
 
 def _places(loaded: LoadedModel) -> dict[str, Experts]:

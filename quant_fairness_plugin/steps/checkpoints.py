@@ -31,6 +31,7 @@ from quant_fairness_plugin.plans.plan_set import NONE
 from quant_fairness_plugin.quantize.in_blocks import quantized_state
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.serve.load import load_quantized
+from quant_fairness_plugin.steps.held_out import held_out_of
 from quant_fairness_plugin.steps.opening import probe_sentences
 from quant_fairness_plugin.texts.parts import used_before
 
@@ -193,19 +194,13 @@ def measured_folder(
         compared: what `check_folder` returned.
         made_here: it was made from these texts, and has no record.
     """
-    record = recorded(folder)
+    record = None if made_here else recorded(folder)
     if made_here:
         condition = used_before(texts, part)
-        held_out = not condition
+        held_out: bool | None = not condition
     elif record is None:
         held_out, condition = None, f"what {folder.name} was calibrated on is not recorded"
-    elif not record.calibration and record.plan.source in ("none", "explicit"):
-        held_out, condition = True, ""  # no sentence was used
-    elif record.provenance.text_set != texts.name:
-        held_out = None
-        condition = f"made on {record.provenance.text_set}: whether {texts.name} shares sentences with it is not known"
     else:
-        condition = used_before(texts, part)
-        held_out = not condition
+        held_out, condition = held_out_of(record, texts, part)
     condition = "; ".join(filter(None, [condition, weights_alone(folder)]))
     return replace(measurement, held_out=held_out, condition=condition, original_compared=compared)

@@ -54,7 +54,7 @@ def identifier_column(rows: Sequence[Mapping[str, object]], languages: Sequence[
     name = next((name for name in rows[0] if is_identifier_name(name)), None)
     if name is None or any(other.strip().lower() in (INDONESIAN, "in") for other in languages):
         return name
-    values = [row.get(name) for row in rows]
+    values = [row[name] for row in rows if row.get(name) not in (None, "")] or [""]
     kind = column_kind(values, [[row.get(other) for row in rows] for other in languages])
     if kind == "unclear":
         raise ArtifactError(
@@ -102,7 +102,7 @@ def _is_word(value: object) -> bool:
 
 
 def check_sentences(name: str, values: Sequence[object], source: str) -> None:
-    """Refuse a column that is a language by its name and that holds numbers, identifiers or one word over and over.
+    """Refuse a column that is a language by its name and that holds numbers, identifiers or the same in every row.
 
     Raises:
         ArtifactError: says what it holds.
@@ -111,9 +111,9 @@ def check_sentences(name: str, values: Sequence[object], source: str) -> None:
     if len(texts) < len(values) or not all(texts):
         return  # what is no text, or empty, is refused by its place
     numbers = all(_NUMBERED.fullmatch(text) or text.lower() in _TRUTH for text in texts)
-    constant = len(texts) > 2 and len(set(texts)) == 1 and len(texts[0].split()) <= 1
+    constant = len(texts) > 2 and len(set(texts)) == 1
     if texts and (numbers or constant):
-        what = "numbers, identifiers or yes and no" if numbers else "one word in every row"
+        what = "numbers, identifiers or yes and no" if numbers else "the same in every row"
         raise ArtifactError(
             f"{source}: column {name!r} is a language by its name, and holds {what} ({_examples(values)}), no "
             "sentences. Remove the column, or fill it with sentences"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from quant_fairness_plugin.artifacts import Documents, TextSet
+from quant_fairness_plugin.artifacts import Documents, TextSet, sentence_digests
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
 from quant_fairness_plugin.quantize.calibration import MinimaxRound, build_calibration, coverage_lines
 from tests.tiny import byte_tokenizer
@@ -106,6 +106,32 @@ def test_a_beginning_longer_than_half_a_row_is_left_out(texts: TextSet) -> None:
     tokenizer.chat_template = "<|endoftext|>user: {{ messages[0]['content'] }}"
     assert "chat" in build_calibration(tokenizer, texts, row_tokens=16).starts
     assert "chat" not in build_calibration(tokenizer, texts, row_tokens=13).starts
+
+
+def test_only_beginnings_of_a_row_are_named(texts: TextSet) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<|endoftext|>{{ messages[0]['role'] }}: {{ messages[0]['content'] }}"
+    one = build_calibration(tokenizer, texts, languages=["en"], tokens_per_language=20)
+    assert one.row_counts == {"en": 1}
+    assert list(one.starts) == ["eos"]
+    assert list(build_calibration(tokenizer, texts, tokens_per_language=20).starts) == ["eos", "plain", "chat"]
+    chats = Documents(name="own", texts={"en": ((("user", "Hello?"),),)}, sha256="")
+    written = build_calibration(tokenizer, chats)
+    assert written.starts == {}
+    assert not any("rows begin" in line for line in coverage_lines(written.summary()))
+
+
+def test_the_digests_are_of_what_is_in_the_rows(texts: TextSet) -> None:
+    whole = build_calibration(byte_tokenizer(), texts, weighting="proportional", row_tokens=10)
+    assert whole.sentences == sentence_digests(text for rows in texts.sentences.values() for text in rows[:3])
+    first = build_calibration(byte_tokenizer(), texts, languages=["en"], tokens_per_language=8, row_tokens=8)
+    text = decode(first.rows["en"])[0]
+    assert first.sentences == sentence_digests(row for row in texts.sentences["en"] if row.startswith(text))
+    said = (("user", "Hello?"), ("assistant", "Yes."))
+    chats = Documents(name="own", texts={"en": (said,)}, sha256="")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert build_calibration(tokenizer, chats).sentences == sentence_digests([said])
 
 
 def test_languages_can_be_chosen(texts: TextSet) -> None:

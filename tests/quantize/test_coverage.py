@@ -136,7 +136,10 @@ def test_rows_are_added_until_every_expert_has_enough(load: Load, texts: TextSet
     assert found.shares == calibration.shares
     assert bool(((totals(found) >= enough) | (totals(found) == totals(whole))).all())
     assert len(taken) < len(spare)
-    assert reach_experts(loaded, calibration, whole, enough=1).rows == calibration.rows
+    some, all_of_it = replace(calibration, sentences="c29tZXM="), replace(whole, sentences="d2hvbGVz")
+    assert reach_experts(loaded, some, all_of_it, enough=enough).sentences == all_of_it.sentences
+    as_it_was = reach_experts(loaded, some, all_of_it, enough=1)
+    assert (as_it_was.rows, as_it_was.sentences) == (calibration.rows, some.sentences)
 
 
 def test_a_dense_model_has_no_experts_to_reach(load: Load, rows: CalibrationSet) -> None:
