@@ -34,6 +34,9 @@ class Codes(Protocol):
     def numbers(self, codes: Tensor, zeros: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return what codes stand for, in units of the scale."""
 
+    def rounded(self, values: Tensor, zeros: Tensor) -> Tensor:
+        """Return what the codes of `nearest` stand for, in the dtype of `values`, which are used up."""
+
 
 class Integers:
     """Integers of some bits; a number is an integer less the zero point."""
@@ -49,6 +52,10 @@ class Integers:
     def numbers(self, codes: Tensor, zeros: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return codes less the zero point."""
         return codes.to(dtype) - zeros
+
+    def rounded(self, values: Tensor, zeros: Tensor) -> Tensor:
+        """Return the nearest integers within the range, less the zero point."""
+        return values.round_().add_(zeros).clamp_(0, self._top).sub_(zeros)
 
 
 class Floats:
@@ -74,6 +81,10 @@ class Floats:
         """Return the floats of codes."""
         _, table = self._of(torch.empty(0, dtype=dtype, device=codes.device))
         return table[codes.int()]
+
+    def rounded(self, values: Tensor, zeros: Tensor) -> Tensor:
+        """Return the nearest floats."""
+        return self.numbers(self.nearest(values, zeros), zeros, values.dtype)
 
     def _of(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the middles between magnitudes and the table of numbers, both exact in the dtype of a tensor."""

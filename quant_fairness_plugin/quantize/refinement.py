@@ -106,11 +106,12 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
     """
     size = wanted.shape[1] // tensor.scales.shape[1]
     # Columns are rows here, so that what one of them is computed from lies together.
-    # Integers are copied even where they lie like that already, because they are changed in place.
-    steps, zeros, integers = (part.T.contiguous() for part in (tensor.steps, tensor.zeros, tensor.integers.clone()))
-    steps, zeros = steps.to(wanted.dtype).repeat_interleave(size, dim=0), zeros.repeat_interleave(size, dim=0)
+    steps, zeros = (
+        part.to(wanted.dtype).T.contiguous().repeat_interleave(size, dim=0) for part in (tensor.steps, tensor.zeros)
+    )
     codes, diagonal = codes_of(tensor.grid), curvature.diagonal().tolist()
-    values = codes.numbers(integers, zeros, wanted.dtype) * steps
+    numbers = codes.numbers(tensor.integers.T.contiguous(), zeros, wanted.dtype)
+    values = numbers * steps
     slope = curvature @ values - wanted.T
     for _ in range(SWEEPS):
         moved = False
@@ -119,9 +120,8 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
             moves, near, square = torch.zeros_like(values[part]), slope[part].clone(), curvature[part, part]
             for i, k in enumerate(range(part.start, part.stop)):
                 # Of all numbers the nearest to the lowest point of a parabola is the best, however they are spaced.
-                best = (values[k] - near[i] / diagonal[k]).div_(steps[k])
-                integers[k] = codes.nearest(best, zeros[k])
-                moves[i] = codes.numbers(integers[k], zeros[k], wanted.dtype).mul_(steps[k]).sub_(values[k])
+                numbers[k] = codes.rounded((values[k] - near[i] / diagonal[k]).div_(steps[k]), zeros[k])
+                torch.mul(numbers[k], steps[k], out=moves[i]).sub_(values[k])
                 near[i:].addr_(square[i, i:], moves[i])
             if moves.any():
                 moved = True
@@ -129,4 +129,4 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
                 slope.addmm_(curvature[:, part], moves)
         if not moved:
             break
-    return replace(tensor, integers=integers.T.contiguous())
+    return replace(tensor, integers=codes.nearest(numbers, zeros).T.contiguous())
