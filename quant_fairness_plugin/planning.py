@@ -111,7 +111,7 @@ def check_budget(loaded: LoadedModel, config: FairConfig) -> None:
     kinds = tuple(config.overrides.values())
     table, other = count_bytes(loaded, config.grid, kinds, eight_bit_tables=config.eight_bit_tables)
     dense, overrides = layers_and_overrides(config.overrides)
-    least = plan_bytes(table, other, dense, overrides, quantized=precision_of_bits(config.bits))
+    least = plan_bytes(table, other, dense, overrides, quantized=config.grid.precision)
     if least > most:
         raise QualityGateError(
             f"a budget of {most} bytes is below the smallest checkpoint of this grid, {least} bytes: raise it to that, "
