@@ -143,8 +143,8 @@ def preflight(
     check_libraries()
     _check_backend(config)
     if out is not None:
-        check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
         _check_output(config, out, overwrite=overwrite)
+        check_exportable(None, format=config.format, grid=config.grid, reader=config.reader, overrides=config.overrides)
     check_method(config.method, config.grid, sweeps=config.protect_layers == "auto")
     files = source.resolve()
     if out is not None and out.resolve() == files.folder.resolve():

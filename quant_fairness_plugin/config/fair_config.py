@@ -66,7 +66,7 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
         check_device_name(self.device)
         check_bits(self.bits)
         check_rest(self.quantize_rest_to, bits=self.bits)
-        check_scheme(self, columns=self.protect_columns, int8_layers=self.int8_layers)
+        check_scheme(self, format=self.format, columns=self.protect_columns, int8_layers=self.int8_layers)
         if self.group_size != "auto":
             check_group_size(self.group_size)
         if not 0 <= self.max_overhead <= 4:

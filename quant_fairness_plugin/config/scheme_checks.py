@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from quant_fairness_plugin.config.quantizing import QuantizingFields
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.gguf import FORMAT
 from quant_fairness_plugin.quantize.backends import NATIVE
 from quant_fairness_plugin.quantize.methods import find_method, method_names
 from quant_fairness_plugin.quantize.schemes import FLOAT_CLIPS, SCHEMES, FloatScheme
@@ -15,11 +16,12 @@ Misfit = tuple[bool, str, str]
 """Whether an option does not fit, how it stands, and what is accepted."""
 
 
-def check_scheme(fields: QuantizingFields, *, columns: float, int8_layers: tuple[int, ...]) -> None:
+def check_scheme(fields: QuantizingFields, *, format: str, columns: float, int8_layers: tuple[int, ...]) -> None:
     """Refuse options that a scheme of floats leaves no choice of, or cannot be used with.
 
     Args:
         fields: how weights are rounded.
+        format: of the checkpoint; those of folders are checked with the readers.
         columns: share of the input channels in 16 bit.
         int8_layers: layers in 8 bits.
 
@@ -30,6 +32,7 @@ def check_scheme(fields: QuantizingFields, *, columns: float, int8_layers: tuple
     if scheme is None:
         return
     others: tuple[Misfit, ...] = (
+        (format == FORMAT, f"format {format!r}", "format compressed-tensors"),
         (columns > 0, f"protect_columns {columns:g}", "whole layers and units in 16 bit"),
         (
             bool(int8_layers) and scheme.bits >= EIGHT,
