@@ -24,10 +24,11 @@ from pathlib import Path
 from quant_fairness_plugin.artifacts import write_atomically
 from quant_fairness_plugin.errors import ArtifactError, QuantFairnessError
 from quant_fairness_plugin.texts.documents import BUNDLED_DOCUMENTS
+from quant_fairness_plugin.texts.lines import read_lines
 from quant_fairness_plugin.texts.load import BUNDLED
 from quant_fairness_plugin.texts.parts import split_parts
 from quant_fairness_plugin.texts.sentences import RawTexts, clean_sentence
-from quant_fairness_plugin.texts.sources import read_folder, read_lines
+from quant_fairness_plugin.texts.sources import read_folder
 
 REGISTERS = ("narrative",) * 90 + ("everyday",) * 90
 FIRST_COLUMN = "en"

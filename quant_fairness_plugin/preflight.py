@@ -27,7 +27,7 @@ from quant_fairness_plugin.model.native import is_wrapper
 from quant_fairness_plugin.model.resolve import ModelFiles, resolve_model
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, quick_tokenizer, stored_embedding_rows
 from quant_fairness_plugin.quantize.backends import check_backend
-from quant_fairness_plugin.quantize.calibration import ROW_TOKENS
+from quant_fairness_plugin.quantize.calibration import ENGLISH, ROW_TOKENS
 from quant_fairness_plugin.quantize.expert_rules import SINGLE_EXPERTS, check_experts
 from quant_fairness_plugin.quantize.methods import check_method, find_method
 from quant_fairness_plugin.texts.documents import check_apart, documents_of, load_documents
@@ -216,12 +216,15 @@ def open_texts(config: FairConfig, texts: TextSet | None = None) -> TextSet:
 def open_documents(config: FairConfig, texts: TextSet) -> Documents:
     """Return what to calibrate on: the documents that the configuration names, else those of the texts.
 
+    Of documents in more languages those are taken that are measured, and English where it is asked for.
+
     Raises:
         QuantFairnessError: as `load_documents` and `check_apart`.
     """
     if config.calibration_texts is None:
         return documents_of(texts)
-    documents = load_documents(config.calibration_texts, languages=config.languages)
+    english = [ENGLISH] if config.calibration == "english" else []
+    documents = load_documents(config.calibration_texts, languages=[*texts.languages, *english])
     check_apart(documents, texts)
     if lacking := [name for name in texts.languages if name not in documents.texts]:
         _logger.warning("%s has no text in %s: measured, and not calibrated on", documents.name, ", ".join(lacking))

@@ -54,7 +54,7 @@ def identifier_column(rows: Sequence[Mapping[str, object]], languages: Sequence[
     name = next((name for name in rows[0] if is_identifier_name(name)), None)
     if name is None or any(other.strip().lower() in (INDONESIAN, "in") for other in languages):
         return name
-    values = [row.get(name) for row in rows]
+    values = [row[name] for row in rows if row.get(name) not in (None, "")] or [""]
     kind = column_kind(values, [[row.get(other) for row in rows] for other in languages])
     if kind == "unclear":
         raise ArtifactError(

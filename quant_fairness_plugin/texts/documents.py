@@ -5,8 +5,6 @@ Unlike the sentences that languages are compared on, these need not be the same 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import reprlib
@@ -19,16 +17,21 @@ from quant_fairness_plugin.artifacts import Documents, TextSet, digest
 from quant_fairness_plugin.artifacts.documents import Document
 from quant_fairness_plugin.artifacts.used import pieces_of
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
+from quant_fairness_plugin.texts.columns import check_sentences, name_columns
 from quant_fairness_plugin.texts.languages import normalise_language
+from quant_fairness_plugin.texts.lines import name_unread, parse_document, read_corpus, read_lines, split_folder
 from quant_fairness_plugin.texts.load import bundled_content, load_texts
 from quant_fairness_plugin.texts.sentences import clean_sentence
-from quant_fairness_plugin.texts.sources import BUNDLED, column_language, parse_document, read_corpus, read_lines
+from quant_fairness_plugin.texts.sources import BUNDLED, column_language, language_columns
+from quant_fairness_plugin.texts.tables import read_table
 
 ENOUGH_TOKENS = 2048
 """Of each language, of text that nobody chose: the time grows with the tokens, and what they bring less and less."""
 BUNDLED_DOCUMENTS = Path(__file__).parent / "bundled" / "documents.jsonl"
 LANGUAGE, TEXT, MESSAGES = "language", "text", "messages"
 """Keys of a row that says itself which language it is in."""
+CALIBRATED_PARTS = ("calibrate", "all")
+"""Of a table with a column `part`, the rows that may be calibrated on."""
 _ROLES = ("system", "user", "assistant")
 Found = tuple[str, str, object]
 """Where a document is, its language's tag as it is written, and what is there."""
@@ -65,7 +68,8 @@ def load_documents(source: str | Path, *, languages: Sequence[str] | None = None
             f"{', '.join(documents.languages) or 'none'}"
         )
     if left_out := [name for name in documents.languages if name not in chosen_rows]:
-        _logger.info("%s: not calibrated on, as --langs leaves it out: %s", documents.name, ", ".join(left_out))
+        level = logging.INFO if source == BUNDLED else logging.WARNING
+        _logger.log(level, "%s: not calibrated on, as not measured: %s", documents.name, ", ".join(left_out))
     return Documents(name=documents.name, texts=chosen_rows, sha256=digest(chosen_rows))
 
 
@@ -140,16 +144,21 @@ def _checked(path: Path) -> Documents:
 
 
 def read_folder(folder: Path) -> Iterator[Found]:
-    """Yield the documents of `<lang>.txt`, `<lang>.jsonl` and of the `.txt` files in folders `<lang>`."""
-    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
+    """Yield the documents of `<lang>.txt`, `<lang>.jsonl` and of the `.txt` files in folders `<lang>`.
+
+    Endings count in upper and lower case; what is not read is named in the log.
+    """
+    taken, others = split_folder(folder, lambda path: path.is_dir() or path.suffix.lower() in (".txt", ".jsonl"))
+    for path in taken:
         if path.is_dir():
-            for file in sorted(path.glob("*.txt")):
-                yield str(file), path.name, "\n".join(read_lines(file))
-        elif path.suffix == ".txt":
-            yield from ((where, path.stem, line) for where, line in _filled(read_lines(path), path))
-        elif path.suffix == ".jsonl":
-            for where, row in _rows(path):
-                yield where, path.stem, row.get(TEXT, row.get(MESSAGES))
+            files, unread = split_folder(path, lambda file: file.is_file() and file.suffix.lower() == ".txt")
+            others += unread if files else [path]
+            yield from _column(path.name, [(str(file), "\n".join(read_lines(file))) for file in files], str(path))
+        elif path.suffix.lower() == ".txt":
+            yield from _column(path.stem, list(_filled(read_lines(path), path)), str(path))
+        else:
+            yield from ((where, path.stem, row.get(TEXT, row.get(MESSAGES))) for where, row in _rows(path))
+    name_unread(folder, others)
 
 
 def read_jsonl(path: Path) -> Iterator[Found]:
@@ -158,17 +167,26 @@ def read_jsonl(path: Path) -> Iterator[Found]:
         yield where, _tag(row, where), row.get(TEXT, row.get(MESSAGES))
 
 
-def read_table(path: Path) -> Iterator[Found]:
-    """Yield the documents of a table with the columns `language` and `text`, or with a column for each language."""
-    comma = path.suffix.lower() == ".csv"
-    lines = io.StringIO(read_corpus(path), newline="") if comma else iter(read_lines(path))
-    rows = csv.reader(lines, strict=True) if comma else (line.split("\t") for line in lines)
-    try:
-        header: list[str] = next(iter(rows), [])
-        for number, cells in enumerate(rows, start=2):
-            yield from _cells(header, cells, f"{path} row {number}")
-    except csv.Error as err:
-        raise ArtifactError(f"{path}: not a table of comma-separated values ({err}); mend the file") from err
+def read_columns(path: Path) -> Iterator[Found]:
+    """Yield the documents of a table with the columns `language` and `text`, or with a column for each language.
+
+    Columns are judged as those of `--texts` are: what holds numbers or names of rows is no language. Rows that a column
+    `part` keeps for searching and confirming are left out.
+    """
+    table, source = read_table(path), str(path)
+    rows = [(where, row) for where, row in table.rows if row.get("part", "all") in CALIBRATED_PARTS]
+    if kept := len(table.rows) - len(rows):
+        _logger.warning("%s: left out %d of %d rows, whose part is not calibrate", source, kept, len(table.rows))
+    if {LANGUAGE, TEXT} <= set(table.columns):
+        name_columns([name for name in table.columns if name not in (LANGUAGE, TEXT)], None, source)
+        yield from ((where, row[LANGUAGE], row[TEXT]) for where, row in rows)
+        return
+    identifier, names = language_columns(table.columns, [row for _, row in table.rows], source)
+    name_columns([name for name in table.columns if name not in names], identifier, source)
+    _check_once(names, source)
+    for name in names:
+        cells = [(f"{where}, {name}", row[name]) for where, row in rows if row[name].strip()]
+        yield from _column(name, cells, source)
 
 
 def read_json(path: Path) -> Iterator[Found]:
@@ -176,19 +194,27 @@ def read_json(path: Path) -> Iterator[Found]:
     document = parse_document(read_corpus(path), str(path))
     if not isinstance(document, dict):
         raise ArtifactError(f"{path}: {type(document).__name__} instead of an object {{language: text or [texts]}}")
+    _check_once(document, str(path))
     for tag, texts in document.items():
-        for number, text in enumerate(texts if isinstance(texts, list) else [texts], start=1):
-            yield f"{path}, {tag} {number}", tag, text
+        several = texts if isinstance(texts, list) else [texts]
+        places = [(f"{path}, {tag} {number}", text) for number, text in enumerate(several, start=1)]
+        yield from _column(tag, places, str(path))
 
 
-def _cells(header: Sequence[str], cells: Sequence[str], where: str) -> Iterator[Found]:
-    if len(cells) != len(header):
-        raise ArtifactError(f"{where}: {len(cells)} cells; the first line names {len(header)} columns. Mend the row.")
-    row = dict(zip(header, cells, strict=True))
-    if {LANGUAGE, TEXT} <= row.keys():
-        yield where, row[LANGUAGE], row[TEXT]
-    else:
-        yield from ((f"{where}, {tag}", tag, text) for tag, text in row.items() if text.strip())
+def _column(tag: str, found: Sequence[tuple[str, object]], source: str) -> Iterator[Found]:
+    """Yield documents that are in a language by the name of their column, key or file, if they can be."""
+    check_sentences(tag, [content for _, content in found], source)
+    return ((where, tag, content) for where, content in found)
+
+
+def _check_once(tags: Iterable[str], source: str) -> None:
+    """Refuse two columns of one language, such as `he` and `iw`."""
+    seen: set[str] = set()
+    for tag in tags:
+        language = column_language(tag, source)
+        if language in seen:
+            raise ArtifactError(f"{source}: {language} occurs twice (once as {reprlib.repr(tag)}); keep one of them")
+        seen.add(language)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -230,6 +256,6 @@ def _message(message: object, where: str) -> tuple[str, str]:
 _READERS: dict[str, Callable[[Path], Iterator[Found]]] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
-    ".csv": read_table,
-    ".tsv": read_table,
+    ".csv": read_columns,
+    ".tsv": read_columns,
 }

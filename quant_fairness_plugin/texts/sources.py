@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from quant_fairness_plugin.artifacts import Part
-from quant_fairness_plugin.documents import MOST_BYTES, first_repeated, parse_json
+from quant_fairness_plugin.documents import first_repeated
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, UnknownLanguageError
 from quant_fairness_plugin.texts.columns import (
     META,
@@ -17,10 +17,20 @@ from quant_fairness_plugin.texts.columns import (
     is_identifier_name,
     name_columns,
     name_equal_columns,
-    name_quoted_columns,
 )
 from quant_fairness_plugin.texts.languages import normalise_language
+from quant_fairness_plugin.texts.lines import (
+    decode,
+    name_unread,
+    parse_document,
+    read_bytes,
+    read_corpus,
+    read_lines,
+    split_folder,
+    split_lines,
+)
 from quant_fairness_plugin.texts.sentences import RawTexts, clean_sentence
+from quant_fairness_plugin.texts.tables import read_table
 
 BUNDLED = "bundled"
 """The source whose columns are known."""
@@ -50,8 +60,9 @@ def read_path(path: Path) -> RawTexts:
 
 
 def read_folder(folder: Path) -> RawTexts:
-    """Read `<lang>.txt` files, one sentence a line, the same number of lines in each."""
-    files = sorted(path for path in folder.glob("*.txt") if path.is_file() and not path.name.startswith("."))
+    """Read `<lang>.txt` files, one sentence a line, the same number in each; names other files in the log."""
+    files, others = split_folder(folder, lambda path: path.is_file() and path.suffix.lower() == ".txt")
+    name_unread(folder, others)
     if not files:
         raise ArtifactError(
             f"{folder}: no <lang>.txt file in this folder; expected en.txt, he.txt, ..., a sentence a line"
@@ -77,13 +88,13 @@ def read_json(path: Path) -> RawTexts:
 
 def read_jsonl(path: Path) -> RawTexts:
     """Read one object a line: `{"id": ..., "part"?: ..., "register"?: ..., "<lang>": text, ...}`."""
-    return parse_jsonl(_read_bytes(path), str(path))
+    return parse_jsonl(read_bytes(path), str(path))
 
 
 def parse_jsonl(content: bytes, source: str) -> RawTexts:
     """Read the bytes of a JSONL file; `source` names it in messages."""
     rows: list[Row] = []
-    for number, line in enumerate(_split_lines(decode(content, source)), start=1):
+    for number, line in enumerate(split_lines(decode(content, source)), start=1):
         where = f"{source} line {number}"
         row = parse_document(line, where)
         if not isinstance(row, dict):
@@ -93,22 +104,8 @@ def parse_jsonl(content: bytes, source: str) -> RawTexts:
 
 
 def read_tsv(path: Path) -> RawTexts:
-    """Read a table with tabs between cells and the language tags in its first line; quotes are ordinary characters."""
-    header, *lines = [line.split("\t") for line in read_lines(path)] or [[]]
-    if len(set(header)) < len(header):
-        raise ArtifactError(
-            f"{path}: column {reprlib.repr(first_repeated(header))} occurs twice; name each column once"
-        )
-    rows: list[Row] = []
-    for number, cells in enumerate(lines, start=2):
-        where = f"{path} line {number}"
-        if len(cells) != len(header):
-            raise ArtifactError(
-                f"{where}: {len(cells)} cells; the first line names {len(header)} columns. Mend the line."
-            )
-        rows.append((where, dict(zip(header, cells, strict=True))))
-    name_quoted_columns(header, lines, str(path))
-    return from_rows(rows, str(path))
+    """Read a table with tabs between cells and the language tags in its first line; see `read_table`."""
+    return from_rows(read_table(path).rows, str(path))
 
 
 def from_rows(rows: Sequence[Row], source: str) -> RawTexts:
@@ -118,14 +115,10 @@ def from_rows(rows: Sequence[Row], source: str) -> RawTexts:
     """
     if not rows:
         raise ArtifactError(f"{source}: no sentences; expected one row per sentence, with a text for each language")
-    beyond_doubt = [name for name in rows[0][1] if name not in META and not is_identifier_name(name)]
-    identifier = identifier_column([row for _, row in rows], beyond_doubt, source)
+    identifier, names = language_columns(rows[0][1], [row for _, row in rows], source)
     meta = {*META, identifier}
-    names = [name for name in rows[0][1] if name not in meta]
     if source != BUNDLED:
         name_columns([name for name in rows[0][1] if name in meta], identifier, source)
-    for name in names:
-        column_language(name, source)
     for where, row in rows:
         if odd := {name for name in row if name not in meta} ^ set(names):
             raise ArtifactError(
@@ -143,6 +136,24 @@ def from_rows(rows: Sequence[Row], source: str) -> RawTexts:
         parts=_parts(rows),
         registers=tuple(_register(row.get("register", ""), where) for where, row in rows),
     )
+
+
+def language_columns(
+    columns: Iterable[str], rows: Sequence[Mapping[str, object]], source: str
+) -> tuple[str | None, list[str]]:
+    """Return the column of row identifiers, None where there is none, and those that are languages, in their order.
+
+    Raises:
+        ArtifactError: a column that could be either; says how to name it.
+        UnknownLanguageError: a column that is neither.
+    """
+    names = [name for name in columns if name not in META]
+    beyond_doubt = [name for name in names if not is_identifier_name(name)]
+    identifier = identifier_column(rows, beyond_doubt, source) if rows else None
+    names = [name for name in names if name != identifier]
+    for name in names:
+        column_language(name, source)
+    return identifier, names
 
 
 def _from_columns(
@@ -224,62 +235,6 @@ def _register(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise ArtifactError(f"{where}: register {reprlib.repr(value)} is no text; write a word, or leave it out")
     return value
-
-
-def decode(content: bytes, source: str) -> str:
-    """Decode UTF-8 bytes, with or without a byte order mark.
-
-    Raises:
-        ArtifactError: not UTF-8; names the line.
-    """
-    try:
-        return content.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as err:
-        line = content.count(b"\n", 0, err.start) + 1
-        raise ArtifactError(
-            f"{source} line {line}: byte 0x{content[err.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from err
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as err:
-        raise ArtifactError(f"{path}: cannot be read ({err.strerror}); check the file and its permissions") from err
-
-
-def read_corpus(path: Path) -> str:
-    """Return the text of a UTF-8 file, however large: sentences are read line by line, and `parse_document` is bounded.
-
-    Raises:
-        ArtifactError: it cannot be read, or is not UTF-8; names the line.
-    """
-    return decode(_read_bytes(path), str(path))
-
-
-def read_lines(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file; raises as `read_corpus`."""
-    return _split_lines(read_corpus(path))
-
-
-def _split_lines(text: str) -> list[str]:
-    # Not str.splitlines, which also splits at U+2028, form feeds and other characters inside a sentence.
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def parse_document(text: str, where: str) -> object:
-    """Return a decoded JSON document without repeated keys.
-
-    Raises:
-        ArtifactError: it is none, or larger than `MOST_BYTES`; says where.
-    """
-    if len(text) > MOST_BYTES:
-        raise ArtifactError(f"{where}: JSON of more than {MOST_BYTES} characters; write a row a line in a .jsonl file")
-    try:
-        return parse_json(text)
-    except ValueError as err:
-        raise ArtifactError(f"{where}: not valid JSON ({err}); mend the file") from err
 
 
 def _shown(names: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ import typer
 
 from quant_fairness_plugin.artifacts import ExportRecord, load
 from quant_fairness_plugin.cli.main import app, run_guarded
+from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.preflight import open_documents, open_texts
 from quant_fairness_plugin.texts.load import load_texts
 
 
@@ -38,6 +41,21 @@ def test_the_record_says_what_was_calibrated_on_and_how_texts_began(
     assert record.measurement is not None
     assert record.measurement.provenance.start == "plain"
     assert "Texts begin with nothing in front" in capsys.readouterr().out
+
+
+def test_languages_are_calibrated_on_where_they_are_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    columns = {name: [f"{name} sentence {i}." for i in range(25)] for name in ("en", "he", "zh")}
+    texts, own = tmp_path / "t.json", tmp_path / "own.json"
+    texts.write_text(json.dumps({name: columns[name] for name in ("he", "zh")}), encoding="utf-8")
+    own.write_text(json.dumps({"en": "One.", "he": "שלום.", "fr": "Un."}), encoding="utf-8")
+    config = FairConfig(texts=str(texts), reference=None, calibration_texts=str(own))
+    assert open_documents(config, open_texts(config)).languages == ("he",)
+    assert "own.json: not calibrated on, as not measured: en, fr" in caplog.text
+    assert "own.json has no text in zh: measured, and not calibrated on" in caplog.text
+    named = replace(config, languages=("zh", "he"))
+    assert open_documents(named, open_texts(named)).languages == ("he",)
+    english = replace(config, calibration="english")
+    assert open_documents(english, open_texts(english)).languages == ("en", "he")
 
 
 @pytest.mark.parametrize(

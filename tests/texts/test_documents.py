@@ -68,6 +68,97 @@ def test_a_folder_holds_lines_rows_and_files(tmp_path: Path) -> None:
     assert found.texts == {"de": ("Lieber\nHerr", "Milch"), "en": ("One.", "Two."), "fr": ("Un.",)}
 
 
+def test_a_folder_takes_endings_in_capitals_and_names_what_it_does_not_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "EN.TXT", "One.")
+    write(tmp_path / "fr.JSONL", '{"text": "Un."}')
+    write(tmp_path / "de" / "BRIEF.TXT", "Herr")
+    write(tmp_path / "de" / "notiz.md", "x")
+    write(tmp_path / "images" / "one.png", "x")
+    write(tmp_path / "he.csv", "x")
+    assert load_documents(tmp_path).texts == {"en": ("One.",), "de": ("Herr",), "fr": ("Un.",)}
+    assert "not read, as no text by their names: he.csv, notiz.md, images/" in caplog.text
+
+
+COLUMNS = {
+    "en": ["The fox runs.", "A dog sleeps.", "Birds sing."],
+    "he": ["השועל רץ.", "כלב ישן.", ""],
+}
+
+
+def table(path: Path, columns: dict[str, list[str]]) -> Path:
+    cut = "," if path.suffix.lower() == ".csv" else "\t"
+    rows = [columns, *zip(*columns.values(), strict=True)]
+    return write(path, "".join(cut.join(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "T.CSV"])
+def test_a_column_of_row_numbers_is_no_indonesian(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    found = load_documents(table(tmp_path / name, {"id": ["1", "2", "3"], "register": ["a", "b", "c"]} | COLUMNS))
+    assert found.languages == ("en", "he")
+    assert "columns not taken for languages: id (row identifiers), register" in caplog.text
+    some = {"id": ["Rubah itu berlari.", "", "Tiga burung bernyanyi."]}
+    assert load_documents(table(tmp_path / name, some | COLUMNS)).texts["id"] == tuple(some["id"][::2])
+    assert "column 'id' is taken for Indonesian" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"no": ["1", "2", "3"]}, "column 'no' is a language by its name, and holds numbers"),
+        ({"src": ["wiki", "wiki", "wiki"]}, "column 'src' is a language by its name, and holds one word in every row"),
+        ({"src": ["wiki", "", "wiki"], "is": ["yes", "no", "no"]}, "column 'is' is a language by its name"),
+        ({"iw": ["a b", "c d", "e f"]}, r"he occurs twice \(once as 'he'\); keep one of them"),
+        ({"id": ["news item"] * 3}, "column 'id' could hold Indonesian or row identifiers"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_columns_that_hold_no_documents_are_refused(
+    columns: dict[str, list[str]], message: str, kind: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        load_documents(table(tmp_path / f"t.{kind}", columns | COLUMNS))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv"])
+def test_a_column_that_is_there_twice_is_refused(name: str, tmp_path: Path) -> None:
+    cut = "," if name.endswith("csv") else "\t"
+    rows = [["en", "he", "en"], ["One.", "שלום", "Un."]]
+    with pytest.raises(ArtifactError, match="column 'en' occurs twice; name each column once"):
+        load_documents(write(tmp_path / name, "\n".join(map(cut.join, rows))))
+
+
+def test_keys_and_files_that_hold_numbers_are_refused_too(tmp_path: Path) -> None:
+    for content in ({"en": ["One."], "no": ["1", "2"]}, {"he": ["a b"], "iw": ["c d"]}):
+        with pytest.raises(ArtifactError, match="is a language by its name|he occurs twice"):
+            load_documents(write(tmp_path / "t.json", json.dumps(content)))
+    write(tmp_path / "folder" / "no.txt", "1\n2\n3\n")
+    with pytest.raises(ArtifactError, match="column 'no' is a language by its name"):
+        load_documents(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n\n \n", "\r\n"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", "en,de\nOne.,Eins.\n"), ("t.tsv", "en\tde\nOne.\tEins.\n"), ("l.csv", "language,text\nen,One.\n"),
+        ("t.jsonl", '{"language": "en", "text": "One."}\n'), ("t.json", '{"en": "One."}\n'), ("en.txt", "One.\n"),
+    ],
+)  # fmt: skip
+def test_empty_lines_at_the_end_are_no_documents(name: str, content: str, blank: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content + blank)
+    assert load_documents(path.parent if path.suffix == ".txt" else path).texts["en"] == ("One.",)
+
+
+def test_rows_of_other_parts_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    parts = {"part": ["calibrate", "search", "all"]}
+    assert load_documents(table(tmp_path / "t.csv", parts | COLUMNS)).texts["en"] == ("The fox runs.", "Birds sing.")
+    assert "left out 1 of 3 rows, whose part is not calibrate" in caplog.text
+    long = parts | {"language": ["en"] * 3, "text": COLUMNS["en"]}
+    assert load_documents(table(tmp_path / "l.csv", long)).texts == {"en": ("The fox runs.", "Birds sing.")}
+
+
 def test_a_parallel_set_gives_its_calibrate_part(tmp_path: Path) -> None:
     rows = [{"en": f"Sentence {i}.", "de": f"Satz {i}."} for i in range(9)]
     assert len(load_documents(rows_file(tmp_path, *rows)).texts["de"]) == 9
@@ -114,9 +205,10 @@ def test_the_checksum_is_that_of_the_text(tmp_path: Path) -> None:
     assert load_documents(rows_file(tmp_path, *ROWS), languages=["en"]).sha256 not in sums
 
 
-def test_languages_can_be_chosen_and_one_must_be_there(tmp_path: Path) -> None:
+def test_languages_can_be_chosen_and_one_must_be_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = rows_file(tmp_path, *ROWS)
     assert load_documents(path, languages=["he", "fr"]).languages == ("he",)
+    assert "own.jsonl: not calibrated on, as not measured: en" in caplog.text
     with pytest.raises(UnknownLanguageError, match=r"own.jsonl has no text in fr to calibrate on; it has en, he"):
         load_documents(path, languages=["fr"])
 

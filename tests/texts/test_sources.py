@@ -35,6 +35,29 @@ def test_a_folder_holds_one_file_per_language(tmp_path: Path) -> None:
     assert raw.parts is None
 
 
+def test_endings_in_capitals_are_read_and_other_files_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "en.txt", "Peace.\n")
+    write(tmp_path / "HE.TXT", "שלום.\n")
+    for name in ("a.csv", "b.md", "c.txt.bak", "d.jsonl", "e.pdf", "f.rtf"):
+        write(tmp_path / name, "x")
+    (tmp_path / "zh").mkdir()
+    assert read_path(tmp_path).sentences == {"en": ("Peace.",), "he": ("שלום.",)}
+    assert "not read, as no text by their names: a.csv, b.md, c.txt.bak, d.jsonl, e.pdf and 2 more" in caplog.text
+
+
+@pytest.mark.parametrize("blank", ["\n", "\n\n \n", "\r\n", "\t\n"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("t.tsv", "en\tde\nOne.\tEins.\n"), ("t.jsonl", '{"en": "One.", "de": "Eins."}\n'), ("en.txt", "One.\n")],
+)
+def test_empty_lines_at_the_end_are_no_sentences(name: str, content: str, blank: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, content + blank)
+    raw = read_path(path.parent if path.suffix == ".txt" else path)
+    assert raw.sentences["en"] == ("One.",)
+
+
 def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path: Path) -> None:
     write(tmp_path / "plain" / "en.txt", "One.\nTwo.\n")
     write(tmp_path / "windows" / "en.txt", b"\xef\xbb\xbfOne.\r\nTwo.\r\n")
@@ -115,7 +138,7 @@ def test_a_json_file_that_is_too_large_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(tmp_path / "texts.json", json.dumps({"en": "The fox.", "he": "השועל."}))
-    monkeypatch.setattr("quant_fairness_plugin.texts.sources.MOST_BYTES", 20)
+    monkeypatch.setattr("quant_fairness_plugin.texts.lines.MOST_BYTES", 20)
     with pytest.raises(ArtifactError, match=r"JSON of more than 20 characters; write a row a line in a \.jsonl file"):
         read_path(path)
 
@@ -190,7 +213,7 @@ def test_a_table_names_its_languages_in_the_first_line(tmp_path: Path) -> None:
         ("", r"no sentences; expected one row"),
         ("en\tde\n", r"no sentences; expected one row"),
         ("en\tde\na\tb\tc\n", r"line 2: 3 cells; the first line names 2 columns"),
-        ("en\tde\na\tb\n\n", r"line 3: 1 cells; the first line names 2 columns"),
+        ("en\tde\na\tb\n\na\tb\n", r"line 3: 1 cells; the first line names 2 columns"),
         ("en\tde\na\t\n", r"line 2, de: the text is empty"),
         ("en\ten\na\tb\n", r"column 'en' occurs twice"),
     ],
