@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from quant_fairness_plugin.answers.prompts import NEW_TOKENS
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
+from quant_fairness_plugin.model.chats import write_chat
 from quant_fairness_plugin.model.quiet import quiet_transformers
 from quant_fairness_plugin.model.tokenizer import check_ids, prompt_ids
 
@@ -101,12 +102,7 @@ def _check(
 def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if not has_chat_template(tokenizer):
         return prompt_ids(tokenizer, prompt)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,  # of templates that know it: the answer is wanted, not the way there
-    )
+    text = write_chat(tokenizer, [("user", prompt)], to_answer=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
     return ids
 
