@@ -138,12 +138,12 @@ def open_in_memory(
     device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
     prompts = find_prompts(config, sentences)
-    if tokenizer is not None:
-        _check_prompts(prompts, sentences, tokenizer, limit=longest_input(model.config.to_dict()), name="the model")
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     check_model(config, loaded.files)
+    limit = longest_input(loaded.model.config.to_dict())
+    _check_prompts(prompts, sentences, loaded.tokenizer, limit=limit, name=loaded.files.name)
     beginning(loaded.tokenizer, sentences.start)
     check_tokens(loaded, sentences)
     return loaded, sentences
