@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from quant_fairness_plugin.answers.check import check_asked
-from quant_fairness_plugin.answers.prompts import Prompts, load_prompts
+from quant_fairness_plugin.answers.check import find_prompts
 from quant_fairness_plugin.artifacts import Documents, Part, Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
@@ -34,7 +33,6 @@ from quant_fairness_plugin.quantize.methods import check_method, find_method
 from quant_fairness_plugin.texts.documents import check_apart, documents_of, load_documents
 from quant_fairness_plugin.texts.load import choose_texts, load_texts
 from quant_fairness_plugin.texts.parts import SMALLEST_SPLIT, overlap
-from quant_fairness_plugin.texts.sources import BUNDLED
 
 _logger = logging.getLogger(__name__)
 
@@ -149,7 +147,7 @@ def preflight(
     _check_searched(sentences, config)
     if out is not None:
         _check_sentences(sentences, config)
-    find_prompts(config, sentences)
+    find_prompts(config.prompts, sentences.languages)
     _check_tokens(files, sentences)
     _check_chats(files, sentences, open_documents(config, sentences))
     return Checked(files, sentences)
@@ -231,18 +229,6 @@ def open_documents(config: FairConfig, texts: TextSet) -> Documents:
     if lacking := [name for name in texts.languages if name not in documents.texts]:
         _logger.warning("%s has no text in %s: measured, and not calibrated on", documents.name, ", ".join(lacking))
     return documents
-
-
-def find_prompts(config: FairConfig, texts: TextSet) -> Prompts | None:
-    """Return the prompts of a configuration; None where nothing is to be asked.
-
-    Raises:
-        QuantFairnessError: a file that cannot be read, or that holds no prompt in a measured language.
-    """
-    prompts = load_prompts(config.prompts)
-    if prompts is not None and prompts.source != BUNDLED:
-        check_asked(prompts, texts.languages)
-    return prompts
 
 
 def _check_chats(files: ModelFiles, texts: TextSet, documents: Documents) -> None:

@@ -6,10 +6,11 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from quant_fairness_plugin.answers.prompts import NEW_TOKENS, Prompts
+from quant_fairness_plugin.answers.prompts import NEW_TOKENS, Prompts, load_prompts
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.chats import write_chat
 from quant_fairness_plugin.model.tokenizer import prompt_ids
+from quant_fairness_plugin.texts.sources import BUNDLED
 
 
 def has_chat_template(tokenizer: Any) -> bool:
@@ -30,17 +31,19 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
-def check_asked(prompts: Prompts, languages: Sequence[str]) -> None:
-    """Refuse prompts of which none is in a measured language.
+def find_prompts(source: str, languages: Sequence[str]) -> Prompts | None:
+    """Read prompts; None where nothing is to be asked.
 
     Raises:
-        ConfigError: says which languages there are.
+        ConfigError: a file that holds no prompt in a measured language; otherwise as `load_prompts`.
     """
-    if not any(prompts.texts.get(language) for language in languages):
-        raise ConfigError(
-            f"{prompts.source} has prompts in {', '.join(prompts.texts)}, and none in {', '.join(languages)}, which "
-            "are measured; accepted are prompts in one of these. Add some, or leave out --prompts"
-        )
+    prompts = load_prompts(source)
+    if prompts is None or prompts.source == BUNDLED or any(prompts.texts.get(language) for language in languages):
+        return prompts
+    raise ConfigError(
+        f"{prompts.source} has prompts in {', '.join(prompts.texts)}, and none in {', '.join(languages)}, which are "
+        "measured; accepted are prompts in one of these. Add some, or leave out --prompts"
+    )
 
 
 def check_prompts(prompts: Prompts, languages: Sequence[str], tokenizer: Any, *, limit: int, name: str) -> None:

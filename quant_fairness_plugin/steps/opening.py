@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.answers.check import check_prompts
+from quant_fairness_plugin.answers.check import check_prompts, find_prompts
 from quant_fairness_plugin.answers.prompts import Prompts
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.checkpoint.readers import takes_one_group_size
@@ -27,7 +27,7 @@ from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.storage import storage_dtype
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
 from quant_fairness_plugin.model.tokenizer import check_vocabulary, counting_tokenizer, is_plain
-from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, find_prompts, open_texts
+from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
 from quant_fairness_plugin.texts.sources import BUNDLED
 
 _logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def load_checked(
 
 def _check_prompts_of(checked: Checked, config: FairConfig, *, trust_remote_code: bool) -> None:
     """Check the prompts by the tokenizer, before the model is read."""
-    prompts, files = find_prompts(config, checked.texts), checked.files
+    prompts, files = find_prompts(config.prompts, checked.texts.languages), checked.files
     if prompts is None:
         return
     tokenizer = counting_tokenizer(files, trust_remote_code=trust_remote_code, templates=has_chat_template(files))
@@ -137,7 +137,7 @@ def open_in_memory(
         )
     device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
-    prompts = find_prompts(config, sentences)
+    prompts = find_prompts(config.prompts, sentences.languages)
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
