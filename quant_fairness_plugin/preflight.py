@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from quant_fairness_plugin.answers.prompts import load_prompts
+from quant_fairness_plugin.answers.check import find_prompts
 from quant_fairness_plugin.artifacts import Documents, Part, Precision, TextSet, Unit
 from quant_fairness_plugin.checkpoint.formats import checkpoint_format
 from quant_fairness_plugin.checkpoint.readers import check_exportable, find_refusal
@@ -165,7 +165,7 @@ def preflight(
     _check_limited(sentences, config)
     if out is not None:
         _check_sentences(sentences, config)
-    load_prompts(config.prompts)  # a file that cannot be read is found now
+    find_prompts(config.prompts, sentences.languages)
     _check_tokens(files, sentences)
     _check_chats(files, sentences, open_documents(config, sentences))
     return Checked(files, sentences)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
+from quant_fairness_plugin.answers.check import encode_prompt
 from quant_fairness_plugin.answers.prompts import NEW_TOKENS
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
 from quant_fairness_plugin.measure.rows import embedding_rows, position_limit
 from quant_fairness_plugin.model.quiet import quiet_transformers
-from quant_fairness_plugin.model.tokenizer import check_ids, prompt_ids
+from quant_fairness_plugin.model.tokenizer import check_ids
 
 BATCH = 24
 """Prompts that are answered at once."""
@@ -54,7 +55,7 @@ def write_answers(
         ConfigError: a prompt and its answer have more tokens than the model takes.
         ArtifactError: a prompt has a token that the model has no embedding for.
     """
-    rows = [_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     _check(model, tokenizer, rows, new_tokens)
     with _plain_greedy(model, tokenizer, new_tokens), quiet_transformers():
         size = _rows_at_once(model, rows, together=together)
@@ -80,11 +81,6 @@ def _rows_at_once(model: PreTrainedModel, rows: Sequence[Sequence[int]], *, toge
     return 1
 
 
-def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether prompts go through a chat template."""
-    return bool(tokenizer.chat_template)
-
-
 def _check(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[int]], new_tokens: int
 ) -> None:
@@ -96,19 +92,6 @@ def _check(
         )
     for row in rows:
         check_ids(tokenizer, row, rows=embedding_rows(model), name="a prompt")
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    if not has_chat_template(tokenizer):
-        return prompt_ids(tokenizer, prompt)
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,  # of templates that know it: the answer is wanted, not the way there
-    )
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
-    return ids
 
 
 @contextmanager

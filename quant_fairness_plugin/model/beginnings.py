@@ -12,6 +12,7 @@ from typing import Any, get_args
 from quant_fairness_plugin.artifacts import Start
 from quant_fairness_plugin.artifacts.documents import Chat
 from quant_fairness_plugin.errors import ConfigError
+from quant_fairness_plugin.model.chats import write_chat
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.tokenizer import Tokenizing, added_in_front, text_ids
 from quant_fairness_plugin.model.weights import read_json
@@ -75,15 +76,7 @@ def chat_ids(tokenizer: Any, chat: Chat) -> Beginning:
     Raises:
         ConfigError: the tokenizer has no template, or one that refuses these roles in this order.
     """
-    messages = [{"role": role, "content": content} for role, content in chat]
-    try:
-        said = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as err:
-        raise ConfigError(
-            f"a conversation of {', '.join(role for role, _ in chat[:4])} … is refused by the chat template "
-            f"({' '.join(str(err).split())[:120]}); accepted is what the template takes. Mend it, or leave it out"
-        ) from err
-    return tuple(text_ids(tokenizer, [said])["input_ids"][0])
+    return tuple(text_ids(tokenizer, [write_chat(tokenizer, chat)])["input_ids"][0])
 
 
 def _beginning(tokenizer: Tokenizing, start: Start) -> Beginning | None:
@@ -105,8 +98,8 @@ def _chat_beginning(tokenizer: Any) -> Beginning | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     try:
-        said = str(tokenizer.apply_chat_template([{"role": "user", "content": _PROBE}], tokenize=False))
-    except Exception:  # noqa: BLE001 - templates are programs of others, which raise whatever they like
+        said = write_chat(tokenizer, [("user", _PROBE)])
+    except ConfigError:
         return None
     before, probe, _ = said.partition(_PROBE)
     return tuple(text_ids(tokenizer, [before])["input_ids"][0]) if probe and before else None

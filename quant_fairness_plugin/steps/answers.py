@@ -8,11 +8,13 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from quant_fairness_plugin.answers.ask import has_chat_template, write_answers
+from quant_fairness_plugin.answers.ask import write_answers
+from quant_fairness_plugin.answers.check import has_chat_template
 from quant_fairness_plugin.answers.faults import find_faults
 from quant_fairness_plugin.answers.prompts import NEW_TOKENS, Prompts, load_prompts
 from quant_fairness_plugin.artifacts import Answer, Answers, LanguageAnswers, Measurement, Undefined
 from quant_fairness_plugin.config import FairConfig
+from quant_fairness_plugin.errors import QuantFairnessError
 from quant_fairness_plugin.measure.scoring import ModelState, block_state
 from quant_fairness_plugin.model.freed import return_what_is_free
 from quant_fairness_plugin.model.load import LoadedModel
@@ -68,9 +70,10 @@ def ask(
         dtype, before = _ask_16_bit(loaded, texts, partial(progress, "answers of the 16-bit model"))
         after = _written(state, loaded, texts, partial(progress, "answers of the checkpoint"))
     except Exception as err:  # noqa: BLE001 - whatever a model's way to write fails of, hours of work are in the result
-        said = " ".join(str(err).split())[:200]
-        _logger.warning("%s was asked no prompts: %s: %s", folder, type(err).__name__, said)
-        return Undefined(f"{type(err).__name__}: {said}")
+        kind = "" if isinstance(err, QuantFairnessError) else f"{type(err).__name__}: "
+        said = kind + " ".join(str(err).split())[:200]
+        _logger.warning("the checkpoint of %s was asked no prompts: %s", loaded.files.name, said)
+        return Undefined(said)
     return Answers(
         source=prompts.source,
         chat_template=chat,

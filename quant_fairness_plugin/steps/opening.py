@@ -9,13 +9,16 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quant_fairness_plugin.answers.prompts import load_prompts
+from quant_fairness_plugin.answers.check import check_prompts, find_prompts
+from quant_fairness_plugin.answers.prompts import Prompts
 from quant_fairness_plugin.artifacts import TextSet
 from quant_fairness_plugin.checkpoint.readers import takes_one_group_size
 from quant_fairness_plugin.config import FairConfig
 from quant_fairness_plugin.errors import ConfigError, QuantFairnessError
 from quant_fairness_plugin.measure.rows import embedding_rows
-from quant_fairness_plugin.model.beginnings import beginning
+from quant_fairness_plugin.model.architectures import find_architecture
+from quant_fairness_plugin.model.beginnings import beginning, has_chat_template
+from quant_fairness_plugin.model.context import longest_input
 from quant_fairness_plugin.model.devices import describe_device, find_device, find_dtype
 from quant_fairness_plugin.model.in_memory import copy_model
 from quant_fairness_plugin.model.limits import check_room
@@ -23,8 +26,9 @@ from quant_fairness_plugin.model.load import LoadedModel, load_model
 from quant_fairness_plugin.model.resolve import ModelFiles
 from quant_fairness_plugin.model.storage import storage_dtype
 from quant_fairness_plugin.model.streamed import StreamedModel, open_streamed
-from quant_fairness_plugin.model.tokenizer import check_vocabulary, is_plain
+from quant_fairness_plugin.model.tokenizer import check_vocabulary, counting_tokenizer, is_plain
 from quant_fairness_plugin.preflight import Checked, ModelSource, check_model, check_units, open_texts
+from quant_fairness_plugin.texts.sources import BUNDLED
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +46,8 @@ def load_checked(
     With a memory budget in bytes its blocks stay in their files; on a CPU with `stream` too, where they can be read so.
 
     Raises:
-        ConfigError: a device that this machine does not have, before anything is read; or a start of texts that the
-            tokenizer does not have.
+        ConfigError: a device that this machine does not have, or a prompt that the model cannot answer, before
+            anything is read; or a start of texts that the tokenizer does not have.
         ResourceError: a limit of memory does not hold the model.
     """
     device = find_device(config.device)
@@ -53,6 +57,7 @@ def load_checked(
         in_files = memory_budget is not None or (stream and can_stream(checked.files))
         check_room(checked.files, value_bytes=compute.itemsize, blocks=in_files, budget=memory_budget)
     sentences, trust = probe_sentences(checked.texts), source.trust_remote_code
+    _check_prompts_of(checked, config, trust_remote_code=trust)
     whole = partial(
         load_model, checked.files, dtype=compute, trust_remote_code=trust, device=device, sentences=sentences
     )
@@ -75,6 +80,29 @@ def load_checked(
     if not is_plain(checked.files):
         check_tokens(loaded, checked.texts)
     return loaded
+
+
+def _check_prompts_of(checked: Checked, config: FairConfig, *, trust_remote_code: bool) -> None:
+    """Check the prompts by the tokenizer, before the model is read."""
+    prompts, files = find_prompts(config.prompts, checked.texts.languages), checked.files
+    if prompts is None:
+        return
+    tokenizer = counting_tokenizer(files, trust_remote_code=trust_remote_code, templates=has_chat_template(files))
+    record = find_architecture(str(files.config.get("model_type", "")))
+    limit = longest_input(files.config, None if record is None else record.default_positions)
+    _check_prompts(prompts, checked.texts, tokenizer, limit=limit, name=files.name)
+
+
+def _check_prompts(prompts: Prompts | None, texts: TextSet, tokenizer: object, *, limit: int, name: str) -> None:
+    """Refuse prompts that the model cannot answer; of the bundled ones, which nobody chose, say so and go on."""
+    if prompts is None:
+        return
+    try:
+        check_prompts(prompts, texts.languages, tokenizer, limit=limit, name=name)
+    except ConfigError as err:
+        if prompts.source != BUNDLED:
+            raise
+        _logger.warning("no prompts will be asked: %s", err)
 
 
 def can_stream(files: ModelFiles) -> bool:
@@ -109,11 +137,13 @@ def open_in_memory(
         )
     device = None if config.device == "auto" else find_device(config.device)
     sentences = open_texts(config, texts)
-    load_prompts(config.prompts)  # a file that cannot be read is found now
+    prompts = find_prompts(config.prompts, sentences.languages)
     loaded = copy_model(model, tokenizer, sentences=probe_sentences(sentences))
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type] # Transformers types `to` as if it were a method of the class
     check_model(config, loaded.files)
+    limit = longest_input(loaded.model.config.to_dict())
+    _check_prompts(prompts, sentences, loaded.tokenizer, limit=limit, name=loaded.files.name)
     beginning(loaded.tokenizer, sentences.start)
     check_tokens(loaded, sentences)
     return loaded, sentences
