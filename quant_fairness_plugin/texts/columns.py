@@ -102,7 +102,7 @@ def _is_word(value: object) -> bool:
 
 
 def check_sentences(name: str, values: Sequence[object], source: str) -> None:
-    """Refuse a column that is a language by its name and that holds numbers, identifiers or the same in every row.
+    """Refuse a column that is a language by its name and that holds numbers, identifiers or one word over and over.
 
     Raises:
         ArtifactError: says what it holds.
@@ -111,9 +111,9 @@ def check_sentences(name: str, values: Sequence[object], source: str) -> None:
     if len(texts) < len(values) or not all(texts):
         return  # what is no text, or empty, is refused by its place
     numbers = all(_NUMBERED.fullmatch(text) or text.lower() in _TRUTH for text in texts)
-    constant = len(texts) > 2 and len(set(texts)) == 1
+    constant = len(texts) > 2 and len(set(texts)) == 1 and len(texts[0].split()) <= 1
     if texts and (numbers or constant):
-        what = "numbers, identifiers or yes and no" if numbers else "the same in every row"
+        what = "numbers, identifiers or yes and no" if numbers else "one word in every row"
         raise ArtifactError(
             f"{source}: column {name!r} is a language by its name, and holds {what} ({_examples(values)}), no "
             "sentences. Remove the column, or fill it with sentences"
