@@ -121,7 +121,7 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
             for i, k in enumerate(range(part.start, part.stop)):
                 # Of all numbers the nearest to the lowest point of a parabola is the best, however they are spaced.
                 numbers[k] = codes.rounded((values[k] - near[i] / diagonal[k]).div_(steps[k]), zeros[k])
-                torch.mul(numbers[k], steps[k], out=moves[i]).sub_(values[k])
+                moves[i] = (numbers[k] * steps[k]).sub_(values[k])
                 near[i:].addr_(square[i, i:], moves[i])
             if moves.any():
                 moved = True

@@ -86,7 +86,7 @@ def test_beside_ind_a_column_id_names_the_rows(tmp_path: Path) -> None:
         ("no", ["1", "2", "3", "4"], "numbers, identifiers or yes and no"),
         ("is", ["true", "false", "true", "True"], "numbers, identifiers or yes and no"),
         ("src", ["web-01", "web-02", "web-03", "web-04"], "numbers, identifiers or yes and no"),
-        ("set", ["train"] * 4, "the same in every row"),
+        ("set", ["train"] * 4, "one word in every row"),
     ],
 )
 def test_a_column_that_is_a_language_by_its_name_alone_is_refused(
