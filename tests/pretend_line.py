@@ -90,12 +90,23 @@ def main(model: str, out: str) -> None:
                 "device": (here.pop("device"), there.pop("device")),
                 "written": sorted(there.pop("written")) == sorted(there["tensors"]) and here.pop("written") is None,
                 "kl_distance": _distance(here.pop("kl"), there.pop("kl")),
+                "moved": _moved(here.pop("tensors"), there.pop("tensors")),
                 "equal": {key: here[key] == there[key] for key in here},
                 "planted_buffer": planted_buffer,
                 "planted_sums": planted_sums,
             }
         )
     )
+
+
+def _moved(here: dict[str, Any], there: dict[str, Any]) -> list[float]:
+    """Return which share of the integers differs, and of the scales."""
+    assert here.keys() == there.keys()
+    parts = []
+    for part in range(2):
+        values = [torch.cat([torch.tensor(each[part]).flatten() for each in side.values()]) for side in (here, there)]
+        parts.append(float((values[0] != values[1]).double().mean()))
+    return parts
 
 
 def _distance(here: list[tuple[float, ...]], there: list[tuple[float, ...]]) -> float:

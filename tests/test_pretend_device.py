@@ -16,6 +16,9 @@ import pytest
 
 TOLERANCE = 1e-4
 """Nats of a sentence of some 30 tokens and some 60 nats: float32 products that are added in another order."""
+MOVED = 0.02
+"""Of integers and scales. Their inputs differ in the last bits of float32, in which refinement works: a scale on the
+edge between two 16-bit numbers falls to either side (5 of 864 do), and integers with it. A mix-up moves most."""
 TWO_DEVICES = "Expected all tensors to be on the same device"
 
 
@@ -35,7 +38,8 @@ def test_the_whole_line_on_another_device(planted_model: Path, tmp_path: Path, s
         assert line["placed"]
         assert line["device"] == ["cpu", "pretend"]
     with subtests.test("every step gives the numbers of the cpu"):
-        assert line["equal"] == {"bpb": True, "plan": True, "tensors": True}
+        assert line["equal"] == {"bpb": True, "plan": True}
+        assert max(line["moved"]) < MOVED
         assert line["kl_distance"] < TOLERANCE
         assert line["written"]
     for planted in ("planted_buffer", "planted_sums"):
