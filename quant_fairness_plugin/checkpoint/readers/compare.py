@@ -57,6 +57,9 @@ CONTINUED = 12
 TOLERANCE = 2.0
 """In units of float16. vLLM measured 0.7 and 0.9 (random and trained model), gptqmodel 0.9; readers that take two other
 layers for the protected one would be at 4.7 and more."""
+MOST_BEHIND = 3 * TOLERANCE
+"""Of a greedy token: the largest of many differences of two numbers, and not a mean. vLLM, 0.7 away, was 4.3 behind on
+one kind of CPU, and below 4 on another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,7 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         """Whether the reader computes what the files say. False also where a number is NaN."""
-        return self.distance <= TOLERANCE and self.behind <= 2 * TOLERANCE
+        return self.distance <= TOLERANCE and self.behind <= MOST_BEHIND
 
 
 def compare_with_reader(folder: Path, reader: str, python: Path) -> ReaderRun:
@@ -98,7 +101,7 @@ def compare_with_reader(folder: Path, reader: str, python: Path) -> ReaderRun:
         raise UnsupportedModelError(
             f"{folder}: {reader} {reading.version} computes something else than the files say: log-probabilities are "
             f"{gap.distance:.3g} float16 units away (allowed {TOLERANCE:g}), greedy tokens {gap.behind:.3g} behind "
-            f"(allowed {2 * TOLERANCE:g}). Do not use this checkpoint with it."
+            f"(allowed {MOST_BEHIND:g}). Do not use this checkpoint with it."
         )
     return ReaderRun(
         reader=reader,
