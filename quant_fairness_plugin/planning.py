@@ -122,7 +122,7 @@ def check_budget(loaded: LoadedModel, config: FairConfig) -> None:
 def check_supported(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> None:
     """Refuse languages that nothing can be planned for, before anything is quantized for their scores.
 
-    Languages are looked at one after another, those with a limit first, until the 16-bit model knows one of the others.
+    Looked at are the languages with a limit; where there is none, one after another until the 16-bit model knows one.
 
     Raises:
         ConfigError: a limit of a language that the 16-bit model does not support.
@@ -133,16 +133,16 @@ def check_supported(loaded: LoadedModel, texts: TextSet, config: FairConfig) -> 
         score_plans_layerwise, loaded, units=units, bank=RtnBank(loaded, units, config.grid, keep=False),
         execution=Execution(memory_budget=budget_of(loaded)),
     )  # fmt: skip
-    limited = limit_of(loaded, config).languages
-    for language in sorted(part.languages, key=lambda name: normalise_language(name) not in limited):
-        is_limited = normalise_language(language) in limited
+    limits = limit_of(loaded, config).languages
+    limited = [language for language in part.languages if normalise_language(language) in limits]
+    for language in limited or part.languages:
         try:
             support_of(loaded, part.choose((language,)), scorer)
         except QualityGateError as err:
-            if is_limited:
+            if limited:
                 raise ConfigError(f"limit of {language}: {err}; leave it out") from err
             continue
-        if not is_limited or len(limited) == len(part.languages):
+        if not limited:
             return
     if not limited:
         raise QualityGateError(

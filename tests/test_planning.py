@@ -193,6 +193,7 @@ def test_languages_that_the_model_does_not_know_are_found_before_anything_is_qua
     for given, limits, kind, said in (
         (mixed.choose((second,)), None, QualityGateError, "supports none of"),
         (mixed, {second: 0.1}, ConfigError, f"limit of {second}: the 16-bit model supports none of {second}"),
+        (mixed, {first: 9.0, second: 0.1}, ConfigError, f"limit of {second}: the 16-bit model supports none of"),
     ):
         quantizer = FairQuantizer.from_pretrained(
             str(planted_model), texts=given, limits=limits, reference=None, target="worst=0.1"

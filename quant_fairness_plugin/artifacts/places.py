@@ -39,7 +39,7 @@ def check_file_place(out: Path) -> None:
     Raises:
         ConfigError, ResourceError: as `check_place`.
     """
-    check_place(out.resolve() if out.name in ("", "..") else out)
+    check_place(out if out.name else out.resolve())
     if out.is_dir():
         raise ConfigError(
             f"{out} is a folder, and a file is to be written; give a name in it, such as {out / 'x.json'}"

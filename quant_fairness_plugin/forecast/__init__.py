@@ -16,7 +16,6 @@ from quant_fairness_plugin.artifacts import (
     Reader,
     TextSet,
     Undefined,
-    precision_of_bits,
 )
 from quant_fairness_plugin.checkpoint.formats import FORMATS
 from quant_fairness_plugin.checkpoint.readers import READERS, find_refusal, takes_one_group_size
@@ -59,7 +58,6 @@ __all__ = [
     "Verdict",
     "Work",
     "forecast",
-    "precision_of_bits",
 ]
 
 
