@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ PAGE = ROOT / "docs" / "calibration.md"
 MODELS = ("demo", "demo-gpt2", "SmolLM2-135M")
 VARIANTS = {
     "fast": Gptq().at("fast"),
-    "refined": Gptq(compensates=False),
-    "compensated": Gptq(refinements=0),
+    "turned": replace(Gptq().at("fast"), turned=True),
+    "refined": Gptq(compensates=False, turned=False),
+    "compensated": Gptq(refinements=0, turned=False),
     "normal": Gptq(),
     "best": Gptq().at("best"),
     "damp-0.05": Gptq(damp=0.05),

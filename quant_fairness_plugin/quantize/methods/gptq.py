@@ -51,6 +51,9 @@ class Gptq(Method):
     not, and none does in a plan that keeps input channels in 16 bit."""
     refinements: int = 4
     """How often scales and integers are solved again afterwards, each for the others; see `quantize.refinement`."""
+    turned: bool = True
+    """Whether heads of values are turned before (`model.turning`); not in a plan that keeps input channels in 16 bit,
+    and not where values or what reads them keep 16 bit."""
 
     def at(self, effort: Effort) -> Gptq:
         """Return GPTQ as published for `fast`; for `best`, with more rounds behind it."""
@@ -58,7 +61,7 @@ class Gptq(Method):
             case "fast":
                 # Not by tokens: where nothing is compensated that gains nothing (*refined* in docs/calibration.md).
                 damp = ONE_PASS_DAMP if self.damp is None else self.damp
-                return replace(self, compensates=False, refinements=0, damp=damp)
+                return replace(self, compensates=False, refinements=0, turned=False, damp=damp)
             case "best":
                 return replace(self, refinements=8)
             case _:
@@ -97,6 +100,11 @@ class Gptq(Method):
     def compares_inputs(self) -> bool:
         """Whether it wants to know, too, what a module is given in the 16-bit model."""
         return self.compensates
+
+    @property
+    def turns_heads(self) -> bool:
+        """Whether what can be turned is turned before it is solved."""
+        return self.turned
 
     def solve(self, problem: Problem, solved: Solved) -> None:
         """Solve the modules of a group, twice where some of their channels stay in 16 bit."""
