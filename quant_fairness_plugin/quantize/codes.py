@@ -34,8 +34,16 @@ class Codes(Protocol):
     def numbers(self, codes: Tensor, zeros: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return what codes stand for, in units of the scale."""
 
-    def rounded(self, values: Tensor, zeros: Tensor) -> Tensor:
-        """Return what the codes of `nearest` stand for, in the dtype of `values`, which are used up."""
+    def limits(self, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lowest and the highest number around each code of 0, in the dtype of `zeros`."""
+
+    def round_(self, values: Tensor, lowest: Tensor, highest: Tensor) -> None:
+        """Put in place of values what the codes of `nearest` stand for.
+
+        Args:
+            values: float, in units of the scale.
+            lowest: of `limits`, and so `highest`.
+        """
 
 
 class Integers:
@@ -53,9 +61,13 @@ class Integers:
         """Return codes less the zero point."""
         return codes.to(dtype) - zeros
 
-    def rounded(self, values: Tensor, zeros: Tensor) -> Tensor:
-        """Return the nearest integers within the range, less the zero point."""
-        return values.round_().add_(zeros).clamp_(0, self._top).sub_(zeros)
+    def limits(self, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the range, less the zero point."""
+        return -zeros, self._top - zeros
+
+    def round_(self, values: Tensor, lowest: Tensor, highest: Tensor) -> None:
+        """Put the nearest integers within the range, less the zero point, in place of values."""
+        values.round_().clamp_(lowest, highest)
 
 
 class Floats:
@@ -82,9 +94,14 @@ class Floats:
         _, table = self._of(torch.empty(0, dtype=dtype, device=codes.device))
         return table[codes.int()]
 
-    def rounded(self, values: Tensor, zeros: Tensor) -> Tensor:
-        """Return the nearest floats."""
-        return self.numbers(self.nearest(values, zeros), zeros, values.dtype)
+    def limits(self, zeros: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the largest float of either sign."""
+        largest = torch.full_like(zeros, float(self._table.nan_to_num().max()))
+        return -largest, largest
+
+    def round_(self, values: Tensor, lowest: Tensor, highest: Tensor) -> None:
+        """Put the nearest floats in place of values; what is larger than all of them is known without the limits."""
+        values.copy_(self.numbers(self.nearest(values, values), values, values.dtype))
 
     def _of(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the middles between magnitudes and the table of numbers, both exact in the dtype of a tensor."""

@@ -178,17 +178,18 @@ def _solve(work: Tensor, factor: Tensor, fitted: Fitted, groups: list[int], *, b
     # Columns are rows here, so that what one of them is computed from lies together.
     rest, steps, zeros = work.T.contiguous(), fitted.steps.T.to(work.dtype).contiguous(), fitted.zeros.T.contiguous()
     codes = codes_of(fitted.grid)
+    lowest, highest = codes.limits(zeros.to(rest))
     integers = torch.empty(rest.shape, dtype=torch.uint8, device=work.device)
     for start in range(0, len(rest), block):
         stop = min(start + block, len(rest))
         part, errors = rest[start:stop], torch.empty_like(rest[start:stop])
         for i in range(stop - start):
             group, pivot = groups[start + i], factor[start + i, start + i : stop]
-            step, zero = steps[group], zeros[group]
-            nearest = codes.nearest(part[i] / step, zero)
-            value = codes.numbers(nearest, zero, work.dtype) * step
-            errors[i] = (part[i] - value) / pivot[0]
-            part[i:].addr_(pivot, errors[i], alpha=-1)
-            integers[start + i] = nearest
+            step, number = steps[group], part[i] / steps[group]
+            codes.round_(number, lowest[group], highest[group])
+            torch.addcmul(part[i], number, step, value=-1, out=errors[i]).div_(pivot[0])
+            part[i + 1 :].addr_(pivot[1:], errors[i], alpha=-1)
+            part[i] = number
+        integers[start:stop] = codes.nearest(part, zeros[groups[start:stop]])
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return integers.T.contiguous()

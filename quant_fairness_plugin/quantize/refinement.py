@@ -111,18 +111,21 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
     )
     codes, diagonal = codes_of(tensor.grid), curvature.diagonal().tolist()
     numbers = codes.numbers(tensor.integers.T.contiguous(), zeros, wanted.dtype)
+    lowest, highest = codes.limits(zeros)
     values = numbers * steps
+    columns = list(zip(numbers, values, steps, lowest, highest, diagonal, strict=True))
     slope = curvature @ values - wanted.T
     for _ in range(SWEEPS):
         moved = False
         for start in range(0, len(values), BLOCK):
             part = slice(start, min(start + BLOCK, len(values)))
-            moves, near, square = torch.zeros_like(values[part]), slope[part].clone(), curvature[part, part]
-            for i, k in enumerate(range(part.start, part.stop)):
+            moves, near, square = torch.empty_like(values[part]), slope[part].clone(), curvature[part, part]
+            for i, (number, value, step, low, high, own) in enumerate(columns[part]):
                 # Of all numbers the nearest to the lowest point of a parabola is the best, however they are spaced.
-                numbers[k] = codes.rounded((values[k] - near[i] / diagonal[k]).div_(steps[k]), zeros[k])
-                moves[i] = (numbers[k] * steps[k]).sub_(values[k])
-                near[i:].addr_(square[i, i:], moves[i])
+                torch.add(value, near[i], alpha=-1 / own, out=number).div_(step)
+                codes.round_(number, low, high)
+                move = torch.mul(number, step, out=moves[i]).sub_(value)
+                near[i:].addr_(square[i, i:], move)
             if moves.any():
                 moved = True
                 values[part] += moves
