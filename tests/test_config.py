@@ -198,7 +198,7 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"precisions": ("int8",)}, "a checkpoint holds fp16, or fp16 with int8; name those"),
+        ({"precisions": ("int8",)}, "a checkpoint holds fp16, or fp16 with int8 and int4g32; name"),
         ({"precisions": ("fp16", "int5")}, "precisions fp16,int5"),
         ({"precisions": ("fp16", "int4"), "format": "gguf"}, "holds fp16, or fp16 with int8 and int5; name those"),
         ({"precisions": ("fp16", "int8"), "top": 3}, "top 3 is a number of layers in 16 bit"),

@@ -41,6 +41,8 @@ from quant_fairness_plugin.artifacts.measurements import (
     StateScores,
 )
 from quant_fairness_plugin.artifacts.names import (
+    FINE_GROUPS,
+    FINEST_GROUP,
     CheckpointFormat,
     Clip,
     Effort,
@@ -57,6 +59,8 @@ from quant_fairness_plugin.artifacts.names import (
     Weighting,
     bits_of_precision,
     precision_of_bits,
+    precision_order,
+    precision_words,
 )
 from quant_fairness_plugin.artifacts.numbers import Bootstrap, Interval, Number, Undefined
 from quant_fairness_plugin.artifacts.places import check_file_place, check_place
@@ -142,7 +146,11 @@ __all__ = [
     "UnitScores",
     "UsedSentences",
     "Weighting",
+    "FINE_GROUPS",
+    "FINEST_GROUP",
     "bits_of_precision",
+    "precision_order",
+    "precision_words",
     "check_file_place",
     "check_place",
     "digest",

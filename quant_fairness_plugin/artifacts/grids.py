@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from quant_fairness_plugin.artifacts.names import Clip, Precision, SchemeName, bits_of_precision, precision_of_bits
+from quant_fairness_plugin.artifacts.names import (
+    FINE_GROUPS,
+    FINEST_GROUP,
+    Clip,
+    Precision,
+    SchemeName,
+    bits_of_precision,
+    precision_of_bits,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +50,8 @@ class Grid:
         if precision == self.precision:
             return self
         bits = bits_of_precision(precision)
+        if precision == FINE_GROUPS:
+            return replace(self, bits=bits, group_size=FINEST_GROUP)
         return replace(self, bits=bits) if self.scheme == "int" else Grid(bits=bits, clip=self.clip)
 
     @property

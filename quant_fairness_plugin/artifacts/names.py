@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from typing import Literal, get_args
 
 from quant_fairness_plugin.errors import ConfigError
 
 SchemeName = Literal["int", "fp8", "nvfp4", "mxfp4"]
 """What the codes of quantized weights are: integers, or floats (facts of each: `quantize.schemes`)."""
-Precision = Literal["fp16", "int8", "int6", "int5", "int4", "int3", "int2", "fp8", "nvfp4", "mxfp4"]
+Precision = Literal["fp16", "int8", "int6", "int5", "int4g32", "int4", "int3", "int2", "fp8", "nvfp4", "mxfp4"]
+"""`int4g32`: four bits in groups of 32, beside larger groups. The integers from the widest to the narrowest."""
+FINE_GROUPS: Precision = "int4g32"
+FINEST_GROUP = 32
 Part = Literal["calibrate", "search", "confirm", "all"]
 Status = Literal["supported", "unsupported", "collapsed"]
 Fluency = Literal["fluent", "weak", "none"]
@@ -45,5 +49,18 @@ def precision_of_bits(bits: int) -> Precision:
 
 
 def bits_of_precision(precision: Precision) -> int:
-    """`int4` → 4, `nvfp4` → 4, `fp16` → 16; scales are not counted."""
-    return int(precision.lstrip("abcdefghijklmnopqrstuvwxyz"))
+    """`int4` → 4, `int4g32` → 4, `nvfp4` → 4, `fp16` → 16; scales are not counted."""
+    found = re.match(r"[a-z]+(\d+)", precision)
+    assert found is not None, "every precision is named by its bits"
+    return int(found[1])
+
+
+def precision_order(precision: Precision) -> int:
+    """Return a number that is larger for a precision of more bits, scales included."""
+    return -get_args(Precision).index(precision)
+
+
+def precision_words(precision: Precision) -> str:
+    """Return `8 bit`, or `4 bit in groups of 32`."""
+    groups = f" in groups of {FINEST_GROUP}" if precision == FINE_GROUPS else ""
+    return f"{bits_of_precision(precision)} bit{groups}"

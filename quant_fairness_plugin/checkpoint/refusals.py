@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from quant_fairness_plugin.artifacts import Grid, Precision, Unit
+from quant_fairness_plugin.artifacts import FINE_GROUPS, FINEST_GROUP, Grid, Precision, Unit
 from quant_fairness_plugin.model.architectures.experts import EXPERTS, find_mixture
 
 TWIN = "--format fp16-twin (a plain 16-bit checkpoint with the dequantized values, which loads everywhere)"
@@ -57,10 +57,10 @@ class Request:
         return self.mixture and kept
 
     @property
-    def int8_experts(self) -> bool:
-        """Whether routed experts get 8 bits: in a layer that does, or as its unit."""
+    def other_experts(self) -> bool:
+        """Whether routed experts get other bits or groups: in a layer that does, or as its unit."""
         return self.mixture and any(
-            kind == "int8" and (Unit.is_layer(name) or name.endswith(f".{EXPERTS}"))
+            kind in ("int8", FINE_GROUPS) and (Unit.is_layer(name) or name.endswith(f".{EXPERTS}"))
             for name, kind in self.overrides.items()
         )
 
@@ -77,17 +77,22 @@ class Request:
     @property
     def simulated(self) -> tuple[str, ...]:
         """Precisions of single layers or units that no checkpoint holds."""
-        return tuple(sorted({kind for kind in self.overrides.values() if kind not in ("fp16", "int8", "int4")}))
+        return tuple(sorted({*self.overrides.values()} - {"fp16", "int8", FINE_GROUPS, "int4"}))
 
     @property
     def several_sizes(self) -> bool:
         """Whether modules have different group sizes."""
-        return len(self.group_sizes) > 1
+        return len(self._sizes) > 1
 
     @property
     def smallest_size(self) -> int:
         """The group size that fits every module that one fits."""
-        return min(self.group_sizes)
+        return min((size for size in self._sizes if size > 0), default=-1)
+
+    @property
+    def _sizes(self) -> frozenset[int]:
+        finest = {FINEST_GROUP} if FINE_GROUPS in self.overrides.values() else set()
+        return (self.group_sizes or frozenset({self.grid.group_size})) | finest
 
     @property
     def single_units(self) -> tuple[str, ...]:

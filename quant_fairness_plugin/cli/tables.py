@@ -26,7 +26,7 @@ from quant_fairness_plugin.artifacts import (
     SynergyMatrix,
     Undefined,
     Unit,
-    bits_of_precision,
+    precision_words,
 )
 from quant_fairness_plugin.cli.say import say
 from quant_fairness_plugin.recommend import describe_overrides
@@ -134,7 +134,7 @@ def singled_out(plan: ProtectionPlan) -> str:
     if len(plan.overrides) <= LISTED_UNITS:
         parts += filter(None, (describe_overrides(plan),))
     else:
-        parts += [f"{count} units in {bits_of_precision(kind)} bit" for kind, count in kinds.items()]
+        parts += [f"{count} units in {precision_words(kind)}" for kind, count in kinds.items()]
     return ("; ".join(parts) or "no protection") + describe_columns(plan)
 
 

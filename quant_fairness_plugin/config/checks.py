@@ -6,7 +6,15 @@ import math
 import re
 from typing import Literal
 
-from quant_fairness_plugin.artifacts import Effort, Precision, Unit, Weighting, bits_of_precision, precision_of_bits
+from quant_fairness_plugin.artifacts import (
+    FINE_GROUPS,
+    Effort,
+    Precision,
+    Unit,
+    Weighting,
+    precision_of_bits,
+    precision_order,
+)
 from quant_fairness_plugin.config.parsers import read_duration, read_target
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.model.gguf import FORMAT, TYPES, Embedding
@@ -163,7 +171,7 @@ def check_precisions(precisions: tuple[Precision, ...] | None, *, bits: int, top
             f"precisions {given or '(none)'}: beside the quantized layers a checkpoint holds fp16, or fp16 with "
             f"{' and '.join(wider[1:])}; name those, with commas between"
         )
-    narrow = [kind for kind in precisions if kind != "fp16" and bits_of_precision(kind) <= bits]
+    narrow = [kind for kind in precisions if precision_order(kind) <= precision_order(precision_of_bits(bits))]
     if narrow or (len(precisions) > 1 and top is not None):
         problem = f"bits {bits} is no less" if narrow else f"top {top} is a number of layers in 16 bit"
         left = narrow[0] if narrow else next(kind for kind in precisions if kind != "fp16")
@@ -173,7 +181,8 @@ def check_precisions(precisions: tuple[Precision, ...] | None, *, bits: int, top
 def menu_of_format(format: str) -> tuple[Precision, ...]:
     """Return what a checkpoint of a format can hold beside most of its weights."""
     if format != FORMAT:
-        return ("fp16", "int8")
+        # Of `gptq`, Transformers overlooks the rules that give a module another group size.
+        return ("fp16", "int8", FINE_GROUPS) if format == "compressed-tensors" else ("fp16", "int8")
     return ("fp16", *map(precision_of_bits, sorted(TYPES, reverse=True)[:-1]))
 
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from quant_fairness_plugin.artifacts import Bootstrap, Grid, Precision, Unit, bits_of_precision
+from quant_fairness_plugin.artifacts import FINE_GROUPS, FINEST_GROUP, Bootstrap, Grid, Precision, Unit, precision_order
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.config.checks import (
     bits_of_rest,
@@ -213,7 +213,13 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
             return self.precisions
         if not (self.exhaustive or self.scores_units):
             return ("fp16",)
-        return tuple(kind for kind in menu_of_format(self.format) if bits_of_precision(kind) > self.bits)
+        grid = precision_order(self.grid.precision)
+        finest = self.group_size == FINEST_GROUP
+        return tuple(
+            kind
+            for kind in menu_of_format(self.format)
+            if precision_order(kind) > grid and not (finest and kind == FINE_GROUPS)
+        )
 
     @property
     def bootstrap(self) -> Bootstrap:

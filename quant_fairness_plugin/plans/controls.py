@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quant_fairness_plugin.artifacts import Precision, bits_of_precision
+from quant_fairness_plugin.artifacts import Precision, precision_order
 from quant_fairness_plugin.errors import ConfigError
 from quant_fairness_plugin.plans.costs import Costs
 
@@ -177,9 +177,9 @@ def uniform_controls(costs: Costs, target: int) -> tuple[Control, ...]:
     """
     between = {kind for options in costs.bytes_.values() for kind in options} - {"fp16"}
     between = {kind for kind in between if all(kind in options for options in costs.bytes_.values())}
-    grid, n = bits_of_precision(costs.quantized), len(costs.units)
+    grid, n = precision_order(costs.quantized), len(costs.units)
     controls = []
-    for kind in sorted((kind for kind in between if bits_of_precision(kind) > grid), key=bits_of_precision):
+    for kind in sorted((kind for kind in between if precision_order(kind) > grid), key=precision_order):
         controls.append(_control(f"uniform {kind}", range(n), kind, costs, target, f"all units in {kind}"))
         why = f"{kind} instead of {costs.quantized} for evenly spread units"
         spread = _nearest(f"spread {kind}", _spread(range(n)), n, kind, costs, target, why)

@@ -42,7 +42,8 @@ class Codes(Protocol):
 
         Args:
             values: float, in units of the scale.
-            lowest: of `limits`, and so `highest`.
+            lowest: the first of `limits`.
+            highest: the second.
         """
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quant_fairness_plugin.artifacts import (
+    FINE_GROUPS,
     Mode,
     Precision,
     ProtectionPlan,
@@ -13,7 +14,7 @@ from quant_fairness_plugin.artifacts import (
     SweepReport,
     SweepRow,
     Unit,
-    bits_of_precision,
+    precision_order,
 )
 from quant_fairness_plugin.errors import QualityGateError
 from quant_fairness_plugin.plans.plan_set import BASELINE, NONE, plan_name
@@ -21,7 +22,7 @@ from quant_fairness_plugin.recommend.allocation import Allocation, Infeasible, L
 from quant_fairness_plugin.recommend.assembly import Choice, bytes_of, plan_of, priced_units, row_choice
 from quant_fairness_plugin.recommend.ranked import NOTHING_FREE, Ranker, candidates, too_dear, unstable
 
-IN_CHECKPOINTS: tuple[Precision, ...] = ("fp16", "int8", "int4")
+IN_CHECKPOINTS: tuple[Precision, ...] = ("fp16", "int8", FINE_GROUPS, "int4")
 """What checkpoint formats hold; all others are simulated."""
 
 
@@ -77,7 +78,8 @@ def plan_by_allocation(ranker: Ranker, goal: Goal) -> ProtectionPlan:
         decision = _Allocator(report, ranker.objective, goal, budget, free, options).decide()
     if ranker.strict and decision.missed:
         raise QualityGateError(decision.reason)
-    raised = [unit for unit, kind in decision.choice.items() if bits_of_precision(kind) > report.grid.bits]
+    least = precision_order(report.grid.precision)
+    raised = [unit for unit, kind in decision.choice.items() if precision_order(kind) > least]
     ranking = ranker.rank(min(max(len(raised), 1), len(report.units) - 1))
     stable = ranker.is_stable(ranking)
     if decision.choice and not stable and budget is not None and bytes_of(report, goal.overrides) <= budget:

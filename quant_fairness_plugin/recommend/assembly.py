@@ -13,7 +13,7 @@ from quant_fairness_plugin.artifacts import (
     SweepReport,
     SweepRow,
     Unit,
-    bits_of_precision,
+    precision_words,
 )
 from quant_fairness_plugin.plans.costs import NO_OVERRIDES, LayerBytes, has_bytes, layers_and_overrides, plan_bytes
 
@@ -102,7 +102,7 @@ def describe_overrides(plan: ProtectionPlan) -> str:
         groups.setdefault((precision, unit.group is None), []).append(unit.short)
     return "; ".join(
         f"{'' if not whole else 'layer ' if len(places) == 1 else 'layers '}{', '.join(places)} in "
-        f"{bits_of_precision(precision)} bit"
+        f"{precision_words(precision)}"
         for (precision, whole), places in groups.items()
     )
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from quant_fairness_plugin.artifacts import (
+    FINE_GROUPS,
     Bootstrap,
     Grid,
     Interval,
@@ -22,6 +23,7 @@ from quant_fairness_plugin.artifacts import (
     Unit,
     UnitScores,
     bits_of_precision,
+    precision_order,
 )
 from quant_fairness_plugin.errors import ConfigError, QualityGateError
 from quant_fairness_plugin.measure.intervals import MINIMUM_DRAWS, Resamples
@@ -318,13 +320,14 @@ def describe_choice(choice: Choice, grid: Grid, free: Sequence[str]) -> str:
     """
     size = "a scale a row" if grid.group_size == -1 else f"g{grid.group_size}"
     rest = f"{grid.precision.upper()} {size}"
-    kinds = sorted(set(choice.values()), key=bits_of_precision)
+    kinds = sorted(set(choice.values()), key=precision_order)
     if not kinds:
         return f"everything {rest}"
     parts = []
     for kind in kinds:
         units = [unit for unit, given in choice.items() if given == kind]
-        name = "16 bit" if kind == "fp16" else f"INT{bits_of_precision(kind)}"
+        groups = " g32" if kind == FINE_GROUPS else ""
+        name = "16 bit" if kind == "fp16" else f"INT{bits_of_precision(kind)}{groups}"
         parts.append(f"{name} for {'all units' if set(free) <= set(units) else _some(units)}")
     return "; ".join(parts if set(free) <= set(choice) else [*parts, f"the rest {rest}"])
 

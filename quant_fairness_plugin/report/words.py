@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import langcodes
 
-from quant_fairness_plugin.artifacts import Interval, Number, ProtectionPlan, bits_of_precision
+from quant_fairness_plugin.artifacts import Interval, Number, ProtectionPlan, precision_words
 from quant_fairness_plugin.recommend import describe_overrides
 from quant_fairness_plugin.texts.languages import language_name
 
@@ -114,7 +114,7 @@ def plan_words(plan: ProtectionPlan) -> str:
     parts = [f"{layer_words(layers)} in 16 bit"] if layers else []
     if len(plan.overrides) > _LISTED:
         kinds = Counter(plan.overrides.values())
-        parts += [f"{count} parts of layers in {bits_of_precision(kind)} bit" for kind, count in kinds.items()]
+        parts += [f"{count} parts of layers in {precision_words(kind)}" for kind, count in kinds.items()]
     else:
         parts += [others] if others else []
     parts += [f"{100 * plan.protect_columns:.3g} % of all input channels in 16 bit"] if plan.protect_columns else []

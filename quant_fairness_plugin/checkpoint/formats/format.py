@@ -115,10 +115,10 @@ MIXTURES: tuple[Rule, ...] = (
         ),
     ),
     (
-        lambda r: r.int8_experts,
+        lambda r: r.other_experts,
         Refusal(
-            "experts of {r.family} in INT8 are not read beside those in INT4: readers unpack all experts of a "
-            "checkpoint alike",
+            "experts of {r.family} in INT8 or in groups of their own are not read beside those in INT4: readers unpack "
+            "all experts of a checkpoint alike",
             "are INT4 and 16 bit for experts, and INT8 for all other units",
             "--protect-units with units such as 3.experts, or single units in INT8",
         ),
