@@ -196,6 +196,20 @@ def test_columns_may_be_kept_with_both_calibrated_methods() -> None:
 
 
 @pytest.mark.parametrize(
+    ("chosen", "menu"),
+    [
+        ({}, ("fp16", "int8", "int4g32")),
+        ({"group_size": 32}, ("fp16", "int8")),
+        ({"format": "gptq"}, ("fp16", "int8")),
+        ({"bits": 8}, ("fp16",)),
+        ({"precisions": ("fp16", "int4g32")}, ("fp16", "int4g32")),
+    ],
+)
+def test_what_auto_chooses_from(chosen: dict[str, Any], menu: tuple[str, ...]) -> None:
+    assert make_config(**chosen).menu == menu
+
+
+@pytest.mark.parametrize(
     ("chosen", "message"),
     [
         ({"precisions": ("int8",)}, "a checkpoint holds fp16, or fp16 with int8 and int4g32; name"),
@@ -264,7 +278,7 @@ def test_durations_are_read(text: str, seconds: float) -> None:
 
 def test_auto_scores_units_unless_a_sweep_is_asked_for() -> None:
     assert FairConfig().scores_units
-    assert FairConfig().menu == FairConfig(exhaustive=True).menu == ("fp16", "int8")
+    assert FairConfig().menu == FairConfig(exhaustive=True).menu == ("fp16", "int8", "int4g32")
     assert FairConfig(bits=8).menu == ("fp16",)
     assert FairConfig(format="gguf").menu == ("fp16", "int8", "int5")
     assert FairConfig(format="gguf", bits=5).menu == ("fp16", "int8")

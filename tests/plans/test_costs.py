@@ -20,6 +20,7 @@ PLANS: list[tuple[tuple[int, ...], Mapping[str, Precision]]] = [
     ((1,), {}),
     ((), {"layers.2": "int8"}),
     ((1,), {"layers.0.down": "fp16", "layers.2.qkv": "int8"}),
+    ((1,), {"layers.0.down": "int4g32", "layers.2.qkv": "int8", "layers.2.o": "int4g32"}),
     ((0,), {"layers.2": "int8", "layers.2.down": "int4", "layers.2.gate_up": "fp16"}),
 ]
 
@@ -41,7 +42,7 @@ def test_a_plan_costs_what_its_tensors_weigh(
     quantized = quantize_layers(loaded, protected, method="rtn", grid=grid, overrides=overrides)
     tensors = checkpoint_tensors(quantized, checkpoint_format("compressed-tensors"))
     stored = sum(tensor.nbytes for name, tensor in tensors if not name.endswith(".weight_shape"))
-    layer_bytes, other = count_bytes(loaded, grid)
+    layer_bytes, other = count_bytes(loaded, grid, tuple(overrides.values()))
     assert plan_bytes(layer_bytes, other, protected, overrides) == stored
 
 

@@ -207,6 +207,8 @@ def test_a_choice_in_words() -> None:
     assert describe_choice({}, grid, UNITS) == "everything INT4 g64"
     mixed: dict[str, Precision] = {"layers.0.down": "int8", "layers.1.qkv": "fp16"}
     assert describe_choice(mixed, grid, UNITS) == "INT8 for 0.down; 16 bit for 1.qkv; the rest INT4 g64"
+    fine: dict[str, Precision] = {"layers.0.qkv": "int4g32", "layers.0.down": "int8"}
+    assert describe_choice(fine, grid, UNITS) == "INT4 g32 for 0.qkv; INT8 for 0.down; the rest INT4 g64"
     assert describe_choice(dict.fromkeys(UNITS, "int8"), grid, UNITS) == "INT8 for all units"
     many: dict[str, Precision] = {f"layers.{i}.o": "int8" for i in range(11)}
     assert describe_choice(many, grid, [*many, "layers.11.o"]).endswith("7.o and 3 more; the rest INT4 g64")
