@@ -16,7 +16,15 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from quant_fairness_plugin.artifacts import FINE_GROUPS, FINEST_GROUP, Bootstrap, Grid, Precision, Unit, precision_order
+from quant_fairness_plugin.artifacts import (
+    FINE_GROUPS,
+    FINEST_GROUP,
+    Bootstrap,
+    Grid,
+    Precision,
+    Unit,
+    bits_of_precision,
+)
 from quant_fairness_plugin.artifacts.gates import Gate
 from quant_fairness_plugin.config.checks import (
     bits_of_rest,
@@ -213,13 +221,13 @@ class FairConfig(OutputFields, LanguageFields, ProtectionFields, QuantizingField
             return self.precisions
         if not (self.exhaustive or self.scores_units):
             return ("fp16",)
-        grid = precision_order(self.grid.precision)
-        finest = self.group_size == FINEST_GROUP
-        return tuple(
-            kind
-            for kind in menu_of_format(self.format)
-            if precision_order(kind) > grid and not (finest and kind == FINE_GROUPS)
-        )
+        return tuple(kind for kind in menu_of_format(self.format) if self._is_wider(kind))
+
+    def _is_wider(self, kind: Precision) -> bool:
+        """Return whether a precision takes more bytes than the grid's own."""
+        if kind != FINE_GROUPS:
+            return bits_of_precision(kind) > self.bits
+        return self.scheme == "int" and self.group_size != FINEST_GROUP and self.bits <= bits_of_precision(kind)
 
     @property
     def bootstrap(self) -> Bootstrap:

@@ -40,12 +40,13 @@ class ProtectionFields:
     precisions: Annotated[
         tuple[Precision, ...] | None,
         Option(
-            "What 'auto' may give a unit instead of --bits. Default: fp16,int8, in a GGUF file int5 as well, as far "
-            "as format and reader allow; fp16 alone sweeps whole layers.",
+            "What 'auto' may give a unit instead of --bits. Default: fp16,int8, with int4g32 (4 bit in groups of 32) "
+            "in compressed-tensors and int5 in a GGUF file, as far as the reader allows; fp16 alone sweeps whole "
+            "layers.",
             "What to protect",
             parse=parse_precisions,
             metavar="LIST",
-            names=("fp16", "fp16,int8"),
+            names=("fp16", "fp16,int8", "fp16,int8,int4g32"),
         ),
     ] = None
     """None: the menu, cut to what format and reader allow, by scores of units. `fp16` alone, a `top`, and objectives

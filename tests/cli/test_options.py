@@ -176,7 +176,7 @@ def test_precisions_are_names() -> None:
     assert parse_precisions("fp16") == ("fp16",)
     assert parse_precisions(" fp16, INT8 ") == ("fp16", "int8")
     for text in ("", "fp16,", "int7", "8"):
-        with pytest.raises(ConfigError, match="write some of fp16, int8, int6, int5, int4, int3, int2"):
+        with pytest.raises(ConfigError, match="write some of fp16, int8, int6, int5, int4g32, int4, int3, int2"):
             parse_precisions(text)
 
 
