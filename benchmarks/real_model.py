@@ -38,10 +38,12 @@ PLANNED = "INT4 and INT8, planned"
 """Of which `plan` forecasts the time."""
 VARIANTS = {
     "INT4, English calibration": ("--protect-layers", "none", "--calibration", "english"),
+    "INT4, fast, no prompts": ("--protect-layers", "none", "--effort", "fast", "--prompts", "none"),
     "INT4": ("--protect-layers", "none"),
     PLANNED: ("--protect-layers", "auto", "--max-overhead", "0.1"),
 }
-"""Name → options of `quant-fairness quantize`. The first is what calibration in one language does at the same bytes."""
+"""Name → options of `quant-fairness quantize`. The first is what calibration in one language does at the same bytes,
+the second GPTQ as published, without answers: what quantizing, verifying and measuring alone takes."""
 
 
 def measure(folder: Path, variants: list[str]) -> None:
