@@ -36,9 +36,11 @@ MODEL = "SmolLM2-135M-Instruct, dequantized from Q4_1"
 LANGUAGES = "en,fr,es,ru,ar,zh"
 PLANNED = "INT4 and INT8, planned"
 """Of which `plan` forecasts the time."""
+FAST = "INT4, fast, no prompts"
+"""Of which the picture shows nothing."""
 VARIANTS = {
     "INT4, English calibration": ("--protect-layers", "none", "--calibration", "english"),
-    "INT4, fast, no prompts": ("--protect-layers", "none", "--effort", "fast", "--prompts", "none"),
+    FAST: ("--protect-layers", "none", "--effort", "fast", "--prompts", "none"),
     "INT4": ("--protect-layers", "none"),
     PLANNED: ("--protect-layers", "auto", "--max-overhead", "0.1"),
 }
