@@ -81,6 +81,24 @@ def test_every_variant_has_a_script_and_a_folder_of_its_own(peers: ModuleType) -
     assert len({peers.slug(name) for name in peers.VARIANTS}) == len(peers.VARIANTS)
 
 
+def test_a_model_without_a_gguf_file_has_no_variants_of_gguf(peers: ModuleType) -> None:
+    left_out = set(peers.VARIANTS) - set(peers.possible("demo"))
+    assert left_out == {name for name in peers.VARIANTS if "GGUF" in name or "llama.cpp" in name}
+    assert peers.possible("SmolLM2-135M") == list(peers.VARIANTS)
+
+
+def test_the_bytes_that_another_tool_gets_are_those_made_here_before_those_of_the_row(
+    peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(peers, "ROWS", tmp_path / "rows.jsonl")
+    with pytest.raises(SystemExit, match="make it first"):
+        peers.bytes_of("demo", tmp_path, peers.OURS)
+    peers.ROWS.write_text(json.dumps(row(peers.OURS, 0.4, 0.0, weight_bytes=300)) + "\n", encoding="utf-8")
+    assert peers.bytes_of("demo", tmp_path, peers.OURS) == 300
+    peers.note(tmp_path, peers.OURS).write_text('{"weight_bytes": 200}', encoding="utf-8")
+    assert peers.bytes_of("demo", tmp_path, peers.OURS) == 200
+
+
 def test_english_alone_is_calibrated_on_what_nothing_is_measured_on(peers: ModuleType) -> None:
     seven, english = (peers.calibration_texts(name) for name in ("7 languages", "English"))
     assert english.part("confirm").ids == seven.part("confirm").ids
