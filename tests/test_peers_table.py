@@ -68,6 +68,17 @@ def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType) -> None:
     assert "| 188 | 201 | 2.24 GB | gptqmodel 7.6.0, torch 2.13.0 | abc1234, measured abc1234 |" in tables["demo-cost"]
 
 
+def test_small_losses_have_a_decimal(peers: ModuleType) -> None:
+    tables = peers.tables([row(peers.OURS, 0.0049, 0.0), row("gptqmodel", 0.0052, 0.0003)])
+    assert (
+        tables["demo"]
+        .splitlines()[3]
+        .endswith("| 5.2 [-4.8, 15.2] | 2.6 [-7.4, 12.6] | +0.3 [-9.7, +10.3] | +0.1 [-9.8, +10.2] |")
+    )
+    assert tables["demo-languages"].splitlines()[-1] == "| gptqmodel | 7 languages |" + " 5.2 |" * 7
+    assert "5.2 [-4.8, 15.2]; +0.3 [-9.7, +10.3] |" in tables["demo-beginnings"]
+
+
 def test_a_row_without_sentences_is_not_compared_with_ours_anew(peers: ModuleType) -> None:
     ours, old = scored(row(peers.OURS, 0.4, 0.0), 4.0), row("gptqmodel", 0.3, -0.1)
     peers.compare(ours, old)
