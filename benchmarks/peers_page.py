@@ -51,14 +51,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| checkpoint | calibration | MB | worst KL | mean KL | worst beyond ours | mean beyond ours |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
+    digits = places(rows)
     for row in rows:
         own = row is rows[0]
-        beyond = ["", ""] if own else [difference(row, key) for key in ("worst", "mean")]
+        beyond = ["", ""] if own else [difference(row, key, digits) for key in ("worst", "mean")]
         calibration = row["calibration"] + (
             f", {row['request']['tokens']} tokens" if "tokens" in row["request"] else ""
         )
         cells = [shown(row), calibration]
-        cells += [f"{row['weight_bytes'] / 1e6:.1f}", figure(row["worst_kl"]), figure(row["mean_kl"]), *beyond]
+        cells += [f"{row['weight_bytes'] / 1e6:.1f}", *(figure(row[key], digits) for key in ("worst_kl", "mean_kl"))]
+        cells += beyond
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"On {rows[0]['sentences']} sentences of each language.", ""])
 
@@ -68,7 +70,7 @@ def by_language(rows: list[dict[str, Any]]) -> str:
     languages = list(rows[0]["kl"])
     lines = ["| checkpoint | calibration | " + " | ".join(languages) + " |", "|---|---|" + "---:|" * len(languages)]
     for row in rows:
-        cells = [f"{1000 * row['kl'][language]['estimate']:.0f}" for language in languages]
+        cells = [f"{1000 * row['kl'][language]['estimate']:.{places(rows)}f}" for language in languages]
         lines.append("| " + " | ".join([shown(row), row["calibration"], *cells]) + " |")
     return "\n".join([*lines, ""])
 
@@ -81,8 +83,8 @@ def by_beginning(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         cells = [shown(row), row["calibration"]]
         for found in (row, *(row["beginnings"][start] for start in starts)):
-            beyond = "" if row is rows[0] else f"; {difference(found, 'worst')}"
-            cells.append(figure(found["worst_kl"]) + beyond)
+            beyond = "" if row is rows[0] else f"; {difference(found, 'worst', places(rows))}"
+            cells.append(figure(found["worst_kl"], places(rows)) + beyond)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
@@ -115,20 +117,27 @@ def package_names(tool: str) -> tuple[str, ...]:
     return named.get(tool, tool), "transformers", "torch"
 
 
-def figure(value: dict[str, Any]) -> str:
+def places(rows: list[dict[str, Any]]) -> int:
+    """Return the decimals of a table's thousandths: one where no checkpoint loses as much as 20 of them."""
+    return int(all(row["worst_kl"].get("estimate", 0) < 0.02 for row in rows))
+
+
+def figure(value: dict[str, Any], digits: int = 0) -> str:
     """Return `419 [388, 455]`, thousandths."""
     if "undefined" in value:
         return "undefined"
-    return f"{1000 * value['estimate']:.0f} [{1000 * value['low']:.0f}, {1000 * value['high']:.0f}]"
+    estimate, low, high = (f"{1000 * value[key]:.{digits}f}" for key in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"
 
 
-def difference(row: dict[str, Any], key: str) -> str:
+def difference(row: dict[str, Any], key: str, digits: int = 0) -> str:
     """Return what a checkpoint loses beyond ours; a dash where ours is made anew and its sentences are not kept."""
-    return signed(row["beyond_ours"][key]) if "beyond_ours" in row else "–"
+    return signed(row["beyond_ours"][key], digits) if "beyond_ours" in row else "–"
 
 
-def signed(value: dict[str, Any]) -> str:
+def signed(value: dict[str, Any], digits: int = 0) -> str:
     """Return `+41 [+8, +75]`, thousandths."""
     if "undefined" in value:
         return "undefined"
-    return f"{1000 * value['estimate']:+.0f} [{1000 * value['low']:+.0f}, {1000 * value['high']:+.0f}]"
+    estimate, low, high = (f"{1000 * value[key]:+.{digits}f}" for key in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"

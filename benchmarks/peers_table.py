@@ -37,6 +37,7 @@ from peers_variants import (
     VARIANTS,
     Calibration,
     Variant,
+    possible,
 )
 from rows import conditions
 
@@ -156,6 +157,20 @@ def run(model: str, work: Path, name: str) -> dict[str, Any]:
         "weight_bytes": sum(path.stat().st_size for path in weight_files(out)),
         "made_at": made_at,
     } | peer
+
+
+def bytes_of(model: str, work: Path, name: str) -> int:
+    """Return the bytes of a variant's weights: as it was made here, else as its row says.
+
+    Raises:
+        SystemExit: it was not made, and has no row.
+    """
+    made = [json.loads(note(work, name).read_text(encoding="utf-8"))] if note(work, name).is_file() else []
+    stored = [row for row in read_rows() if (row["model"], row["variant"]) == (model, name)]
+    found = [row["weight_bytes"] for row in (*made, *stored) if "failed" not in row]
+    if not found:
+        raise SystemExit(f"{name!r} gives the number of bytes: make it first")
+    return int(found[0])
 
 
 def note(work: Path, name: str) -> Path:
@@ -330,7 +345,9 @@ def read_rows() -> list[dict[str, Any]]:
 
 def render() -> None:
     """Write the tables into their page, and the first one of the README."""
-    write_tables(PAGE, tables(read_rows(), VARIANTS))
+    rows = read_rows()
+    for model in MODELS:
+        write_tables(PAGE, tables([row for row in rows if row["model"] == model], possible(model)))
     write_tables(ROOT / "README.md", first_table())
 
 
@@ -348,16 +365,19 @@ def main() -> None:
     parser.add_argument("--to", type=Path, help="where ask, of which make makes use, writes what a script is told")
     parser.add_argument("--folder", help="where the model lies, unless it is where make real puts it")
     parser.add_argument("--work", type=Path, default=ROOT / "out" / "peers")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="by default all that the model can have")
     given = parser.parse_args()
     model, work = given.folder or MODELS[given.model], given.work / given.model
+    names = given.variants or possible(given.model)
     if given.what == "make":
-        make(model, work, given.variants)
+        make(model, work, names)
     elif given.what == "measure":
-        measure(given.model, model, work, given.variants, sentences=given.sentences)
+        measure(given.model, model, work, names, sentences=given.sentences)
     elif given.what == "ask":
-        variant = VARIANTS[given.variants[0]]
+        variant = VARIANTS[names[0]]
         asked = request(model, variant)
+        if "within" in asked:
+            asked["max_bytes"] = bytes_of(given.model, work, asked["within"])
         if variant.tool == "llamacpp" or "gguf" in variant.settings:
             asked["full"] = str(sixteen_bit_gguf(model, work / "sixteen-bit.gguf"))
         given.to.write_text(json.dumps(asked), encoding="utf-8")

@@ -37,12 +37,17 @@ ENVIRONMENTS = {
 """Tool → its environment; ours runs in this one."""
 AUTOROUND = {"iters": 20}
 """Its default of 200 takes ten times as long: one row has it."""
+PLANNED = "quant-fairness, planned, +10 %"
+AUTOSCHEME = AUTOROUND | {"within": PLANNED}
+"""AutoRound chooses the bits of every layer, within the bytes of another variant."""
+MERGED = [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
+"""What servers merge into one layer, and our plans give the same bits."""
 AT_PEERS_BYTES = 112_500_000
 """Bytes of the tensors of planned GGUF files: with the tokenizer, which lies in the file too, those of the largest INT4
 checkpoints of the others."""
 VARIANTS = {
     OURS: Variant("ours", "7 languages", {"protect_layers": "none"}),
-    "quant-fairness, planned, +10 %": Variant("ours", "7 languages", {"max_overhead": 0.1}),
+    PLANNED: Variant("ours", "7 languages", {"max_overhead": 0.1}),
     "quant-fairness, GGUF": Variant("ours", "7 languages", {"protect_layers": "none", "gguf": True}),
     "quant-fairness, GGUF, planned": Variant("ours", "7 languages", {"max_size": AT_PEERS_BYTES, "gguf": True}),
     "quant-fairness, GGUF, 5 bits": Variant(
@@ -54,6 +59,9 @@ VARIANTS = {
     "gptqmodel": Variant("gptqmodel", "7 languages"),
     "AutoRound, 20 iterations": Variant("autoround", "7 languages", AUTOROUND),
     "AutoRound, 200 iterations": Variant("autoround", "7 languages", {"iters": 200}),
+    "AutoRound AutoScheme, +10 %": Variant("autoround", "7 languages", AUTOSCHEME),
+    "AutoRound AutoScheme, +10 %, 200 iterations": Variant("autoround", "7 languages", AUTOSCHEME | {"iters": 200}),
+    "AutoRound AutoScheme, +10 %, merged": Variant("autoround", "7 languages", AUTOSCHEME | {"merged": MERGED}),
     "llm-compressor GPTQ": Variant("llmcompressor", "7 languages"),
     "llama.cpp Q4_K_M": Variant("llamacpp", "7 languages"),
     "quant-fairness, INT4, English": Variant("ours", "English", {"protect_layers": "none"}),
@@ -63,3 +71,12 @@ VARIANTS = {
     "llama.cpp Q4_K_M, English": Variant("llamacpp", "English"),
     "llama.cpp Q4_K_M, no calibration": Variant("llamacpp", "none"),
 }
+
+
+def possible(model: str) -> list[str]:
+    """Return the names of the variants that a model can have: without a GGUF file of its own, none of GGUF."""
+    return [
+        name
+        for name, variant in VARIANTS.items()
+        if model != "demo" or not (variant.tool == "llamacpp" or variant.settings.get("gguf"))
+    ]

@@ -68,6 +68,17 @@ def test_a_peer_that_is_better_is_shown_as_better(peers: ModuleType) -> None:
     assert "| 188 | 201 | 2.24 GB | gptqmodel 7.6.0, torch 2.13.0 | abc1234, measured abc1234 |" in tables["demo-cost"]
 
 
+def test_small_losses_have_a_decimal(peers: ModuleType) -> None:
+    tables = peers.tables([row(peers.OURS, 0.0049, 0.0), row("gptqmodel", 0.0052, 0.0003)])
+    assert (
+        tables["demo"]
+        .splitlines()[3]
+        .endswith("| 5.2 [-4.8, 15.2] | 2.6 [-7.4, 12.6] | +0.3 [-9.7, +10.3] | +0.1 [-9.8, +10.2] |")
+    )
+    assert tables["demo-languages"].splitlines()[-1] == "| gptqmodel | 7 languages |" + " 5.2 |" * 7
+    assert "5.2 [-4.8, 15.2]; +0.3 [-9.7, +10.3] |" in tables["demo-beginnings"]
+
+
 def test_a_row_without_sentences_is_not_compared_with_ours_anew(peers: ModuleType) -> None:
     ours, old = scored(row(peers.OURS, 0.4, 0.0), 4.0), row("gptqmodel", 0.3, -0.1)
     peers.compare(ours, old)
@@ -79,6 +90,24 @@ def test_every_variant_has_a_script_and_a_folder_of_its_own(peers: ModuleType) -
     for variant in peers.VARIANTS.values():
         assert (ROOT / "benchmarks" / "peers" / f"{variant.tool}_quantize.py").is_file()
     assert len({peers.slug(name) for name in peers.VARIANTS}) == len(peers.VARIANTS)
+
+
+def test_a_model_without_a_gguf_file_has_no_variants_of_gguf(peers: ModuleType) -> None:
+    left_out = set(peers.VARIANTS) - set(peers.possible("demo"))
+    assert left_out == {name for name in peers.VARIANTS if "GGUF" in name or "llama.cpp" in name}
+    assert peers.possible("SmolLM2-135M") == list(peers.VARIANTS)
+
+
+def test_the_bytes_that_another_tool_gets_are_those_made_here_before_those_of_the_row(
+    peers: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(peers, "ROWS", tmp_path / "rows.jsonl")
+    with pytest.raises(SystemExit, match="make it first"):
+        peers.bytes_of("demo", tmp_path, peers.OURS)
+    peers.ROWS.write_text(json.dumps(row(peers.OURS, 0.4, 0.0, weight_bytes=300)) + "\n", encoding="utf-8")
+    assert peers.bytes_of("demo", tmp_path, peers.OURS) == 300
+    peers.note(tmp_path, peers.OURS).write_text('{"weight_bytes": 200}', encoding="utf-8")
+    assert peers.bytes_of("demo", tmp_path, peers.OURS) == 200
 
 
 def test_english_alone_is_calibrated_on_what_nothing_is_measured_on(peers: ModuleType) -> None:

@@ -125,6 +125,21 @@ def test_folders_of_other_tools_read_as_ours_did(
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
+def test_a_checkpoint_of_autoscheme_has_the_width_that_each_module_is_stored_in(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    quantized = quantize_tiny(tiny_model("llama", layers=2), protected=(), overrides={"layers.0.qkv": "int8"})
+    export(quantized, folder, texts=TEXTS, format="gptq", reader="vllm")
+    wide = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    tools.autoround_mixed(folder, wide)
+    words = {name: len(value) for name, value in load_file(folder / "model.safetensors").items() if "qweight" in name}
+    assert words[f"{wide[0]}.qweight"] == 2 * words["model.layers.1.self_attn.q_proj.qweight"]
+    state = read_dense_state(folder)
+    for name, weight in quantized.dense_weights().items():
+        assert torch.equal(state[f"{name}.weight"], weight)
+
+
 @pytest.mark.parametrize(
     ("format_name", "name", "content"),
     [

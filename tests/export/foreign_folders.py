@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,13 @@ def autoround_gptq(folder: Path) -> None:
     lists = {"modules_in_block_to_quantize": [[part] for part in PARTS], "dynamic": rules}
     rest = {"block_name_to_quantize": "model.layers", "provider": "auto-round", "autoround_version": "0.15.1"}
     write(folder, GPTQ | lists | rest, side="quantize_config.json")
+
+
+def autoround_mixed(folder: Path, wide: Collection[str]) -> None:
+    """AutoScheme's: a rule for each module of 8 bits, as a pattern that the name may stand anywhere in."""
+    rule = {"bits": 8, "group_size": 32, "sym": True}
+    rules = {f"+:.*{re.escape(name)}.*": rule for name in wide}
+    write(folder, GPTQ | {"dynamic": rules, "provider": "auto-round", "autoround_version": "0.16.1"})
 
 
 def autoround_awq(folder: Path) -> None:
