@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import tempfile
 from pathlib import Path
 
@@ -17,3 +19,13 @@ def place_in_memory() -> tempfile.TemporaryDirectory[str]:
     """Return a temporary folder, in memory where the system has such a place."""
     shared = Path("/dev/shm")
     return tempfile.TemporaryDirectory(prefix="fuzz-", dir=shared if shared.is_dir() else None)
+
+
+def content_name(content: bytes) -> str:
+    """Return the name in the corpus of a file that fuzzing found; files that somebody wrote are named by what they do."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def is_found(path: Path) -> bool:
+    """Return whether fuzzing found this file of the corpus."""
+    return re.fullmatch(r"[0-9a-f]{16}", path.name) is not None

@@ -139,10 +139,9 @@ class Target:
             FaultError: time, memory, or a message of more than one line.
             Exception: whatever escapes.
         """
-        self.path.write_bytes(content)
         begun, accepted = time.process_time(), True
         try:
-            self._read(self.path)
+            self.read(content)
         except QuantFairnessError as err:
             accepted = False
             if not str(err):
@@ -153,6 +152,15 @@ class Target:
         if grown > MOST_BYTES:
             raise FaultError(f"took {grown >> 20} MiB")
         return accepted
+
+    def read(self, content: bytes) -> None:
+        """Read the bytes, however long it takes.
+
+        Raises:
+            Exception: whatever escapes, refusals among it.
+        """
+        self.path.write_bytes(content)
+        self._read(self.path)
 
 
 def _peak() -> int:
