@@ -37,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.pages import write_tables  # noqa: E402 - found by the path above
 from benchmarks.rows import conditions  # noqa: E402
-from tests.fuzz import CORPUS, MOST_BYTES, MOST_SECONDS, content_name, place_in_memory  # noqa: E402
+from tests.fuzz import CORPUS, LONGEST, MOST_BYTES, MOST_SECONDS, content_name, place_in_memory  # noqa: E402
 
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "fuzz.jsonl"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60, help="of a round, for all targets together")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder for what reached new code; read again by the next round")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="bytes of a file; short ones are read sooner")
     parser.add_argument("--atheris", type=Path, default=ROOT / ".venv-fuzz", help="folder that holds atheris")
     parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
     parser.add_argument("--no-row", action="store_true")
@@ -78,7 +79,7 @@ def one_round(options: argparse.Namespace, names: list[str]) -> int:
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         with folder_for(name, options.keep) as kept:
-            found[name] = fuzz(name, seconds=share, seed=seed, atheris=options.atheris.resolve(), kept=kept)
+            found[name] = fuzz(name, (share, seed, options.longest), options.atheris.resolve(), kept)
         print(
             f"{name:<14} {found[name]['executions']:>9,} executions  {found[name]['fault'] or 'no fault'}", flush=True
         )
@@ -87,7 +88,7 @@ def one_round(options: argparse.Namespace, names: list[str]) -> int:
     print(f"{total:,} executions in {share} s for each target, {faults} faults", flush=True)
     if not options.no_row:
         row = {"targets": found, "executions": total, "faults": faults, "seconds_per_target": share}
-        row |= {"most_cpu_seconds": MOST_SECONDS, "most_bytes": MOST_BYTES}
+        row |= {"most_cpu_seconds": MOST_SECONDS, "most_bytes": MOST_BYTES, "longest": options.longest}
         row |= conditions(command=command_of(options), seed=seed)
         lines = ROWS.read_text(encoding="utf-8") if ROWS.exists() else ""
         write_atomically(ROWS, (lines + json.dumps(row) + "\n").encode())
@@ -97,10 +98,9 @@ def one_round(options: argparse.Namespace, names: list[str]) -> int:
 def command_of(options: argparse.Namespace) -> str:
     """Return the command that does a round again, without the names of folders."""
     targets = "".join(f" --target {name}" for name in options.target or ())
+    longest = f" --longest {options.longest}" if options.longest != LONGEST else ""
     kept = " --keep FOLDER" if options.keep is not None else ""
-    if targets or kept:
-        return f"python benchmarks/fuzz.py --seconds {options.seconds}{targets}{kept}"
-    return f"make fuzz SECONDS={options.seconds}"
+    return f"python benchmarks/fuzz.py --seconds {options.seconds}{targets}{longest}{kept}"
 
 
 def rows() -> list[dict[str, Any]]:
@@ -121,11 +121,21 @@ def folder_for(name: str, keep: Path | None) -> Iterator[Path]:
             yield Path(folder)
 
 
-def fuzz(name: str, *, seconds: int, seed: int, atheris: Path, kept: Path) -> dict[str, Any]:
-    """Return how many files a target read, how many reach code that no other does, and its fault, if any."""
+def fuzz(name: str, limits: tuple[int, int, int], atheris: Path, kept: Path) -> dict[str, Any]:
+    """Fuzz one target.
+
+    Args:
+        name: the target.
+        limits: seconds, seed and bytes of a file.
+        atheris: the folder that holds it.
+        kept: the folder of what reached new code.
+
+    Returns:
+        How many files it read, how many are kept now, and its fault, if any.
+    """
     with tempfile.TemporaryDirectory(prefix="fuzz-faults-") as faults, place_in_memory() as place:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.fuzz.guided", name, str(seconds), str(seed), kept, faults, place],
+            [sys.executable, "-m", "tests.fuzz.guided", name, *map(str, limits), kept, faults, place],
             capture_output=True, text=True, errors="replace", cwd=ROOT,
             env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{atheris}"},
         )  # fmt: skip
@@ -151,7 +161,7 @@ def minimise(keep: Path, names: list[str]) -> None:
         chosen = few_that_reach(name, [path.read_bytes() for path in found])
         for content in chosen:
             write_atomically(CORPUS / name / content_name(content), content)
-        print(f"{name:<14} {len(found):>6,} kept, {len(chosen):>3} taken, {sum(map(len, chosen)):>8,} bytes", flush=True)
+        print(f"{name:<14} {len(found):>6,} kept, {len(chosen):>3} taken, {sum(map(len, chosen)):>8,} bytes")
 
 
 def render() -> None:
@@ -168,9 +178,9 @@ def said_of(stored: list[dict[str, Any]]) -> str:
     revisions = list(dict.fromkeys(row["revision"] for row in stored))
     verdict = "reached" if total >= PROMISED else f"not reached: {PROMISED - total:,} are missing"
     return (
-        f"Stored runs: {len(stored)}, with {total:,} executions and {faults} faults, by {len(revisions)} revisions, the "
-        f"last {revisions[-1]}. Ten million executions once: {verdict}. Each of {len(TARGETS)} targets ran for at least "
-        f"{shortest} s; the fewest executions are {files[least]:,}, of `{least}`.\n"
+        f"Stored runs: {len(stored)}, with {total:,} executions and {faults} faults, by {len(revisions)} revisions, "
+        f"the last {revisions[-1]}. Ten million executions once: {verdict}. Each of {len(TARGETS)} targets ran for at "
+        f"least {shortest} s; the fewest executions are {files[least]:,}, of `{least}`.\n"
     )
 
 

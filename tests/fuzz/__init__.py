@@ -9,6 +9,8 @@ from pathlib import Path
 
 CORPUS = Path(__file__).parent / "corpus"
 """A folder for each target: well-formed files, and what once went wrong."""
+LONGEST = 64_000
+"""Bytes of a file that is made."""
 MOST_SECONDS = 1.0
 """Of the processor, for one file."""
 MOST_BYTES = 256 << 20
@@ -22,7 +24,7 @@ def place_in_memory() -> tempfile.TemporaryDirectory[str]:
 
 
 def content_name(content: bytes) -> str:
-    """Return the name in the corpus of a file that fuzzing found; files that somebody wrote are named by what they do."""
+    """Return the name in the corpus of a file that fuzzing found; files that somebody wrote are named in words."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 

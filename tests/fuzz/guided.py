@@ -1,10 +1,10 @@
 """Fuzz one target for a while, guided by coverage. Needs atheris.
 
-    python -m tests.fuzz.guided TARGET SECONDS SEED KEPT FAULTS PLACE
+    python -m tests.fuzz.guided TARGET SECONDS SEED LONGEST KEPT FAULTS PLACE
 
-What reached new code is added to KEPT, which is read first; what went wrong lies in FAULTS as `crash-…`; the target works
-in PLACE. libFuzzer ends the process with its statistics on stderr, the number of executions among them, so that nothing
-is removed here.
+What reached new code is added to KEPT, which is read first; what went wrong lies in FAULTS as `crash-…`; the target
+works in PLACE. libFuzzer ends the process with its statistics on stderr, the number of executions among them, so that
+nothing is removed here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import atheris
 with atheris.instrument_imports(include=["quant_fairness_plugin"]):
     from tests.fuzz.targets import CORPUS, Target
 
-from tests.fuzz.mutations import MOST, mutated
+from tests.fuzz.mutations import mutated
 
 _SHARE_OF_DOCUMENTS = 3
 """Of four mutations, so many are of the document's values; the others are libFuzzer's, of bytes."""
@@ -35,7 +35,7 @@ def mutate(content: bytes, most: int, seed: int) -> bytes:
 
 
 def main() -> None:
-    name, seconds, seed, kept, faults, place = sys.argv[1:]
+    name, seconds, seed, longest, kept, faults, place = sys.argv[1:]
     logging.disable(logging.CRITICAL)
     target = Target(name, Path(place))
 
@@ -45,7 +45,7 @@ def main() -> None:
     options = [
         f"-max_total_time={seconds}",
         f"-seed={seed}",
-        f"-max_len={MOST}",
+        f"-max_len={longest}",
         f"-artifact_prefix={faults}/",
         "-verbosity=0",
         "-print_final_stats=1",

@@ -130,6 +130,7 @@ class Target:
         if around.is_dir():
             shutil.copytree(around, folder, dirs_exist_ok=True)
         self.path = folder / file
+        self.file = self.path.open("wb", buffering=0)  # once: to open a file anew takes as long as to parse a short one
         self._start = _peak()
 
     def __call__(self, content: bytes) -> bool:
@@ -159,7 +160,9 @@ class Target:
         Raises:
             Exception: whatever escapes, refusals among it.
         """
-        self.path.write_bytes(content)
+        self.file.seek(0)
+        self.file.write(content)
+        self.file.truncate()
         self._read(self.path)
 
 
@@ -171,7 +174,9 @@ def _peak() -> int:
 def opened(name: str) -> Iterator[Target]:
     """Yield a target in a temporary folder."""
     with place_in_memory() as folder:
-        yield Target(name, Path(folder))
+        target = Target(name, Path(folder))
+        with target.file:
+            yield target
 
 
 def seeds(name: str) -> list[bytes]:

@@ -16,6 +16,8 @@ from tests.fuzz.targets import CORPUS, TARGETS, FaultError, opened
 SLOW = {"sweep": 8, "record": 8, "config-yaml": 30}
 """Mutations of the targets that take tens of milliseconds each; the others get `MUTATIONS`."""
 MUTATIONS = 60
+MOST_FOUND = 1_500_000
+"""Bytes of all files that fuzzing found."""
 HARMLESS = {"config-yaml/date-as-key", "model-config/infinity"} | {
     f"card/{path.name}" for path in (CORPUS / "card").iterdir()
 }
