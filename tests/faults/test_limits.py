@@ -19,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant_fairness_plugin.export.staging import staged_folder
+from quant_fairness_plugin.model.sizes import shown
 from tests.planted_model import planted_texts, write_planted_model
 
 pytestmark = pytest.mark.limits
@@ -227,16 +228,22 @@ class Group:
     folder: Path
 
     def hold(self, bytes_: int) -> Callable[[], None]:
-        """Set the limit, and return what makes the process that calls it a member."""
+        """Set the limit, swap included, and return what makes the process that calls it a member."""
+        for name in ("memory.swap.max", "memory.swappiness"):
+            if (self.folder / name).exists():
+                (self.folder / name).write_text("0", encoding="ascii")
         name = "memory.max" if (self.folder / "memory.max").exists() else "memory.limit_in_bytes"
         (self.folder / name).write_text(str(bytes_), encoding="ascii")
-        return lambda: (self.folder / "cgroup.procs").write_text("0", encoding="ascii") and None
+
+        def join() -> None:
+            (self.folder / "cgroup.procs").write_text("0", encoding="ascii")
+
+        return join
 
 
 @pytest.fixture
 def group() -> Iterator[Group]:
-    places = list(group_places())
-    for place in places:
+    for place in group_places():
         folder = place / f"quant-fairness-{os.getpid()}"
         try:
             folder.mkdir()
@@ -262,7 +269,7 @@ def group_places() -> Iterator[Path]:
 
 def test_a_real_group_that_does_not_hold_a_model_refuses_it_before_it_is_read(large: Path, group: Group) -> None:
     status, line = run(large, *QUANTIZE[:-1], "0", "-o", "out", before=group.hold(1 << 30))
-    assert (status, "the container's memory limit (1.07 GB) leaves" in line) == (4, True), line
+    assert (status, f"the container's memory limit ({shown(1 << 30)}) leaves" in line) == (4, True), line
     assert names(large) == {"model", "t.json"}
 
 
