@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import shutil
@@ -154,8 +155,9 @@ def fuzz(name: str, limits: tuple[int, int, int], atheris: Path, kept: Path) -> 
 
 def minimise(keep: Path, names: list[str]) -> None:
     """Add the fewest of the kept files to the corpus that reach what they all reach, smallest first."""
-    from tests.fuzz.reach import few_that_reach  # torch, which a run does not load here
+    from tests.fuzz.reach import few_that_reach  # all that the targets import, which a run needs not
 
+    logging.disable(logging.CRITICAL)
     for name in names:
         found = sorted((keep / name).iterdir(), key=lambda path: (path.stat().st_size, path.name))
         chosen = few_that_reach(name, [path.read_bytes() for path in found])

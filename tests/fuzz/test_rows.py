@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def test_every_round_adds_a_row_and_begins_with_what_was_kept(tmp_path: Path, mo
 
 def test_the_files_that_minimise_takes_lie_in_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "CORPUS", tmp_path / "corpus")
+    monkeypatch.setattr(logging, "disable", lambda level: None)  # would hold for every test after this one
     (tmp_path / "corpus" / "config-json").mkdir(parents=True)
     (tmp_path / "kept" / "config-json").mkdir(parents=True)
     for name, content in (("a", b"[ ]"), ("b", b"[]"), ("c", UNKNOWN)):
