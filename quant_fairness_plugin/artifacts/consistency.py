@@ -45,6 +45,8 @@ def _check_experts(coverage: ExpertCoverage) -> None:
         for layer, counts in table.items():
             if name != "calibrated" and counts.keys() != languages:
                 raise ValueError(f"{name}.{layer}: is not about the same languages as the rest")
+            if not Unit.is_layer(layer) or not counts:
+                raise ValueError(f"{name}.{layer[:50]}: is no layer with a figure for at least one language")
             if any(len(row) != coverage.experts for row in counts.values()):
                 raise ValueError(f"{name}.{layer}: does not have a figure for each of {coverage.experts} experts")
 

@@ -37,7 +37,8 @@ def mutate(content: bytes, most: int, seed: int) -> bytes:
 def main() -> None:
     name, seconds, seed, longest, kept, faults, place = sys.argv[1:]
     logging.disable(logging.CRITICAL)
-    target = Target(name, Path(place))
+    with atheris.instrument_imports(include=["quant_fairness_plugin"]):  # some of it is loaded at first use
+        target = Target(name, Path(place))
 
     def read(content: bytes) -> None:
         target(content)

@@ -11,7 +11,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -131,6 +131,10 @@ class Target:
             shutil.copytree(around, folder, dirs_exist_ok=True)
         self.path = folder / file
         self.file = self.path.open("wb", buffering=0)  # once: to open a file anew takes as long as to parse a short one
+        good = CORPUS / name / "good"
+        if good.is_file():
+            with suppress(QuantFairnessError):  # a schema that has changed is said by the test
+                self.read(good.read_bytes())  # what is loaded at first use is no file's time or memory
         self._start = _peak()
 
     def __call__(self, content: bytes) -> bool:
