@@ -173,16 +173,21 @@ def render() -> None:
 
 def said_of(stored: list[dict[str, Any]]) -> str:
     """Return what the rows say together; every number and the verdict are counted."""
-    total, faults = sum(row["executions"] for row in stored), sum(row["faults"] for row in stored)
+    total = sum(row["executions"] for row in stored)
     files = {name: sum(row["targets"].get(name, _NONE)["executions"] for row in stored) for name in TARGETS}
     seconds = {name: sum(row["seconds_per_target"] for row in stored if name in row["targets"]) for name in TARGETS}
     least, shortest = min(files, key=files.__getitem__), min(seconds.values())
-    revisions = list(dict.fromkeys(row["revision"] for row in stored))
+    faults = [
+        f"`{name}` at {row['revision']} ({result['fault']})"
+        for row in stored
+        for name, result in row["targets"].items()
+        if result["fault"]
+    ]
     verdict = "reached" if total >= PROMISED else f"not reached: {PROMISED - total:,} are missing"
     return (
-        f"Stored runs: {len(stored)}, with {total:,} executions and {faults} faults, by {len(revisions)} revisions, "
-        f"the last {revisions[-1]}. Ten million executions once: {verdict}. Each of {len(TARGETS)} targets ran for at "
-        f"least {shortest} s; the fewest executions are {files[least]:,}, of `{least}`.\n"
+        f"Stored runs: {len(stored)}, with {total:,} executions, the last by revision {stored[-1]['revision']}. Ten "
+        f"million executions once: {verdict}. Each of {len(TARGETS)} targets ran for at least {shortest} s; the fewest "
+        f"executions are {files[least]:,}, of `{least}`. Faults: {'; '.join(faults) or 'none'}.\n"
     )
 
 

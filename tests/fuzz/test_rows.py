@@ -28,7 +28,10 @@ def stored(*executions: int) -> list[dict[str, Any]]:
 def test_the_page_counts_what_is_stored() -> None:
     rows = stored(800_000)
     rows[0]["targets"]["sweep"]["executions"] = 7
-    assert "10,400,000 executions and 0 faults" in fuzz.said_of(rows)
+    assert "Faults: none." in fuzz.said_of(rows)
+    rows[0]["targets"]["plan"]["fault"] = "KeyError: 'a'"
+    assert "Faults: `plan` at abc (KeyError: 'a')." in fuzz.said_of(rows)
+    assert "10,400,000 executions," in fuzz.said_of(rows)
     assert "Ten million executions once: reached." in fuzz.said_of(rows)
     assert "at least 5 s; the fewest executions are 7, of `sweep`" in fuzz.said_of(rows)
     assert "Ten million executions once: not reached: 9,999,935 are missing." in fuzz.said_of(stored(1, 4))
