@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from quant_fairness_plugin.artifacts.answers import Answers
 from quant_fairness_plugin.artifacts.checkpoints import ExportRecord
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.measurements import Measurement
+from quant_fairness_plugin.artifacts.pairs import CheckpointPair
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.artifacts.units import Unit
@@ -58,9 +61,29 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
             raise ValueError(f"calibration.{name}: is no table from languages to numbers")
 
 
+def _check_measurement(measurement: Measurement) -> None:
+    answers = measurement.answers
+    if isinstance(answers, Answers) and not all(row.answers for row in answers.languages):
+        raise ValueError("answers: a language has none")
+
+
+def _check_pair(pair: CheckpointPair) -> None:
+    for measurement in (pair.first, pair.second):
+        _check_measurement(measurement)
+    first, second = ([row.language for row in measured.languages] for measured in (pair.first, pair.second))
+    if first != second:
+        raise ValueError("second: is not about the same languages as first")
+
+
 def _check_record(record: ExportRecord) -> None:
     _check_plan(record.plan)
     _check_calibration(record.calibration)
+    if not 0 < record.sixteen_bit_bytes < _MOST_BYTES:
+        raise ValueError(f"sixteen_bit_bytes: {record.sixteen_bit_bytes} is no size of a model")
+    if any(not 0 <= file.bytes_ < _MOST_BYTES for file in record.files.values()):
+        raise ValueError("files: one has a size that no file has")
+    for measurement in filter(None, (record.measurement, record.unprotected)):
+        _check_measurement(measurement)
     if record.experts is not None:
         _check_experts(record.experts)
 
@@ -123,6 +146,8 @@ def _check_scores(report: SweepReport) -> None:
 
 _RULES: Mapping[type[Any], Callable[[Any], None]] = {
     ProtectionPlan: _check_plan,
+    Measurement: _check_measurement,
+    CheckpointPair: _check_pair,
     ExportRecord: _check_record,
     Evidence: _check_evidence,
     ExpertCoverage: _check_experts,
