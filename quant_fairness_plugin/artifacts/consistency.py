@@ -65,6 +65,9 @@ def _check_measurement(measurement: Measurement) -> None:
     answers = measurement.answers
     if isinstance(answers, Answers) and not all(row.answers for row in answers.languages):
         raise ValueError("answers: a language has none")
+    # KL is never below 0: where every resample has some, so has the sample. What divides by it asks for the bound only.
+    if any(row.kl_bits_per_byte.estimate <= 0 < row.kl_bits_per_byte.low for row in measurement.languages):
+        raise ValueError("languages: a loss of 0 with an interval above 0")
 
 
 def _check_pair(pair: CheckpointPair) -> None:
@@ -109,6 +112,8 @@ def _check_sizes(report: SweepReport) -> None:
             raise ValueError(f"layer_bytes.{name[:50]}: is not a size for each of {report.layers} layers")
     if not 0 <= report.other_bytes < _MOST_BYTES:
         raise ValueError(f"other_bytes: {report.other_bytes} is no size")
+    if not report.other_bytes + sum(sizes["fp16"]):
+        raise ValueError("layer_bytes: a model of no bytes")
 
 
 def _check_rows(report: SweepReport) -> None:

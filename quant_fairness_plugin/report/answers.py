@@ -98,8 +98,7 @@ def _loss(worst: LanguageDamage, rows: list[LanguageDamage], sources: Sources) -
     said = f"{decimals(worst.kl_bits_per_byte.estimate)} bits per byte"
     measured = sources.measurement or sources.before
     reference = next((row for row in rows if measured is not None and row.language == measured.reference), None)
-    least = 0.0 if reference is None else min(reference.kl_bits_per_byte.low, reference.kl_bits_per_byte.estimate)
-    if reference is not None and reference is not worst and least > 0:
+    if reference is not None and reference is not worst and reference.kl_bits_per_byte.low > 0:
         ratio = worst.kl_bits_per_byte.estimate / reference.kl_bits_per_byte.estimate
         said += f", {ratio:.1f} times as much as {Language.of(reference.language).name}"
     return f"{said}. In {worst.flip_rate.estimate:.0%} of places another next token is now the most likely one."
