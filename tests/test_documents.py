@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant_fairness_plugin import documents
 from quant_fairness_plugin.documents import MOST_DEPTH, first_repeated, parse_json, parse_yaml, read_text
 
 PLAIN = st.recursive(
@@ -85,6 +86,28 @@ def test_yaml_that_is_refused_says_why(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=reason) as caught:
         parse_yaml(text)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("opened", ["[", "{a: ", "- ", "? "])
+def test_yaml_that_is_too_deep_is_left_where_it_is(opened: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every token PyYAML looks at all the brackets that are open: 325 of them took a second."""
+    looked = 0
+    plain = documents._Plain.stale_possible_simple_keys
+
+    def look(loader: Any) -> None:
+        nonlocal looked
+        looked += 1
+        plain(loader)
+
+    def looks(times: int) -> int:
+        nonlocal looked
+        looked = 0
+        with pytest.raises(ValueError, match="nested deeper"):
+            parse_yaml(opened * times)
+        return looked
+
+    monkeypatch.setattr(documents._Plain, "stale_possible_simple_keys", look)
+    assert looks(MOST_DEPTH + 2) == looks(4 * MOST_DEPTH) > 0
 
 
 def test_a_file_is_read_up_to_its_bound_and_no_further(tmp_path: Path) -> None:

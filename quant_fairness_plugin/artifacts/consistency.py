@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from quant_fairness_plugin.artifacts.answers import Answers
 from quant_fairness_plugin.artifacts.checkpoints import ExportRecord
 from quant_fairness_plugin.artifacts.evidence import Evidence
 from quant_fairness_plugin.artifacts.experts import ExpertCoverage
+from quant_fairness_plugin.artifacts.measurements import Measurement
+from quant_fairness_plugin.artifacts.pairs import CheckpointPair
 from quant_fairness_plugin.artifacts.plans import ProtectionPlan
 from quant_fairness_plugin.artifacts.sweeps import SweepReport
 from quant_fairness_plugin.artifacts.units import Unit
@@ -45,6 +48,8 @@ def _check_experts(coverage: ExpertCoverage) -> None:
         for layer, counts in table.items():
             if name != "calibrated" and counts.keys() != languages:
                 raise ValueError(f"{name}.{layer}: is not about the same languages as the rest")
+            if not Unit.is_layer(layer) or not counts:
+                raise ValueError(f"{name}.{layer[:50]}: is no layer with a figure for at least one language")
             if any(len(row) != coverage.experts for row in counts.values()):
                 raise ValueError(f"{name}.{layer}: does not have a figure for each of {coverage.experts} experts")
 
@@ -56,9 +61,32 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
             raise ValueError(f"calibration.{name}: is no table from languages to numbers")
 
 
+def _check_measurement(measurement: Measurement) -> None:
+    answers = measurement.answers
+    if isinstance(answers, Answers) and not all(row.answers for row in answers.languages):
+        raise ValueError("answers: a language has none")
+    # KL is never below 0: where every resample has some, so has the sample. What divides by it asks for the bound only.
+    if any(row.kl_bits_per_byte.estimate <= 0 < row.kl_bits_per_byte.low for row in measurement.languages):
+        raise ValueError("languages: a loss of 0 with an interval above 0")
+
+
+def _check_pair(pair: CheckpointPair) -> None:
+    for measurement in (pair.first, pair.second):
+        _check_measurement(measurement)
+    first, second = ([row.language for row in measured.languages] for measured in (pair.first, pair.second))
+    if first != second:
+        raise ValueError("second: is not about the same languages as first")
+
+
 def _check_record(record: ExportRecord) -> None:
     _check_plan(record.plan)
     _check_calibration(record.calibration)
+    if not 0 < record.sixteen_bit_bytes < _MOST_BYTES:
+        raise ValueError(f"sixteen_bit_bytes: {record.sixteen_bit_bytes} is no size of a model")
+    if any(not 0 <= file.bytes_ < _MOST_BYTES for file in record.files.values()):
+        raise ValueError("files: one has a size that no file has")
+    for measurement in filter(None, (record.measurement, record.unprotected)):
+        _check_measurement(measurement)
     if record.experts is not None:
         _check_experts(record.experts)
 
@@ -84,6 +112,8 @@ def _check_sizes(report: SweepReport) -> None:
             raise ValueError(f"layer_bytes.{name[:50]}: is not a size for each of {report.layers} layers")
     if not 0 <= report.other_bytes < _MOST_BYTES:
         raise ValueError(f"other_bytes: {report.other_bytes} is no size")
+    if not report.other_bytes + sum(sizes["fp16"]):
+        raise ValueError("layer_bytes: a model of no bytes")
 
 
 def _check_rows(report: SweepReport) -> None:
@@ -121,6 +151,8 @@ def _check_scores(report: SweepReport) -> None:
 
 _RULES: Mapping[type[Any], Callable[[Any], None]] = {
     ProtectionPlan: _check_plan,
+    Measurement: _check_measurement,
+    CheckpointPair: _check_pair,
     ExportRecord: _check_record,
     Evidence: _check_evidence,
     ExpertCoverage: _check_experts,

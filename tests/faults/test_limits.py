@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quant_fairness_plugin.export.staging import staged_folder
+from quant_fairness_plugin.model.sizes import shown
 from tests.planted_model import planted_texts, write_planted_model
 
 pytestmark = pytest.mark.limits
@@ -217,3 +219,72 @@ def test_a_page_that_cannot_be_drawn_does_not_end_the_work(place: Path) -> None:
     assert not (place / "out" / "report.html").exists()
     status, line = run(place, "report", "out", "-o", "page.html", before=limit(resource.RLIMIT_AS, 8 << 30))
     assert (status, "raise that limit" in line) == (4, True)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A control group of this test's own, below the mount or below the group of this process."""
+
+    folder: Path
+
+    def hold(self, bytes_: int) -> Callable[[], None]:
+        """Set the limit, swap included, and return what makes the process that calls it a member."""
+        for name in ("memory.swap.max", "memory.swappiness"):
+            if (self.folder / name).exists():
+                (self.folder / name).write_text("0", encoding="ascii")
+        name = "memory.max" if (self.folder / "memory.max").exists() else "memory.limit_in_bytes"
+        (self.folder / name).write_text(str(bytes_), encoding="ascii")
+
+        def join() -> None:
+            (self.folder / "cgroup.procs").write_text("0", encoding="ascii")
+
+        return join
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    for place in group_places():
+        folder = place / f"quant-fairness-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            if any((folder / name).exists() for name in ("memory.max", "memory.limit_in_bytes")):
+                yield Group(folder)
+                return
+        finally:
+            folder.rmdir()
+    pytest.skip("no group of memory can be made here; run as root where the controller of memory is on for children")
+
+
+def group_places() -> Iterator[Path]:
+    """Yield the folders in which a group of memory could be made, of version 2 and of version 1."""
+    for line in Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            base = Path("/sys/fs/cgroup", controllers)
+            yield from (base, base / path.lstrip("/"))
+
+
+def test_a_real_group_that_does_not_hold_a_model_refuses_it_before_it_is_read(large: Path, group: Group) -> None:
+    status, line = run(large, *QUANTIZE[:-1], "0", "-o", "out", before=group.hold(1 << 30))
+    assert (status, f"the container's memory limit ({shown(1 << 30)}) leaves" in line) == (4, True), line
+    assert names(large) == {"model", "t.json"}
+
+
+def test_a_real_group_that_holds_the_work_lets_it_end(place: Path, group: Group) -> None:
+    status, line = run(place, *QUANTIZE, "-o", "out", before=group.hold(2 << 30))
+    assert status == 0, line
+    assert names(place) == {"model", "t.json", "out"}
+
+
+@pytest.mark.parametrize("mebibytes", [150, 350])
+def test_a_run_that_a_real_group_killed_leaves_nothing_to_the_next(place: Path, group: Group, mebibytes: int) -> None:
+    """The kernel ends a process of a group that has no memory left; no program can say a line then."""
+    process = begin(place, *QUANTIZE, "-o", "out", before=group.hold(mebibytes << 20))
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said
+    assert not (place / "out").exists()
+    assert run(place, *QUANTIZE, "-o", "out", before=group.hold(2 << 30))[0] == 0
+    assert names(place) == {"model", "t.json", "out"}

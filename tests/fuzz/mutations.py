@@ -7,8 +7,8 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-MOST = 64_000
-"""Bytes of a mutated file."""
+from tests.fuzz import LONGEST
+
 _VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 10**400, 0.5, -0.5, 1e308, 5e-324, float("nan"), float("inf"),
     "", "0", "layers.0", "layers.99.down", "fp16", "int4", "..", "../x", "/etc/passwd", "a" * 999, "\ud800",
@@ -32,11 +32,11 @@ def mutated(content: bytes, random: Random) -> bytes:
         for _ in range(random.choice((1, 1, 1, 2, 3, 8))):
             document = _with_change(document, random)
         body = json.dumps(document).encode()
-        return (len(body).to_bytes(8, "little") + body + prefix if prefix is not None else body)[:MOST]
+        return (len(body).to_bytes(8, "little") + body + prefix if prefix is not None else body)[:LONGEST]
     changed = bytearray(content)
     for _ in range(random.choice((1, 1, 2, 4))):
         _change_bytes(changed, random)
-    return bytes(changed[:MOST])
+    return bytes(changed[:LONGEST])
 
 
 def _framed(content: bytes) -> tuple[bytes | None, bytes]:

@@ -14,7 +14,7 @@ from quant_fairness_plugin.checkpoint.folder import RECORD, file_record, list_fi
 from quant_fairness_plugin.config import FairConfig
 from tests.fuzz.targets import CORPUS
 from tests.planted import planted_sets
-from tests.report.samples import PLAN, measured, record
+from tests.report.samples import PLAN, answers, measured, record
 
 SENTENCES = 5
 CONFIG = {
@@ -60,7 +60,8 @@ def small_record() -> ExportRecord:
         gates={"layers.0": {"en": (0.75, 0.25), "he": (0.0, 1.0)}},
         part="confirm",
     )
-    return replace(record(measured(en=0.01, he=0.2, hi=9.0)), experts=coverage)
+    measurement = replace(measured(en=0.01, he=0.2, hi=9.0), answers=answers())
+    return replace(record(measurement), experts=coverage)
 
 
 def safetensors(header: dict[str, object], data: int) -> bytes:

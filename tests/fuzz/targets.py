@@ -11,7 +11,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from unittest.mock import patch
 
@@ -130,6 +130,11 @@ class Target:
         if around.is_dir():
             shutil.copytree(around, folder, dirs_exist_ok=True)
         self.path = folder / file
+        self.file = self.path.open("wb", buffering=0)  # once: to open a file anew takes as long as to parse a short one
+        good = CORPUS / name / "good"
+        if good.is_file():
+            with suppress(QuantFairnessError):  # a schema that has changed is said by the test
+                self.read(good.read_bytes())  # what is loaded at first use is no file's time or memory
         self._start = _peak()
 
     def __call__(self, content: bytes) -> bool:
@@ -139,10 +144,9 @@ class Target:
             FaultError: time, memory, or a message of more than one line.
             Exception: whatever escapes.
         """
-        self.path.write_bytes(content)
         begun, accepted = time.process_time(), True
         try:
-            self._read(self.path)
+            self.read(content)
         except QuantFairnessError as err:
             accepted = False
             if not str(err):
@@ -154,6 +158,17 @@ class Target:
             raise FaultError(f"took {grown >> 20} MiB")
         return accepted
 
+    def read(self, content: bytes) -> None:
+        """Read the bytes, however long it takes.
+
+        Raises:
+            Exception: whatever escapes, refusals among it.
+        """
+        self.file.seek(0)
+        self.file.write(content)
+        self.file.truncate()
+        self._read(self.path)
+
 
 def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -163,7 +178,9 @@ def _peak() -> int:
 def opened(name: str) -> Iterator[Target]:
     """Yield a target in a temporary folder."""
     with place_in_memory() as folder:
-        yield Target(name, Path(folder))
+        target = Target(name, Path(folder))
+        with target.file:
+            yield target
 
 
 def seeds(name: str) -> list[bytes]:

@@ -8,13 +8,16 @@ from random import Random
 
 import pytest
 
-from tests.fuzz import targets
+from tests.fuzz import content_name, is_found, targets
 from tests.fuzz.mutations import mutated
+from tests.fuzz.reach import few_that_reach
 from tests.fuzz.targets import CORPUS, TARGETS, FaultError, opened
 
 SLOW = {"sweep": 8, "record": 8, "config-yaml": 30}
 """Mutations of the targets that take tens of milliseconds each; the others get `MUTATIONS`."""
 MUTATIONS = 60
+MOST_FOUND = 1_500_000
+"""Bytes of all files that fuzzing found."""
 HARMLESS = {"config-yaml/date-as-key", "model-config/infinity"} | {
     f"card/{path.name}" for path in (CORPUS / "card").iterdir()
 }
@@ -35,8 +38,24 @@ def test_the_corpus_and_mutations_of_it_raise_nothing_but_our_own_errors(name: s
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_once_went_wrong_is_refused(name: str) -> None:
     with opened(name) as target:
-        for path in sorted(path for path in (CORPUS / name).iterdir() if path.is_file()):
+        for path in sorted(path for path in (CORPUS / name).iterdir() if path.is_file() and not is_found(path)):
             assert target(path.read_bytes()) == (path.name == "good" or f"{name}/{path.name}" in HARMLESS), path
+
+
+def test_what_fuzzing_found_is_named_by_its_content_small_and_of_no_machine() -> None:
+    found = [path for path in CORPUS.glob("*/*") if is_found(path)]
+    assert {path.parent.name for path in found} == set(TARGETS)
+    assert [path for path in found if path.name != content_name(path.read_bytes())] == []
+    assert sum(path.stat().st_size for path in found) < MOST_FOUND
+    assert [path for path in found if any(word in path.read_bytes() for word in (b"/dev/shm", b"site-packages"))] == []
+
+
+def test_few_files_are_taken_that_reach_what_all_reach() -> None:
+    word, unknown, both = b'{"bits": "x"}', b'{"nonsense": 1}', b'{"seed": 1, "limits": {"he": -1}}'
+    taken = few_that_reach("config-json", [word, word + b" ", unknown, unknown + b" ", both])
+    assert set(taken) == {word, unknown, both}
+    assert few_that_reach("config-json", [(CORPUS / "config-json" / "good").read_bytes()]) == []
+    assert few_that_reach("config-json", [b'{"/dev/shm/fuzz-x": 1}', b'{"site-packages": 1}']) == []
 
 
 def test_mutations_are_many_and_repeatable() -> None:
