@@ -33,10 +33,11 @@ PAGE = ROOT / "docs" / "calibration.md"
 MODELS = ("demo", "demo-gpt2", "SmolLM2-135M")
 VARIANTS = {
     "fast": Gptq().at("fast"),
-    "turned": replace(Gptq().at("fast"), turned=True),
-    "refined": Gptq(compensates=False, turned=False),
-    "compensated": Gptq(refinements=0, turned=False),
+    "fast, turned": replace(Gptq().at("fast"), turned=True),
+    "refined": Gptq(compensates=False),
+    "compensated": Gptq(refinements=0),
     "normal": Gptq(),
+    "normal, turned": Gptq(turned=True),
     "best": Gptq().at("best"),
     "damp-0.05": Gptq(damp=0.05),
     "normal, documents": Gptq(),

@@ -51,7 +51,7 @@ class Gptq(Method):
     not, and none does in a plan that keeps input channels in 16 bit."""
     refinements: int = 4
     """How often scales and integers are solved again afterwards, each for the others; see `quantize.refinement`."""
-    turned: bool = True
+    turned: bool = False
     """Whether heads of values are turned before (`model.turning`); not in a plan that keeps input channels in 16 bit,
     and not where values or what reads them keep 16 bit."""
 
@@ -61,7 +61,7 @@ class Gptq(Method):
             case "fast":
                 # Not by tokens: where nothing is compensated that gains nothing (*refined* in docs/calibration.md).
                 damp = ONE_PASS_DAMP if self.damp is None else self.damp
-                return replace(self, compensates=False, refinements=0, turned=False, damp=damp)
+                return replace(self, compensates=False, refinements=0, damp=damp)
             case "best":
                 return replace(self, refinements=8)
             case _:
