@@ -22,6 +22,7 @@ from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.model.weights import read_json
 from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
+from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from tests.export.build import TEXTS, quantize_tiny, quantize_with_columns
 from tests.export.gguf_files import as_converted, gguf_name, read_values, write_gguf_of
 from tests.planning import quantize_layers
@@ -68,7 +69,7 @@ def test_turned_heads_are_known_again(
     """The template holds the model's own values, the checkpoint turned ones, which are written."""
     calibration = build_calibration(byte_tokenizer(), TEXTS, row_tokens=8)
     loaded = load_model(str(tiny_model(family, layers=LAYERS)))
-    quantized = quantize_layers(loaded, (), method="gptq", grid=Grid(group_size=32), calibration=calibration)
+    quantized = quantize_layers(loaded, (), method=Gptq(turned=True), grid=Grid(group_size=32), calibration=calibration)
     assert len(quantized.turned) == 2 * LAYERS
     export(quantized, tmp_path / "out", texts=TEXTS)
     write_gguf(tmp_path / "out", template(family), tmp_path / "out.gguf", embedding="16bit")

@@ -115,7 +115,7 @@ def test_options_of_a_method_are_given_with_it(load: Callable[..., LoadedModel],
 def test_efforts_are_options_of_a_method() -> None:
     usual = Gptq()
     assert usual.at("normal") == usual
-    assert usual.at("fast") == Gptq(compensates=False, refinements=0, turned=False, damp=0.05)
+    assert usual.at("fast") == Gptq(compensates=False, refinements=0, damp=0.05)
     assert Gptq(damp=0.2).at("fast").damp == 0.2
     assert not usual.at("fast").compares_inputs
     assert usual.at("best").refinements > usual.refinements

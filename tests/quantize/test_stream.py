@@ -21,7 +21,6 @@ from quant_fairness_plugin.quantize.gptq import refine_result, solve_gptq, solve
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
 from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from quant_fairness_plugin.quantize.moments import FairMoments
-from quant_fairness_plugin.quantize.turning import turn_layer
 from tests.planning import quantize_layers
 from tests.tiny import FAMILIES
 
@@ -93,8 +92,6 @@ def solve_naively(
     integers: dict[str, Tensor] = {}
     original, usual = replace(loaded, model=copy.deepcopy(loaded.model)), Gptq()
     for layer in sorted(set(range(loaded.layers)) - protected):
-        for model in (loaded, original):  # which changes nothing of what either computes: tests/model/test_turning.py
-            turn_layer(model, layer, model.linears(layer))
         for unit in loaded.family.units:
             names = [f"{loaded.family.blocks}.{layer}.{module}" for module in unit.modules]
             first = loaded.linears(layer)[names[0]]

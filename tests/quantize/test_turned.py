@@ -33,6 +33,7 @@ from tests.planning import quantize_layers
 
 Load = Callable[..., LoadedModel]
 GRID = Grid(group_size=32)
+TURNED = Gptq(turned=True)
 VALUES, OUTPUT = "self_attn.v_proj", "self_attn.o_proj"
 LOUD = 40.0
 """How much larger one channel of each head is that has a scale in common with others."""
@@ -82,21 +83,21 @@ def test_values_with_a_bias_are_turned_with_it(load: Load, rows: CalibrationSet)
     with torch.no_grad():
         for layer in range(loaded.layers):
             loaded.model.get_parameter(name(layer, f"{VALUES}.bias")).normal_(0.0, 2.0)
-    found = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    found = quantize_layers(loaded, (), method=TURNED, grid=GRID, calibration=rows)
     assert set(found.folded) == {name(layer, f"{VALUES}.bias") for layer in range(2)}
     assert divergence(loaded, found) < 0.1
     without = replace(found, folded={})
     assert divergence(loaded, without) > 3 * divergence(loaded, found)
 
 
-@pytest.mark.parametrize("case", ["columns", "protected", "unit", "fast", "floats"])
+@pytest.mark.parametrize("case", ["columns", "protected", "unit", "usual", "floats"])
 def test_where_nothing_is_turned(case: str, load: Load, rows: CalibrationSet) -> None:
     loaded = load("llama")
     grid = Grid(bits=8, group_size=-1, scheme="fp8") if case == "floats" else GRID
     found = quantize_layers(
         loaded,
         [0] if case == "protected" else [],
-        method=Gptq().at("fast") if case == "fast" else "gptq",
+        method=Gptq() if case == "usual" else TURNED,
         grid=grid,
         columns=0.1 if case == "columns" else 0.0,
         overrides={"layers.0.o": "fp16"} if case == "unit" else {},
@@ -109,7 +110,7 @@ def test_where_nothing_is_turned(case: str, load: Load, rows: CalibrationSet) ->
 
 def test_two_precisions_are_turned_as_one(load: Load, rows: CalibrationSet) -> None:
     loaded = load("llama")
-    found = quantize_layers(loaded, (), method="gptq", grid=GRID, overrides={"layers.0.o": "int8"}, calibration=rows)
+    found = quantize_layers(loaded, (), method=TURNED, grid=GRID, overrides={"layers.0.o": "int8"}, calibration=rows)
     assert name(0, OUTPUT) in found.turned
     assert found.bits[name(0, OUTPUT)] == 8
     error = found.model_weight(name(0, OUTPUT)) - linear_weight(loaded.linears(0)[name(0, OUTPUT)])
@@ -143,13 +144,13 @@ def test_what_cannot_be_solved_stays_turned_beside_what_is(
     """In 16 bit, because the other half of the turn is in integers."""
     loaded, place = load(family), Workplace(tmp_path / "work")
     poison(first)
-    found = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows, workplace=place)
+    found = quantize_layers(loaded, (), method=TURNED, grid=GRID, calibration=rows, workplace=place)
     kept = OUTPUT if first == OUTPUT else VALUES
     assert name(0, kept) in found.kept
     assert name(0, f"{kept}.weight") in found.folded
     whole = quantize_layers(loaded, (), method="rtn", grid=GRID)
     assert divergence(loaded, found) < divergence(loaded, whole)
-    again = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows, workplace=place)
+    again = quantize_layers(loaded, (), method=TURNED, grid=GRID, calibration=rows, workplace=place)
     assert again.turned == found.turned
     assert all(torch.equal(value, again.folded[key]) for key, value in found.folded.items())
     export(found, tmp_path / "out", texts=TEXTS)
@@ -168,7 +169,7 @@ def test_banks_hold_weights_as_they_stand_in_the_model(
 ) -> None:
     """A unit of a turned model is exchanged alone: what it was solved from is the original's, turned."""
     loaded = load_model(str(tiny_model(family)))
-    found = quantize_layers(loaded, (), method="gptq", grid=GRID, calibration=rows)
+    found = quantize_layers(loaded, (), method=TURNED, grid=GRID, calibration=rows)
     units = map_units(loaded)
     bank = ModelBank(units, found, RtnBank(loaded, units, GRID))
     export(found, tmp_path / "out", texts=TEXTS)

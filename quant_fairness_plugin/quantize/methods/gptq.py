@@ -52,8 +52,8 @@ class Gptq(Method):
     refinements: int = 4
     """How often scales and integers are solved again afterwards, each for the others; see `quantize.refinement`."""
     turned: bool = False
-    """Whether heads of values are turned before (`model.turning`); not in a plan that keeps input channels in 16 bit,
-    and not where values or what reads them keep 16 bit."""
+    """Whether heads of values are turned before (`model.turning`), which gains where their channels are very unequal;
+    not in a plan that keeps input channels in 16 bit, and not where values or what reads them keep 16 bit."""
 
     def at(self, effort: Effort) -> Gptq:
         """Return GPTQ as published for `fast`; for `best`, with more rounds behind it."""
