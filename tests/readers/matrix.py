@@ -11,6 +11,7 @@ from typing import Any
 
 from quant_fairness_plugin.artifacts import CheckpointFormat, Reader
 from quant_fairness_plugin.checkpoint import readers as checkpoint_readers
+from quant_fairness_plugin.checkpoint.readers.vllm import NO_INT8
 from tests.tiny import FAMILIES
 
 FORMATS: tuple[CheckpointFormat, ...] = ("compressed-tensors", "gptq", "awq")
@@ -31,7 +32,6 @@ _MIXED_SIZES = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
 }  # fmt: skip
 """Those of SmolLM2-135M: groups of 128 divide the input channels of `down` alone."""
-NO_KERNEL = "vLLM's CPU build has no kernel for 8-bit weights; its CUDA kernels list them (Marlin, uint8b128)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +78,8 @@ class Cell:
 
     @property
     def missing_kernel(self) -> str | None:
-        """Words of the reader's error where it is only its CPU build that cannot compute this; not refused."""
-        return "uint8b128" if self.checkpoint.variant == _INT8 and self.reader == "vllm" else None
+        """What the reader lacks where it is only its CPU build, on any CPU, that cannot compute this; not refused."""
+        return NO_INT8 if self.checkpoint.variant == _INT8 and self.reader == "vllm" else None
 
     @property
     def refusal(self) -> str | None:

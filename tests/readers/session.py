@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quant_fairness_plugin.artifacts import Reader
+from quant_fairness_plugin.checkpoint.readers import find_reader
 from quant_fairness_plugin.checkpoint.readers.compare import TOLERANCE
 from quant_fairness_plugin.checkpoint.readers.running import Reading, reader_script
+from quant_fairness_plugin.checkpoint.readers.vllm import NO_INT4
 from quant_fairness_plugin.serve.load import load_quantized
 from tests.readers.checkpoints import ROOT, export, load_original, refusal, write_request
-from tests.readers.matrix import NO_KERNEL, READERS, Cell, Checkpoint
+from tests.readers.matrix import READERS, Cell, Checkpoint
 from tests.readers.reading import Judged, Models
 from tests.readers.table import Row, make_row
 
@@ -33,6 +36,7 @@ SECONDS = 600
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 """Two threads wait for each other on a busy machine; and each process would compile C++ for every model (half the time
 of a reading) although the tiny models gain nothing by it."""
+HAS_AVX512: bool = torch.cpu._is_avx512_supported()
 FORKED: tuple[Reader, ...] = ("vllm",)
 """What cannot be loaded twice in one process, but forked after its import."""
 
@@ -89,6 +93,15 @@ class MatrixSession:
             )
         return self._judged[cell]
 
+    def missing_here(self, cell: Cell) -> str | None:
+        """What the reader's build lacks on this CPU and not on others, so that the cell has no result; else None.
+
+        Told by the error itself: a cell that is refused, or wrong, for another reason is judged on every CPU.
+        """
+        error = self.answers.get(cell, {}).get("error", "")
+        lacking = find_reader(cell.reader).missing_kernel(error)
+        return lacking if lacking == NO_INT4 and not HAS_AVX512 else None
+
     def refusal(self, cell: Cell) -> str | None:
         """Why a user who plans this is refused, in the words that he gets; None: the work would begin."""
         if cell not in self._refusals:
@@ -96,8 +109,8 @@ class MatrixSession:
         return self._refusals[cell]
 
     def rows(self) -> list[Row]:
-        """All cells that were run, for the table."""
-        return [self._row(cell) for cell in self._exported_cells()]
+        """All cells that were run, for the table; the stored rows of others stay."""
+        return [self._row(cell) for cell in self._exported_cells() if self.missing_here(cell) is None]
 
     def _exported_cells(self) -> list[Cell]:
         return [cell for cell in self.cells if cell.checkpoint not in self.not_exported]
@@ -113,8 +126,7 @@ class MatrixSession:
         found, refused = self.judged(cell), self.refusal(cell)
         if isinstance(found, str):
             last = " ".join(found.strip().splitlines()[-1].split())
-            if cell.missing_kernel is not None and cell.missing_kernel in found:
-                last = NO_KERNEL
+            last = find_reader(cell.reader).missing_kernel(found) or last
             return make_row(
                 cell, refusal=refused, distance=None, mistaken=None, right=False, tried=f"fails, {last[:200]}"
             )
@@ -164,6 +176,12 @@ class MatrixSession:
             path = Path(str(job["result"]))
             ended = {"error": f"{reader} ended without an answer; see {log.name}"}
             self.answers[cell] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else ended
+
+
+def skip_without_int4_kernel() -> None:
+    """Skip a test that has vLLM's CPU build compute 4-bit weights, where it has no kernel for them."""
+    if not HAS_AVX512:
+        pytest.skip(f"vLLM: {NO_INT4}")
 
 
 def built(environment: str) -> bool:

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from tests.readers.matrix import FORMATS, NO_KERNEL, READERS, Cell, all_cells
+from quant_fairness_plugin.checkpoint.readers.vllm import NO_INT8
+from tests.readers.matrix import FORMATS, READERS, Cell, all_cells
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "benchmarks" / "results" / "cpu" / "readers.jsonl"
@@ -63,7 +64,7 @@ def make_row(
     """A row of a cell that was just run. Numbers are rounded, so that a second run gives the same row."""
     made = cell.checkpoint
     outcome: Outcome = "refused" if refusal is not None else "read" if right else "wrong"
-    if outcome == "wrong" and NO_KERNEL in tried:
+    if outcome == "wrong" and cell.missing_kernel is not None and cell.missing_kernel in tried:
         outcome = "no kernel"
     return Row(
         model=made.model,
@@ -142,7 +143,8 @@ readers do, changes in our own model. Below 2 passes; a reader that took layers 
 matches names by prefix would, is further away in every cell, which is checked as well. Which modules the reader
 computes from integers was compared with the plan.
 
-*Not run*: {no_kernel}.
+*Not run*, vLLM: {no_kernel}. Its kernels for 4-bit weights need AVX-512: on a CPU without it, its cells are skipped, and
+keep the rows of the last CPU that had it.
 
 A number in brackets: refused before anything is quantized, with the reason below. The refusals were tried, too: none of
 these checkpoints is read right.
@@ -150,7 +152,7 @@ these checkpoints is read right.
 Transformers and gptqmodel use gptqmodel's plain torch kernel for `gptq` and `awq`; its default kernel on a CPU computes
 in bfloat16. gptqmodel loads `compressed-tensors` through Transformers, as 16-bit weights.
 """
-_HEAD = _HEAD.format(no_kernel=NO_KERNEL)
+_HEAD = _HEAD.format(no_kernel=NO_INT8)
 _SERVERS = """
 ## SGLang and TGI
 

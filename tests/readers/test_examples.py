@@ -10,7 +10,7 @@ import pytest
 
 from quant_fairness_plugin.export.writer import export
 from tests.export.build import TEXTS, quantize_tiny
-from tests.readers.session import ENVIRONMENT
+from tests.readers.session import ENVIRONMENT, skip_without_int4_kernel
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +18,7 @@ pytestmark = pytest.mark.readers
 
 
 def test_vllm_serves_the_checkpoint(tmp_path: Path) -> None:
+    skip_without_int4_kernel()
     write_tiny_model(tmp_path / "model", "llama", layers=2, width=128)  # heads of 32, the smallest that vLLM takes
     export(quantize_tiny(tmp_path / "model"), tmp_path / "out", texts=TEXTS, reader="vllm")
     line = [ROOT / ".venv-vllm" / "bin" / "python", ROOT / "examples" / "serve_with_vllm.py", "out", "abc", "de"]

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from quant_fairness_plugin.serve.load import load_quantized
 from tests.readers.checkpoints import export
 from tests.readers.matrix import Checkpoint
-from tests.readers.session import ENVIRONMENT, python_of
+from tests.readers.session import ENVIRONMENT, python_of, skip_without_int4_kernel
 
 pytestmark = pytest.mark.readers
 
@@ -57,6 +57,7 @@ def expected(checkpoint: Path) -> str:
 
 
 def vllm(folder: Path, port: int) -> list[str | Path]:
+    skip_without_int4_kernel()
     program = Path(__file__).with_name("vllm_cli.py")
     sizes = ["--dtype", "float16", "--max-model-len", "128", "--max-num-seqs", "2", "--enforce-eager"]
     return [python_of(".venv-vllm"), program, "serve", folder, "--host", "127.0.0.1", "--port", str(port), *sizes]

@@ -17,7 +17,7 @@ import torch
 from quant_fairness_plugin.checkpoint.folder import file_record
 from quant_fairness_plugin.export.repair import RepairReport, repair
 from quant_fairness_plugin.export.verify import verify
-from tests.readers.session import ENVIRONMENT, python_of
+from tests.readers.session import ENVIRONMENT, python_of, skip_without_int4_kernel
 from tests.tiny import VOCABULARY, write_tiny_model
 
 pytestmark = pytest.mark.readers
@@ -84,5 +84,6 @@ def test_after_the_repair_readers_compute_what_the_files_say(repaired: Repaired,
 
 
 def test_after_the_repair_vllm_computes_what_the_files_say(repaired: Repaired) -> None:
+    skip_without_int4_kernel()
     detail = verify(repaired.out, reader="vllm", python=python_of(".venv-vllm")).checks[-1].detail
     assert "greedy tokens within" in detail

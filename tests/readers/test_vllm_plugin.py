@@ -17,7 +17,7 @@ from quant_fairness_plugin.checkpoint.readers.compare import compare_reading, fi
 from quant_fairness_plugin.checkpoint.readers.running import Reading, reader_script
 from quant_fairness_plugin.export.writer import export
 from tests.export.build import TEXTS, quantize_tiny, quantize_with_columns
-from tests.readers.session import ENVIRONMENT
+from tests.readers.session import ENVIRONMENT, skip_without_int4_kernel
 from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,7 @@ def test_asked_for_it_computes_what_the_files_say(
 def test_not_asked_for_it_does_nothing_and_vllm_overlooks_the_side_file(
     model: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
+    skip_without_int4_kernel()
     quantized = quantize_with_columns(model)
     export(quantized, tmp_path / "out", texts=TEXTS, reader="vllm")
     reading = read(tmp_path / "out", tmp_path, environment, None)

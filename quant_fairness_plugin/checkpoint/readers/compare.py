@@ -93,6 +93,7 @@ def compare_with_reader(folder: Path, reader: str, python: Path) -> ReaderRun:
     Raises:
         UnsupportedModelError: the reader fails, or computes something else than the files say.
         MissingExtraError: that Python does not have the reader.
+        ConfigError: the reader has no kernel for this checkpoint on this machine.
     """
     model = load_dense_model(folder)
     reading = read_with(reader, folder, fixed_prompts(model), python)

@@ -37,6 +37,8 @@ class Reader:
     """Environment variable that names such a Python."""
     on_gpu: Callable[[Quantization], str] = lambda _: ""
     """Why a checkpoint with this metadata is read on a GPU alone, as a clause; empty where a CPU does."""
+    missing_kernels: Mapping[str, str] = field(default_factory=dict)
+    """Words of its error → what its build lacks on the machine that runs it, as a clause. The files may be right."""
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """`quant_method` → packages that it needs in our own Python, where it can be run there."""
 
@@ -49,6 +51,10 @@ class Reader:
         """Return how far its verdict on a checkpoint with this metadata goes; empty where it was compared."""
         why = self.on_gpu(quantization)
         return self.note or (f"{why}; not run here" if why else "")
+
+    def missing_kernel(self, said: str) -> str | None:
+        """Return what it lacks here by the error that it ended with; None where the error is of another kind."""
+        return next((why for words, why in self.missing_kernels.items() if words in said), None)
 
     @property
     def script_path(self) -> Path | None:

