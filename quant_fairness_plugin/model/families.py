@@ -124,9 +124,7 @@ class Family:
 
     def kind_of(self, layer: int) -> BlockKind:
         """Return what a layer is made of."""
-        if self.kinds:
-            return self.kinds[layer]
-        return BlockKind(self.architecture.units, self.architecture.folds, self.architecture.turns)
+        return self.kinds[layer] if self.kinds else BlockKind(self.architecture.units, self.architecture.folds)
 
     def kept(self, layer: int) -> dict[str, str]:
         """Return full name of each linear module of a layer that always stays in 16 bit → the reason."""
@@ -360,8 +358,7 @@ def _mixture(
     model: PreTrainedModel, path: str, blocks: list[Block], experts: list[str], wrapper: Wrapper | None
 ) -> Family:
     """Return the map of a model with unfolded experts; some of its layers may have none."""
-    from quant_fairness_plugin.model.tracing.steering import without_steering
-    from quant_fairness_plugin.model.tracing.trial import head_counts
+    from quant_fairness_plugin.model.tracing.steering import head_counts, without_steering
 
     mixture = find_mixture(_kind(model))
     assert mixture is not None, "experts are unfolded in families that are taken only"

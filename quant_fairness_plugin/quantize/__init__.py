@@ -5,7 +5,6 @@
 - `grid`, `clipping`: scales, zero points, rounding to nearest; `QuantizedTensor`
 - `gptq`, `awq`: the solver of one weight, and of one fusion group; `folding`: where AWQ's scales go
 - `compensation`: what a module has to compute to make up for those in front of it; `refinement`: after GPTQ
-- `turning`: heads of values that are turned before they are solved, by `model.turning`
 - `columns`: input channels that stay in 16 bit beside the integers
 - `calibration`: text as token rows, the same number of tokens for every language (no torch)
 - `blocks`, `moments`: a model run block by block on calibration rows, and the second moments of its inputs

@@ -15,7 +15,6 @@ from quant_fairness_plugin.quantize.calibration import CalibrationSet
 from quant_fairness_plugin.quantize.columns import KeptColumns
 from quant_fairness_plugin.quantize.grid import QuantizedTensor
 from quant_fairness_plugin.quantize.solving import dense_values
-from quant_fairness_plugin.quantize.turning import as_in_the_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +47,6 @@ class QuantizedModel:
     """Full module name → the input channels that keep 16 bit beside its integers."""
     grids: Mapping[str, Grid] = field(default_factory=dict)
     """Full module name → its grid; empty where only the tensors say."""
-    turned: frozenset[str] = frozenset()
-    """Full names of the modules whose heads were turned before they were solved (`model.turning`)."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method; empty where another tool made the integers."""
     experts: ExpertCoverage | None = None
@@ -73,11 +70,6 @@ class QuantizedModel:
     def dense_weight(self, name: str) -> Tensor:
         """Return what a quantized module computes with, 16-bit channels included: float32 `[rows, cols]`."""
         return dense_values(self.tensors[name], self.columns.get(name))
-
-    def model_weight(self, name: str) -> Tensor:
-        """Return `dense_weight` as it stands in the model itself, where nothing is turned."""
-        weight = self.dense_weight(name)
-        return as_in_the_model(self.loaded, name, weight) if name in self.turned else weight
 
     def dense_weights(self) -> dict[str, Tensor]:
         """Return everything that `exchange.swapped` needs to compute the quantized model.

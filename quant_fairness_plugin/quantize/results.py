@@ -28,7 +28,7 @@ from quant_fairness_plugin.quantize.solving import Solved
 
 V = TypeVar("V")
 _FACTS = "layer"
-_TENSORS, _FOLDED, _COLUMNS, _TURNED = "tensors", "folded", "columns", "turned"
+_TENSORS, _FOLDED, _COLUMNS = "tensors", "folded", "columns"
 _PARTS = ("integers", "scales", "zeros", "divisor")
 """Fields of a `QuantizedTensor`."""
 _logger = logging.getLogger(__name__)
@@ -68,8 +68,6 @@ class Results:
     grids: dict[str, Grid] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     """Module that could not be solved → reason."""
-    turned: set[str] = field(default_factory=set)
-    """Modules whose heads were turned before they were solved."""
 
     def has(self, layer: int) -> bool:
         """Return whether a layer was solved by an earlier run."""
@@ -82,7 +80,6 @@ class Results:
             ours |= its
         self._note(solved.losses, solved.damping, {name: tensor.grid for name, tensor in solved.tensors.items()})
         self.kept |= solved.kept
-        self.turned |= {*solved.turned}
 
     def layer(self, layer: int) -> Solved:
         """Return what an earlier run solved in a layer."""
@@ -146,7 +143,6 @@ class StoredResults(Results):
             losses=facts["losses"],
             damping=facts["damping"],
             kept=facts["kept"],
-            turned=tuple(facts[_TURNED]),
         )
 
     def _take(self, path: Path) -> None:
@@ -171,7 +167,6 @@ class StoredResults(Results):
             columns.add(name, partial(_kept, places, name))
         self._note(facts["losses"], facts["damping"], grids)
         self.kept |= facts["kept"]
-        self.turned |= {*facts[_TURNED]}
 
 
 def _facts(layer: int, solved: Solved) -> dict[str, Any]:
@@ -183,7 +178,6 @@ def _facts(layer: int, solved: Solved) -> dict[str, Any]:
         "losses": solved.losses,
         "damping": solved.damping,
         "kept": solved.kept,
-        _TURNED: list(solved.turned),
     }
 
 

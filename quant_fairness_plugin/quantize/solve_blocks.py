@@ -27,7 +27,6 @@ from quant_fairness_plugin.quantize.moments import FairMagnitude, MomentWatch, O
 from quant_fairness_plugin.quantize.results import Results
 from quant_fairness_plugin.quantize.selection import Selection
 from quant_fairness_plugin.quantize.solving import Inputs, Problem, Solved, error_prefix
-from quant_fairness_plugin.quantize.turning import turn_layer, turned_rest
 
 _logger = logging.getLogger(__name__)
 Report = Callable[[int, int], None]
@@ -65,13 +64,6 @@ class Work:
             measured=measured,
         )  # fmt: skip
         self.method.solve(problem, solved)
-
-    def turn(self, layer: int) -> tuple[str, ...]:
-        """Turn what can be turned in the block at hand; return the full names of the modules."""
-        if not self.method.turns_heads or self.columns:
-            return ()
-        whole = (name for name, grid in self.selection.grids.items() if grid.scheme == "int")
-        return turn_layer(self.loaded, layer, frozenset(whole))
 
     def keep(self, names: Iterable[str], err: UnsolvableError, solved: Solved) -> None:
         """Leave the modules of a fusion group in 16 bit, as servers merge them into one matrix; or stop."""
@@ -169,12 +161,11 @@ def solve_on_inputs(work: Work, rows: Streams, calibration: CalibrationSet) -> N
             with block_feed(loaded, layers, prefetch=True) as resident:
                 for layer in layers:
                     with resident(layer), _restored(loaded, layer):
-                        turned = work.turn(layer)
                         untouched = rows.untouched(loaded.block(layer))
                         if work.results.has(layer):
                             _put_back(work, layer)
                         else:
-                            _solve_layer(work, layer, rows.given(untouched, calibration), turned)
+                            _solve_layer(work, layer, rows.given(untouched, calibration))
                         if layer < layers[-1]:  # what follows the last quantized layer needs no inputs
                             rows.advance(layer, loaded.block(layer), untouched)
                     done = layer + 1
@@ -184,14 +175,13 @@ def solve_on_inputs(work: Work, rows: Streams, calibration: CalibrationSet) -> N
         work.report(loaded.layers, loaded.layers)
 
 
-def _solve_layer(work: Work, layer: int, given: Given, turned: tuple[str, ...]) -> None:
+def _solve_layer(work: Work, layer: int, given: Given) -> None:
     """Solve a block and leave it as it is quantized."""
-    solved = Solved(turned=turned)
+    solved = Solved()
     for unit, modules in work.units(layer):
         solve = _solve_experts if work.routed(unit) else _solve_unit
         solve(work, unit, modules, given, solved)
         return_free_pages()
-    solved.folded |= turned_rest(work.loaded.linears(layer), turned, solved.tensors, work.loaded.storage_dtype)
     work.results.add(layer, solved)
 
 

@@ -93,8 +93,6 @@ class Solved:
     columns: dict[str, KeptColumns] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     """Module that could not be solved, and so keeps 16 bit → reason."""
-    turned: tuple[str, ...] = ()
-    """Modules whose heads were turned before they were solved."""
     targets: dict[str, Target] = field(default_factory=dict)
     """Of the modules of the block at hand that keep channels."""
 

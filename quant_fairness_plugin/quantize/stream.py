@@ -115,7 +115,7 @@ def _as_model(work: Work, plan: ProtectionPlan, calibration: CalibrationSet | No
     return QuantizedModel(
         loaded=work.loaded, plan=plan, method=work.method.name, tensors=results.tensors, folded=results.folded,
         kept=kept, losses=results.losses, damping=results.damping, calibration=calibration, columns=results.columns,
-        grids=results.grids, turned=frozenset(results.turned), settings=work.method.settings,
+        grids=results.grids, settings=work.method.settings,
     )  # fmt: skip
 
 

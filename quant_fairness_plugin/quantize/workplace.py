@@ -21,7 +21,7 @@ from quant_fairness_plugin.quantize.methods.method import Method
 ROWS_IN_MEMORY = 256 << 20
 """Bytes of hidden states that a model read block by block has in memory where no budget is given."""
 
-SOLUTION_VERSION = 6
+SOLUTION_VERSION = 7
 """Goes up whenever the same work would come out otherwise, so that an older folder is not gone on from."""
 
 

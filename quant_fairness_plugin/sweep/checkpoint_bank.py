@@ -19,12 +19,10 @@ from quant_fairness_plugin.checkpoint.folder import (
     weight_files,
 )
 from quant_fairness_plugin.errors import ConfigError, UnsupportedModelError
-from quant_fairness_plugin.model.exchange import stored_form
-from quant_fairness_plugin.model.linear import linear_weight
+from quant_fairness_plugin.model.linear import is_conv1d
 from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.resolve import ModelFiles, model_sha256
 from quant_fairness_plugin.plans.units import UnitMap
-from quant_fairness_plugin.quantize.turning import turned_back
 from quant_fairness_plugin.sweep.bank import CheckpointBank
 from quant_fairness_plugin.sweep.bank_rules import check_bank, checkpoint_grid
 from quant_fairness_plugin.sweep.jobs import BankRecipe
@@ -80,14 +78,15 @@ def open_bank(loaded: LoadedModel, units: UnitMap, *, folder: Path, grid: Grid) 
 
 def _dense(loaded: LoadedModel, checkpoint: Checkpoint, module: str) -> Tensor:
     """Return a quantized module's weight as the model stores it."""
-    own = loaded.model.get_submodule(module)
-    original, weight = linear_weight(own), checkpoint.dense(module)
+    original = loaded.model.get_parameter(f"{module}.weight")
+    weight = checkpoint.dense(module)
+    weight = weight.t().contiguous() if is_conv1d(loaded.model.get_submodule(module)) else weight
     if weight.shape != original.shape:
         raise ConfigError(
             f"bank: {module} is {list(weight.shape)} in the checkpoint and {list(original.shape)} in the model. Use a "
             "checkpoint of this model."
         )
-    return stored_form(own, turned_back(loaded, module, weight.to(original), original))
+    return weight.to(original)
 
 
 def _check_parameter(folder: Path, loaded: LoadedModel, name: str) -> None:
@@ -113,8 +112,7 @@ def _folded(folder: Path, loaded: LoadedModel, checkpoint: Checkpoint) -> Iterat
             continue
         value = checkpoint.tensor(stored)
         # Compared in the checkpoint's own type: some tools store float16 where the model has bfloat16.
-        original = parameters[name].detach().to("cpu", value.dtype)
-        if torch.equal(original, value) or _is_turned(loaded, checkpoint, stored, value, original):
+        if torch.equal(parameters[name].detach().to("cpu", value.dtype), value):
             continue
         if not name.startswith(f"{loaded.family.blocks}."):
             raise ConfigError(
@@ -122,16 +120,6 @@ def _folded(folder: Path, loaded: LoadedModel, checkpoint: Checkpoint) -> Iterat
                 "model. Use a checkpoint of this model."
             )
         yield name, partial(_plain, checkpoint, stored, parameters[name])
-
-
-def _is_turned(loaded: LoadedModel, checkpoint: Checkpoint, stored: str, value: Tensor, original: Tensor) -> bool:
-    """Whether a value is the bias of a turned module: turned back it is the original's but for its rounding."""
-    module, _, kind = loaded.family.loaded_name(stored).rpartition(".")
-    if kind != "bias" or not module.startswith(f"{loaded.family.blocks}.") or module not in checkpoint.packed:
-        return False
-    wide, own = value.float()[:, None], original.float()[:, None]
-    back = turned_back(loaded, module, wide, own)
-    return float((back - own).norm()) <= 2 * torch.finfo(value.dtype).eps * float(own.norm())
 
 
 def _plain(checkpoint: Checkpoint, stored: str, original: Tensor) -> Tensor:

@@ -21,8 +21,7 @@ class ModelBank:
     """The weights of a quantized model at the precision of its grid, what stands for them at others, and 8 bits.
 
     It was quantized as a whole, so its blocks saw quantized inputs: exchanged one by one its units are an approximation
-    of what quantizing them one by one would give. What was turned is turned back, so that a unit stands among
-    others that are not. A model whose scales moved between modules (AWQ) is no such bank.
+    of what quantizing them one by one would give. A model whose scales moved between modules (AWQ) is no such bank.
     Weights are made again each time they are asked for, so that no more than a block's are held.
 
     What the method would make of other widths below 8 bits is not computed: its errors are taken to have the size there
@@ -58,7 +57,7 @@ class ModelBank:
         names = [name.removesuffix(".weight") for name in self.units.parameters[unit]]
         model = self.quantized.loaded.model
         return {
-            f"{name}.weight": stored_form(model.get_submodule(name), self.quantized.model_weight(name))
+            f"{name}.weight": stored_form(model.get_submodule(name), self.quantized.dense_weight(name))
             for name in names
             if name in self.quantized.tensors
         }

@@ -18,15 +18,10 @@ from quant_fairness_plugin.export.gguf import write_gguf
 from quant_fairness_plugin.export.gguf.blocks import packed_blocks
 from quant_fairness_plugin.export.gguf.template import Template
 from quant_fairness_plugin.export.writer import export
-from quant_fairness_plugin.model.load import load_model
 from quant_fairness_plugin.model.weights import read_json
-from quant_fairness_plugin.quantize.calibration import build_calibration
 from quant_fairness_plugin.quantize.grid import QuantizedTensor, quantize_rtn
-from quant_fairness_plugin.quantize.methods.gptq import Gptq
 from tests.export.build import TEXTS, quantize_tiny, quantize_with_columns
 from tests.export.gguf_files import as_converted, gguf_name, read_values, write_gguf_of
-from tests.planning import quantize_layers
-from tests.tiny import byte_tokenizer
 
 Exported = Callable[..., Path]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2")
@@ -60,21 +55,6 @@ def test_every_value_stands_where_llama_cpp_looks_for_it(
     assert report.embedding_error is None
     assert report.types["Q4_0"] == report.packed > 0
     assert report.rearranged == (2 * LAYERS if family in ("llama", "mistral") else 0)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_turned_heads_are_known_again(
-    family: str, tiny_model: Callable[..., Path], template: Callable[..., Path], tmp_path: Path
-) -> None:
-    """The template holds the model's own values, the checkpoint turned ones, which are written."""
-    calibration = build_calibration(byte_tokenizer(), TEXTS, row_tokens=8)
-    loaded = load_model(str(tiny_model(family, layers=LAYERS)))
-    quantized = quantize_layers(loaded, (), method=Gptq(turned=True), grid=Grid(group_size=32), calibration=calibration)
-    assert len(quantized.turned) == 2 * LAYERS
-    export(quantized, tmp_path / "out", texts=TEXTS)
-    write_gguf(tmp_path / "out", template(family), tmp_path / "out.gguf", embedding="16bit")
-    wanted, written = expected(tmp_path / "out"), read_values(tmp_path / "out.gguf")
-    assert all(torch.equal(written[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -18,14 +18,6 @@ from torch import Tensor
 
 from quant_fairness_plugin.errors import ArtifactError, UnsupportedModelError
 from quant_fairness_plugin.export.gguf.blocks import dense_values
-from quant_fairness_plugin.model.turning import Turning
-
-_TURNED = {
-    "attn_v.weight": ("values", "head_count_kv"),
-    "attn_v.bias": ("values", "head_count_kv"),
-    "attn_output.weight": ("output", "head_count"),
-}
-"""Tensor of a block → which part of a turned attention it is, and where the file says how many heads it has."""
 
 MOST_DISTANCE = 0.5
 """Of values to those of the file, as a share of the latter. It lies between what rounding a tensor to 4 bits does,
@@ -144,9 +136,8 @@ class Template:
         data = entry.data[rows.numpy()] if len(shape) > 1 else entry.data
         given = dense_values(data, entry.tensor_type.name)
         given = given.view(len(rows), *shape[1:]) if len(shape) > 1 else given[rows]
-        stands = [tensor, *self._turned_back(name, tensor)]
         distances = {
-            candidate: min(_distance(given, candidate.arranged(each, rows).float()) for each in stands)
+            candidate: _distance(given, candidate.arranged(tensor, rows).float())
             for candidate in self._candidates(shape, tensor)
         }
         if not distances:
@@ -162,17 +153,6 @@ class Template:
                 "converter orders rows in a way that is not known here"
             )
         return nearest
-
-    def _turned_back(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
-        """Yield a tensor of an attention as it stands in the model that it was turned in (`model.turning`)."""
-        part, matrix = name.split(".", 2)[-1], tensor.reshape(len(tensor), -1)
-        if part not in _TURNED:
-            return
-        module, key = _TURNED[part]
-        field = self.reader.get_field(f"{self.architecture}.attention.{key}")
-        heads, size = None if field is None else field.contents(), matrix.shape[module == "output"]
-        if isinstance(heads, int) and heads > 0 and size % heads == 0:
-            yield Turning("values", "output", size // heads).undone(module, matrix).reshape(tensor.shape)
 
     def _candidates(self, shape: tuple[int, ...], tensor: Tensor) -> Iterator[Arrangement]:
         transposed = tuple(reversed(shape))

@@ -14,7 +14,6 @@ from quant_fairness_plugin.model.architectures.architecture import (
     Fold,
     FusionGroup,
     ScaledActivation,
-    Turn,
 )
 from quant_fairness_plugin.model.architectures.records import ARCHITECTURES
 
@@ -26,7 +25,6 @@ __all__ = [
     "Fold",
     "FusionGroup",
     "ScaledActivation",
-    "Turn",
     "find_architecture",
     "known_families",
     "match_architecture",

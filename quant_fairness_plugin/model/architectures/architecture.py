@@ -53,18 +53,6 @@ class Fold:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """The values of an attention and what reads them: what turns each head of the one is undone in the other."""
-
-    values: str
-    """The linear module that computes the values, relative to the block."""
-    output: str
-    """The linear module that reads what attention makes of them."""
-    heads: int = 0
-    """Heads of the values; 0 where the config's number of heads of keys and values is that."""
-
-
-@dataclass(frozen=True, slots=True)
 class BlockKind:
     """What blocks of one kind are made of. A model of a single kind has it in its record."""
 
@@ -72,8 +60,6 @@ class BlockKind:
     """Every linear module that can be quantized, each exactly once, in forward order."""
     folds: tuple[Fold, ...] = ()
     """Where AWQ's scales go; empty where nothing was proved to take them."""
-    turns: tuple[Turn, ...] = ()
-    """What can be turned; empty where nothing was proved to be."""
     kept: tuple[tuple[str, str], ...] = ()
     """Linear modules that stay in 16 bit whatever a plan says, relative to the block, each with its reason."""
 
@@ -141,8 +127,6 @@ class Architecture:
     """The longest input where config.json says nothing; None where nothing bounds it."""
     folds: tuple[Fold, ...] = ()
     """Where AWQ's scales go; empty where that is not known."""
-    turns: tuple[Turn, ...] = ()
-    """What can be turned; empty where the values are no module of their own."""
     scaled_activation: ScaledActivation | None = None
     moved: Renamings = ()
     """Whole parts of names in Transformers, and what files and servers call them instead."""

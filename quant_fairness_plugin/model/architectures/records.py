@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from quant_fairness_plugin.model.architectures.architecture import (
-    Architecture,
-    Fold,
-    FusionGroup,
-    ScaledActivation,
-    Turn,
-)
+from quant_fairness_plugin.model.architectures.architecture import Architecture, Fold, FusionGroup, ScaledActivation
 
 
 def _single(name: str, module: str) -> FusionGroup:
@@ -39,7 +33,6 @@ _LLAMA = Architecture(
         Fold("gate_up", "post_attention_layernorm"),
         Fold("down", "mlp.up_proj"),
     ),
-    turns=(Turn("self_attn.v_proj", "self_attn.o_proj"),),
     gguf_names={
         "self_attn.q_proj": "attn_q",
         "self_attn.k_proj": "attn_k",
@@ -74,7 +67,6 @@ _OPT = Architecture(
         Fold("fc_in", "final_layer_norm"),
         Fold("fc_out", "fc1", activated=True),
     ),
-    turns=(Turn("self_attn.v_proj", "self_attn.out_proj"),),
 )
 
 _GPT_NEOX = Architecture(

@@ -19,9 +19,8 @@ from quant_fairness_plugin.model.small import narrow_models
 from quant_fairness_plugin.model.structure import block_structure
 from quant_fairness_plugin.model.tracing.folds import find_fold
 from quant_fairness_plugin.model.tracing.groups import named_groups
-from quant_fairness_plugin.model.tracing.steering import without_steering
-from quant_fairness_plugin.model.tracing.trial import Trial, blocks_of, head_counts
-from quant_fairness_plugin.model.tracing.turns import find_turns
+from quant_fairness_plugin.model.tracing.steering import head_counts, without_steering
+from quant_fairness_plugin.model.tracing.trial import Trial, blocks_of
 
 NEVER_RUN = "no forward pass runs it"
 
@@ -98,7 +97,6 @@ def _kind(trial: Trial, layers: Sequence[int]) -> tuple[BlockKind, frozenset[str
     units = tuple(named_groups(trial, layer, reads))
     kept = [(name, NEVER_RUN) for name in block_structure(trial.blocks[layer]).linears if name not in called]
     folds = tuple(fold for unit in units if (fold := find_fold(trial, layers, unit)) is not None)
-    turns = find_turns(trial, layers, units)
     last = {event.parent: event.read for event in reads}
     before = frozenset(event.name for event in reads if event.read != last[event.parent])
-    return BlockKind(units, folds, turns, tuple(kept)), before
+    return BlockKind(units, folds, tuple(kept)), before

@@ -5,12 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from quant_fairness_plugin.model.architectures import BlockKind, FusionGroup
 from quant_fairness_plugin.model.linear import linear_weight
 from quant_fairness_plugin.model.tracing.groups import plain_name
 
 STEERS = "gives one number a head, which steers what a layer remembers or lets pass"
+
+
+def head_counts(model: PreTrainedModel) -> frozenset[int]:
+    """Return every number of heads that the config says, and twice each: of attention, of keys, of recurrent layers."""
+    config = model.config.to_dict()
+    counts = {value for key, value in config.items() if "head" in key and "dim" not in key and type(value) is int}
+    return frozenset(times * count for count in counts for times in (1, 2))
 
 
 def without_steering(kind: BlockKind, candidates: frozenset[str], block: nn.Module, heads: frozenset[int]) -> BlockKind:
@@ -39,7 +47,7 @@ def without_steering(kind: BlockKind, candidates: frozenset[str], block: nn.Modu
         for fold in kind.folds
         if fold.unit in names
     )
-    return BlockKind(tuple(units), folds, kind.turns, (*kind.kept, *((name, STEERS) for name in sorted(steering))))
+    return BlockKind(tuple(units), folds, (*kind.kept, *((name, STEERS) for name in sorted(steering))))
 
 
 def _steers(block: nn.Module, name: str, heads: frozenset[int]) -> bool:

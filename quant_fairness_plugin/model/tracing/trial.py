@@ -53,7 +53,6 @@ class Trial:
             self.events = self._watch()
         self.logits = self.run()
         self.key_heads = _key_heads(model)
-        self.value_heads = tuple(sorted({*self.key_heads, *head_counts(model)}))
 
     def run(self) -> Tensor:
         """Logits, `[1, tokens, vocabulary]`, or of a decoder without a head, its last hidden state."""
@@ -113,13 +112,6 @@ def blocks_of(model: nn.Module, path: str) -> list[nn.Module]:
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
     return list(blocks)
-
-
-def head_counts(model: PreTrainedModel) -> frozenset[int]:
-    """Return every number of heads that the config says, and twice each: of attention, of keys, of recurrent layers."""
-    config = model.config.to_dict()
-    counts = {value for key, value in config.items() if "head" in key and "dim" not in key and type(value) is int}
-    return frozenset(times * count for count in counts for times in (1, 2))
 
 
 def _key_heads(model: PreTrainedModel) -> tuple[int, ...]:

@@ -51,9 +51,6 @@ class Gptq(Method):
     not, and none does in a plan that keeps input channels in 16 bit."""
     refinements: int = 4
     """How often scales and integers are solved again afterwards, each for the others; see `quantize.refinement`."""
-    turned: bool = False
-    """Whether heads of values are turned before (`model.turning`), which gains where their channels are very unequal;
-    not in a plan that keeps input channels in 16 bit, and not where values or what reads them keep 16 bit."""
 
     def at(self, effort: Effort) -> Gptq:
         """Return GPTQ as published for `fast`; for `best`, with more rounds behind it."""
@@ -100,11 +97,6 @@ class Gptq(Method):
     def compares_inputs(self) -> bool:
         """Whether it wants to know, too, what a module is given in the 16-bit model."""
         return self.compensates
-
-    @property
-    def turns_heads(self) -> bool:
-        """Whether what can be turned is turned before it is solved."""
-        return self.turned
 
     def solve(self, problem: Problem, solved: Solved) -> None:
         """Solve the modules of a group, twice where some of their channels stay in 16 bit."""

@@ -68,11 +68,6 @@ class Method(ABC):
         """Whether it wants to know, too, what a module is given in the 16-bit model."""
         return False
 
-    @property
-    def turns_heads(self) -> bool:
-        """Whether what can be turned (`model.turning`) is turned before it is solved."""
-        return False
-
     @abstractmethod
     def solve(self, problem: Problem, solved: Solved) -> None:
         """Add the integers of every module of a fusion group to what is solved.
