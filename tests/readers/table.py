@@ -143,8 +143,8 @@ readers do, changes in our own model. Below 2 passes; a reader that took layers 
 matches names by prefix would, is further away in every cell, which is checked as well. Which modules the reader
 computes from integers was compared with the plan.
 
-*Not run*, vLLM: {no_kernel}. Its kernels for 4-bit weights need AVX-512: on a CPU without it, its cells are skipped, and
-keep the rows of the last CPU that had it.
+*Not run*, vLLM: {no_kernel}. Its kernels for 4-bit weights need AVX-512: on a CPU without it, its cells are skipped,
+and keep the rows of the last CPU that had it.
 
 A number in brackets: refused before anything is quantized, with the reason below. The refusals were tried, too: none of
 these checkpoints is read right.
