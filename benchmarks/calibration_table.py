@@ -1,6 +1,6 @@
 """Damage of each language by calibration (English only, uniform, minimax), without and with recommended protection.
 
-    python benchmarks/calibration_table.py measure         # about an hour on one core; writes the rows
+    python benchmarks/calibration_table.py measure         # about half an hour on one core; writes the rows
     python benchmarks/calibration_table.py render          # rewrites the tables of docs/calibration.md
 
 Everything is GPTQ in memory. The protected layers are those that `protection_table.py` recommended for the same model
@@ -203,15 +203,13 @@ def matrix_table(rows: list[dict[str, Any]]) -> str:
 
 
 def coverage_table(rows: list[dict[str, Any]]) -> str:
-    """What each calibration of each model was made on, and the weights that minimax found."""
-    lines = markdown_head(
-        ["model", "bits", "calibration", "layers", "tokens", "best round", "largest weights", "tokens_sha256"]
-    )
+    """What each calibration of each model was made on, and the weights of minimax."""
+    lines = markdown_head(["model", "bits", "calibration", "layers", "tokens", "largest weights", "tokens_sha256"])
     for row in rows:
         if row["kind"] != "damage" or row["language"] != ALL:
             continue
         made = row["calibrated_on"]
-        tokens, tried = made["tokens_per_language"], [found["weights"] for found in made.get("rounds", [])]
+        tokens = made["tokens_per_language"]
         weights = sorted(made["weights"].items(), key=lambda item: -item[1])[:3]
         lines.append(
             markdown_row(
@@ -220,7 +218,6 @@ def coverage_table(rows: list[dict[str, Any]]) -> str:
                 row["calibration"],
                 ",".join(map(str, row["plan"])) if row["protected"] else "none",
                 f"{sum(tokens.values())} in {len(tokens)} languages",
-                f"{tried.index(made['weights']) + 1} of {len(tried)}" if tried else "",
                 ", ".join(f"{name} {weight:.3f}" for name, weight in weights),
                 made["tokens_sha256"][:12],
             )

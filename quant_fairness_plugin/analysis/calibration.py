@@ -24,7 +24,7 @@ from quant_fairness_plugin.model.load import LoadedModel
 from quant_fairness_plugin.model.provenance import provenance
 from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSet, build_calibration
 from quant_fairness_plugin.quantize.methods import find_method, method_names
-from quant_fairness_plugin.quantize.minimax import quantize_calibrated
+from quant_fairness_plugin.quantize.minimax import quantize_calibrated, quantize_nearest
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.stream import quantize_model
 from quant_fairness_plugin.texts.parts import overlap
@@ -132,8 +132,10 @@ def compare_calibrations(
     wanted += [(name, given, False) for name, given in singles.items()]
     scored: dict[tuple[str, bool], Scored] = {}
     for done, (name, given, protected) in enumerate(wanted):
-        quantize = _quantizer(loaded, plan, protected, method)
-        scored[name, protected] = judge.outcome(name, protected, quantize_calibrated(quantize, given, texts))
+        followed = plan if protected else ProtectionPlan.unprotected(plan.model, plan.layers, plan.grid)
+        quantize, nearest = _quantizer(loaded, followed, method), partial(quantize_nearest, loaded, followed)
+        quantized = quantize_calibrated(quantize, nearest, given, texts)
+        scored[name, protected] = judge.outcome(name, protected, quantized)
         if progress is not None:
             progress("compare", done + 1, len(wanted))
     return CalibrationComparison(
@@ -171,11 +173,8 @@ def to_json(comparison: CalibrationComparison) -> str:
     return json.dumps(asdict(comparison), ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
-def _quantizer(
-    loaded: LoadedModel, plan: ProtectionPlan, protected: bool, method: str
-) -> Callable[[CalibrationSet], QuantizedModel]:
-    followed = plan if protected else ProtectionPlan.unprotected(plan.model, plan.layers, plan.grid)
-    return lambda calibration: quantize_model(loaded, followed, method=method, calibration=calibration)
+def _quantizer(loaded: LoadedModel, plan: ProtectionPlan, method: str) -> Callable[[CalibrationSet], QuantizedModel]:
+    return lambda calibration: quantize_model(loaded, plan, method=method, calibration=calibration)
 
 
 def _cross(judge: Judge, scored: Mapping[tuple[str, bool], Scored], first: str, other: str, crossed: bool) -> TwoByTwo:

@@ -6,7 +6,7 @@ Takes a tokenizer and a text set; returns a `CalibrationSet`. Budgets are counte
 - `uniform`: every language the same number of tokens and the same weight.
 - `proportional`: every language all its tokens, and its share of them as weight.
 - `english`: English alone.
-- `minimax`: the tokens of `uniform`; the weights are adapted while quantizing (`minimax.quantize_minimax`).
+- `minimax`: the tokens of `uniform`; the weights follow what rounding to nearest costs each language (`minimax`).
 """
 
 from __future__ import annotations
@@ -50,25 +50,6 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class MinimaxRound:
-    """Weights that were tried, and what the model quantized with them lost on its calibration text."""
-
-    weights: dict[str, float]
-    kl_bits_per_byte: dict[str, float]
-    """Of the languages that the 16-bit model supports; the others are not weighed."""
-
-    @property
-    def worst(self) -> str:
-        """The language that lost most."""
-        return max(self.kl_bits_per_byte, key=self.kl_bits_per_byte.__getitem__)
-
-    @property
-    def worst_kl(self) -> float:
-        """Its KL in bits per byte."""
-        return self.kl_bits_per_byte[self.worst]
-
-
-@dataclass(frozen=True, slots=True)
 class CalibrationSet:
     """Token rows per language. Rows hold no padding."""
 
@@ -85,8 +66,9 @@ class CalibrationSet:
     """How much each language counts in what the quantizer minimises; they add up to 1. None = all the same."""
     weighting: Weighting = "uniform"
     """Where the weights come from."""
-    rounds: tuple[MinimaxRound, ...] = ()
-    """`minimax`: what was tried, in order; `weights` are those of the round with the smallest `worst_kl`."""
+    nearest_kl: Mapping[str, float] = field(default_factory=dict)
+    """`minimax`: KL in bits per byte of all weights rounded to nearest, which `weights` were made of; without the
+    languages that the 16-bit model does not support."""
     sentences: str = ""
     """Digests of what is in the rows, see `UsedSentences`."""
 
@@ -118,10 +100,6 @@ class CalibrationSet:
 
     def summary(self) -> dict[str, Any]:
         """What an export records of its calibration: plain data, without the tokens."""
-        rounds = [
-            {"weights": tried.weights, "kl_bits_per_byte": tried.kl_bits_per_byte, "worst": tried.worst}
-            for tried in self.rounds
-        ]
         return {
             "source": self.source,
             "text_sha256": self.text_sha256,
@@ -133,7 +111,7 @@ class CalibrationSet:
             "weights": self.shares,
             "starts": {name: list(ids) for name, ids in self.starts.items()},
             "seed": self.seed,
-        } | ({"rounds": rounds} if rounds else {})
+        } | ({"nearest_kl": dict(self.nearest_kl)} if self.nearest_kl else {})
 
 
 def coverage_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -146,12 +124,12 @@ def coverage_lines(summary: Mapping[str, Any]) -> list[str]:
         return ["not calibrated"]
     tokens, rows, weights = (summary[key] for key in ("tokens_per_language", "rows_per_language", "weights"))
     source = f"calibration: {summary['source']}, sha256 {summary['text_sha256'][:12]}, weights {summary['weighting']}"
-    tried, starts = summary.get("rounds", []), summary.get("starts", {})
+    nearest, starts = summary.get("nearest_kl", {}), summary.get("starts", {})
     alike: dict[str, list[str]] = {}
     for name, count in tokens.items():
         alike.setdefault(f"{rows[name]} rows, {count} tokens, weight {weights[name]:.3f}", []).append(name)
     return [
-        source + (f" after {len(tried)} rounds" if tried else ""),
+        source + (" by what rounding to nearest costs each language" if nearest else ""),
         *([f"  rows begin in turn: {', '.join(starts)}"] if starts else []),
         *(f"  {', '.join(names)}: {'each ' * (len(names) > 1)}{got}" for got, names in alike.items()),
     ]

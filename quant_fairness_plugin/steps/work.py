@@ -27,7 +27,7 @@ from quant_fairness_plugin.quantize.calibration import ROW_TOKENS, CalibrationSe
 from quant_fairness_plugin.quantize.coverage import expert_coverage, reach_experts
 from quant_fairness_plugin.quantize.importance import channel_importance
 from quant_fairness_plugin.quantize.methods import find_method
-from quant_fairness_plugin.quantize.minimax import quantize_calibrated
+from quant_fairness_plugin.quantize.minimax import quantize_calibrated, quantize_nearest
 from quant_fairness_plugin.quantize.quantized import QuantizedModel
 from quant_fairness_plugin.quantize.selection import select_modules
 from quant_fairness_plugin.quantize.stream import quantize_model
@@ -152,19 +152,15 @@ def quantize(
     if config.backend != NATIVE and calibration is not None:
         check_whole(loaded, f"quantized by {config.backend}")
         return quantize_with(config.backend, loaded, plan, method=config.method, calibration=calibration)
+    method = find_method(config.method).at(config.effort)
     with_our_core = partial(
-        quantize_model,
-        loaded,
-        plan,
-        method=find_method(config.method).at(config.effort),
-        workplace=workplace,
-        progress=progress,
-        strict=config.strict,
+        quantize_model, loaded, plan, method=method, workplace=workplace, progress=progress, strict=config.strict
     )
     if calibration is None:
         return with_our_core()
     coverage = expert_coverage(loaded, calibration, texts)
-    quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), calibration, texts)
+    nearest = partial(quantize_nearest, loaded, plan)
+    quantized = quantize_calibrated(lambda given: with_our_core(calibration=given), nearest, calibration, texts)
     return quantized if coverage is None else replace(quantized, experts=coverage)
 
 

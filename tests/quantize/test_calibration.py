@@ -6,7 +6,7 @@ import pytest
 
 from quant_fairness_plugin.artifacts import Documents, TextSet, sentence_digests
 from quant_fairness_plugin.errors import ConfigError, UnknownLanguageError
-from quant_fairness_plugin.quantize.calibration import MinimaxRound, build_calibration, coverage_lines
+from quant_fairness_plugin.quantize.calibration import build_calibration, coverage_lines
 from tests.tiny import byte_tokenizer
 
 EOS = 0
@@ -223,15 +223,15 @@ def test_the_coverage_is_one_line_for_languages_that_got_alike(texts: TextSet) -
     assert lines[0] == "calibration: small, sha256 000000000000, weights uniform"
     assert lines[1] == "  rows begin in turn: eos, plain"
     assert lines[2:] == ["  en, he, zh: each 4 rows, 31 tokens, weight 0.333"]
-    tried = MinimaxRound({"en": 0.5, "he": 0.25, "zh": 0.25}, {"en": 0.1, "he": 0.3})
-    found = replace(calibration, weights=tried.weights, weighting="minimax", rounds=(tried, tried))
+    weights, damage = {"en": 0.5, "he": 0.25, "zh": 0.25}, {"en": 0.2, "he": 0.1, "zh": 0.1}
+    found = replace(calibration, weights=weights, weighting="minimax", nearest_kl=damage)
     lines = coverage_lines(found.summary())
-    assert lines[0].endswith("weights minimax after 2 rounds")
+    assert lines[0].endswith("weights minimax by what rounding to nearest costs each language")
     assert lines[2:] == [
         "  en: 4 rows, 31 tokens, weight 0.500",
         "  he, zh: each 4 rows, 31 tokens, weight 0.250",
     ]
-    assert found.summary()["rounds"][1]["worst"] == "he"
+    assert found.summary()["nearest_kl"] == damage
     assert coverage_lines({}) == ["not calibrated"]
 
 
