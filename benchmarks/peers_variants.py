@@ -47,6 +47,7 @@ AT_PEERS_BYTES = 112_500_000
 checkpoints of the others."""
 VARIANTS = {
     OURS: Variant("ours", "7 languages", {"protect_layers": "none"}),
+    "quant-fairness, INT4, minimax": Variant("ours", "7 languages", {"protect_layers": "none", "weights": "minimax"}),
     PLANNED: Variant("ours", "7 languages", {"max_overhead": 0.1}),
     "quant-fairness, GGUF": Variant("ours", "7 languages", {"protect_layers": "none", "gguf": True}),
     "quant-fairness, GGUF, planned": Variant("ours", "7 languages", {"max_size": AT_PEERS_BYTES, "gguf": True}),

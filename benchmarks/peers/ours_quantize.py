@@ -46,11 +46,11 @@ def quantizer_of(model: str, request: dict[str, Any]) -> FairQuantizer:
         options["bits"] = request["our_bits"]
     if request.get("gguf"):
         options |= {"format": "gguf", "like": request["full"]}
-    english = request["calibration"] == "English"
+    weights = "english" if request["calibration"] == "English" else request.get("weights", "uniform")
     return FairQuantizer.from_pretrained(
         model, texts=calibration_texts(request["calibration"]), seed=SEED,
         tokens_per_language=TOKENS[request["calibration"]],
-        calibration="english" if english else "uniform", **options,
+        calibration=weights, **options,
     )  # fmt: skip
 
 
