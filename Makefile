@@ -9,7 +9,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 LOCKED := $(PIP) --no-deps --require-hashes --requirement
 
 .PHONY: help setup demo real test lint types tests test-faults test-limits test-readers test-kernels test-browser
-.PHONY: test-versions fuzz dist locks coverage effort tables peers docs test-docs test-notebooks clean
+.PHONY: test-versions fuzz dist locks locks-others coverage effort tables peers docs test-docs test-notebooks clean
 
 help:
 	@echo "make demo          set up, then quantize the bundled model fairly and verify the result"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-versions the oldest and the newest supported Transformers, each in its own environment"
 	@echo "make fuzz          SECONDS=60 of guided fuzzing over every parser of files; adds a row to the results"
 	@echo "make dist          the wheel, its source, and an SBOM of what it depends on"
+	@echo "make locks-others hashes of the environments of readers and peers, each resolved anew"
 	@echo "make locks         hashes of every version in constraints.txt and of the tools of these targets, from the index"
 	@echo "make coverage      every causal architecture of Transformers in small; writes docs/architectures.md"
 	@echo "make tables        every table of the documentation again from its stored rows, and how old these are"
@@ -81,20 +82,17 @@ test-limits: setup
 	$(BIN)/python -m pytest tests/faults -m limits
 
 # Readers never share an environment with us: vLLM pins another compressed-tensors, gptqmodel another numpy.
-# vLLM's CPU build wants torch's (2.13.0+cpu). Where pip does not find that by itself, say where it is:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-readers
-# It also names torchvision and its like, whose ordinary wheels are CUDA builds that fail at import; vLLM works without.
-.venv-vllm/.installed: tests/readers/requirements-vllm.txt
+.venv-vllm/.installed: locks/vllm.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python $(PIP) $(TORCH)
-	.venv-vllm/bin/python $(PIP) $(TORCH) --requirement tests/readers/requirements-vllm.txt
-	.venv-vllm/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	.venv-vllm/bin/python $(LOCKED) locks/vllm.txt
 	touch $@
 
-.venv-gptqmodel/.installed: tests/readers/requirements-gptqmodel.txt
+.venv-gptqmodel/.installed: locks/gptqmodel.txt
 	test -x .venv-gptqmodel/bin/python || $(PYTHON) -m venv .venv-gptqmodel
 	.venv-gptqmodel/bin/python $(PIP) $(TORCH)
-	.venv-gptqmodel/bin/python $(PIP) $(TORCH) --requirement tests/readers/requirements-gptqmodel.txt --editable .
+	.venv-gptqmodel/bin/python $(LOCKED) locks/gptqmodel.txt
+	.venv-gptqmodel/bin/python $(PIP) --no-deps --editable .
 	touch $@
 
 # FAMILIES=llama,opt,gpt2 leaves the other models of the matrix out.
@@ -157,6 +155,19 @@ locks:
 	echo cyclonedx-bom==7.5.0 | $(HASHES) - --output-file locks/sbom.txt
 	printf 'playwright\naxe-playwright-python\n' | $(HASHES) --constraint constraints.txt - --output-file locks/browser.txt
 
+# What pip chooses around torch on this platform, installed once to be listed. vLLM's CPU build wants torch's (2.13.0+cpu);
+# where pip does not find that by itself: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make locks-others
+# It also names torchvision and its like, whose ordinary wheels are CUDA builds that fail at import; vLLM works without.
+UNLISTED := pip quant-fairness torch torchvision torchaudio torchcodec
+locks-others: locks
+	for name in vllm gptqmodel autoround; do \
+		$(PYTHON) -m venv --clear .venv-lock-$$name && \
+		.venv-lock-$$name/bin/python $(PIP) $(TORCH) && \
+		.venv-lock-$$name/bin/python $(PIP) $(TORCH) --requirement locks/$$name.in && \
+		.venv-lock-$$name/bin/python -m pip freeze --all $(UNLISTED:%=--exclude %) > .venv-lock-$$name/listed && \
+		$(HASHES) --no-deps - --output-file locks/$$name.txt < .venv-lock-$$name/listed || exit; \
+	done
+
 # Every architecture that the installed Transformers has, in small: some minutes.
 coverage: setup
 	$(BIN)/python benchmarks/architectures.py
@@ -167,10 +178,10 @@ tables: setup
 # What benchmarks/peers_table.py runs beside us; gptqmodel and llm-compressor share an environment.
 peers: $(VENV)/.real .venv-gptqmodel/.installed .venv-peers-autoround/.installed .venv-peers-llamacpp/.installed
 
-.venv-peers-autoround/.installed:
+.venv-peers-autoround/.installed: locks/autoround.txt
 	test -x .venv-peers-autoround/bin/python || $(PYTHON) -m venv .venv-peers-autoround
 	.venv-peers-autoround/bin/python $(PIP) $(TORCH)
-	.venv-peers-autoround/bin/python $(PIP) $(TORCH) auto-round==0.16.1 transformers==5.17.0
+	.venv-peers-autoround/bin/python $(LOCKED) locks/autoround.txt
 	touch $@
 
 # llama.cpp's own tools, built from the source that llama-cpp-python ships: some ten minutes of CPU. The source package
@@ -219,5 +230,5 @@ effort: real
 		../$(BIN)/python effort_table.py measure $(SMOLLM2) --sentences 35 --variants $$variant || exit 1; done
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs .venv-fuzz .venv-sbom .venv-lock .venv-transformers-*
+	rm -rf $(VENV) .venv-vllm .venv-gptqmodel .venv-peers-* .venv-docs .venv-fuzz .venv-sbom .venv-lock* .venv-transformers-*
 	rm -rf docs/_build out build dist *.egg-info

