@@ -1,8 +1,8 @@
-"""Memory and CPU time of whole commands, `quantize`, `measure` and `run`, each in a process of its own, beside their forecast.
+"""Memory and CPU time of whole commands, each in a process of its own, beside their forecast.
 
     python benchmarks/memory.py --model SmolLM2-135M --label after        # adds two rows
     python benchmarks/memory.py --random wide --layers 4 --label after    # random values in the shape of a 2B Llama
-    python benchmarks/memory.py --model demo --langs en,fr --run --label run   # adds one of `run`, which measures itself
+    python benchmarks/memory.py --model demo --langs en,fr --run --label run     # adds one, of `run`
     python benchmarks/memory.py --random deep --layers 156 --limit 1.2GB --sentences 4 --langs en,fr --label limited
 
 `quantize` writes, verifies and measures a checkpoint, with GPTQ unless `--more` says otherwise; `measure` then measures
