@@ -3,7 +3,7 @@
 Takes a way to quantize with a `CalibrationSet`; returns the `QuantizedModel`, whose calibration holds the weights and
 what they were made of: each language's damage when all weights are rounded to nearest, which takes one more pass over
 the calibration sentences and no second quantization. How languages compare under rounding is close to how they compare
-under any method on the same grid. Sentences that plans are chosen or judged on are never read.
+under GPTQ on the same grid. Sentences that plans are chosen or judged on are never read.
 
 A language that the 16-bit model does not support keeps the weight that it started with: its KL is often the largest of
 all, although it has nothing to lose, and would draw the weights to itself. A language that collapses does count.
@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 POWER = 1.0
 """Of a language's damage over the mean: at 0 all weights are equal, and far above 1 the worst language has them all."""
 MOST_SENTENCES = 16
-"""Of each language that damage is measured on: weights need no more, and all take as long as a third of the work."""
+"""Of each language that damage is measured on, so that the weights cost a small part of what quantizing does."""
 
 
 def quantize_calibrated(
