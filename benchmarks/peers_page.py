@@ -28,9 +28,14 @@ def missing(rows: list[dict[str, Any]], variants: Collection[str]) -> str:
 
 
 def front(stored: list[dict[str, Any]]) -> dict[str, str]:
-    """Return the table of the README from one model's rows: bytes, loss, and what making each took."""
+    """Return the table of the README from one model's rows: bytes, loss, and what making each took.
+
+    Without our rows that differ from another of ours in the weights of languages alone.
+    """
     rows = {row["variant"]: row for row in stored if "failed" not in row}
-    shown_rows = [row for row in rows.values() if row["calibration"] != "English"]
+    shown_rows = [
+        row for row in rows.values() if row["calibration"] != "English" and "weights" not in row.get("request", {})
+    ]
     head = ["checkpoint", "MB", "worst language", "mean", "CPU s", "most memory"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     if english := [row for row in rows.values() if row["calibration"] == "English"]:
