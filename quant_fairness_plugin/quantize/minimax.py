@@ -2,8 +2,8 @@
 
 Takes a way to quantize with a `CalibrationSet`; returns the `QuantizedModel`, whose calibration holds the weights and
 what they were made of: each language's damage when all weights are rounded to nearest, which takes one more pass over
-the calibration sentences and no second quantization. How languages compare under rounding is close to how they compare
-under GPTQ on the same grid. Sentences that plans are chosen or judged on are never read.
+the calibration sentences and no second quantization. Rounding orders languages much as GPTQ does on the same
+grid (`docs/calibration.md`). Sentences that plans are chosen or judged on are never read.
 
 A language that the 16-bit model does not support keeps the weight that it started with: its KL is often the largest of
 all, although it has nothing to lose, and would draw the weights to itself. A language that collapses does count.
